@@ -1,0 +1,180 @@
+//! Which subnet shall be mine (specification, section 3.2). The random number generator is passed in.
+
+use std::net::IpAddr;
+
+use thiserror::Error;
+
+use crate::config::{Config, Network};
+use crate::lease::{LeaseKey, LeaseSet};
+use crate::net::{PerFamily, Subnet, bits_of};
+
+/// Of how many free subnets one is drawn: enough that hosts that start together seldom want the same.
+const CANDIDATES: usize = 100;
+
+/// No subnet is left to lease.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("out of subnets: every /{} of {} from {} to {} is leased; enlarge Network or raise SubnetLen", network.subnet_len, network.network, network.min, network.max)]
+pub struct OutOfSubnets {
+    /// The pod network that is full.
+    pub network: Network,
+}
+
+/// What to do to have a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// This lease is mine already: renew it.
+    Reuse(LeaseKey),
+    /// Create this lease, which nobody has.
+    Create(LeaseKey),
+}
+
+/// Chooses a lease: the one that names my public address, else the one that I had last time if it is free, else a
+/// random free one. `stale` receives a lease of mine that the configuration no longer admits: it should be deleted.
+///
+/// `mine` are my published addresses; they are compared by IPv4, and by IPv6 where there is no IPv4. `random(n)`
+/// draws from `0..n`.
+///
+/// # Errors
+/// [`OutOfSubnets`] when nothing is free.
+pub fn choose(
+    config: &Config,
+    leases: &LeaseSet,
+    mine: &PerFamily<IpAddr>,
+    previous: &PerFamily<Subnet>,
+    stale: &mut Option<LeaseKey>,
+    mut random: impl FnMut(usize) -> usize,
+) -> Result<Choice, OutOfSubnets> {
+    let admitted = |subnets: &PerFamily<Subnet>| {
+        crate::net::Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
+            (None, None) => true,
+            (Some(network), Some(subnet)) => network.admits(*subnet),
+            _ => false,
+        })
+    };
+    if let Some((key, _)) = leases.iter().find(|(_, peer)| is_mine(&peer.public, mine)) {
+        if admitted(key.subnets()) {
+            return Ok(Choice::Reuse(*key));
+        }
+        *stale = Some(*key);
+    }
+    let others = || leases.iter().map(|(key, _)| key).filter(|key| Some(**key) != *stale);
+    if admitted(previous)
+        && let Some(key) = LeaseKey::new(*previous)
+        && !others().any(|taken| taken.overlaps(&key))
+    {
+        return Ok(Choice::Create(key));
+    }
+    let mut subnets = PerFamily::default();
+    for (family, network) in config.networks.iter() {
+        let taken = others().filter_map(|key| key.subnets().get(family).copied());
+        let free = free(network, taken.collect());
+        if free.is_empty() {
+            return Err(OutOfSubnets { network: *network });
+        }
+        subnets.set(family, free.get(random(free.len())).copied());
+    }
+    let key = LeaseKey::new(subnets).expect("a validated config has a network, so there is a subnet");
+    Ok(Choice::Create(key))
+}
+
+/// Does a lease with these public addresses belong to the host that publishes `mine`?
+pub fn is_mine(theirs: &PerFamily<IpAddr>, mine: &PerFamily<IpAddr>) -> bool {
+    match mine.v4 {
+        Some(ip) => theirs.v4 == Some(ip),
+        // Hosts without IPv4 all publish 0.0.0.0, which identifies nobody: compare what does.
+        None => theirs.v4.is_none() && mine.v6.is_some() && theirs.v6 == mine.v6,
+    }
+}
+
+/// The first free subnets. Taken ones are sorted, so that the walk jumps over each once instead of comparing all
+/// with all.
+fn free(network: &Network, mut taken: Vec<Subnet>) -> Vec<Subnet> {
+    taken.sort_by_key(|subnet| bits_of(subnet.network()));
+    let family = network.network.family();
+    let step = 1u128 << (family.bits() - network.subnet_len);
+    let (mut at, end) = (bits_of(network.min), bits_of(network.max));
+    let mut taken = taken.into_iter().peekable();
+    let mut blocked_to = None::<u128>; // the highest address that a subnet passed so far covers
+    let mut free = Vec::new();
+    while at <= end && free.len() < CANDIDATES {
+        while let Some(subnet) = taken.next_if(|subnet| bits_of(subnet.network()) < at.saturating_add(step)) {
+            blocked_to = blocked_to.max(Some(bits_of(subnet.last())));
+        }
+        match blocked_to {
+            Some(last) if last >= at => {
+                // Continue at the first subnet behind what is taken.
+                let Some(next) = (last / step).checked_add(1).and_then(|n| n.checked_mul(step)) else { break };
+                at = next;
+            }
+            _ => {
+                free.extend(Subnet::new(family.address(at), network.subnet_len));
+                let Some(next) = at.checked_add(step) else { break };
+                at = next;
+            }
+        }
+    }
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{Lease, Peer, StoreEvent};
+
+    const CONFIG: &str = r#"{"Network":"10.1.0.0/16","SubnetMax":"10.1.4.0","Backend":{"Type":"alloc"}}"#;
+
+    /// `leases` is "subnet@public ip" by spaces.
+    fn pick(leases: &str, mine: &str, previous: &str) -> String {
+        let config = Config::parse(CONFIG).unwrap();
+        let mut set = LeaseSet::default();
+        for text in leases.split_whitespace() {
+            let (subnet, ip) = text.split_once('@').unwrap();
+            let key = LeaseKey::new(PerFamily { v4: Some(subnet.parse().unwrap()), v6: None }).unwrap();
+            let peer = Peer { public: PerFamily { v4: Some(ip.parse().unwrap()), v6: None }, ..Peer::default() };
+            set.fold(StoreEvent::Apply(Lease { key, peer }));
+        }
+        let mine = PerFamily { v4: Some(mine.parse().unwrap()), v6: None };
+        let previous = PerFamily { v4: previous.parse().ok(), v6: None };
+        let mut stale = None;
+        let choice = choose(&config, &set, &mine, &previous, &mut stale, |n| n - 1);
+        let stale = stale.map_or(String::new(), |key| format!(" delete {key}"));
+        match choice {
+            Ok(Choice::Reuse(key)) => format!("reuse {key}{stale}"),
+            Ok(Choice::Create(key)) => format!("create {key}{stale}"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn the_lease_with_my_address_is_reused() {
+        assert_eq!(pick("10.1.1.0/24@192.0.2.1 10.1.3.0/24@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "reuse 10.1.3.0/24");
+    }
+
+    #[test]
+    fn the_previous_subnet_is_taken_if_free() {
+        assert_eq!(pick("10.1.1.0/24@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.2.0/24");
+        assert_eq!(pick("10.1.2.0/24@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.4.0/24");
+        assert_eq!(pick("10.1.2.0/25@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.4.0/24");
+    }
+
+    #[test]
+    fn a_previous_subnet_that_the_config_forbids_is_ignored() {
+        for previous in ["10.9.2.0/24", "10.1.2.0/25", "10.1.5.0/24", "10.1.0.0/24"] {
+            assert_eq!(pick("", "192.0.2.2", previous), "create 10.1.4.0/24");
+        }
+    }
+
+    #[test]
+    fn my_lease_that_the_config_forbids_is_given_back() {
+        assert_eq!(pick("10.1.2.0/25@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "create 10.1.2.0/24 delete 10.1.2.0/25");
+    }
+
+    #[test]
+    fn a_full_network_says_what_to_enlarge() {
+        let leases = "10.1.1.0/24@192.0.2.1 10.1.2.0/23@192.0.2.2 10.1.4.128/25@192.0.2.3";
+        assert_eq!(
+            pick(leases, "192.0.2.9", ""),
+            "out of subnets: every /24 of 10.1.0.0/16 from 10.1.1.0 to 10.1.4.0 is leased; enlarge Network or raise SubnetLen"
+        );
+    }
+}

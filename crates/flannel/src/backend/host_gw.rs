@@ -1,0 +1,58 @@
+//! host-gw: a route per peer with the peer as gateway. Packets are not changed but for the destination MAC, so the
+//! peer must be on the link; behind a router they would be dropped there (specification, section 5.2).
+
+use std::net::IpAddr;
+
+use super::Refusal;
+use crate::desired::{Object, Route, route_metric};
+use crate::net::Subnet;
+use crate::node::Node;
+
+/// The route to a peer's pods through the peer itself.
+pub(super) fn route(node: &Node, network: Subnet, subnet: Subnet, public: IpAddr) -> Result<Object, Refusal> {
+    if !node.is_on_link(public) {
+        return Err(Refusal::NotOnLink(public, node.ext));
+    }
+    let metric = route_metric(network, subnet);
+    Ok(Object::Route(Route { dst: subnet, metric, via: Some(public), dev: node.ext, onlink: false }))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::tests::check;
+    use expect_test::expect;
+
+    #[test]
+    fn peers_on_the_link_are_routed_and_others_named() {
+        check(
+            r#"{"Type":"host-gw"}"#,
+            &[
+                ("10.244.2.0-24", r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"host-gw"}"#),
+                ("10.244.3.0-24", r#"{"PublicIP":"198.51.100.3","PublicIPv6":null,"BackendType":"host-gw"}"#),
+            ],
+            expect![[r#"
+                publishes {"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}
+                mtu 1500
+                10.244.2.0-24:
+                  route 10.244.2.0/24 via 192.0.2.2 dev eth0 metric 2
+                10.244.3.0-24:
+                  refused: its address 198.51.100.3 is not on the link of eth0 (it is behind a router): host-gw cannot reach it; use vxlan
+            "#]],
+        );
+    }
+
+    #[test]
+    fn each_family_stands_alone() {
+        check(
+            r#"{"Type":"host-gw"}"#,
+            &[("10.244.2.0-24&fc00:0:0:2::-64", r#"{"PublicIP":"198.51.100.2","PublicIPv6":"2001:db8::2","BackendType":"host-gw"}"#)],
+            expect![[r#"
+                publishes {"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"host-gw"}
+                mtu 1500
+                10.244.2.0-24&fc00:0:0:2::-64:
+                  route fc00:0:0:2::/64 via 2001:db8::2 dev eth0 metric 1024
+                  refused: its address 198.51.100.2 is not on the link of eth0 (it is behind a router): host-gw cannot reach it; use vxlan
+            "#]],
+        );
+    }
+}

@@ -1,0 +1,452 @@
+//! The network configuration (net-conf): JSON with upstream's keys → [`Config`]. Defaults and validation live here
+//! and nowhere else (specification, section 2).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::json::Fields;
+use crate::net::{Family, NetError, PerFamily, Subnet, Vni, bits_of};
+
+/// A configuration that cannot be used. Each message names the field, what is wrong and what would be right.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The text is no JSON object.
+    #[error(
+        "the network config is not a JSON object: {0}; it looks like {{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}"
+    )]
+    Json(serde_json::Error),
+    /// A field has the wrong JSON type.
+    #[error("network config: {field}: {source}")]
+    Type {
+        /// The field, in upstream's spelling.
+        field: &'static str,
+        /// What the JSON reader says.
+        source: serde_json::Error,
+    },
+    /// A field is absent that must be there.
+    #[error("network config: {field} is missing: {fix}")]
+    Missing {
+        /// The field, in upstream's spelling.
+        field: &'static str,
+        /// What to write.
+        fix: &'static str,
+    },
+    /// A field has a value that cannot be used.
+    #[error("network config: {field}: {problem}")]
+    Invalid {
+        /// The field, in upstream's spelling.
+        field: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+/// The network configuration, validated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The pod network of each enabled family. At least one is there.
+    pub networks: PerFamily<Network>,
+    /// `EnableNFTables`: the operator's choice of traffic-rule flavour.
+    pub nftables: bool,
+    /// `Backend`.
+    pub backend: BackendConfig,
+}
+
+/// One family's pod network and how it is cut into subnets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    /// The whole pod network.
+    pub network: Subnet,
+    /// Prefix length of each host's subnet, in bits.
+    pub subnet_len: u8,
+    /// Network address of the first subnet to lease.
+    pub min: IpAddr,
+    /// Network address of the last subnet to lease.
+    pub max: IpAddr,
+}
+
+impl Network {
+    /// May this subnet be leased under this configuration: right size, between `min` and `max`?
+    pub fn admits(&self, subnet: Subnet) -> bool {
+        subnet.family() == self.network.family()
+            && subnet.prefix_len() == self.subnet_len
+            && (self.min..=self.max).contains(&subnet.network())
+    }
+}
+
+/// Which backend, with its own keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackendConfig {
+    /// Lease a subnet, program nothing.
+    Alloc,
+    /// A route per peer with the peer as gateway.
+    HostGw,
+    /// VXLAN encapsulation.
+    Vxlan(VxlanConfig),
+}
+
+impl BackendConfig {
+    /// The type as it is written in `Backend.Type`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            BackendConfig::Alloc => "alloc",
+            BackendConfig::HostGw => "host-gw",
+            BackendConfig::Vxlan(_) => "vxlan",
+        }
+    }
+}
+
+/// The keys of a vxlan `Backend` (specification, section 2.3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VxlanConfig {
+    /// VXLAN network identifier.
+    pub vni: Vni,
+    /// UDP destination port; `None` leaves the choice to the kernel (8472).
+    pub port: Option<u16>,
+    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None`: the external interface's.
+    pub mtu: Option<u32>,
+    /// Group-based policy extension.
+    pub gbp: bool,
+    /// Source-address learning.
+    pub learning: bool,
+    /// Plain routes to peers on the same L2 network.
+    pub direct_routing: bool,
+}
+
+/// The UDP port of a VXLAN device for which none is configured: the kernel's own default, which predates RFC 7348's
+/// 4789 (`drivers/net/vxlan`).
+pub const VXLAN_PORT: u16 = 8472;
+
+impl Config {
+    /// Reads and validates the JSON text.
+    ///
+    /// # Errors
+    /// [`ConfigError`], which names the field and the fix. A value that is merely unknown to us is no error.
+    pub fn parse(text: &str) -> Result<Config, ConfigError> {
+        let fields = Fields::parse(text).map_err(ConfigError::Json)?;
+        let mut networks = PerFamily::default();
+        for family in Family::ALL {
+            networks.set(family, network(&fields, family)?);
+        }
+        if networks.is_empty() {
+            return Err(invalid("EnableIPv4", "both EnableIPv4 and EnableIPv6 are false: enable one".to_owned()));
+        }
+        let nftables = get(&fields, "EnableNFTables")?.unwrap_or(false);
+        Ok(Config { networks, nftables, backend: backend(&fields)? })
+    }
+
+    /// The pod network of a family, if that family is enabled.
+    pub fn network(&self, family: Family) -> Option<Subnet> {
+        self.networks.get(family).map(|network| network.network)
+    }
+}
+
+/// The names of one family's keys: the families differ in data, not in code.
+struct Keys {
+    enable: (&'static str, bool),
+    network: &'static str,
+    len: &'static str,
+    min: &'static str,
+    max: &'static str,
+    /// Longest permitted SubnetLen, longest network without SubnetLen, longest network with the usual SubnetLen, that.
+    limits: (u8, u8, u8, u8),
+}
+
+const V4: Keys = Keys {
+    enable: ("EnableIPv4", true),
+    network: "Network",
+    len: "SubnetLen",
+    min: "SubnetMin",
+    max: "SubnetMax",
+    limits: (30, 28, 22, 24),
+};
+const V6: Keys = Keys {
+    enable: ("EnableIPv6", false),
+    network: "IPv6Network",
+    len: "IPv6SubnetLen",
+    min: "IPv6SubnetMin",
+    max: "IPv6SubnetMax",
+    limits: (126, 124, 62, 64),
+};
+
+fn network(fields: &Fields, family: Family) -> Result<Option<Network>, ConfigError> {
+    let keys = match family {
+        Family::V4 => V4,
+        Family::V6 => V6,
+    };
+    let (enable, default) = keys.enable;
+    if !get(fields, enable)?.unwrap_or(default) {
+        return Ok(None);
+    }
+    // A null is an absent value for the IPv6 addresses and an error for all others: upstream's decoders differ so.
+    for field in [keys.network, keys.min, keys.max] {
+        let tolerated = family == Family::V6 && field != keys.network;
+        if fields.is_null(&field.to_lowercase()) && !tolerated {
+            return Err(invalid(field, "null is no value: leave the field out or give it one".to_owned()));
+        }
+    }
+    let Some(text) = get::<String>(fields, keys.network)? else {
+        return Err(ConfigError::Missing { field: keys.network, fix: "give the pod network in CIDR form, such as 10.244.0.0/16" });
+    };
+    let network: Subnet = text.parse().map_err(|error: NetError| invalid(keys.network, error.to_string()))?;
+    if network.family() != family {
+        return Err(invalid(keys.network, format!("{network} is no {family} network")));
+    }
+
+    let (longest, longest_network, usual_network, usual_len) = keys.limits;
+    let subnet_len = match get::<u64>(fields, keys.len)?.filter(|len| *len != 0) {
+        Some(len) => {
+            let lowest = network.prefix_len() + 2;
+            match u8::try_from(len) {
+                Ok(len) if len <= longest && len >= lowest => len,
+                _ => {
+                    let problem = format!("{len} is out of range for {network}: it must be {lowest} to {longest}");
+                    return Err(invalid(keys.len, problem));
+                }
+            }
+        }
+        None if network.prefix_len() > longest_network => {
+            let problem = format!("{network} is too small: its prefix length must be at most {longest_network}");
+            return Err(invalid(keys.network, problem));
+        }
+        None if network.prefix_len() <= usual_network => usual_len,
+        None => network.prefix_len() + 2,
+    };
+
+    let step = 1u128 << (family.bits() - subnet_len);
+    let min = match address(fields, keys.min, family)? {
+        Some(min) => min,
+        // The first subnet is skipped: its network address is the whole network's.
+        None => family.address(bits_of(network.network()) + step),
+    };
+    let max = match address(fields, keys.max, family)? {
+        Some(max) => max,
+        None => family.address(bits_of(network.last()) & !(step - 1)),
+    };
+    for (field, ip) in [(keys.min, min), (keys.max, max)] {
+        if !network.contains(ip) {
+            return Err(invalid(field, format!("{ip} is outside the pod network {network}")));
+        }
+        if bits_of(ip) % step != 0 {
+            let aligned = family.address(bits_of(ip) & !(step - 1));
+            return Err(invalid(field, format!("{ip} is not the network address of a /{subnet_len}: did you mean {aligned}?")));
+        }
+    }
+    if min > max {
+        return Err(invalid(keys.min, format!("{min} is above {} {max}: no subnet is left to lease", keys.max)));
+    }
+    Ok(Some(Network { network, subnet_len, min, max }))
+}
+
+fn address(fields: &Fields, field: &'static str, family: Family) -> Result<Option<IpAddr>, ConfigError> {
+    let Some(text) = get::<String>(fields, field)? else { return Ok(None) };
+    let ip = match family {
+        Family::V4 => text.parse().map(|ip: Ipv4Addr| IpAddr::V4(ip)),
+        Family::V6 => text.parse().map(|ip: Ipv6Addr| IpAddr::V6(ip)),
+    };
+    match ip {
+        Ok(ip) if ip == family.unspecified() => Ok(None),
+        Ok(ip) => Ok(Some(ip)),
+        Err(_) => Err(invalid(field, format!("{text:?} is no {family} address"))),
+    }
+}
+
+fn backend(fields: &Fields) -> Result<BackendConfig, ConfigError> {
+    const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\" or \"alloc\"";
+    let Some(backend) = get::<Fields>(fields, "Backend")? else {
+        // Upstream's default here is udp, which is not built yet: say so instead of choosing another data path.
+        return Err(ConfigError::Missing {
+            field: "Backend",
+            fix: "its default, udp, is not supported yet; set Backend.Type to \"vxlan\", \"host-gw\" or \"alloc\"",
+        });
+    };
+    let kind: String = typed(&backend, "Backend.Type", "type")?.unwrap_or_default();
+    match kind.to_lowercase().as_str() {
+        "alloc" => Ok(BackendConfig::Alloc),
+        "host-gw" => Ok(BackendConfig::HostGw),
+        "vxlan" => vxlan(&backend).map(BackendConfig::Vxlan),
+        "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
+        known @ ("udp" | "ipip" | "ipsec" | "wireguard" | "extension" | "tencent-vpc") => {
+            Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
+        }
+        _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
+    }
+}
+
+fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
+    let vni = typed::<i64>(backend, "Backend.VNI", "vni")?.unwrap_or(1);
+    let vni = u32::try_from(vni)
+        .ok()
+        .and_then(Vni::new)
+        .ok_or_else(|| invalid("Backend.VNI", format!("{vni} is out of range: a VXLAN network identifier is 0 to {}", Vni::MAX)))?;
+    let port = typed::<i64>(backend, "Backend.Port", "port")?.unwrap_or(0);
+    let port = u16::try_from(port)
+        .map_err(|_| invalid("Backend.Port", format!("{port} is out of range: it must be 0 (the default, {VXLAN_PORT}) to 65535")))?;
+    let mtu = typed::<i64>(backend, "Backend.MTU", "mtu")?.unwrap_or(0);
+    let mtu = match u32::try_from(mtu) {
+        Ok(0) => None,
+        // 68 is the least that IPv4 permits on a link (RFC 791); the overhead comes on top.
+        Ok(mtu) if (118..=65_535).contains(&mtu) => Some(mtu),
+        _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be 118 to 65535, or absent"))),
+    };
+    Ok(VxlanConfig {
+        vni,
+        port: (port != 0).then_some(port),
+        mtu,
+        gbp: typed(backend, "Backend.GBP", "gbp")?.unwrap_or(false),
+        learning: typed(backend, "Backend.Learning", "learning")?.unwrap_or(false),
+        direct_routing: typed(backend, "Backend.DirectRouting", "directrouting")?.unwrap_or(false),
+    })
+}
+
+fn get<'a, T: Deserialize<'a>>(fields: &'a Fields, field: &'static str) -> Result<Option<T>, ConfigError> {
+    typed(fields, field, &field.to_lowercase())
+}
+
+fn typed<'a, T: Deserialize<'a>>(fields: &'a Fields, field: &'static str, key: &str) -> Result<Option<T>, ConfigError> {
+    fields.get(key).map_err(|source| ConfigError::Type { field, source })
+}
+
+fn invalid(field: &'static str, problem: String) -> ConfigError {
+    ConfigError::Invalid { field, problem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    #[track_caller]
+    fn check(text: &str, want: Expect) {
+        let got = match Config::parse(text) {
+            Err(error) => format!("error: {error}"),
+            Ok(config) => {
+                let networks = config.networks.iter().map(|(_, n)| format!("{} /{} {}..{}", n.network, n.subnet_len, n.min, n.max));
+                let networks: Vec<_> = networks.collect();
+                format!("{}; {:?}", networks.join("; "), config.backend)
+            }
+        };
+        want.assert_eq(&got);
+    }
+
+    #[test]
+    fn defaults_skip_the_first_subnet() {
+        check(r#"{"network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; HostGw"]);
+    }
+
+    #[test]
+    fn ipv6_defaults() {
+        check(
+            r#"{"EnableIPv4":false,"enableipv6":true,"ipv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#,
+            expect!["fc00::/48 /64 fc00:0:0:1::..fc00:0:0:ffff::; Alloc"],
+        );
+    }
+
+    #[test]
+    fn overrides_and_case_are_honoured() {
+        check(
+            r#"{"NETWORK":"10.3.0.7/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,"unknown":[1],
+                "backend":{"type":"VXLAN","vni":7,"PORT":4789,"directrouting":true,"MTU":9000}}"#,
+            expect![
+                "10.3.0.0/16 /28 10.3.5.0..10.3.8.0; Vxlan(VxlanConfig { vni: Vni(7), port: Some(4789), mtu: Some(9000), gbp: false, learning: false, direct_routing: true })"
+            ],
+        );
+    }
+
+    #[test]
+    fn the_last_duplicate_wins_whatever_its_case() {
+        check(
+            r#"{"Network":"10.3.0.0/16","network":"10.4.0.0/16","Backend":{"Type":"alloc"}}"#,
+            expect!["10.4.0.0/16 /24 10.4.1.0..10.4.255.0; Alloc"],
+        );
+    }
+
+    #[test]
+    fn a_small_network_gets_four_subnets() {
+        check(r#"{"Network":"10.3.0.0/26","Backend":{"Type":"alloc"}}"#, expect!["10.3.0.0/26 /28 10.3.0.16..10.3.0.48; Alloc"]);
+    }
+
+    #[test]
+    fn every_refusal_names_the_field_and_the_fix() {
+        check(
+            r#"{"Network":"10.3.0.0/16","#,
+            expect![[
+                r#"error: the network config is not a JSON object: EOF while parsing a value at line 1 column 25; it looks like {"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#
+            ]],
+        );
+        check(
+            "[]",
+            expect![[
+                r#"error: the network config is not a JSON object: invalid type: sequence, expected a JSON object at line 1 column 0; it looks like {"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#
+            ]],
+        );
+        check(
+            r#"{"Backend":{"Type":"vxlan"}}"#,
+            expect!["error: network config: Network is missing: give the pod network in CIDR form, such as 10.244.0.0/16"],
+        );
+        check(r#"{"Network":null}"#, expect!["error: network config: Network: null is no value: leave the field out or give it one"]);
+        check(
+            r#"{"Network":5}"#,
+            expect!["error: network config: Network: invalid type: integer `5`, expected a string at line 1 column 1"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0"}"#,
+            expect![[r#"error: network config: Network: "10.3.0.0" is not a network in CIDR form, such as 10.244.0.0/16"#]],
+        );
+        check(r#"{"Network":"fc00::/48"}"#, expect!["error: network config: Network: fc00::/48 is no IPv4 network"]);
+        check(
+            r#"{"Network":"10.3.0.0/16","SubnetLen":17}"#,
+            expect!["error: network config: SubnetLen: 17 is out of range for 10.3.0.0/16: it must be 18 to 30"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","SubnetLen":31}"#,
+            expect!["error: network config: SubnetLen: 31 is out of range for 10.3.0.0/16: it must be 18 to 30"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/29"}"#,
+            expect!["error: network config: Network: 10.3.0.0/29 is too small: its prefix length must be at most 28"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","SubnetMin":"10.4.0.0"}"#,
+            expect!["error: network config: SubnetMin: 10.4.0.0 is outside the pod network 10.3.0.0/16"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","SubnetMax":"10.3.9.1"}"#,
+            expect!["error: network config: SubnetMax: 10.3.9.1 is not the network address of a /24: did you mean 10.3.9.0?"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","SubnetMin":"10.3.9.0","SubnetMax":"10.3.8.0"}"#,
+            expect!["error: network config: SubnetMin: 10.3.9.0 is above SubnetMax 10.3.8.0: no subnet is left to lease"],
+        );
+        check(
+            r#"{"EnableIPv4":false}"#,
+            expect!["error: network config: EnableIPv4: both EnableIPv4 and EnableIPv6 are false: enable one"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16"}"#,
+            expect![[
+                r#"error: network config: Backend is missing: its default, udp, is not supported yet; set Backend.Type to "vxlan", "host-gw" or "alloc""#
+            ]],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","Backend":{}}"#,
+            expect![[r#"error: network config: Backend.Type is missing: set Backend.Type to "vxlan", "host-gw" or "alloc""#]],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vlxan"}}"#,
+            expect![[
+                r#"error: network config: Backend.Type: "vlxan" is an unknown backend: set Backend.Type to "vxlan", "host-gw" or "alloc""#
+            ]],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
+            expect!["error: network config: Backend.VNI: 16777216 is out of range: a VXLAN network identifier is 0 to 16777215"],
+        );
+        check(
+            r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","Port":-1}}"#,
+            expect!["error: network config: Backend.Port: -1 is out of range: it must be 0 (the default, 8472) to 65535"],
+        );
+    }
+}

@@ -1,0 +1,352 @@
+//! The picture of the kernel: [`Object`]s by [`Key`], as they shall be ([`Desired`]) and as they are ([`Observed`]).
+//!
+//! `Desired` is the sum of parts, one for this node and one for each lease, so that a lease's change touches that
+//! lease's few objects. When two parts claim one key (two peers that publish the same VTEP MAC), the lower owner has
+//! it, whatever the order of arrival.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::lease::LeaseKey;
+use crate::net::{Cidr, Family, IfName, Mac, Subnet, Vni};
+use crate::traffic::Ruleset;
+
+/// A link of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Interface name.
+    pub name: IfName,
+    /// Attributes that can be changed only by creating the link anew.
+    pub kind: LinkKind,
+    /// Link-layer address.
+    pub mac: Mac,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up?
+    pub up: bool,
+}
+
+/// The kind of a link, with what identifies it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A VXLAN device (RFC 7348; attributes of `linux/if_link.h`).
+    Vxlan {
+        /// Network identifier.
+        vni: Vni,
+        /// UDP destination port.
+        port: u16,
+        /// Source address of the outer packets.
+        local: IpAddr,
+        /// The interface that the outer packets leave by.
+        lower: IfName,
+        /// Group-based policy extension.
+        gbp: bool,
+        /// Source-address learning.
+        learning: bool,
+    },
+    /// A link of a kind that we never create, found under a name of ours: its `IFLA_INFO_KIND`, or empty.
+    Other(String),
+}
+
+/// A permanent neighbour entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neigh {
+    /// The link it is on.
+    pub link: IfName,
+    /// The address it resolves.
+    pub ip: IpAddr,
+    /// To this.
+    pub mac: Mac,
+}
+
+/// A permanent forwarding entry of a VXLAN device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fdb {
+    /// The VXLAN device.
+    pub link: IfName,
+    /// Frames to this address…
+    pub mac: Mac,
+    /// …are sent to this host.
+    pub dst: IpAddr,
+}
+
+/// A unicast route of the main table, of our protocol ([`ROUTE_PROTOCOL`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    /// Destination.
+    pub dst: Subnet,
+    /// Metric (`RTA_PRIORITY`), see [`route_metric`].
+    pub metric: u32,
+    /// Gateway.
+    pub via: Option<IpAddr>,
+    /// Output interface.
+    pub dev: IfName,
+    /// `RTNH_F_ONLINK`: take the gateway as reachable on the interface.
+    pub onlink: bool,
+}
+
+/// Our number in `rtm_protocol` (`linux/rtnetlink.h` leaves those above 4 to routing daemons; 241 is in no
+/// `rt_protos`). It is the proof that a route is ours.
+pub const ROUTE_PROTOCOL: u8 = 241;
+
+/// The metric of a peer's route: for IPv4 the number of its subnet within the pod network.
+///
+/// The kernel hashes the nexthops of IPv4 routes by device, protocol and metric, not by gateway; ten thousand peers
+/// with one metric share one bucket that each insertion walks (`fib_find_info`, `net/ipv4/fib_semantics.c`). Distinct
+/// metrics give distinct buckets. IPv6 has no such table and keeps the kernel's default, 1024 (`IP6_RT_PRIO_USER`).
+pub fn route_metric(network: Subnet, subnet: Subnet) -> u32 {
+    match network.family() {
+        Family::V4 => subnet.index_in(network),
+        Family::V6 => 1024,
+    }
+}
+
+/// One thing in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// A link.
+    Link(Link),
+    /// An address on a link of ours.
+    Addr(IfName, Cidr),
+    /// A sysctl: path below `/proc/sys` with slashes, and value.
+    Sysctl(String, String),
+    /// A neighbour entry.
+    Neigh(Neigh),
+    /// A forwarding entry.
+    Fdb(Fdb),
+    /// A route.
+    Route(Route),
+    /// Our nftables table of one family.
+    Ruleset(Ruleset),
+}
+
+/// The identity of an object. Its order is the order of doing: what others stand on comes first, and a route comes
+/// after the entries that it needs, so that no packet takes it before it can arrive.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// By name.
+    Link(IfName),
+    /// By link and address with its length.
+    Addr(IfName, Cidr),
+    /// By path.
+    Sysctl(String),
+    /// By link and address.
+    Neigh(IfName, IpAddr),
+    /// By link and link-layer address.
+    Fdb(IfName, Mac),
+    /// By destination and metric: that is what the kernel replaces by.
+    Route(Subnet, u32),
+    /// By family.
+    Ruleset(Family),
+}
+
+impl Object {
+    /// The object's identity.
+    pub fn key(&self) -> Key {
+        match self {
+            Object::Link(link) => Key::Link(link.name),
+            Object::Addr(link, cidr) => Key::Addr(*link, *cidr),
+            Object::Sysctl(path, _) => Key::Sysctl(path.clone()),
+            Object::Neigh(neigh) => Key::Neigh(neigh.link, neigh.ip),
+            Object::Fdb(fdb) => Key::Fdb(fdb.link, fdb.mac),
+            Object::Route(route) => Key::Route(route.dst, route.metric),
+            Object::Ruleset(ruleset) => Key::Ruleset(ruleset.family),
+        }
+    }
+
+    /// Does the object vanish with this link?
+    pub fn stands_on(&self, name: IfName) -> bool {
+        match self {
+            Object::Link(_) | Object::Ruleset(_) => false,
+            Object::Addr(link, _) => *link == name,
+            Object::Sysctl(path, _) => path.split('/').any(|part| part == name.as_str()),
+            Object::Neigh(neigh) => neigh.link == name,
+            Object::Fdb(fdb) => fdb.link == name,
+            Object::Route(route) => route.dev == name,
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Key::Link(name) => write!(f, "link {name}"),
+            Key::Addr(link, cidr) => write!(f, "address {cidr} on {link}"),
+            Key::Sysctl(path) => write!(f, "sysctl {path}"),
+            Key::Neigh(link, ip) => write!(f, "neighbour {ip} on {link}"),
+            Key::Fdb(link, mac) => write!(f, "FDB entry {mac} on {link}"),
+            Key::Route(dst, metric) => write!(f, "route {dst} metric {metric}"),
+            Key::Ruleset(family) => write!(f, "{family} traffic rules"),
+        }
+    }
+}
+
+impl fmt::Display for Object {
+    /// One line, in the manner of iproute2.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Object::Link(Link { name, kind, mac, mtu, up }) => {
+                write!(f, "link {name} {mac} mtu {mtu} {}", if *up { "up" } else { "down" })?;
+                match kind {
+                    LinkKind::Other(kind) => write!(f, " {kind}"),
+                    LinkKind::Vxlan { vni, port, local, lower, gbp, learning } => {
+                        let (gbp, learning) = (if *gbp { " gbp" } else { "" }, if *learning { "learning" } else { "nolearning" });
+                        write!(f, " vxlan id {vni} dstport {port} local {local} dev {lower} {learning}{gbp}")
+                    }
+                }
+            }
+            Object::Addr(link, cidr) => write!(f, "addr {cidr} dev {link}"),
+            Object::Sysctl(path, value) => write!(f, "sysctl {path} = {value}"),
+            Object::Neigh(Neigh { link, ip, mac }) => write!(f, "neigh {ip} lladdr {mac} dev {link}"),
+            Object::Fdb(Fdb { link, mac, dst }) => write!(f, "fdb {mac} dst {dst} dev {link}"),
+            Object::Route(Route { dst, metric, via, dev, onlink }) => {
+                write!(f, "route {dst}")?;
+                if let Some(via) = via {
+                    write!(f, " via {via}")?;
+                }
+                write!(f, " dev {dev} metric {metric}{}", if *onlink { " onlink" } else { "" })
+            }
+            Object::Ruleset(ruleset) => f.write_str(ruleset.to_string().trim_end()),
+        }
+    }
+}
+
+/// Who wants an object. The node comes before every lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Owner {
+    /// This node itself: its devices, addresses and rules.
+    Node,
+    /// The route to a peer, and what that needs.
+    Lease(LeaseKey),
+}
+
+/// What shall be in the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Desired {
+    claims: BTreeMap<(Key, Owner), Object>,
+    parts: BTreeMap<Owner, Vec<Key>>,
+}
+
+impl Desired {
+    /// Replaces one owner's part and returns the keys that it had or has.
+    pub fn set_part(&mut self, owner: Owner, objects: Vec<Object>) -> Vec<Key> {
+        let mut touched = self.parts.remove(&owner).unwrap_or_default();
+        for key in &touched {
+            self.claims.remove(&(key.clone(), owner));
+        }
+        let keys: Vec<Key> = objects.iter().map(Object::key).collect();
+        for (key, object) in keys.iter().zip(objects) {
+            self.claims.insert((key.clone(), owner), object);
+        }
+        touched.extend(keys.iter().cloned());
+        if !keys.is_empty() {
+            self.parts.insert(owner, keys);
+        }
+        touched.sort();
+        touched.dedup();
+        touched
+    }
+
+    /// The object that shall be at this key.
+    pub fn get(&self, key: &Key) -> Option<&Object> {
+        let mut claims = self.claims.range((key.clone(), Owner::Node)..);
+        claims.next().filter(|((claimed, _), _)| claimed == key).map(|(_, object)| object)
+    }
+
+    /// All objects that shall be, in the order of doing.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        let mut last = None;
+        self.claims.iter().filter_map(move |((key, _), object)| {
+            let first = last.replace(key) != Some(key);
+            first.then_some((key, object))
+        })
+    }
+
+    /// The keys of one owner's part.
+    pub fn part(&self, owner: &Owner) -> &[Key] {
+        self.parts.get(owner).map_or(&[], Vec::as_slice)
+    }
+
+    /// Claims that do not count because a lower owner has their key.
+    pub fn conflicts(&self) -> impl Iterator<Item = (&Key, &Owner)> {
+        let mut last = None;
+        self.claims.keys().filter_map(move |(key, owner)| {
+            let first = last.replace(key) != Some(key);
+            (!first).then_some((key, owner))
+        })
+    }
+
+    /// What to look for in the kernel in order to compare it with this picture.
+    pub fn scope(&self) -> Scope {
+        let mut scope = Scope::default();
+        for key in self.part(&Owner::Node) {
+            match key {
+                Key::Link(name) => scope.links.push(*name),
+                Key::Sysctl(path) => scope.sysctls.push(path.clone()),
+                Key::Ruleset(family) => scope.rulesets.push(*family),
+                _ => {}
+            }
+        }
+        scope
+    }
+}
+
+/// What in the kernel counts as ours: these links with all that stands on them, these sysctls, these tables, and every
+/// route of [`ROUTE_PROTOCOL`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scope {
+    /// Links by name.
+    pub links: Vec<IfName>,
+    /// Sysctls by path.
+    pub sysctls: Vec<String>,
+    /// nftables tables by family.
+    pub rulesets: Vec<Family>,
+}
+
+/// What is in the kernel, limited to what is ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    objects: BTreeMap<Key, Object>,
+}
+
+impl Observed {
+    /// Takes note of an object.
+    pub fn insert(&mut self, object: Object) {
+        self.objects.insert(object.key(), object);
+    }
+
+    /// Forgets an object, and with a link all that stood on it.
+    pub fn remove(&mut self, key: &Key) {
+        self.objects.remove(key);
+        if let Key::Link(name) = key {
+            self.objects.retain(|_, object| !object.stands_on(*name));
+        }
+    }
+
+    /// The object at this key.
+    pub fn get(&self, key: &Key) -> Option<&Object> {
+        self.objects.get(key)
+    }
+
+    /// All objects, in the order of doing.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        self.objects.iter()
+    }
+
+    /// How many objects there are.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+}
+
+impl FromIterator<Object> for Observed {
+    fn from_iter<I: IntoIterator<Item = Object>>(objects: I) -> Observed {
+        Observed { objects: objects.into_iter().map(|object| (object.key(), object)).collect() }
+    }
+}

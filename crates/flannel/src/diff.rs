@@ -1,0 +1,194 @@
+//! From what is to what shall be, as operations in an order that loses no packet: what others stand on first, adds
+//! before deletes, deletes in reverse.
+
+use std::collections::BTreeSet;
+
+use crate::desired::{Desired, Key, Link, LinkKind, Object, Observed};
+use crate::net::IfName;
+use crate::op::Op;
+
+/// May objects be deleted that nobody wants?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prune {
+    /// Yes: the store has said that we know all leases.
+    Yes,
+    /// No: what seems superfluous may belong to a lease that we do not know yet.
+    No,
+}
+
+/// The operations that make `observed` equal `desired`.
+pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
+    let replaced: Vec<IfName> = observed.iter().filter_map(|(key, _)| replaced_link(desired, observed, key)).collect();
+    let survives = |object: &Object| !replaced.iter().any(|link| object.stands_on(*link));
+
+    let mut ops: Vec<Op> = replaced_deletes(observed, &replaced);
+    let missing =
+        desired.iter().filter(|(key, want)| observed.get(key).filter(|have| survives(have) && !is_replaced(&replaced, key)) != Some(want));
+    ops.extend(missing.map(|(_, want)| Op::Set(want.clone())));
+    if prune == Prune::Yes {
+        let superfluous = observed.iter().filter(|(key, have)| desired.get(key).is_none() && survives(have));
+        let mut deletes: Vec<Op> = superfluous.map(|(_, have)| Op::Delete(have.clone())).collect();
+        deletes.reverse();
+        ops.extend(deletes);
+    }
+    ops
+}
+
+/// The same, limited to these keys: the cost follows their number. A link that must be created anew takes all that
+/// stands on it along, so for that one the whole picture is compared.
+pub fn diff_keys(desired: &Desired, observed: &Observed, keys: &BTreeSet<Key>, prune: Prune) -> Vec<Op> {
+    if keys.iter().any(|key| replaced_link(desired, observed, key).is_some()) {
+        return diff(desired, observed, prune);
+    }
+    let mut ops = Vec::new();
+    let mut deletes = Vec::new();
+    for key in keys {
+        match (desired.get(key), observed.get(key)) {
+            (Some(want), have) if have != Some(want) => ops.push(Op::Set(want.clone())),
+            (None, Some(have)) if prune == Prune::Yes => deletes.push(Op::Delete(have.clone())),
+            _ => {}
+        }
+    }
+    deletes.reverse();
+    ops.extend(deletes);
+    ops
+}
+
+/// The link at this key, if it is there in a form that cannot be changed into the desired one.
+fn replaced_link(desired: &Desired, observed: &Observed, key: &Key) -> Option<IfName> {
+    let Key::Link(name) = key else { return None };
+    match (desired.get(key), observed.get(key)) {
+        (Some(Object::Link(want)), Some(Object::Link(have))) if !is_compatible(want, have) => Some(*name),
+        _ => None,
+    }
+}
+
+/// Can `have` become `want` without being created anew? Learning can be changed in place.
+fn is_compatible(want: &Link, have: &Link) -> bool {
+    match (&want.kind, &have.kind) {
+        (
+            LinkKind::Vxlan { vni, port, local, lower, gbp, learning: _ },
+            LinkKind::Vxlan { vni: vni2, port: port2, local: local2, lower: lower2, gbp: gbp2, learning: _ },
+        ) => (vni, port, local, lower, gbp) == (vni2, port2, local2, lower2, gbp2),
+        _ => false,
+    }
+}
+
+fn is_replaced(replaced: &[IfName], key: &Key) -> bool {
+    matches!(key, Key::Link(name) if replaced.contains(name))
+}
+
+fn replaced_deletes(observed: &Observed, replaced: &[IfName]) -> Vec<Op> {
+    let links = replaced.iter().filter_map(|name| observed.get(&Key::Link(*name)));
+    links.map(|link| Op::Delete(link.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::desired::{Owner, Route};
+    use crate::lease::LeaseKey;
+    use crate::net::PerFamily;
+    use expect_test::{Expect, expect};
+
+    fn route(dst: &str, via: &str) -> Object {
+        Object::Route(Route {
+            dst: dst.parse().unwrap(),
+            metric: 0,
+            via: Some(via.parse().unwrap()),
+            dev: "eth0".parse().unwrap(),
+            onlink: false,
+        })
+    }
+
+    fn link(vni: u32, mtu: u32) -> Object {
+        let kind = LinkKind::Vxlan {
+            vni: crate::net::Vni::new(vni).unwrap(),
+            port: 8472,
+            local: "192.0.2.1".parse().unwrap(),
+            lower: "eth0".parse().unwrap(),
+            gbp: false,
+            learning: false,
+        };
+        Object::Link(Link { name: "flannel.1".parse().unwrap(), kind, mac: "0e:00:00:00:00:01".parse().unwrap(), mtu, up: true })
+    }
+
+    fn addr() -> Object {
+        Object::Addr("flannel.1".parse().unwrap(), "10.1.1.0/32".parse().unwrap())
+    }
+
+    #[track_caller]
+    fn check(desired: Vec<Object>, observed: Vec<Object>, prune: Prune, want: Expect) {
+        let mut d = Desired::default();
+        d.set_part(Owner::Node, desired);
+        let o: Observed = observed.into_iter().collect();
+        let ops = diff(&d, &o, prune);
+        let keys = d.iter().map(|(key, _)| key.clone()).chain(o.iter().map(|(key, _)| key.clone())).collect();
+        assert_eq!(ops, diff_keys(&d, &o, &keys, prune), "limited to all keys it is the same");
+        want.assert_eq(&ops.iter().map(|op| format!("{op}\n")).collect::<String>());
+    }
+
+    #[test]
+    fn nothing_to_do_is_nothing_done() {
+        check(vec![link(1, 1450), addr()], vec![addr(), link(1, 1450)], Prune::Yes, expect![""]);
+    }
+
+    #[test]
+    fn adds_come_before_deletes_and_a_changed_route_is_replaced_in_place() {
+        check(
+            vec![route("10.1.2.0/24", "192.0.2.2"), route("10.1.3.0/24", "192.0.2.3")],
+            vec![route("10.1.1.0/24", "192.0.2.1"), route("10.1.2.0/24", "192.0.2.9"), route("10.1.0.0/24", "192.0.2.1")],
+            Prune::Yes,
+            expect![[r#"
+                set route 10.1.2.0/24 via 192.0.2.2 dev eth0 metric 0
+                set route 10.1.3.0/24 via 192.0.2.3 dev eth0 metric 0
+                delete route 10.1.1.0/24 via 192.0.2.1 dev eth0 metric 0
+                delete route 10.1.0.0/24 via 192.0.2.1 dev eth0 metric 0
+            "#]],
+        );
+    }
+
+    #[test]
+    fn without_leave_to_prune_nothing_is_deleted() {
+        check(vec![], vec![route("10.1.1.0/24", "192.0.2.1")], Prune::No, expect![""]);
+    }
+
+    #[test]
+    fn a_link_of_another_vni_is_created_anew_with_all_that_stood_on_it() {
+        check(
+            vec![link(1, 1450), addr()],
+            vec![link(7, 1450), addr()],
+            Prune::No,
+            expect![[r#"
+                delete link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 7 dstport 8472 local 192.0.2.1 dev eth0 nolearning
+                set link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
+                set addr 10.1.1.0/32 dev flannel.1
+            "#]],
+        );
+    }
+
+    #[test]
+    fn an_mtu_is_changed_in_place() {
+        check(
+            vec![link(1, 1400), addr()],
+            vec![link(1, 1450), addr()],
+            Prune::Yes,
+            expect![[r#"
+                set link flannel.1 0e:00:00:00:00:01 mtu 1400 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
+            "#]],
+        );
+    }
+
+    #[test]
+    fn of_two_claims_the_lower_owner_wins_and_the_other_follows_when_it_goes() {
+        let owner = |text: &str| Owner::Lease(LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap());
+        let mut d = Desired::default();
+        d.set_part(owner("10.1.9.0/24"), vec![route("10.1.1.0/24", "192.0.2.9")]);
+        d.set_part(owner("10.1.2.0/24"), vec![route("10.1.1.0/24", "192.0.2.2")]);
+        let key = route("10.1.1.0/24", "192.0.2.2").key();
+        assert_eq!(d.get(&key), Some(&route("10.1.1.0/24", "192.0.2.2")));
+        assert_eq!(d.conflicts().map(|(_, owner)| *owner).collect::<Vec<_>>(), [owner("10.1.9.0/24")]);
+        assert_eq!(d.set_part(owner("10.1.2.0/24"), vec![]), [key.clone()]);
+        assert_eq!(d.get(&key), Some(&route("10.1.1.0/24", "192.0.2.9")));
+    }
+}

@@ -1,0 +1,194 @@
+//! Leases: who owns which slice of the pod network, and the set of them that the store's events fold into.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::net::{PerFamily, Subnet};
+
+/// The identity of a lease in the store: its subnets. Not empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseKey(PerFamily<Subnet>);
+
+impl LeaseKey {
+    /// `None` when there is no subnet, or one in the other family's place.
+    pub fn new(subnets: PerFamily<Subnet>) -> Option<LeaseKey> {
+        let placed = subnets.iter().all(|(family, subnet)| subnet.family() == family);
+        (placed && !subnets.is_empty()).then_some(LeaseKey(subnets))
+    }
+
+    /// The leased subnets.
+    pub fn subnets(&self) -> &PerFamily<Subnet> {
+        &self.0
+    }
+
+    /// Do the two leases share an address of any family?
+    pub fn overlaps(&self, other: &LeaseKey) -> bool {
+        self.0.iter().any(|(family, subnet)| other.0.get(family).is_some_and(|theirs| theirs.overlaps(*subnet)))
+    }
+}
+
+impl fmt::Display for LeaseKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for (_, subnet) in self.0.iter() {
+            write!(f, "{separator}{subnet}")?;
+            separator = ",";
+        }
+        Ok(())
+    }
+}
+
+/// What a host publishes with its lease: where it is reached, and what its backend needs known.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Peer {
+    /// `PublicIP`, `PublicIPv6`: the host's addresses on the physical network. Never the unspecified address.
+    pub public: PerFamily<IpAddr>,
+    /// `BackendType`; empty for backends that program nothing on their peers.
+    pub backend_type: Box<str>,
+    /// `BackendData`, `BackendV6Data`: compact JSON text, meant for the backend of that type alone.
+    pub backend_data: PerFamily<Box<str>>,
+}
+
+/// A lease: its key and its owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// The leased subnets.
+    pub key: LeaseKey,
+    /// Whose they are.
+    pub peer: Peer,
+}
+
+/// What a store tells about leases. A (re)list is `Init`, then an `Apply` for each lease there is, then `InitDone`:
+/// only then is a lease that was not mentioned known to be gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreEvent {
+    /// A list of all leases begins.
+    Init,
+    /// This lease is there, with these attributes.
+    Apply(Lease),
+    /// This lease is gone.
+    Delete(LeaseKey),
+    /// The list that `Init` began is complete.
+    InitDone,
+}
+
+/// The leases that are there, as far as the store has told.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeaseSet {
+    leases: BTreeMap<LeaseKey, Peer>,
+    /// Keys named since `Init`, while a list is under way.
+    listing: Option<BTreeSet<LeaseKey>>,
+    complete: bool,
+}
+
+impl LeaseSet {
+    /// Folds one event in and returns the keys whose lease was added, changed or removed by it. While a list is
+    /// under way leases are only added and changed; what the list did not name goes when it is complete.
+    pub fn fold(&mut self, event: StoreEvent) -> Vec<LeaseKey> {
+        match event {
+            StoreEvent::Init => {
+                self.listing = Some(BTreeSet::new());
+                Vec::new()
+            }
+            StoreEvent::Apply(Lease { key, peer }) => {
+                if let Some(named) = &mut self.listing {
+                    named.insert(key);
+                }
+                if self.leases.get(&key) == Some(&peer) {
+                    return Vec::new();
+                }
+                self.leases.insert(key, peer);
+                vec![key]
+            }
+            StoreEvent::Delete(key) => {
+                if let Some(named) = &mut self.listing {
+                    named.remove(&key);
+                }
+                self.leases.remove(&key).map(|_| key).into_iter().collect()
+            }
+            StoreEvent::InitDone => {
+                self.complete = true;
+                let Some(named) = self.listing.take() else { return Vec::new() };
+                let gone: Vec<LeaseKey> = self.leases.keys().filter(|key| !named.contains(key)).copied().collect();
+                for key in &gone {
+                    self.leases.remove(key);
+                }
+                gone
+            }
+        }
+    }
+
+    /// Has the store ever said that a list was complete? Until then nothing may be pruned: an empty cluster and a
+    /// silent store look alike.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// The owner of a lease.
+    pub fn get(&self, key: &LeaseKey) -> Option<&Peer> {
+        self.leases.get(key)
+    }
+
+    /// All leases, ordered by subnet.
+    pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Peer)> {
+        self.leases.iter()
+    }
+
+    /// How many leases there are.
+    pub fn len(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.leases.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(text: &str) -> LeaseKey {
+        LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap()
+    }
+
+    fn apply(text: &str, ip: &str) -> StoreEvent {
+        let public = PerFamily { v4: Some(ip.parse().unwrap()), v6: None };
+        StoreEvent::Apply(Lease { key: key(text), peer: Peer { public, ..Peer::default() } })
+    }
+
+    #[test]
+    fn a_relist_removes_only_what_it_did_not_name_and_only_at_its_end() {
+        let mut set = LeaseSet::default();
+        for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), apply("10.1.2.0/24", "192.0.2.2")] {
+            set.fold(event);
+        }
+        assert!(!set.is_complete());
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        assert!(set.is_complete());
+
+        assert!(set.fold(StoreEvent::Init).is_empty());
+        assert!(set.fold(apply("10.1.2.0/24", "192.0.2.2")).is_empty(), "an unchanged lease is no change");
+        assert_eq!(set.len(), 2, "nothing goes before the list is complete");
+        assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.1.0/24")]);
+    }
+
+    #[test]
+    fn an_interrupted_relist_is_begun_anew() {
+        let mut set = LeaseSet::default();
+        for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), StoreEvent::InitDone, StoreEvent::Init, StoreEvent::Init] {
+            set.fold(event);
+        }
+        set.fold(apply("10.1.1.0/24", "192.0.2.9"));
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        assert_eq!(set.get(&key("10.1.1.0/24")).unwrap().public.v4, Some("192.0.2.9".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_key_has_each_subnet_in_its_familys_place() {
+        assert!(LeaseKey::new(PerFamily::default()).is_none());
+        assert!(LeaseKey::new(PerFamily { v4: Some("fc00::/64".parse().unwrap()), v6: None }).is_none());
+    }
+}

@@ -1,0 +1,29 @@
+//! Decides. Leases, configuration and facts about this node go in; a picture of the kernel ([`Desired`]) and the
+//! operations that make it true ([`Op`]) come out.
+//!
+//! Nothing here performs I/O, reads a clock or draws a random number: time and randomness are arguments, and the
+//! only way to fail is to reject input. The crate is used by `kernel` (which executes [`Op`]s), `flanneld` (which
+//! feeds it) and `cni` (which reads `subnet.env`).
+
+pub mod alloc;
+pub mod backend;
+pub mod config;
+pub mod desired;
+pub mod diff;
+mod json;
+pub mod lease;
+pub mod net;
+pub mod node;
+pub mod op;
+pub mod renewal;
+pub mod subnet_env;
+pub mod traffic;
+pub mod wire;
+
+pub use backend::Backend;
+pub use config::Config;
+pub use desired::{Desired, Object, Observed};
+pub use lease::{Lease, LeaseKey, LeaseSet, Peer, StoreEvent};
+pub use net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
+pub use node::Node;
+pub use op::{Op, OpError, Outcome};

@@ -1,0 +1,170 @@
+//! `/run/flannel/subnet.env`: what the daemon tells the CNI side and its next self. Rendered and parsed in one place
+//! (specification, sections 1.6 and 7.2).
+
+use thiserror::Error;
+
+use crate::net::{Cidr, Family, PerFamily, Subnet};
+
+/// The content of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubnetEnv {
+    /// The pod network of each enabled family.
+    pub networks: PerFamily<Subnet>,
+    /// This host's subnet of each enabled family.
+    pub subnets: PerFamily<Subnet>,
+    /// MTU for pods, in bytes.
+    pub mtu: u32,
+    /// Does the daemon masquerade? Then the bridge plugin need not.
+    pub ip_masq: bool,
+}
+
+/// A file that the CNI side cannot work with.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum SubnetEnvError {
+    /// Some variables are not there. The list is upstream's, joined by commas.
+    #[error("is missing {0}")]
+    Missing(String),
+    /// A variable has a value that cannot be read.
+    #[error("has an invalid {name}: {problem}")]
+    Invalid {
+        /// The variable.
+        name: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+const NETWORK: [&str; 2] = ["FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK"];
+const SUBNET: [&str; 2] = ["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"];
+const MTU: &str = "FLANNEL_MTU";
+const IPMASQ: &str = "FLANNEL_IPMASQ";
+
+impl SubnetEnv {
+    /// The file's text. `FLANNEL_SUBNET` carries the first host address with the prefix length, as upstream's does.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        for (family, network, subnet) in Family::ALL.into_iter().zip(NETWORK).zip(SUBNET).map(|((f, n), s)| (f, n, s)) {
+            if let (Some(net), Some(mine)) = (self.networks.get(family), self.subnets.get(family)) {
+                text.push_str(&format!("{network}={net}\n{subnet}={}/{}\n", mine.first_host(), mine.prefix_len()));
+            }
+        }
+        text.push_str(&format!("{MTU}={}\n{IPMASQ}={}\n", self.mtu, self.ip_masq));
+        text
+    }
+
+    /// Reads the text as the CNI plugin does: `NAME=value` lines, unknown ones ignored, all needed ones there. A
+    /// network variable may list several CIDRs by comma; the first counts here.
+    ///
+    /// # Errors
+    /// [`SubnetEnvError`], which names the variables.
+    pub fn parse(text: &str) -> Result<SubnetEnv, SubnetEnvError> {
+        let mut networks = PerFamily::default();
+        let mut subnets = PerFamily::default();
+        let (mut mtu, mut ip_masq) = (None, None);
+        for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+            for (i, family) in Family::ALL.into_iter().enumerate() {
+                if name == NETWORK[i] {
+                    networks.set(family, Some(cidr(NETWORK[i], value.split(',').next().unwrap_or(value), family)?));
+                }
+                if name == SUBNET[i] {
+                    subnets.set(family, Some(cidr(SUBNET[i], value, family)?));
+                }
+            }
+            match name {
+                MTU => {
+                    let number =
+                        value.parse().map_err(|_| SubnetEnvError::Invalid { name: MTU, problem: format!("{value:?} is no number") })?;
+                    mtu = Some(number);
+                }
+                IPMASQ => ip_masq = Some(value == "true"),
+                _ => {}
+            }
+        }
+        let mut missing = Vec::new();
+        if networks.is_empty() {
+            missing.extend(NETWORK);
+        }
+        if subnets.is_empty() {
+            missing.extend(SUBNET);
+        }
+        match (mtu, ip_masq) {
+            (Some(mtu), Some(ip_masq)) if missing.is_empty() => Ok(SubnetEnv { networks, subnets, mtu, ip_masq }),
+            _ => {
+                missing.extend(mtu.is_none().then_some(MTU));
+                missing.extend(ip_masq.is_none().then_some(IPMASQ));
+                Err(SubnetEnvError::Missing(missing.join(", ")))
+            }
+        }
+    }
+}
+
+fn cidr(name: &'static str, value: &str, family: Family) -> Result<Subnet, SubnetEnvError> {
+    let parsed = value.parse().map(|cidr: Cidr| cidr.subnet());
+    match parsed {
+        Ok(subnet) if subnet.family() == family => Ok(subnet),
+        Ok(subnet) => Err(SubnetEnvError::Invalid { name, problem: format!("{subnet} is no {family} network") }),
+        Err(error) => Err(SubnetEnvError::Invalid { name, problem: error.to_string() }),
+    }
+}
+
+/// The subnets that a previous run had, read from its file: quotes, spaces and `export` are tolerated, anything that
+/// is not exactly one CIDR is nothing.
+pub fn previous_subnets(text: &str) -> PerFamily<Subnet> {
+    let mut previous = PerFamily::default();
+    for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        let name = name.trim().trim_start_matches("export ").trim();
+        for (i, family) in Family::ALL.into_iter().enumerate() {
+            if name == SUBNET[i] {
+                let value = value.trim().trim_matches(['"', '\'']);
+                previous.set(family, value.parse().ok().filter(|subnet: &Subnet| subnet.family() == family));
+            }
+        }
+    }
+    previous
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env() -> SubnetEnv {
+        SubnetEnv {
+            networks: PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: "fc00::/48".parse().ok() },
+            subnets: PerFamily { v4: "10.244.3.0/24".parse().ok(), v6: "fc00:0:0:3::/64".parse().ok() },
+            mtu: 1450,
+            ip_masq: true,
+        }
+    }
+
+    const TEXT: &str = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_IPV6_NETWORK=fc00::/48\nFLANNEL_IPV6_SUBNET=fc00:0:0:3::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+
+    #[test]
+    fn the_file_is_upstreams_to_the_byte_and_reads_back() {
+        assert_eq!(env().render(), TEXT);
+        assert_eq!(SubnetEnv::parse(TEXT).unwrap(), env());
+        let v4 =
+            SubnetEnv { networks: PerFamily { v6: None, ..env().networks }, subnets: PerFamily { v6: None, ..env().subnets }, ..env() };
+        assert_eq!(v4.render(), "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n");
+    }
+
+    #[test]
+    fn missing_variables_are_listed_as_upstream_lists_them() {
+        let error = |text| SubnetEnv::parse(text).unwrap_err().to_string();
+        assert_eq!(
+            error(""),
+            "is missing FLANNEL_NETWORK, FLANNEL_IPV6_NETWORK, FLANNEL_SUBNET, FLANNEL_IPV6_SUBNET, FLANNEL_MTU, FLANNEL_IPMASQ"
+        );
+        assert_eq!(error("FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPMASQ=1"), "is missing FLANNEL_MTU");
+        assert_eq!(error("FLANNEL_MTU=x"), "has an invalid FLANNEL_MTU: \"x\" is no number");
+        assert_eq!(error("FLANNEL_SUBNET=fc00::1/64"), "has an invalid FLANNEL_SUBNET: fc00::/64 is no IPv4 network");
+    }
+
+    #[test]
+    fn a_previous_file_is_read_with_tolerance() {
+        assert_eq!(previous_subnets(TEXT), env().subnets);
+        assert_eq!(previous_subnets("export FLANNEL_SUBNET=\"10.244.3.1/24\" \n").v4, env().subnets.v4);
+        for text in ["", "FLANNEL_SUBNET=bad", "FLANNEL_SUBNET=10.1.1.1/24,10.1.2.1/24", "FLANNEL_SUBNET=fc00::1/64"] {
+            assert!(previous_subnets(text).is_empty(), "{text}");
+        }
+    }
+}
