@@ -229,7 +229,7 @@ fn network(fields: &Fields, family: Family) -> Result<Option<Network>, ConfigErr
         if !network.contains(ip) {
             return Err(invalid(field, format!("{ip} is outside the pod network {network}")));
         }
-        if bits_of(ip) % step != 0 {
+        if !bits_of(ip).is_multiple_of(step) {
             let aligned = family.address(bits_of(ip) & !(step - 1));
             return Err(invalid(field, format!("{ip} is not the network address of a /{subnet_len}: did you mean {aligned}?")));
         }

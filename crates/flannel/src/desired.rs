@@ -279,7 +279,7 @@ impl Desired {
 
     /// What to look for in the kernel in order to compare it with this picture.
     pub fn scope(&self) -> Scope {
-        let mut scope = Scope::default();
+        let mut scope = Scope { routes: true, ..Scope::default() };
         for key in self.part(&Owner::Node) {
             match key {
                 Key::Link(name) => scope.links.push(*name),
@@ -302,6 +302,8 @@ pub struct Scope {
     pub sysctls: Vec<String>,
     /// nftables tables by family.
     pub rulesets: Vec<Family>,
+    /// All routes of [`ROUTE_PROTOCOL`]?
+    pub routes: bool,
 }
 
 /// What is in the kernel, limited to what is ours.

@@ -1,1 +1,61 @@
-//! placeholder
+//! Touches. Netlink, nftables, sysctl and namespaces, synchronous, with all of the project's `unsafe` code (in
+//! [`sys`]) and all of its dependencies on Linux.
+//!
+//! [`Kernel`] belongs to one thread: it reads the kernel into a [`flannel::Observed`] and executes [`flannel::Op`]s,
+//! in order, with an outcome for each. It decides nothing, retries nothing and sorts nothing. [`Monitor`] hears what
+//! others change. The remaining modules serve the CNI plugins and the lab.
+
+pub mod addr;
+mod apply;
+pub mod capture;
+pub mod link;
+pub mod monitor;
+pub mod neigh;
+pub mod netlink;
+pub mod netns;
+pub mod nft;
+mod observe;
+pub mod process;
+pub mod route;
+#[expect(unsafe_code, reason = "the one file that speaks to libc")]
+mod sys;
+pub mod sysctl;
+
+use std::collections::BTreeMap;
+
+use flannel::IfName;
+use netlink::{NetlinkError, Protocol, Socket};
+
+pub use monitor::{Changed, Monitor};
+
+/// The kernel of the network namespace in which it was opened, as one thread reads and writes it.
+#[derive(Debug)]
+pub struct Kernel {
+    route: Socket,
+    /// Opened when the first ruleset is asked for: a host without traffic rules needs no nf_tables.
+    netfilter: Option<Socket>,
+    /// Interface indexes, valid during one call: they change when somebody creates a link anew.
+    indexes: BTreeMap<IfName, u32>,
+}
+
+impl Kernel {
+    /// Opens the sockets in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses a netlink socket.
+    pub fn open() -> Result<Kernel, NetlinkError> {
+        Ok(Kernel { route: Socket::open(Protocol::Route)?, netfilter: None, indexes: BTreeMap::new() })
+    }
+
+    /// The netlink port of the route socket: notifications that carry it are echoes of our own changes.
+    pub fn port(&self) -> u32 {
+        self.route.port()
+    }
+
+    fn netfilter(&mut self) -> Result<&mut Socket, NetlinkError> {
+        match &mut self.netfilter {
+            Some(socket) => Ok(socket),
+            none => Ok(none.insert(Socket::open(Protocol::Netfilter)?)),
+        }
+    }
+}

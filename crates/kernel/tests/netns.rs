@@ -1,1 +1,333 @@
-fn main() {}
+//! The kernel's edge against the real kernel, in network namespaces that the tests make. One `main` instead of the
+//! usual harness, because a user namespace can only be entered while the process has one thread.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeSet;
+
+use flannel::desired::{Key, Link, LinkKind, Object, Owner, Route, Scope};
+use flannel::diff::{Prune, diff};
+use flannel::traffic::{TrafficConfig, rulesets};
+use flannel::{Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
+use kernel::netlink::{Protocol, Socket};
+use kernel::netns::Netns;
+use kernel::{Changed, Kernel, Monitor, addr, link, netns, route};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    if !arguments.list {
+        netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
+    }
+    let tests: [(&str, fn()); 11] = [
+        ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
+        ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
+        ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
+        ("mtu_mac_and_state_are_changed_in_place", mtu_mac_and_state_are_changed_in_place),
+        ("one_refused_operation_leaves_the_others_alone", one_refused_operation_leaves_the_others_alone),
+        ("what_is_gone_already_is_deleted_with_success", what_is_gone_already_is_deleted_with_success),
+        ("foreign_routes_are_neither_seen_nor_touched", foreign_routes_are_neither_seen_nor_touched),
+        ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
+        ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
+        ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
+        ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
+    ];
+    let trial = |(name, test): (&str, fn())| {
+        Trial::test(name, move || -> Result<(), Failed> {
+            let scratch = Netns::create().expect("a network namespace");
+            scratch.run(test).expect("to enter it");
+            Ok(())
+        })
+    };
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+}
+
+fn name(text: &str) -> IfName {
+    text.parse().unwrap()
+}
+
+/// An external interface `eth0` with 192.0.2.1/24: one end of a veth pair, up.
+fn external() -> Socket {
+    let mut socket = Socket::open(Protocol::Route).unwrap();
+    let end = |text| link::VethEnd { name: name(text), mac: None, netns: None };
+    link::create_veth(&mut socket, 1500, end("eth0"), end("wire")).unwrap();
+    for text in ["eth0", "wire"] {
+        let index = link::get(&mut socket, name(text)).unwrap().unwrap().index;
+        link::set_up(&mut socket, index, true).unwrap();
+    }
+    let index = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
+    addr::add(&mut socket, index, "192.0.2.1/24".parse().unwrap()).unwrap();
+    addr::add(&mut socket, index, "2001:db8::1/64".parse().unwrap()).unwrap();
+    socket
+}
+
+fn vxlan(family: Family, vni: u32, mtu: u32) -> Object {
+    let (device, local) = match family {
+        Family::V4 => ("flannel.1", "192.0.2.1"),
+        Family::V6 => ("flannel-v6.1", "2001:db8::1"),
+    };
+    let kind = LinkKind::Vxlan {
+        vni: Vni::new(vni).unwrap(),
+        port: 8472,
+        local: local.parse().unwrap(),
+        lower: name("eth0"),
+        gbp: false,
+        learning: false,
+    };
+    Object::Link(Link { name: name(device), kind, mac: Mac([0x0e, 0, 0, 0, 0, 1]), mtu, up: true })
+}
+
+fn rules() -> Vec<Object> {
+    let config = TrafficConfig { masquerade: true, fully_random: true, forward: true };
+    let networks = PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: "fc00::/48".parse().ok() };
+    let mine = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: "fc00:0:0:1::/64".parse().ok() };
+    rulesets(config, &networks, &mine).into_iter().map(Object::Ruleset).collect()
+}
+
+/// Both families' devices, and two peers of each: one behind the device, one on the link.
+fn picture() -> Desired {
+    use flannel::desired::{Fdb, Neigh};
+    let mut desired = Desired::default();
+    let mut node = rules();
+    let mut peers = Vec::new();
+    for (family, device, net, vtep, host) in [
+        (Family::V4, "flannel.1", "10.244", "10.244.2.0", "192.0.2.2"),
+        (Family::V6, "flannel-v6.1", "fc00:0:0", "fc00:0:0:2::", "2001:db8::2"),
+    ] {
+        let device = name(device);
+        let (own, len, pods) = match family {
+            Family::V4 => (format!("{net}.1.0/32"), 24, format!("{net}.3.0")),
+            Family::V6 => (format!("{net}:1::/128"), 64, format!("{net}:3::")),
+        };
+        node.push(vxlan(family, 1, 1430));
+        node.push(Object::Addr(device, own.parse().unwrap()));
+        node.push(Object::Sysctl(format!("net/ipv6/conf/{device}/accept_ra"), "0".to_owned()));
+        let mac = Mac([0x0e, 0, 0, 0, 0, 2]);
+        let (vtep, host) = (vtep.parse().unwrap(), host.parse().unwrap());
+        peers.push(Object::Neigh(Neigh { link: device, ip: vtep, mac }));
+        peers.push(Object::Fdb(Fdb { link: device, mac, dst: host }));
+        let metric = if family == Family::V4 { 2 } else { 1024 };
+        peers.push(Object::Route(Route {
+            dst: format!("{vtep}/{len}").parse().unwrap(),
+            metric,
+            via: Some(vtep),
+            dev: device,
+            onlink: true,
+        }));
+        peers.push(Object::Route(Route {
+            dst: format!("{pods}/{len}").parse().unwrap(),
+            metric,
+            via: Some(host),
+            dev: name("eth0"),
+            onlink: false,
+        }));
+    }
+    node.extend(peers);
+    desired.set_part(Owner::Node, node);
+    desired
+}
+
+#[track_caller]
+fn apply(kernel: &mut Kernel, ops: &[Op]) {
+    for outcome in kernel.apply(ops) {
+        outcome.unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+fn every_object_is_written_read_back_and_deleted() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let desired = picture();
+    apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
+    let observed = kernel.observe(&desired.scope()).unwrap();
+    let want: Vec<_> = desired.iter().map(|(_, object)| object.to_string()).collect();
+    let have: Vec<_> = observed.iter().map(|(_, object)| object.to_string()).collect();
+    assert_eq!(have, want);
+
+    let mut deletes: Vec<Op> =
+        observed.iter().filter(|(key, _)| !matches!(key, Key::Sysctl(_))).map(|(_, o)| Op::Delete(o.clone())).collect();
+    deletes.reverse();
+    apply(&mut kernel, &deletes);
+    assert!(kernel.observe(&desired.scope()).unwrap().is_empty());
+}
+
+fn a_second_diff_finds_nothing_to_do() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let desired = picture();
+    apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
+    let observed = kernel.observe(&desired.scope()).unwrap();
+    assert_eq!(diff(&desired, &observed, Prune::Yes), []);
+    // And what is set again is no error: every operation may be sent twice.
+    let again: Vec<Op> = desired.iter().map(|(_, object)| Op::Set(object.clone())).collect();
+    apply(&mut kernel, &again);
+    assert_eq!(kernel.observe(&desired.scope()).unwrap(), observed);
+}
+
+fn a_link_of_another_vni_is_replaced() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let desired = picture();
+    apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
+    let mut other = desired.clone();
+    let mut node: Vec<Object> =
+        desired.iter().map(|(_, object)| object.clone()).filter(|o| o.key() != vxlan(Family::V4, 1, 0).key()).collect();
+    node.push(vxlan(Family::V4, 7, 1430));
+    other.set_part(Owner::Node, node);
+    let observed = kernel.observe(&other.scope()).unwrap();
+    apply(&mut kernel, &diff(&other, &observed, Prune::No));
+    let observed = kernel.observe(&other.scope()).unwrap();
+    assert_eq!(diff(&other, &observed, Prune::Yes), []);
+}
+
+fn mtu_mac_and_state_are_changed_in_place() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    apply(&mut kernel, &[Op::Set(vxlan(Family::V4, 1, 1430))]);
+    let index = kernel.link(name("flannel.1")).unwrap().unwrap().index;
+    let Object::Link(mut changed) = vxlan(Family::V4, 1, 1300) else { unreachable!() };
+    changed.mac = Mac([0x0e, 9, 9, 9, 9, 9]);
+    changed.up = false;
+    if let LinkKind::Vxlan { learning, .. } = &mut changed.kind {
+        *learning = true;
+    }
+    apply(&mut kernel, &[Op::Set(Object::Link(changed.clone()))]);
+    let scope = Scope { links: vec![name("flannel.1")], ..Scope::default() };
+    assert_eq!(kernel.observe(&scope).unwrap().get(&Key::Link(name("flannel.1"))), Some(&Object::Link(changed)));
+    assert_eq!(kernel.link(name("flannel.1")).unwrap().unwrap().index, index, "it is the same device");
+}
+
+fn peer_route(i: u32, via: &str) -> Object {
+    let dst = format!("10.{}.{}.0/24", 128 + i / 256, i % 256).parse().unwrap();
+    Object::Route(Route { dst, metric: i, via: Some(via.parse().unwrap()), dev: name("eth0"), onlink: false })
+}
+
+fn one_refused_operation_leaves_the_others_alone() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let missing = Object::Route(Route { dst: "10.1.0.0/24".parse().unwrap(), metric: 0, via: None, dev: name("nope"), onlink: false });
+    // The last of a batch is the one that is acknowledged: let it be a refused one as well.
+    let ops: Vec<Op> = (0..1000)
+        .map(|i| peer_route(i, if i % 10 == 9 { "198.51.100.1" } else { "192.0.2.2" }))
+        .map(Op::Set)
+        .chain([Op::Set(missing)])
+        .collect();
+    let outcomes = kernel.apply(&ops);
+    assert_eq!(outcomes.len(), ops.len());
+    for (i, outcome) in outcomes.iter().take(1000).enumerate() {
+        assert_eq!(outcome.is_err(), i % 10 == 9, "{i}: {outcome:?}");
+    }
+    let error = outcomes[9].clone().unwrap_err();
+    assert_eq!(
+        error.text,
+        "set route 10.128.9.0/24 via 198.51.100.1 dev eth0 metric 9: Network is unreachable (os error 101) (Nexthop has invalid gateway)"
+    );
+    assert!(outcomes[1000].clone().unwrap_err().text.contains("there is no interface nope"));
+    assert_eq!(kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap().len(), 900);
+}
+
+fn what_is_gone_already_is_deleted_with_success() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let ops: Vec<Op> = picture().iter().filter(|(key, _)| !matches!(key, Key::Sysctl(_))).map(|(_, o)| Op::Delete(o.clone())).collect();
+    apply(&mut kernel, &ops);
+    apply(&mut kernel, &[Op::Set(vxlan(Family::V4, 1, 1430)), Op::Set(vxlan(Family::V6, 1, 1430))]);
+    let on_devices: Vec<Op> = ops.into_iter().filter(|op| !matches!(op.object(), Object::Link(_))).collect();
+    apply(&mut kernel, &on_devices);
+}
+
+fn foreign_routes_are_neither_seen_nor_touched() {
+    let mut socket = external();
+    let index = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
+    for dst in ["10.244.9.0/24", "203.0.113.0/24"] {
+        route::add(&mut socket, dst.parse().unwrap(), Some("192.0.2.9".parse().unwrap()), index).unwrap();
+    }
+    let mut kernel = Kernel::open().unwrap();
+    let mut desired = Desired::default();
+    desired.set_part(Owner::Node, vec![peer_route(1, "192.0.2.2")]);
+    let observed = kernel.observe(&desired.scope()).unwrap();
+    assert!(observed.is_empty());
+    apply(&mut kernel, &diff(&desired, &observed, Prune::Yes));
+    let routes = route::list(&mut socket, Family::V4, route::Filter::Oif(index)).unwrap();
+    let foreign: BTreeSet<String> = routes.iter().filter(|r| r.protocol == 3).map(|r| r.dst.to_string()).collect();
+    assert_eq!(foreign, BTreeSet::from(["10.244.9.0/24".to_owned(), "203.0.113.0/24".to_owned()]));
+}
+
+fn a_changed_ruleset_is_seen_and_repaired() {
+    let mut kernel = Kernel::open().unwrap();
+    let mut desired = Desired::default();
+    desired.set_part(Owner::Node, rules());
+    apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
+    let less = |mut ruleset: flannel::traffic::Ruleset| {
+        ruleset.chains[1].rules.remove(2);
+        Op::Set(Object::Ruleset(ruleset))
+    };
+    let Object::Ruleset(v4) = rules().remove(0) else { unreachable!() };
+    apply(&mut kernel, &[less(v4)]);
+    let observed = kernel.observe(&desired.scope()).unwrap();
+    let ops = diff(&desired, &observed, Prune::Yes);
+    assert_eq!(ops.iter().map(|op| op.object().key()).collect::<Vec<_>>(), [Key::Ruleset(Family::V4)]);
+    apply(&mut kernel, &ops);
+    assert_eq!(diff(&desired, &kernel.observe(&desired.scope()).unwrap(), Prune::Yes), []);
+}
+
+fn ten_thousand_operations_in_one_batch() {
+    external();
+    let mut kernel = Kernel::open().unwrap();
+    let sets: Vec<Op> = (0..10_000).map(|i| Op::Set(peer_route(i, "192.0.2.2"))).collect();
+    apply(&mut kernel, &sets);
+    let observed = kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap();
+    assert_eq!(observed.len(), 10_000);
+    let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
+    apply(&mut kernel, &deletes);
+    assert!(kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap().is_empty());
+}
+
+fn the_monitor_hears_others_and_not_ourselves() {
+    let mut socket = external();
+    let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
+    let mut kernel = Kernel::open().unwrap();
+    let mut monitor = Monitor::open(vec![name("eth0"), name("flannel.1")], true, kernel.port()).unwrap();
+    apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
+    assert_eq!(monitor.drain().unwrap(), [], "our own routes are no news");
+
+    // Another program deletes one of ours, replaces the other, and adds one that is none of our business.
+    let mut other = Kernel::open().unwrap();
+    apply(&mut other, &[Op::Delete(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.3"))]);
+    let heard = monitor.drain().unwrap();
+    assert_eq!(heard, [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
+
+    // A device with entries, deleted by somebody.
+    let desired = picture();
+    let on_v4: Vec<Op> = desired
+        .iter()
+        .filter(|(_, o)| o.stands_on(name("flannel.1")) || o.key() == Key::Link(name("flannel.1")))
+        .map(|(_, o)| Op::Set(o.clone()))
+        .collect();
+    apply(&mut kernel, &on_v4);
+    monitor.drain().unwrap();
+    link::delete(&mut socket, name("flannel.1")).unwrap();
+    assert!(monitor.drain().unwrap().contains(&Changed::Link(name("flannel.1"))));
+
+    // The external interface, and the rules.
+    link::set_up(&mut socket, eth0, false).unwrap();
+    assert!(monitor.drain().unwrap().contains(&Changed::Link(name("eth0"))));
+    apply(&mut other, &rules().into_iter().map(Op::Set).collect::<Vec<_>>());
+    let heard = monitor.drain().unwrap();
+    assert!(heard.contains(&Changed::Rules(Family::V4)) && heard.contains(&Changed::Rules(Family::V6)), "{heard:?}");
+}
+
+fn namespaces_are_told_from_other_files() {
+    assert!(Netns::current().is_ok());
+    for path in ["/proc/self/ns/mnt", "/etc/passwd", "/nonexistent"] {
+        assert!(Netns::open(std::path::Path::new(path)).is_err(), "{path}");
+    }
+    let (here, new) = (Netns::current().unwrap(), Netns::create().unwrap());
+    assert_eq!(here.id().unwrap(), Netns::current().unwrap().id().unwrap(), "creating does not move");
+    let inside = new.run(|| Netns::current().unwrap().id().unwrap()).unwrap();
+    assert_eq!(inside, new.id().unwrap());
+    let path = std::path::Path::new("/mnt/named");
+    new.bind(path).unwrap();
+    assert_eq!(Netns::open(path).unwrap().id().unwrap(), inside);
+    netns::unbind(path).unwrap();
+}

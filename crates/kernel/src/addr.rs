@@ -1,0 +1,114 @@
+//! Interface addresses (`linux/if_addr.h`).
+
+use flannel::node::InterfaceAddr;
+use flannel::{Cidr, Family};
+
+use crate::netlink::{Body, CREATE, EXCL, NetlinkError, REPLACE, Socket, attrs, ip_in, u32_at};
+
+pub(crate) const RTM_NEWADDR: u16 = 20;
+pub(crate) const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
+
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_BROADCAST: u16 = 4;
+const IFA_FLAGS: u16 = 8;
+
+const IFA_F_TEMPORARY: u32 = 0x01;
+const IFA_F_DEPRECATED: u32 = 0x20;
+const IFA_F_PERMANENT: u32 = 0x80;
+
+pub(crate) fn family_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
+}
+
+/// An address and the index of the interface that has it. A link-local IPv6 address is told by its scope.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddrInfo {
+    /// Interface index.
+    pub index: u32,
+    /// The address with its flags.
+    pub addr: InterfaceAddr,
+    /// Is it of link scope (`RT_SCOPE_LINK`)?
+    pub link_scope: bool,
+}
+
+/// Reads an address message (what follows its netlink header).
+pub fn decode(body: &[u8]) -> Option<AddrInfo> {
+    let (len, flags, scope) = (*body.get(1)?, u32::from(*body.get(2)?), *body.get(3)?);
+    let index = u32_at(body, 4)?;
+    let (mut address, mut local, mut flags) = (None, None, flags);
+    for (kind, value) in attrs(body.get(8..)?) {
+        match kind {
+            IFA_ADDRESS => address = ip_in(value),
+            IFA_LOCAL => local = ip_in(value),
+            IFA_FLAGS => flags = u32_at(value, 0)?,
+            _ => {}
+        }
+    }
+    let ip = local.or(address)?;
+    if len > Family::of(ip).bits() {
+        return None;
+    }
+    let addr = InterfaceAddr {
+        cidr: Cidr { addr: ip, len },
+        permanent: flags & IFA_F_PERMANENT != 0,
+        temporary: flags & IFA_F_TEMPORARY != 0,
+        deprecated: flags & IFA_F_DEPRECATED != 0,
+    };
+    Some(AddrInfo { index, addr, link_scope: scope == 253 })
+}
+
+/// Reads the addresses of both families, of one interface or (index 0) of all.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn list(socket: &mut Socket, index: u32) -> Result<Vec<AddrInfo>, NetlinkError> {
+    let mut header = [0; 8];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    socket.dump(
+        RTM_GETADDR,
+        |body| {
+            body.bytes(&header);
+        },
+        decode,
+    )
+}
+
+fn write(body: &mut Body<'_>, index: u32, cidr: Cidr, broadcast: bool) {
+    let mut header = [0; 8];
+    header[0] = family_number(Family::of(cidr.addr));
+    header[1] = cidr.len;
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    body.bytes(&header).attr_ip(IFA_LOCAL, cidr.addr).attr_ip(IFA_ADDRESS, cidr.addr);
+    if broadcast && cidr.addr.is_ipv4() && cidr.len < 31 {
+        body.attr_ip(IFA_BROADCAST, cidr.subnet().last());
+    }
+}
+
+/// Adds an address, or refreshes it where it is there already.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWADDR, CREATE | REPLACE, |body| write(body, index, cidr, false))
+}
+
+/// Adds an address with its broadcast address, as the bridge plugin and the lab do.
+///
+/// # Errors
+/// What the kernel answers; `is_exists` when it is there already.
+pub fn add(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true))
+}
+
+/// Removes an address.
+///
+/// # Errors
+/// What the kernel answers; `is_not_found` when it is not there.
+pub fn delete(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
+    socket.request(RTM_DELADDR, 0, |body| write(body, index, cidr, false))
+}

@@ -1,0 +1,382 @@
+//! Links: bridges, veth pairs and VXLAN devices (`linux/if_link.h`).
+
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use flannel::desired::{Link, LinkKind};
+use flannel::{IfName, Mac, Vni};
+
+use crate::netlink::{Body, CREATE, EXCL, NetlinkError, Socket, attrs, ip_in, str_in, u16_at, u32_at};
+
+pub(crate) const RTM_NEWLINK: u16 = 16;
+pub(crate) const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
+
+const IFF_UP: u32 = 1;
+
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_TXQLEN: u16 = 13;
+const IFLA_OPERSTATE: u16 = 16;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_EXT_MASK: u16 = 29;
+
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const VETH_INFO_PEER: u16 = 1;
+
+const IFLA_VXLAN_ID: u16 = 1;
+const IFLA_VXLAN_LINK: u16 = 3;
+const IFLA_VXLAN_LOCAL: u16 = 4;
+const IFLA_VXLAN_LEARNING: u16 = 7;
+const IFLA_VXLAN_PORT: u16 = 15;
+const IFLA_VXLAN_LOCAL6: u16 = 17;
+const IFLA_VXLAN_GBP: u16 = 23;
+
+const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_ISOLATED: u16 = 33;
+
+/// `IF_OPER_UP` (RFC 2863)
+pub const OPER_UP: u8 = 6;
+/// `IF_OPER_UNKNOWN`: the state of links that do not tell, such as VXLAN devices and `lo`.
+pub const OPER_UNKNOWN: u8 = 0;
+
+/// A link as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: IfName,
+    /// Link-layer address, if it is an Ethernet address.
+    pub mac: Option<Mac>,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up?
+    pub up: bool,
+    /// Operational state (RFC 2863).
+    pub operstate: u8,
+    /// Index of the bridge it is a port of; 0 for none.
+    pub master: u32,
+    /// `IFLA_INFO_KIND`, empty for a physical link.
+    pub kind: String,
+    /// What a VXLAN device has beside.
+    pub vxlan: Option<VxlanInfo>,
+}
+
+/// The attributes of a VXLAN device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VxlanInfo {
+    /// Network identifier.
+    pub vni: u32,
+    /// UDP destination port.
+    pub port: u16,
+    /// Source address of the outer packets.
+    pub local: Option<IpAddr>,
+    /// Index of the lower interface; 0 for none.
+    pub lower: u32,
+    /// Group-based policy extension.
+    pub gbp: bool,
+    /// Source-address learning.
+    pub learning: bool,
+}
+
+fn ifinfomsg(index: u32, flags: u32, change: u32) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..16].copy_from_slice(&change.to_ne_bytes());
+    header
+}
+
+/// Reads a link message (what follows its netlink header).
+pub fn decode(body: &[u8]) -> Option<LinkInfo> {
+    let index = u32_at(body, 4)?;
+    let up = u32_at(body, 8)? & IFF_UP != 0;
+    let mut link =
+        LinkInfo { index, name: "?".parse().ok()?, mac: None, mtu: 0, up, operstate: 0, master: 0, kind: String::new(), vxlan: None };
+    let mut named = false;
+    for (kind, value) in attrs(body.get(16..)?) {
+        match kind {
+            IFLA_IFNAME => {
+                link.name = str_in(value)?.parse().ok()?;
+                named = true;
+            }
+            IFLA_ADDRESS => link.mac = value.try_into().ok().map(Mac),
+            IFLA_MTU => link.mtu = u32_at(value, 0)?,
+            IFLA_MASTER => link.master = u32_at(value, 0)?,
+            IFLA_OPERSTATE => link.operstate = *value.first()?,
+            IFLA_LINKINFO => {
+                for (kind, value) in attrs(value) {
+                    match kind {
+                        IFLA_INFO_KIND => link.kind = str_in(value)?.to_owned(),
+                        IFLA_INFO_DATA if link.kind == "vxlan" => link.vxlan = Some(decode_vxlan(value)?),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    named.then_some(link)
+}
+
+fn decode_vxlan(bytes: &[u8]) -> Option<VxlanInfo> {
+    let mut vxlan = VxlanInfo::default();
+    for (kind, value) in attrs(bytes) {
+        match kind {
+            IFLA_VXLAN_ID => vxlan.vni = u32_at(value, 0)?,
+            IFLA_VXLAN_LINK => vxlan.lower = u32_at(value, 0)?,
+            IFLA_VXLAN_LOCAL | IFLA_VXLAN_LOCAL6 => vxlan.local = ip_in(value),
+            IFLA_VXLAN_LEARNING => vxlan.learning = *value.first()? != 0,
+            IFLA_VXLAN_PORT => vxlan.port = u16::from_be(u16_at(value, 0)?),
+            IFLA_VXLAN_GBP => vxlan.gbp = true,
+            _ => {}
+        }
+    }
+    Some(vxlan)
+}
+
+/// Reads one link by name; `None` if there is none.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn get(socket: &mut Socket, name: IfName) -> Result<Option<LinkInfo>, NetlinkError> {
+    let answer = socket.get(
+        RTM_GETLINK,
+        |body| {
+            body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
+        },
+        decode,
+    );
+    found(answer)
+}
+
+/// Reads one link by index; `None` if there is none.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn get_index(socket: &mut Socket, index: u32) -> Result<Option<LinkInfo>, NetlinkError> {
+    found(socket.get(
+        RTM_GETLINK,
+        |body| {
+            body.bytes(&ifinfomsg(index, 0, 0));
+        },
+        decode,
+    ))
+}
+
+fn found(answer: Result<LinkInfo, NetlinkError>) -> Result<Option<LinkInfo>, NetlinkError> {
+    match answer {
+        Ok(link) => Ok(Some(link)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads all links.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn list(socket: &mut Socket) -> Result<Vec<LinkInfo>, NetlinkError> {
+    // RTEXT_FILTER_SKIP_STATS: nobody here reads counters.
+    socket.dump(
+        RTM_GETLINK,
+        |body| {
+            body.bytes(&ifinfomsg(0, 0, 0)).attr_u32(IFLA_EXT_MASK, 1 << 3);
+        },
+        decode,
+    )
+}
+
+/// Creates the link, or changes what of it can be changed in place. A link that differs in what cannot be changed was
+/// deleted before: that is the diff's decision.
+pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> {
+    let LinkKind::Vxlan { vni, port, local, lower, gbp, learning } = &link.kind else {
+        return Err(NetlinkError::Garbled("a link of a foreign kind cannot be set"));
+    };
+    let flags = if link.up { IFF_UP } else { 0 };
+    if let Some(have) = get(socket, link.name)? {
+        // The kernel takes a change of MTU and a change of what is VXLAN's own in separate requests only.
+        if have.vxlan.is_some_and(|vxlan| vxlan.learning != *learning) {
+            socket.request(RTM_NEWLINK, 0, |body| {
+                body.bytes(&ifinfomsg(have.index, 0, 0));
+                linkinfo(body, "vxlan", |data| {
+                    data.attr(IFLA_VXLAN_LEARNING, &[u8::from(*learning)]);
+                });
+            })?;
+        }
+        return socket.request(RTM_NEWLINK, 0, |body| {
+            body.bytes(&ifinfomsg(have.index, flags, IFF_UP)).attr_u32(IFLA_MTU, link.mtu);
+            if have.mac != Some(link.mac) {
+                body.attr(IFLA_ADDRESS, &link.mac.0);
+            }
+        });
+    }
+    let lower =
+        get(socket, *lower)?.ok_or(NetlinkError::Refused { errno: libc::ENODEV, message: format!("there is no interface {lower}") })?;
+    socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
+        body.bytes(&ifinfomsg(0, flags, IFF_UP));
+        body.attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu).attr(IFLA_ADDRESS, &link.mac.0);
+        body.attr_u32(IFLA_TXQLEN, 0);
+        linkinfo(body, "vxlan", |data| {
+            data.attr_u32(IFLA_VXLAN_ID, vni.get()).attr_u32(IFLA_VXLAN_LINK, lower.index);
+            data.attr_ip(if local.is_ipv4() { IFLA_VXLAN_LOCAL } else { IFLA_VXLAN_LOCAL6 }, *local);
+            data.attr(IFLA_VXLAN_PORT, &port.to_be_bytes()).attr(IFLA_VXLAN_LEARNING, &[u8::from(*learning)]);
+            if *gbp {
+                data.attr(IFLA_VXLAN_GBP, &[]);
+            }
+        });
+    })
+}
+
+fn linkinfo(body: &mut Body<'_>, kind: &str, data: impl FnOnce(&mut Body<'_>)) {
+    body.nest(IFLA_LINKINFO, |info| {
+        info.attr_str(IFLA_INFO_KIND, kind).nest(IFLA_INFO_DATA, data);
+    });
+}
+
+/// The link as an object, for comparison with the desired one.
+pub(crate) fn to_object(link: &LinkInfo, name_of: impl Fn(u32) -> Option<IfName>) -> Link {
+    let vxlan = link.vxlan.and_then(|vxlan| {
+        let (vni, local, lower) = (Vni::new(vxlan.vni)?, vxlan.local?, name_of(vxlan.lower)?);
+        Some(LinkKind::Vxlan { vni, port: vxlan.port, local, lower, gbp: vxlan.gbp, learning: vxlan.learning })
+    });
+    let kind = vxlan.unwrap_or_else(|| LinkKind::Other(link.kind.clone()));
+    Link { name: link.name, kind, mac: link.mac.unwrap_or(Mac([0; 6])), mtu: link.mtu, up: link.up }
+}
+
+/// Deletes a link.
+///
+/// # Errors
+/// What the kernel answers; `is_not_found` when there is none.
+pub fn delete(socket: &mut Socket, name: IfName) -> Result<(), NetlinkError> {
+    socket.request(RTM_DELLINK, 0, |body| {
+        body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
+    })
+}
+
+/// Creates a bridge, administratively up. MTU 0 leaves the choice to the kernel.
+///
+/// # Errors
+/// What the kernel answers; `is_exists` when the name is taken.
+pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
+        body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str());
+        if mtu != 0 {
+            body.attr_u32(IFLA_MTU, mtu);
+        }
+        linkinfo(body, "bridge", |_| {});
+    })
+}
+
+/// One end of a new veth pair.
+#[derive(Debug, Clone, Copy)]
+pub struct VethEnd<'a> {
+    /// Interface name.
+    pub name: IfName,
+    /// Link-layer address; the kernel draws one where there is none.
+    pub mac: Option<Mac>,
+    /// The network namespace to put it in; the socket's own where there is none.
+    pub netns: Option<BorrowedFd<'a>>,
+}
+
+/// Creates a veth pair. MTU 0 leaves the choice to the kernel.
+///
+/// # Errors
+/// What the kernel answers; `is_exists` when a name is taken.
+pub fn create_veth(socket: &mut Socket, mtu: u32, this: VethEnd<'_>, peer: VethEnd<'_>) -> Result<(), NetlinkError> {
+    let end = |body: &mut Body<'_>, end: VethEnd<'_>| {
+        body.attr_str(IFLA_IFNAME, end.name.as_str());
+        if mtu != 0 {
+            body.attr_u32(IFLA_MTU, mtu);
+        }
+        if let Some(mac) = end.mac {
+            body.attr(IFLA_ADDRESS, &mac.0);
+        }
+        if let Some(netns) = end.netns {
+            body.attr_u32(IFLA_NET_NS_FD, netns.as_raw_fd().cast_unsigned());
+        }
+    };
+    socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
+        body.bytes(&ifinfomsg(0, 0, 0));
+        end(body, this);
+        linkinfo(body, "veth", |data| {
+            data.nest(VETH_INFO_PEER, |inner| {
+                inner.bytes(&ifinfomsg(0, 0, 0));
+                end(inner, peer);
+            });
+        });
+    })
+}
+
+/// Sets a link administratively up or down.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_up(socket: &mut Socket, index: u32, up: bool) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, u32::from(up), IFF_UP));
+    })
+}
+
+/// Sets a link's address; a bridge whose address was set keeps it when its ports change.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_mac(socket: &mut Socket, index: u32, mac: Mac) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0)).attr(IFLA_ADDRESS, &mac.0);
+    })
+}
+
+/// How a link behaves as the port of a bridge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PortConfig {
+    /// May frames leave by the port that they came in by?
+    pub hairpin: bool,
+    /// Are frames between this port and other isolated ports dropped?
+    pub isolated: bool,
+}
+
+/// Makes a link a port of a bridge and sets it up. The kernel takes a port's settings only from one that is a port
+/// already, so these are two requests in one batch.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn enslave(socket: &mut Socket, index: u32, bridge: u32, port: PortConfig) -> Result<(), NetlinkError> {
+    let mut batch = crate::netlink::Batch::new();
+    batch.message(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, IFF_UP, IFF_UP)).attr_u32(IFLA_MASTER, bridge);
+    });
+    batch.message(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0)).nest(IFLA_LINKINFO, |info| {
+            info.attr_str(4, "bridge").nest(IFLA_INFO_SLAVE_DATA, |data| {
+                data.attr(IFLA_BRPORT_MODE, &[u8::from(port.hairpin)]).attr(IFLA_BRPORT_ISOLATED, &[u8::from(port.isolated)]);
+            });
+        });
+    });
+    socket.execute(batch).into_iter().collect()
+}
+
+/// The index of the lower or peer interface (`IFLA_LINK`), 0 for none.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn peer_index(socket: &mut Socket, name: IfName) -> Result<u32, NetlinkError> {
+    let read = |body: &[u8]| {
+        Some(attrs(body.get(16..)?).find(|(kind, _)| *kind == IFLA_LINK).and_then(|(_, value)| u32_at(value, 0)).unwrap_or(0))
+    };
+    socket.get(
+        RTM_GETLINK,
+        |body| {
+            body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
+        },
+        read,
+    )
+}

@@ -1,0 +1,586 @@
+//! Netlink by hand: messages are built into one buffer, a batch of them is one `send`, and answers are matched by
+//! sequence number. Strict checking is on, so that the kernel filters dumps; extended acks are read into the error.
+//! (`linux/netlink.h`; Linux `Documentation/userspace-api/netlink/intro.rst`)
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use flannel::OpError;
+use thiserror::Error;
+
+use crate::sys;
+
+/// Which netlink family a socket speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// `NETLINK_ROUTE`: links, addresses, routes, neighbours.
+    Route,
+    /// `NETLINK_NETFILTER`: nf_tables.
+    Netfilter,
+}
+
+/// What went wrong between us and the kernel.
+#[derive(Debug, Error)]
+pub enum NetlinkError {
+    /// The socket itself failed.
+    #[error("netlink socket: cannot {0}: {1}")]
+    Socket(&'static str, io::Error),
+    /// The kernel refused the request.
+    #[error("{}{}", io::Error::from_raw_os_error(*.errno), if .message.is_empty() { String::new() } else { format!(" ({})", .message) })]
+    Refused {
+        /// The error number of `errno.h`.
+        errno: i32,
+        /// The kernel's extended ack; may be empty.
+        message: String,
+    },
+    /// A dump was interrupted by changes again and again.
+    #[error("the kernel's tables changed during each of {0} dumps")]
+    Unstable(u32),
+    /// The kernel's answer cannot be read.
+    #[error("unexpected netlink answer: {0}")]
+    Garbled(&'static str),
+}
+
+impl NetlinkError {
+    /// The kernel's error number, if it was the kernel that refused.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            NetlinkError::Refused { errno, .. } => Some(*errno),
+            NetlinkError::Socket(_, error) => error.raw_os_error(),
+            _ => None,
+        }
+    }
+
+    /// Does the object not exist? (ENOENT, ESRCH, ENODEV, EADDRNOTAVAIL)
+    pub fn is_not_found(&self) -> bool {
+        matches!(self.errno(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL))
+    }
+
+    /// Does the object exist already? (EEXIST)
+    pub fn is_exists(&self) -> bool {
+        self.errno() == Some(libc::EEXIST)
+    }
+
+    /// The error of an operation: what was tried, and what came of it.
+    pub fn into_op_error(self, act: &dyn std::fmt::Display) -> OpError {
+        OpError { errno: self.errno().unwrap_or(libc::EIO), text: format!("{act}: {self}") }
+    }
+}
+
+const HEADER: usize = 16;
+
+/// Netlink messages in one buffer, each complete.
+#[derive(Debug, Default)]
+pub struct Batch {
+    buffer: Vec<u8>,
+    /// Where each message begins.
+    starts: Vec<usize>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Batch {
+        Batch::default()
+    }
+
+    /// Appends a message: its type, its flags beside `NLM_F_REQUEST`, and whatever `body` writes after the header.
+    pub fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> &mut Batch {
+        let start = self.buffer.len();
+        self.starts.push(start);
+        self.buffer.extend([0; 4]);
+        self.buffer.extend(kind.to_ne_bytes());
+        self.buffer.extend((flags | NLM_F_REQUEST).to_ne_bytes());
+        self.buffer.extend([0; 8]);
+        body(&mut Body(&mut self.buffer));
+        let length = u32::try_from(self.buffer.len() - start).expect("a message is far below 4 GiB");
+        self.buffer[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+        pad(&mut self.buffer);
+        self
+    }
+
+    /// How many messages there are.
+    pub fn len(&self) -> usize {
+        self.starts.len()
+    }
+
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+
+    fn bytes(&self, from: usize, to: usize) -> (usize, usize) {
+        (self.starts[from], self.starts.get(to).copied().unwrap_or(self.buffer.len()))
+    }
+}
+
+fn pad(buffer: &mut Vec<u8>) {
+    buffer.resize(buffer.len().next_multiple_of(4), 0);
+}
+
+/// The inside of a message or of a nested attribute.
+#[derive(Debug)]
+pub struct Body<'a>(&'a mut Vec<u8>);
+
+impl Body<'_> {
+    /// Appends raw bytes: the family's fixed header.
+    pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// Appends an attribute.
+    pub fn attr(&mut self, kind: u16, value: &[u8]) -> &mut Self {
+        let length = u16::try_from(value.len() + 4).expect("an attribute is below 64 KiB");
+        self.0.extend(length.to_ne_bytes());
+        self.0.extend(kind.to_ne_bytes());
+        self.0.extend_from_slice(value);
+        pad(self.0);
+        self
+    }
+
+    /// Appends a 32-bit attribute in host order.
+    pub fn attr_u32(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.attr(kind, &value.to_ne_bytes())
+    }
+
+    /// Appends a zero-terminated string attribute.
+    pub fn attr_str(&mut self, kind: u16, value: &str) -> &mut Self {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.attr(kind, &bytes)
+    }
+
+    /// Appends an address attribute in network order.
+    pub fn attr_ip(&mut self, kind: u16, ip: std::net::IpAddr) -> &mut Self {
+        match ip {
+            std::net::IpAddr::V4(ip) => self.attr(kind, &ip.octets()),
+            std::net::IpAddr::V6(ip) => self.attr(kind, &ip.octets()),
+        }
+    }
+
+    /// Appends an attribute that holds what `inside` writes.
+    pub fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body<'_>)) -> &mut Self {
+        const NLA_F_NESTED: u16 = 0x8000;
+        let start = self.0.len();
+        self.0.extend([0; 2]);
+        self.0.extend((kind | NLA_F_NESTED).to_ne_bytes());
+        inside(&mut Body(self.0));
+        let length = u16::try_from(self.0.len() - start).expect("an attribute is below 64 KiB");
+        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+        self
+    }
+}
+
+/// The attributes in `bytes`: kind without flags, and value. Ends at the first one that is cut.
+pub fn attrs(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(bytes, 0)?);
+        let kind = u16_at(bytes, 2)? & 0x3fff;
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+        Some((kind, value))
+    })
+}
+
+/// The 16-bit number in host order at this offset.
+pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
+}
+
+/// The 32-bit number in host order at this offset.
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+/// The address in an attribute: 4 bytes or 16.
+pub fn ip_in(bytes: &[u8]) -> Option<std::net::IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(Into::into),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(Into::into),
+        _ => None,
+    }
+}
+
+/// The text in an attribute, up to its terminating zero.
+pub fn str_in(bytes: &[u8]) -> Option<&str> {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    std::str::from_utf8(&bytes[..end]).ok()
+}
+
+/// A received message.
+#[derive(Debug, Clone, Copy)]
+pub struct Received<'a> {
+    /// `nlmsg_type`
+    pub kind: u16,
+    /// `nlmsg_flags`
+    pub flags: u16,
+    /// `nlmsg_seq`
+    pub seq: u32,
+    /// `nlmsg_pid`: for a notification, the port that caused it, where the kernel tells.
+    pub port: u32,
+    /// What follows the header.
+    pub body: &'a [u8],
+}
+
+/// The messages in a datagram. Ends at the first one that is cut.
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
+    std::iter::from_fn(move || {
+        let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
+        let body = bytes.get(HEADER..length)?;
+        let (kind, flags) = (u16_at(bytes, 4)?, u16_at(bytes, 6)?);
+        let (seq, port) = (u32_at(bytes, 8)?, u32_at(bytes, 12)?);
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+        Some(Received { kind, flags, seq, port, body })
+    })
+}
+
+/// `NLM_F_REQUEST`
+const NLM_F_REQUEST: u16 = 0x1;
+/// `NLM_F_ACK`
+const NLM_F_ACK: u16 = 0x4;
+/// `NLM_F_DUMP`
+const NLM_F_DUMP: u16 = 0x300;
+/// `NLM_F_DUMP_INTR`
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// `NLM_F_REPLACE`
+pub const REPLACE: u16 = 0x100;
+/// `NLM_F_EXCL`
+pub const EXCL: u16 = 0x200;
+/// `NLM_F_CREATE`
+pub const CREATE: u16 = 0x400;
+/// `NLM_F_APPEND`
+pub const APPEND: u16 = 0x800;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+
+/// Messages that go out in one `send`. More gain little (the kernel's own work dominates) and an answer for each, if
+/// all fail, must fit the receive buffer.
+const CHUNK: usize = 256;
+
+/// The size of the receive buffer in user space: the kernel fills at most this much a datagram of a dump.
+const BUFFER: usize = 64 * 1024;
+
+/// What is asked for in the socket's kernel-side receive buffer; the kernel may grant less.
+const KERNEL_BUFFER: libc::c_int = 4 * 1024 * 1024;
+
+/// A netlink socket.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    port: u32,
+    seq: u32,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens a socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Socket`].
+    pub fn open(protocol: Protocol) -> Result<Socket, NetlinkError> {
+        let number = match protocol {
+            Protocol::Route => libc::NETLINK_ROUTE,
+            Protocol::Netfilter => libc::NETLINK_NETFILTER,
+        };
+        let fd = sys::socket(libc::AF_NETLINK, libc::SOCK_RAW, number).map_err(|e| NetlinkError::Socket("open it", e))?;
+        let set = |option| sys::set_option(fd.as_fd(), libc::SOL_NETLINK, option, 1).map_err(|e| NetlinkError::Socket("set an option", e));
+        set(libc::NETLINK_EXT_ACK)?;
+        set(libc::NETLINK_CAP_ACK)?;
+        if protocol == Protocol::Route {
+            set(libc::NETLINK_GET_STRICT_CHK)?;
+        }
+        // Beyond the system's limit needs CAP_NET_ADMIN in the initial user namespace; without it the limit will do.
+        if sys::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, KERNEL_BUFFER).is_err() {
+            sys::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, KERNEL_BUFFER)
+                .map_err(|e| NetlinkError::Socket("size its buffer", e))?;
+        }
+        let port = sys::bind_netlink(fd.as_fd()).map_err(|e| NetlinkError::Socket("bind it", e))?;
+        Ok(Socket { fd, port, seq: 0, buffer: vec![0; BUFFER] })
+    }
+
+    /// Joins a multicast group.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Socket`].
+    pub fn join(&self, group: u32) -> Result<(), NetlinkError> {
+        let group = libc::c_int::try_from(group).expect("groups are small numbers");
+        sys::set_option(self.fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
+            .map_err(|e| NetlinkError::Socket("join a multicast group", e))
+    }
+
+    /// The port that the kernel gave the socket.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Sends one request and waits for its ack.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn request(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> Result<(), NetlinkError> {
+        let mut batch = Batch::new();
+        batch.message(kind, flags, body);
+        self.execute(batch).pop().unwrap_or(Err(NetlinkError::Garbled("no outcome")))
+    }
+
+    /// Sends requests in order and returns an outcome for each. An acknowledgement is asked for the last of a chunk
+    /// only; a request that fails is answered in any case.
+    pub fn execute(&mut self, mut batch: Batch) -> Vec<Result<(), NetlinkError>> {
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let mut from = 0;
+        while from < batch.len() {
+            let to = batch.len().min(from + CHUNK);
+            match self.chunk(&mut batch, from, to, &mut outcomes) {
+                Ok(()) => {}
+                // Answers were lost, or the chunk did not fit. Every request of ours may be sent twice, so ask for
+                // each alone.
+                Err(NetlinkError::Socket(_, error)) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => {
+                    outcomes.truncate(from);
+                    for at in from..to {
+                        let outcome = self.chunk(&mut batch, at, at + 1, &mut outcomes);
+                        if let Err(error) = outcome {
+                            outcomes.truncate(at);
+                            outcomes.push(Err(error));
+                        }
+                    }
+                }
+                Err(error) => {
+                    outcomes.truncate(from);
+                    let text = error.to_string();
+                    outcomes.push(Err(error));
+                    outcomes.resize_with(to, || Err(NetlinkError::Refused { errno: libc::EIO, message: text.clone() }));
+                }
+            }
+            from = to;
+        }
+        outcomes
+    }
+
+    /// Sends the messages `from..to` and appends an outcome for each.
+    fn chunk(
+        &mut self,
+        batch: &mut Batch,
+        from: usize,
+        to: usize,
+        outcomes: &mut Vec<Result<(), NetlinkError>>,
+    ) -> Result<(), NetlinkError> {
+        let first = self.seq.wrapping_add(1);
+        for at in from..to {
+            self.seq = self.seq.wrapping_add(1);
+            let start = batch.starts[at];
+            batch.buffer[start + 8..start + 12].copy_from_slice(&self.seq.to_ne_bytes());
+            if at + 1 == to {
+                batch.buffer[start + 6] |= NLM_F_ACK.to_ne_bytes()[0];
+            }
+        }
+        let (begin, end) = batch.bytes(from, to);
+        self.send(&batch.buffer[begin..end])?;
+
+        let base = outcomes.len();
+        outcomes.resize_with(base + (to - from), || Ok(()));
+        let last = self.seq;
+        loop {
+            let datagram = receive(self.fd.as_fd(), &mut self.buffer, 0)?;
+            for message in messages(datagram) {
+                let offset = message.seq.wrapping_sub(first);
+                let Some(offset) = usize::try_from(offset).ok().filter(|offset| *offset < to - from) else { continue };
+                if message.kind == NLMSG_ERROR {
+                    outcomes[base + offset] = error_in(&message);
+                    if message.seq == last {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends one request whose answer is one message, and hands that to `read`.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn get<T>(
+        &mut self,
+        kind: u16,
+        body: impl FnOnce(&mut Body<'_>),
+        read: impl FnOnce(&[u8]) -> Option<T>,
+    ) -> Result<T, NetlinkError> {
+        self.begin(kind, 0, body)?;
+        let datagram = receive(self.fd.as_fd(), &mut self.buffer, 0)?;
+        let message = messages(datagram).find(|m| m.seq == self.seq).ok_or(NetlinkError::Garbled("an answer to another request"))?;
+        if message.kind == NLMSG_ERROR {
+            error_in(&message)?;
+        }
+        read(message.body).ok_or(NetlinkError::Garbled("a field is missing"))
+    }
+
+    /// Asks for a dump and collects what `read` makes of each message. A dump that a concurrent change made
+    /// inconsistent is asked for again.
+    ///
+    /// # Errors
+    /// What the kernel answers; [`NetlinkError::Unstable`] when change never pauses.
+    pub fn dump<T>(
+        &mut self,
+        kind: u16,
+        body: impl Fn(&mut Body<'_>),
+        mut read: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>, NetlinkError> {
+        const TRIES: u32 = 10;
+        for _ in 0..TRIES {
+            self.begin(kind, NLM_F_DUMP, &body)?;
+            let mut found = Vec::new();
+            let mut interrupted = false;
+            'dump: loop {
+                let datagram = receive(self.fd.as_fd(), &mut self.buffer, 0)?;
+                for message in messages(datagram).filter(|m| m.seq == self.seq) {
+                    interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                    match message.kind {
+                        NLMSG_ERROR => error_in(&message)?,
+                        NLMSG_DONE => {
+                            let errno = u32_at(message.body, 0).map_or(0, u32::cast_signed);
+                            if errno < 0 {
+                                return Err(NetlinkError::Refused { errno: -errno, message: ext_ack(&message.body[4..]) });
+                            }
+                            break 'dump;
+                        }
+                        _ => found.extend(read(message.body)),
+                    }
+                }
+            }
+            if !interrupted {
+                return Ok(found);
+            }
+        }
+        Err(NetlinkError::Unstable(TRIES))
+    }
+
+    fn begin(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> Result<(), NetlinkError> {
+        let mut batch = Batch::new();
+        batch.message(kind, flags, body);
+        self.seq = self.seq.wrapping_add(1);
+        batch.buffer[8..12].copy_from_slice(&self.seq.to_ne_bytes());
+        self.send(&batch.buffer)
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {
+        sys::send(self.fd.as_fd(), bytes).map_err(|e| NetlinkError::Socket("send", e))
+    }
+
+    /// Sends messages as one nf_tables transaction: all take effect or none. The batch holds the content; the
+    /// transaction's begin and end are added here.
+    ///
+    /// # Errors
+    /// What the kernel answers to the first message that it refused.
+    pub fn transaction(&mut self, subsystem: u16, mut batch: Batch) -> Result<(), NetlinkError> {
+        const BEGIN: u16 = 16;
+        const END: u16 = 17;
+        let nfgenmsg = [0, 0, subsystem.to_be_bytes()[0], subsystem.to_be_bytes()[1]];
+        let mut whole = Batch::new();
+        whole.message(BEGIN, 0, |body| {
+            body.bytes(&nfgenmsg);
+        });
+        let offset = whole.buffer.len();
+        whole.starts.extend(batch.starts.iter().map(|start| start + offset));
+        whole.buffer.append(&mut batch.buffer);
+        let first = self.seq.wrapping_add(1);
+        let last = whole.len() - 1;
+        whole.message(END, 0, |body| {
+            body.bytes(&nfgenmsg);
+        });
+        for (at, start) in whole.starts.clone().into_iter().enumerate() {
+            self.seq = self.seq.wrapping_add(1);
+            whole.buffer[start + 8..start + 12].copy_from_slice(&self.seq.to_ne_bytes());
+            if at == last {
+                whole.buffer[start + 6] |= NLM_F_ACK.to_ne_bytes()[0];
+            }
+        }
+        self.send(&whole.buffer)?;
+
+        let last = first.wrapping_add(u32::try_from(last).expect("a transaction has few messages"));
+        let mut outcome = Ok(());
+        loop {
+            let datagram = receive(self.fd.as_fd(), &mut self.buffer, 0)?;
+            for message in messages(datagram).filter(|m| m.kind == NLMSG_ERROR) {
+                let answer = error_in(&message);
+                if outcome.is_ok() && answer.is_err() {
+                    outcome = answer;
+                }
+                // Refused as a whole, the transaction is answered at its beginning; else its last message is.
+                if message.seq == first || message.seq == last {
+                    return outcome;
+                }
+            }
+        }
+    }
+
+    /// Waits for a notification and hands each message of it to `each`.
+    ///
+    /// # Errors
+    /// `ENOBUFS` in [`NetlinkError::Socket`] when notifications were lost; `EAGAIN` when `wait` is false and there is
+    /// none.
+    pub fn notifications(&mut self, wait: bool, mut each: impl FnMut(Received<'_>)) -> Result<(), NetlinkError> {
+        let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
+        let datagram = receive(self.fd.as_fd(), &mut self.buffer, flags)?;
+        messages(datagram).for_each(&mut each);
+        Ok(())
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn receive<'a>(fd: BorrowedFd<'_>, buffer: &'a mut [u8], flags: libc::c_int) -> Result<&'a [u8], NetlinkError> {
+    let length = loop {
+        match sys::recv(fd, buffer, flags) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other.map_err(|e| NetlinkError::Socket("receive", e))?,
+        }
+    };
+    buffer.get(..length).ok_or(NetlinkError::Garbled("a message larger than the buffer"))
+}
+
+/// The outcome in a `struct nlmsgerr`: error 0 is an ack.
+fn error_in(message: &Received<'_>) -> Result<(), NetlinkError> {
+    let errno = u32_at(message.body, 0).ok_or(NetlinkError::Garbled("a cut error"))?.cast_signed();
+    if errno == 0 {
+        return Ok(());
+    }
+    // The request's header follows, and because of NETLINK_CAP_ACK nothing else of it.
+    let message = ext_ack(message.body.get(4 + HEADER..).unwrap_or(&[]));
+    Err(NetlinkError::Refused { errno: -errno, message })
+}
+
+/// `NLMSGERR_ATTR_MSG`
+fn ext_ack(bytes: &[u8]) -> String {
+    attrs(bytes).find(|(kind, _)| *kind == 1).and_then(|(_, text)| str_in(text)).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_padded_and_read_back() {
+        let mut batch = Batch::new();
+        batch.message(16, 0, |body| {
+            body.bytes(&[0; 16]).attr_str(3, "eth0").nest(18, |inner| {
+                inner.attr(1, b"abc").attr_u32(2, 7);
+            });
+        });
+        let message = messages(&batch.buffer).next().unwrap();
+        let found: Vec<_> = attrs(&message.body[16..]).collect();
+        assert_eq!(found[0], (3, b"eth0\0".as_slice()));
+        let inner: Vec<_> = attrs(found[1].1).collect();
+        assert_eq!(inner, [(1, b"abc".as_slice()), (2, 7u32.to_ne_bytes().as_slice())]);
+    }
+
+    #[test]
+    fn cut_input_ends_the_iteration() {
+        assert_eq!(attrs(&[8, 0, 1, 0, 1, 2]).count(), 0);
+        assert_eq!(attrs(&[3, 0, 1, 0]).count(), 0);
+        assert_eq!(messages(&[20, 0, 0, 0, 1, 0]).count(), 0);
+    }
+}

@@ -1,0 +1,145 @@
+//! Network namespaces. A thread lives in one; descriptors name them, and two descriptors name the same one when
+//! device and inode agree.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::thread::LinkNameSpaceType;
+
+use crate::sys;
+
+/// A network namespace, kept alive.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+}
+
+impl Netns {
+    /// Opens the network namespace at a path, such as `/var/run/netns/x` or `/proc/7/ns/net`.
+    ///
+    /// # Errors
+    /// When there is nothing, or something else.
+    pub fn open(path: &Path) -> io::Result<Netns> {
+        let file = File::open(path)?;
+        if !sys::is_network_namespace(file.as_fd()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a network namespace"));
+        }
+        Ok(Netns { file })
+    }
+
+    /// The calling thread's network namespace.
+    ///
+    /// # Errors
+    /// When `/proc` is not there.
+    pub fn current() -> io::Result<Netns> {
+        Netns::open(Path::new("/proc/thread-self/ns/net"))
+    }
+
+    /// Creates a network namespace with `lo` down. The calling thread stays where it is.
+    ///
+    /// # Errors
+    /// When the privilege is missing (`CAP_SYS_ADMIN`).
+    pub fn create() -> io::Result<Netns> {
+        let home = Netns::current()?;
+        sys::unshare(libc::CLONE_NEWNET)?;
+        let new = Netns::current();
+        home.come_home();
+        new
+    }
+
+    /// Device and inode, which identify the namespace.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be read.
+    pub fn id(&self) -> io::Result<(u64, u64)> {
+        let meta = self.file.metadata()?;
+        Ok((meta.dev(), meta.ino()))
+    }
+
+    /// Runs a function with the calling thread in this namespace, and comes back.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered. Not to be able to come back ends the process: to go on in the wrong
+    /// namespace would be worse.
+    pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
+        struct Home(Netns);
+        impl Drop for Home {
+            fn drop(&mut self) {
+                self.0.come_home();
+            }
+        }
+        let home = Home(Netns::current()?);
+        rustix::thread::move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+        let result = f();
+        drop(home);
+        Ok(result)
+    }
+
+    fn come_home(&self) {
+        if rustix::thread::move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
+            std::process::abort();
+        }
+    }
+
+    /// Gives the namespace a name in the file system by a bind mount at `path`, which is created.
+    ///
+    /// # Errors
+    /// When the file cannot be created or mounted on.
+    pub fn bind(&self, path: &Path) -> io::Result<()> {
+        use std::os::fd::AsRawFd;
+        File::create(path)?;
+        let source = PathBuf::from(format!("/proc/thread-self/fd/{}", self.file.as_raw_fd()));
+        Ok(rustix::mount::mount_bind(&source, path)?)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Takes the name away that [`Netns::bind`] gave.
+///
+/// # Errors
+/// When it is not mounted or not removable.
+pub fn unbind(path: &Path) -> io::Result<()> {
+    rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)?;
+    std::fs::remove_file(path)
+}
+
+/// Moves the calling process into mount and network namespaces of its own, and into a user namespace of its own in
+/// which it is root, unless it is root already; then mounts a private tmpfs at `scratch`. All that is made in there
+/// ends with the last process in it, however that ends.
+///
+/// Must be called while the process has one thread.
+///
+/// # Errors
+/// When the system forbids it; the text names the setting to change.
+pub fn isolate(scratch: &Path) -> io::Result<()> {
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    let advice = |error: io::Error| {
+        let text = format!(
+            "cannot create namespaces: {error}. Run as root, or allow unprivileged user namespaces \
+             (sysctl user.max_user_namespaces > 0, kernel.unprivileged_userns_clone = 1, kernel.apparmor_restrict_unprivileged_userns = 0)"
+        );
+        io::Error::new(error.kind(), text)
+    };
+    if uid.is_root() {
+        sys::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWNET).map_err(advice)?;
+    } else {
+        sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWNET).map_err(advice)?;
+        let write = |name: &str, text: String| std::fs::write(format!("/proc/self/{name}"), text).map_err(advice);
+        write("setgroups", "deny".to_owned())?;
+        write("uid_map", format!("0 {} 1", uid.as_raw()))?;
+        write("gid_map", format!("0 {} 1", gid.as_raw()))?;
+    }
+    // Without this, mounts of ours would appear outside where `/` is a shared mount.
+    rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    rustix::mount::mount("tmpfs", scratch, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755"))?;
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! Reads what is there, limited to what is ours, into an [`Observed`].
+
+use flannel::desired::{Fdb, Neigh, Object, Route, Scope};
+use flannel::node::Interface;
+use flannel::{Family, IfName, Observed};
+
+use crate::netlink::NetlinkError;
+use crate::route::{Filter, RouteInfo};
+use crate::{Kernel, addr, link, neigh, nft, route, sysctl};
+
+impl Kernel {
+    /// Reads what of `scope` is there.
+    ///
+    /// # Errors
+    /// When the kernel refuses to be read; then nothing is known, which is not the same as nothing being there.
+    pub fn observe(&mut self, scope: &Scope) -> Result<Observed, NetlinkError> {
+        let mut observed = Observed::default();
+        // All names at once: routes and VXLAN devices refer to interfaces by index.
+        let links = link::list(&mut self.route)?;
+        let name_of = |index: u32| links.iter().find(|link| link.index == index).map(|link| link.name);
+        for info in links.iter().filter(|link| scope.links.contains(&link.name)) {
+            let name = info.name;
+            observed.insert(Object::Link(link::to_object(info, name_of)));
+            for found in addr::list(&mut self.route, info.index)?.iter().filter(|a| a.index == info.index && !is_automatic(a)) {
+                observed.insert(Object::Addr(name, found.addr.cidr));
+            }
+            for entry in neigh::list(&mut self.route, info.index)? {
+                observed.insert(Object::Neigh(Neigh { link: name, ip: entry.ip, mac: entry.mac }));
+            }
+            if info.vxlan.is_some() {
+                for entry in neigh::list_fdb(&mut self.route, info.index)? {
+                    observed.insert(Object::Fdb(Fdb { link: name, mac: entry.mac, dst: entry.ip }));
+                }
+            }
+            for family in Family::ALL {
+                let routes = route::list(&mut self.route, family, Filter::Oif(info.index))?;
+                routes.iter().filter(|r| is_a_peers(r)).for_each(|r| observed.insert(object(r, name)));
+            }
+        }
+        if scope.routes {
+            for family in Family::ALL {
+                for found in route::list(&mut self.route, family, Filter::Ours)? {
+                    // A route whose interface went away this instant is gone as well.
+                    if let Some(name) = name_of(found.oif) {
+                        observed.insert(object(&found, name));
+                    }
+                }
+            }
+        }
+        for path in &scope.sysctls {
+            if let Ok(Some(value)) = sysctl::read(path) {
+                observed.insert(Object::Sysctl(path.clone(), value));
+            }
+        }
+        for family in &scope.rulesets {
+            if let Some(ruleset) = nft::list(self.netfilter()?, *family)? {
+                observed.insert(Object::Ruleset(ruleset));
+            }
+        }
+        Ok(observed)
+    }
+
+    /// All interfaces with their addresses: the facts from which the external interface is chosen.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn interfaces(&mut self) -> Result<Vec<Interface>, NetlinkError> {
+        let addrs = addr::list(&mut self.route, 0)?;
+        let mut links = link::list(&mut self.route)?;
+        links.sort_by_key(|link| link.index);
+        let of = |index| addrs.iter().filter(move |a| a.index == index).map(|a| a.addr).collect();
+        Ok(links.iter().map(|link| Interface { index: link.index, name: link.name, mtu: link.mtu, addrs: of(link.index) }).collect())
+    }
+
+    /// The unicast routes of the main table: the other facts from which the external interface is chosen.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn route_facts(&mut self) -> Result<Vec<flannel::node::RouteFact>, NetlinkError> {
+        route::facts(&mut self.route)
+    }
+
+    /// One link by name.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub fn link(&mut self, name: IfName) -> Result<Option<link::LinkInfo>, NetlinkError> {
+        link::get(&mut self.route, name)
+    }
+}
+
+/// Did the kernel itself put the address there? Every IPv6 link gets a link-local one.
+fn is_automatic(info: &addr::AddrInfo) -> bool {
+    Family::of(info.addr.cidr.addr) == Family::V6 && info.link_scope
+}
+
+/// On a device of ours every route to a gateway is ours or a predecessor's; those without one are the kernel's own
+/// for the device's addresses.
+fn is_a_peers(route: &RouteInfo) -> bool {
+    route.via.is_some()
+}
+
+pub(crate) fn object(info: &RouteInfo, dev: IfName) -> Object {
+    Object::Route(Route { dst: info.dst, metric: info.metric, via: info.via, dev, onlink: info.onlink })
+}

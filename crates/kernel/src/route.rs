@@ -1,0 +1,167 @@
+//! Routes (`linux/rtnetlink.h`): unicast, main table.
+
+use std::net::IpAddr;
+
+use flannel::desired::ROUTE_PROTOCOL;
+use flannel::node::RouteFact;
+use flannel::{Family, Subnet};
+
+use crate::addr::family_number;
+use crate::netlink::{Batch, Body, CREATE, NetlinkError, REPLACE, Socket, attrs, ip_in, u32_at};
+
+pub(crate) const RTM_NEWROUTE: u16 = 24;
+pub(crate) const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_TABLE: u16 = 15;
+
+const RT_TABLE_MAIN: u8 = 254;
+const RTN_UNICAST: u8 = 1;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
+const RT_SCOPE_NOWHERE: u8 = 255;
+const RTPROT_BOOT: u8 = 3;
+const RTNH_F_ONLINK: u32 = 4;
+
+/// A unicast route of the main table, as the kernel shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteInfo {
+    /// Destination.
+    pub dst: Subnet,
+    /// Index of the output interface; 0 for a multipath route.
+    pub oif: u32,
+    /// Gateway.
+    pub via: Option<IpAddr>,
+    /// Metric.
+    pub metric: u32,
+    /// `rtm_protocol`
+    pub protocol: u8,
+    /// `RTNH_F_ONLINK`
+    pub onlink: bool,
+    /// Does it have several nexthops?
+    pub multipath: bool,
+}
+
+/// Reads a route message (what follows its netlink header). `None` for routes of other tables and types.
+pub fn decode(body: &[u8]) -> Option<RouteInfo> {
+    let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;
+    let family = match family {
+        2 => Family::V4,
+        10 => Family::V6,
+        _ => return None,
+    };
+    let onlink = u32_at(body, 8)? & RTNH_F_ONLINK != 0;
+    let (mut dst, mut oif, mut via, mut metric, mut table, mut multipath) = (family.unspecified(), 0, None, 0, u32::from(table), false);
+    for (kind, value) in attrs(body.get(12..)?) {
+        match kind {
+            RTA_DST => dst = ip_in(value)?,
+            RTA_OIF => oif = u32_at(value, 0)?,
+            RTA_GATEWAY => via = ip_in(value),
+            RTA_PRIORITY => metric = u32_at(value, 0)?,
+            RTA_TABLE => table = u32_at(value, 0)?,
+            RTA_MULTIPATH => multipath = true,
+            _ => {}
+        }
+    }
+    let dst = Subnet::new(dst, dst_len).ok().filter(|dst| dst.family() == family)?;
+    let wanted = table == u32::from(RT_TABLE_MAIN) && kind == RTN_UNICAST;
+    wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath })
+}
+
+/// What a dump is limited to; the kernel does the filtering.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filter {
+    /// Every unicast route of the main table.
+    All,
+    /// Those of our protocol.
+    Ours,
+    /// Those through this interface.
+    Oif(u32),
+}
+
+/// Reads the routes of a family.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn list(socket: &mut Socket, family: Family, filter: Filter) -> Result<Vec<RouteInfo>, NetlinkError> {
+    let protocol = if filter == Filter::Ours { ROUTE_PROTOCOL } else { 0 };
+    let header = [family_number(family), 0, 0, 0, RT_TABLE_MAIN, protocol, 0, RTN_UNICAST, 0, 0, 0, 0];
+    let body = |body: &mut Body<'_>| {
+        body.bytes(&header).attr_u32(RTA_TABLE, u32::from(RT_TABLE_MAIN));
+        if let Filter::Oif(index) = filter {
+            body.attr_u32(RTA_OIF, index);
+        }
+    };
+    match socket.dump(RTM_GETROUTE, body, decode) {
+        // A table or family that the kernel does not have yet holds no routes.
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// The facts that the choice of the external interface needs.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
+    let mut facts = Vec::new();
+    for family in Family::ALL {
+        let routes = list(socket, family, Filter::All)?;
+        facts.extend(routes.iter().map(|r| RouteFact { dst: r.dst, oif: r.oif, gateway: r.via.is_some() || r.multipath }));
+    }
+    Ok(facts)
+}
+
+/// Appends the request to add a route of ours or replace the one with its destination and metric.
+pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
+    batch.message(RTM_NEWROUTE, CREATE | REPLACE, |body| {
+        let scope = if route.via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
+        let flags = if route.onlink { RTNH_F_ONLINK } else { 0 };
+        write(body, route.dst, ROUTE_PROTOCOL, scope, RTN_UNICAST, flags);
+        body.attr_u32(RTA_OIF, oif).attr_u32(RTA_PRIORITY, route.metric);
+        if let Some(via) = route.via {
+            body.attr_ip(RTA_GATEWAY, via);
+        }
+    });
+}
+
+/// Appends the request to delete a route. Protocol, type and scope are left open: what is deleted may have been
+/// installed by another flanneld.
+pub(crate) fn delete(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
+    batch.message(RTM_DELROUTE, 0, |body| {
+        write(body, route.dst, 0, RT_SCOPE_NOWHERE, 0, 0);
+        body.attr_u32(RTA_OIF, oif).attr_u32(RTA_PRIORITY, route.metric);
+        if let Some(via) = route.via {
+            body.attr_ip(RTA_GATEWAY, via);
+        }
+    });
+}
+
+fn write(body: &mut Body<'_>, dst: Subnet, protocol: u8, scope: u8, kind: u8, flags: u32) {
+    let family = family_number(dst.family());
+    body.bytes(&[family, dst.prefix_len(), 0, 0, RT_TABLE_MAIN, protocol, scope, kind]).bytes(&flags.to_ne_bytes());
+    if dst.prefix_len() > 0 {
+        body.attr_ip(RTA_DST, dst.network());
+    }
+}
+
+/// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it; one
+/// that is there already is replaced.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWROUTE, CREATE | REPLACE, |body| {
+        let scope = if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
+        write(body, dst, RTPROT_BOOT, scope, RTN_UNICAST, 0);
+        body.attr_u32(RTA_OIF, oif);
+        if let Some(via) = via {
+            body.attr_ip(RTA_GATEWAY, via);
+        }
+    })
+}
