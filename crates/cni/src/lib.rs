@@ -1,1 +1,99 @@
-//! placeholder
+//! Plugs pods in: the CNI plugins `flannel`, `bridge`, `host-local` and `loopback` in one program that goes by several
+//! names. Synchronous, without a runtime: a plugin lives for milliseconds.
+//!
+//! A plugin is a function from a [`Request`] to a [`CniResult`]. Delegation stays in this process where the delegate
+//! that `CNI_PATH` gives is this very program, and starts a process otherwise.
+
+mod bridge;
+mod delegate;
+mod flannel;
+mod host_local;
+mod loopback;
+pub mod protocol;
+pub mod result;
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use protocol::{CniError, Command, Environment, Request};
+use result::CniResult;
+
+/// A plugin of this program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plugin {
+    /// Reads `subnet.env` and delegates.
+    Flannel,
+    /// Connects pods by a bridge.
+    Bridge,
+    /// Hands out addresses of a range, kept in files.
+    HostLocal,
+    /// Sets `lo` up.
+    Loopback,
+}
+
+impl Plugin {
+    /// The plugin of this name.
+    pub fn named(name: &str) -> Option<Plugin> {
+        match name {
+            "flannel" => Some(Plugin::Flannel),
+            "bridge" => Some(Plugin::Bridge),
+            "host-local" => Some(Plugin::HostLocal),
+            "loopback" => Some(Plugin::Loopback),
+            _ => None,
+        }
+    }
+
+    /// Does the work of one command. Commands without a result (DEL, CHECK, GC, STATUS) return `None`.
+    fn run(self, request: &Request) -> Result<Option<CniResult>, CniError> {
+        match self {
+            Plugin::Flannel => flannel::run(request),
+            Plugin::Bridge => bridge::run(request),
+            Plugin::HostLocal => host_local::run(request),
+            Plugin::Loopback => loopback::run(request),
+        }
+    }
+}
+
+/// The plugin that a program's name (its `argv[0]`, or a first argument) stands for.
+pub fn called_as(name: Option<OsString>) -> Option<Plugin> {
+    Plugin::named(Path::new(&name?).file_name()?.to_str()?)
+}
+
+/// Speaks the protocol for one plugin: environment and standard input in, JSON on standard output.
+pub fn main(plugin: Plugin) -> ExitCode {
+    let environment = Environment::from(|name: &str| std::env::var(name).ok());
+    let (text, code) = match answer(plugin, &environment, &mut std::io::stdin().lock()) {
+        Ok(text) => (text, ExitCode::SUCCESS),
+        Err(error) => (error.to_json(), ExitCode::FAILURE),
+    };
+    // Nobody reads on: then nobody wants to know.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    code
+}
+
+/// The largest configuration that is read, in bytes: a GC lists every attachment of a host.
+const MAX_CONFIG: u64 = 16 << 20;
+
+fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> Result<String, CniError> {
+    let Some(command) = environment.command()? else {
+        eprintln!(
+            "CNI plugin of flannel {}\nCNI protocol versions supported: {}",
+            env!("CARGO_PKG_VERSION"),
+            protocol::VERSIONS.join(", ")
+        );
+        return Ok(String::new());
+    };
+    if command == Command::Version {
+        return Ok(protocol::version_answer());
+    }
+    let mut text = String::new();
+    stdin
+        .take(MAX_CONFIG)
+        .read_to_string(&mut text)
+        .map_err(|error| CniError::decode(format!("cannot read the configuration from standard input: {error}")))?;
+    let request = Request::new(command, environment, &text)?;
+    let result = plugin.run(&request)?;
+    Ok(result.map_or(String::new(), |result| result.render(&request.version)))
+}

@@ -4,7 +4,7 @@
 mod host_gw;
 mod vxlan;
 
-pub use vxlan::device_name;
+pub use vxlan::{device_name, vtep_mac};
 
 use std::net::IpAddr;
 

@@ -67,6 +67,8 @@ pub enum StoreEvent {
     Init,
     /// This lease is there, with these attributes.
     Apply(Lease),
+    /// This lease is there, but what it says cannot be read: what was known of it still holds.
+    Keep(LeaseKey),
     /// This lease is gone.
     Delete(LeaseKey),
     /// The list that `Init` began is complete.
@@ -100,6 +102,12 @@ impl LeaseSet {
                 }
                 self.leases.insert(key, peer);
                 vec![key]
+            }
+            StoreEvent::Keep(key) => {
+                if let Some(named) = &mut self.listing {
+                    named.insert(key);
+                }
+                Vec::new()
             }
             StoreEvent::Delete(key) => {
                 if let Some(named) = &mut self.listing {
@@ -173,6 +181,17 @@ mod tests {
         assert!(set.fold(apply("10.1.2.0/24", "192.0.2.2")).is_empty(), "an unchanged lease is no change");
         assert_eq!(set.len(), 2, "nothing goes before the list is complete");
         assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.1.0/24")]);
+    }
+
+    #[test]
+    fn a_lease_that_became_unreadable_keeps_what_was_known() {
+        let mut set = LeaseSet::default();
+        for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), StoreEvent::InitDone, StoreEvent::Init] {
+            set.fold(event);
+        }
+        set.fold(StoreEvent::Keep(key("10.1.1.0/24")));
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        assert_eq!(set.len(), 1);
     }
 
     #[test]

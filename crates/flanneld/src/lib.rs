@@ -1,4 +1,16 @@
-//! placeholder
-pub mod pb {
-    tonic::include_proto!("etcdserverpb");
-}
+//! The daemon, the embedded store and the lab, as a library with a thin program: tests and benchmarks start the same
+//! parts.
+
+pub mod app;
+pub mod cli;
+pub mod embedded;
+pub mod etcd;
+pub mod http;
+pub mod keeper;
+pub mod kernel_thread;
+pub mod lab;
+pub mod ready;
+pub mod reconcile;
+pub mod state;
+pub mod store;
+pub mod subnet_file;

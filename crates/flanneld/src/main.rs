@@ -1,1 +1,89 @@
-fn main() {}
+//! `flanneld`: the daemon and the operator's commands in one program. Called by the name of a CNI plugin, it is that
+//! plugin.
+
+use std::process::ExitCode;
+
+use flanneld::cli::{Cli, Command};
+use flanneld::{app, embedded, lab};
+use tracing_subscriber::fmt::time::SystemTime;
+
+fn main() -> ExitCode {
+    // The container runtime calls plugins by their file's name; the lab links this program under those names.
+    if let Some(plugin) = cni::called_as(std::env::args_os().next()) {
+        return cni::main(plugin);
+    }
+    let cli = match Cli::read(std::env::args().skip(1), |name| std::env::var(name).ok()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+        }
+    };
+    let outcome = match cli.command {
+        None if cli.run.version => version(),
+        None => {
+            log(cli.run.v);
+            run(async { app::run(&cli.run, stop()).await })
+        }
+        Some(Command::Store(args)) => {
+            log(0);
+            run(async {
+                let bound = embedded::bind(&args).await?;
+                tracing::info!(listen = %bound.address(), data = %args.data_dir.display(), "the embedded store serves etcd's v3 API");
+                bound.serve(stop()).await
+            })
+        }
+        // The lab makes its namespaces before there is a second thread, so it starts no runtime here.
+        Some(Command::Lab(args)) => return lab::cli::main(args),
+        Some(Command::Version) => version(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("flanneld: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn version() -> anyhow::Result<()> {
+    use std::io::Write;
+    Ok(writeln!(std::io::stdout(), "flanneld {}", env!("CARGO_PKG_VERSION"))?)
+}
+
+fn run(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(future);
+    // Tasks that wait on the network do not hold up the end.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn log(verbosity: u8) {
+    let level = match verbosity {
+        0 => tracing::Level::INFO,
+        1..=3 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .with_timer(SystemTime)
+        .with_target(false)
+        .init();
+}
+
+/// Ready at the first SIGTERM or SIGINT; the second ends the process at once.
+async fn stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        std::process::exit(130);
+    });
+}

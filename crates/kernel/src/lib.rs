@@ -9,6 +9,7 @@ pub mod addr;
 mod apply;
 pub mod capture;
 pub mod link;
+pub mod masquerade;
 pub mod monitor;
 pub mod neigh;
 pub mod netlink;

@@ -2,10 +2,11 @@
 //! [`Changed::Everything`]; our own echoes are left out where the kernel names the cause.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
 use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL};
 use flannel::{Family, IfName};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in};
 use crate::{addr, link, neigh, nft, observe, route};
@@ -39,7 +40,8 @@ pub enum Changed {
 pub struct Monitor {
     route: Socket,
     netfilter: Option<Socket>,
-    watched: Vec<IfName>,
+    owned: Vec<IfName>,
+    external: IfName,
     /// Indexes of the watched links, as far as they are there.
     names: BTreeMap<u32, IfName>,
     /// The port whose changes are our own.
@@ -47,17 +49,18 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes, in the calling thread's network namespace, to changes of the watched links with what stands on
-    /// them, of our routes, and (if `rules`) of our nftables tables. Changes that carry `own_port` are left out.
+    /// Subscribes, in the calling thread's network namespace, to changes of the links that are ours with all that
+    /// stands on them, of the external interface with our routes through it, and (if `rules`) of our nftables tables.
+    /// Changes that carry `own_port` are left out.
     ///
     /// # Errors
     /// When the kernel refuses the sockets.
-    pub fn open(watched: Vec<IfName>, rules: bool, own_port: u32) -> Result<Monitor, NetlinkError> {
+    pub fn open(owned: Vec<IfName>, external: IfName, rules: bool, own_port: u32) -> Result<Monitor, NetlinkError> {
         let mut route = Socket::open(Protocol::Route)?;
         // The names are read before the subscription, on the same socket, so that no answer mixes with notifications;
         // a link that changes in between is caught by the full read with which every watch begins.
         let links = link::list(&mut route)?;
-        let names = links.iter().filter(|l| watched.contains(&l.name)).map(|l| (l.index, l.name)).collect();
+        let names = links.iter().filter(|l| owned.contains(&l.name) || l.name == external).map(|l| (l.index, l.name)).collect();
         for group in [RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE] {
             route.join(group)?;
         }
@@ -69,12 +72,20 @@ impl Monitor {
             }
             false => None,
         };
-        Ok(Monitor { route, netfilter, watched, names, own_port })
+        Ok(Monitor { route, netfilter, owned, external, names, own_port })
     }
 
-    /// The sockets to wait on for reading: that for routes, and that for rules where there is one.
-    pub fn sockets(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
-        (self.route.as_fd(), self.netfilter.as_ref().map(AsFd::as_fd))
+    /// Waits until there is something to [`Monitor::drain`].
+    ///
+    /// # Errors
+    /// When waiting fails.
+    pub fn wait(&self) -> Result<(), NetlinkError> {
+        let fds = [Some(self.route.as_fd()), self.netfilter.as_ref().map(AsFd::as_fd)];
+        let mut polled: Vec<PollFd<'_>> = fds.iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        match rustix::event::poll(&mut polled, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(NetlinkError::Socket("wait", error.into())),
+        }
     }
 
     /// Reads all notifications that are there, without waiting.
@@ -84,13 +95,14 @@ impl Monitor {
     pub fn drain(&mut self) -> Result<Vec<Changed>, NetlinkError> {
         let mut changes = Vec::new();
         loop {
-            let Monitor { route, names, watched, own_port, .. } = self;
+            let Monitor { route, names, owned, external, own_port, .. } = self;
+            let watched = Watched { owned, external: *external };
             let more = route.notifications(false, |message| {
                 if message.port != *own_port || message.port == 0 {
-                    changes.extend(decode(&message, watched, names));
+                    changes.extend(decode(&message, &watched, names));
                 } else if is_link(&message) {
                     // Our own change of a link still teaches its index.
-                    decode(&message, watched, names);
+                    decode(&message, &watched, names);
                 }
             });
             if !go_on(more, &mut changes)? {
@@ -123,7 +135,13 @@ fn is_link(message: &Received<'_>) -> bool {
     matches!(message.kind, link::RTM_NEWLINK | link::RTM_DELLINK)
 }
 
-fn decode(message: &Received<'_>, watched: &[IfName], names: &mut BTreeMap<u32, IfName>) -> Option<Changed> {
+/// Which links concern us.
+struct Watched<'a> {
+    owned: &'a [IfName],
+    external: IfName,
+}
+
+fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u32, IfName>) -> Option<Changed> {
     match message.kind {
         link::RTM_NEWLINK | link::RTM_DELLINK => {
             // A bridge port is announced once more in the bridge family: that says nothing about the link.
@@ -131,7 +149,7 @@ fn decode(message: &Received<'_>, watched: &[IfName], names: &mut BTreeMap<u32, 
                 return None;
             }
             let info = link::decode(message.body)?;
-            if message.kind == link::RTM_DELLINK || !watched.contains(&info.name) {
+            if message.kind == link::RTM_DELLINK || !(watched.owned.contains(&info.name) || info.name == watched.external) {
                 return names.remove(&info.index).map(Changed::Link);
             }
             names.insert(info.index, info.name);
@@ -145,13 +163,13 @@ fn decode(message: &Received<'_>, watched: &[IfName], names: &mut BTreeMap<u32, 
             let dev = *names.get(&info.oif)?;
             let object = observe::object(&info, dev);
             let gone = message.kind == route::RTM_DELROUTE;
-            // What is put in the place of a route of ours takes it away.
-            let ours = info.protocol == ROUTE_PROTOCOL;
+            let ours = info.protocol == ROUTE_PROTOCOL || (watched.owned.contains(&dev) && info.via.is_some());
+            // A foreign route that was put in the place of one of ours takes that away.
             Some(if gone || !ours { Changed::Gone(object.key()) } else { Changed::Set(object) })
         }
         neigh::RTM_NEWNEIGH => {
             let entry = neigh::decode(message.body)?;
-            let link = *names.get(&entry.index)?;
+            let link = *names.get(&entry.index).filter(|name| watched.owned.contains(name))?;
             let object = match entry.fdb {
                 true => Object::Fdb(Fdb { link, mac: entry.mac, dst: entry.ip }),
                 false => Object::Neigh(Neigh { link, ip: entry.ip, mac: entry.mac }),
@@ -160,7 +178,7 @@ fn decode(message: &Received<'_>, watched: &[IfName], names: &mut BTreeMap<u32, 
         }
         neigh::RTM_DELNEIGH => {
             let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
-            let link = *names.get(&index)?;
+            let link = *names.get(&index).filter(|name| watched.owned.contains(name))?;
             Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }))
         }
         _ => None,

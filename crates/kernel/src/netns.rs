@@ -112,6 +112,24 @@ pub fn unbind(path: &Path) -> io::Result<()> {
     std::fs::remove_file(path)
 }
 
+/// Moves the calling process into the user and mount namespaces of another process of the same user, and into the
+/// network namespace that has a name there. Must be called while the process has one thread.
+///
+/// # Errors
+/// When the other process is gone, or another user's.
+pub fn join(pid: u32, network: &Path) -> io::Result<()> {
+    let namespace = |kind: &str| File::open(format!("/proc/{pid}/ns/{kind}"));
+    let (user, mount) = (namespace("user")?, namespace("mnt")?);
+    let id = |file: &File| file.metadata().map(|meta| (meta.dev(), meta.ino()));
+    // To enter one's own user namespace is an error.
+    if id(&user)? != id(&File::open("/proc/self/ns/user")?)? {
+        rustix::thread::move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))?;
+    }
+    rustix::thread::move_into_link_name_space(mount.as_fd(), Some(LinkNameSpaceType::Mount))?;
+    let network = Netns::open(network)?;
+    Ok(rustix::thread::move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))?)
+}
+
 /// Moves the calling process into mount and network namespaces of its own, and into a user namespace of its own in
 /// which it is root, unless it is root already; then mounts a private tmpfs at `scratch`. All that is made in there
 /// ends with the last process in it, however that ends.

@@ -10,25 +10,26 @@ use flannel::{Family, Subnet};
 use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, str_in};
 
 pub(crate) const SUBSYSTEM: u16 = 10;
-const NEWTABLE: u16 = 0;
+pub(crate) const NEWTABLE: u16 = 0;
 const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
-const NEWCHAIN: u16 = 3;
+pub(crate) const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
-const NEWRULE: u16 = 6;
-const GETRULE: u16 = 7;
+pub(crate) const NEWRULE: u16 = 6;
+pub(crate) const GETRULE: u16 = 7;
+pub(crate) const DELRULE: u16 = 8;
 
 /// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE` and `NFTA_RULE_TABLE` have the same number.
 pub(crate) const TABLE: u16 = 1;
 const TABLE_USERDATA: u16 = 6;
-const CHAIN_NAME: u16 = 3;
+pub(crate) const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
-const CHAIN_POLICY: u16 = 5;
-const CHAIN_TYPE: u16 = 7;
+pub(crate) const CHAIN_POLICY: u16 = 5;
+pub(crate) const CHAIN_TYPE: u16 = 7;
 const HOOK_NUM: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
-const RULE_CHAIN: u16 = 2;
-const RULE_EXPRESSIONS: u16 = 4;
+pub(crate) const RULE_CHAIN: u16 = 2;
+pub(crate) const RULE_EXPRESSIONS: u16 = 4;
 const LIST_ELEM: u16 = 1;
 const EXPR_NAME: u16 = 1;
 const EXPR_DATA: u16 = 2;
@@ -38,15 +39,18 @@ const VERDICT_CODE: u16 = 1;
 
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
-const NF_ACCEPT: u32 = 1;
+pub(crate) const NF_ACCEPT: u32 = 1;
 const NFT_RETURN: u32 = (-5i32).cast_unsigned();
 const META_MARK: u32 = 3;
+const META_NFPROTO: u32 = 15;
+const NFT_GOTO: u32 = (-4i32).cast_unsigned();
+const VERDICT_CHAIN: u16 = 2;
 const NETWORK_HEADER: u32 = 1;
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
 const RANDOM_FULLY: u32 = 16;
 
-fn kind(message: u16) -> u16 {
+pub(crate) fn kind(message: u16) -> u16 {
     SUBSYSTEM << 8 | message
 }
 
@@ -94,9 +98,7 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
                 Hook::Forward => (2u32, 0u32, "filter"),
                 Hook::Postrouting => (4, 100, "nat"),
             };
-            body.nest(CHAIN_HOOK, |inner| {
-                inner.attr(HOOK_NUM, &hook.to_be_bytes()).attr(HOOK_PRIORITY, &priority.to_be_bytes());
-            });
+            encode_hook(body, hook, priority);
             body.attr(CHAIN_POLICY, &NF_ACCEPT.to_be_bytes()).attr_str(CHAIN_TYPE, name);
         });
     }
@@ -124,7 +126,7 @@ pub fn delete(socket: &mut Socket, family: Family) -> Result<(), NetlinkError> {
     socket.transaction(SUBSYSTEM, batch)
 }
 
-fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
+pub(crate) fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
     for condition in &rule.matches {
         let (data, mask, value, negated) = match *condition {
             Match::Mark(bits) => {
@@ -168,6 +170,36 @@ fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
             });
         }),
     }
+}
+
+/// Where a base chain is hooked in.
+pub(crate) fn encode_hook(body: &mut Body<'_>, hook: u32, priority: u32) {
+    body.nest(CHAIN_HOOK, |inner| {
+        inner.attr(HOOK_NUM, &hook.to_be_bytes()).attr(HOOK_PRIORITY, &priority.to_be_bytes());
+    });
+}
+
+/// The condition that a packet is of this family: in a table of both, address matches need it first.
+pub(crate) fn encode_family(list: &mut Body<'_>, family: Family) {
+    expression(list, "meta", |meta| {
+        be(meta, 2, META_NFPROTO).attr(1, &REG_1.to_be_bytes());
+    });
+    expression(list, "cmp", |cmp| {
+        be(be(cmp, 1, REG_1), 2, CMP_EQ).nest(3, |v| {
+            v.attr(DATA_VALUE, &[crate::addr::family_number(family)]);
+        });
+    });
+}
+
+/// The verdict to go on in another chain.
+pub(crate) fn encode_goto(list: &mut Body<'_>, chain: &str) {
+    expression(list, "immediate", |immediate| {
+        be(immediate, 1, REG_VERDICT).nest(2, |data| {
+            data.nest(DATA_VERDICT, |verdict| {
+                be(verdict, VERDICT_CODE, NFT_GOTO).attr_str(VERDICT_CHAIN, chain);
+            });
+        });
+    });
 }
 
 fn address(list: &mut Body<'_>, net: Subnet, source: bool, not: bool) -> (u32, Vec<u8>, Vec<u8>, bool) {
@@ -243,7 +275,7 @@ pub fn list(socket: &mut Socket, family: Family) -> Result<Option<Ruleset>, Netl
     Ok(Some(Ruleset { family, chains }))
 }
 
-fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attrs(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 

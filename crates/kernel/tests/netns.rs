@@ -287,7 +287,7 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let mut socket = external();
     let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
     let mut kernel = Kernel::open().unwrap();
-    let mut monitor = Monitor::open(vec![name("eth0"), name("flannel.1")], true, kernel.port()).unwrap();
+    let mut monitor = Monitor::open(vec![name("flannel.1")], name("eth0"), true, kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
     assert_eq!(monitor.drain().unwrap(), [], "our own routes are no news");
 
@@ -296,6 +296,13 @@ fn the_monitor_hears_others_and_not_ourselves() {
     apply(&mut other, &[Op::Delete(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.3"))]);
     let heard = monitor.drain().unwrap();
     assert_eq!(heard, [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
+
+    // Foreign neighbours and routes on the external interface are none of our business.
+    route::add(&mut socket, "203.0.113.0/24".parse().unwrap(), Some("192.0.2.9".parse().unwrap()), eth0).unwrap();
+    let neigh = flannel::desired::Neigh { link: name("eth0"), ip: "192.0.2.77".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 7]) };
+    apply(&mut other, &[Op::Set(Object::Neigh(neigh))]);
+    let heard = monitor.drain().unwrap();
+    assert_eq!(heard, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
 
     // A device with entries, deleted by somebody.
     let desired = picture();

@@ -109,7 +109,10 @@ impl Vxlan {
 }
 
 /// The VTEP's link-layer address that a peer published for a family.
-pub(crate) fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
+///
+/// # Errors
+/// What is wrong with the peer's data, as text.
+pub fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
     let data = peer.backend_data.get(family).ok_or("there is none")?;
     let fields = Fields::parse(data).map_err(|error| error.to_string())?;
     // VNI is decoded for its type and otherwise ignored, as upstream does; very old nodes omit it.

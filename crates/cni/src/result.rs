@@ -1,0 +1,253 @@
+//! The result of an ADD: read from any version of the specification, written in the configuration's.
+
+use std::net::IpAddr;
+
+use ::flannel::{Cidr, Family, Subnet};
+use serde_json::{Map, Value, json};
+
+use crate::protocol::{CniError, pretty};
+
+/// An interface that the attachment made or uses.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its link-layer address.
+    pub mac: String,
+    /// Its MTU in bytes, 0 where it is not told.
+    pub mtu: u32,
+    /// The path of the network namespace that it is in; empty for the host's.
+    pub sandbox: String,
+}
+
+/// An address of the attachment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ip {
+    /// The place in the list of interfaces.
+    pub interface: Option<usize>,
+    /// The address with its prefix length.
+    pub address: Cidr,
+    /// The gateway of its subnet.
+    pub gateway: Option<IpAddr>,
+}
+
+/// A route of the attachment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Destination.
+    pub dst: Subnet,
+    /// Gateway; that of the family's first address where there is none.
+    pub gw: Option<IpAddr>,
+    /// Whatever else the configuration said of it (`mtu`, `priority`, …), kept as it came.
+    pub more: Map<String, Value>,
+}
+
+/// The result of an ADD.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CniResult {
+    /// Interfaces.
+    pub interfaces: Vec<Interface>,
+    /// Addresses.
+    pub ips: Vec<Ip>,
+    /// Routes.
+    pub routes: Vec<Route>,
+    /// Name servers and the like, as they came.
+    pub dns: Map<String, Value>,
+}
+
+impl CniResult {
+    /// The JSON text in a version of the specification.
+    pub fn render(&self, version: &str) -> String {
+        if matches!(version, "0.1.0" | "0.2.0") {
+            return self.render_old(version);
+        }
+        let new = matches!(version, "1.0.0" | "1.1.0");
+        let mut result = Map::new();
+        result.insert("cniVersion".to_owned(), version.into());
+        let interface = |i: &Interface| {
+            let mut object = json!({ "name": i.name });
+            for (key, value) in [("mac", &i.mac), ("sandbox", &i.sandbox)] {
+                if !value.is_empty() {
+                    object[key] = value.as_str().into();
+                }
+            }
+            if i.mtu != 0 && new {
+                object["mtu"] = i.mtu.into();
+            }
+            object
+        };
+        let ip = |ip: &Ip| {
+            let mut object = json!({ "address": ip.address.to_string() });
+            if let Some(index) = ip.interface {
+                object["interface"] = index.into();
+            }
+            if let Some(gateway) = ip.gateway {
+                object["gateway"] = gateway.to_string().into();
+            }
+            if !new {
+                object["version"] = if ip.address.addr.is_ipv4() { "4".into() } else { "6".into() };
+            }
+            object
+        };
+        for (key, list) in [
+            ("interfaces", self.interfaces.iter().map(interface).collect::<Vec<_>>()),
+            ("ips", self.ips.iter().map(ip).collect()),
+            ("routes", self.routes.iter().map(Route::to_json).collect()),
+        ] {
+            if !list.is_empty() {
+                result.insert(key.to_owned(), list.into());
+            }
+        }
+        // Before 1.0.0 the field was always there.
+        if !self.dns.is_empty() || !new {
+            result.insert("dns".to_owned(), self.dns.clone().into());
+        }
+        pretty(&result.into())
+    }
+
+    fn render_old(&self, version: &str) -> String {
+        let mut result = json!({ "cniVersion": version, "dns": self.dns });
+        for (key, family) in [("ip4", Family::V4), ("ip6", Family::V6)] {
+            let Some(ip) = self.ips.iter().find(|ip| Family::of(ip.address.addr) == family) else { continue };
+            let mut object = json!({ "ip": ip.address.to_string() });
+            if let Some(gateway) = ip.gateway {
+                object["gateway"] = gateway.to_string().into();
+            }
+            let routes: Vec<Value> = self.routes.iter().filter(|route| route.dst.family() == family).map(Route::to_json).collect();
+            if !routes.is_empty() {
+                object["routes"] = routes.into();
+            }
+            result[key] = object;
+        }
+        pretty(&result)
+    }
+
+    /// Reads a result of any version.
+    ///
+    /// # Errors
+    /// Code 6, naming the field.
+    pub fn parse(value: &Value) -> Result<CniResult, CniError> {
+        let bad = |what: &str| CniError::decode(format!("result: {what}"));
+        let Value::Object(object) = value else { return Err(bad("it is no JSON object")) };
+        let list = |key: &str| object.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let gateway = |value: &Value, key: &str| match value.get(key).and_then(Value::as_str) {
+            None | Some("") => Ok(None),
+            Some(ip) => ip.parse().map(Some).map_err(|_| bad(&format!("{key}: {ip:?} is no address"))),
+        };
+        let mut result = CniResult::default();
+        for i in list("interfaces") {
+            let mtu = i.get("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok()).unwrap_or(0);
+            result.interfaces.push(Interface { name: text(i, "name"), mac: text(i, "mac"), mtu, sandbox: text(i, "sandbox") });
+        }
+        for ip in list("ips") {
+            let address = text(ip, "address").parse().map_err(|error| bad(&format!("ips: {error}")))?;
+            let interface = ip.get("interface").and_then(Value::as_u64).and_then(|index| usize::try_from(index).ok());
+            result.ips.push(Ip { interface, address, gateway: gateway(ip, "gateway")? });
+        }
+        for old in ["ip4", "ip6"].iter().filter_map(|key| object.get(*key)) {
+            let address = text(old, "ip").parse().map_err(|error| bad(&format!("ip: {error}")))?;
+            result.ips.push(Ip { interface: None, address, gateway: gateway(old, "gateway")? });
+            for route in old.get("routes").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default() {
+                result.routes.push(Route::parse(route)?);
+            }
+        }
+        for route in list("routes") {
+            result.routes.push(Route::parse(route)?);
+        }
+        if let Some(Value::Object(dns)) = object.get("dns") {
+            result.dns = dns.clone();
+        }
+        Ok(result)
+    }
+}
+
+impl Route {
+    /// Reads a route of a result or of a configuration.
+    ///
+    /// # Errors
+    /// Code 6, naming the field.
+    pub fn parse(value: &Value) -> Result<Route, CniError> {
+        let Value::Object(object) = value else { return Err(CniError::decode("routes: each must be an object with dst")) };
+        let mut more = object.clone();
+        let dst = more.remove("dst").as_ref().and_then(Value::as_str).unwrap_or_default().parse();
+        let dst = dst.map_err(|error| CniError::decode(format!("routes: dst: {error}")))?;
+        let gw = match more.remove("gw").as_ref().and_then(Value::as_str) {
+            None | Some("") => None,
+            Some(gw) => Some(gw.parse().map_err(|_| CniError::decode(format!("routes: gw: {gw:?} is no address")))?),
+        };
+        Ok(Route { dst, gw, more })
+    }
+
+    fn to_json(&self) -> Value {
+        let mut object = self.more.clone();
+        object.insert("dst".to_owned(), self.dst.to_string().into());
+        if let Some(gw) = self.gw {
+            object.insert("gw".to_owned(), gw.to_string().into());
+        }
+        object.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn result() -> CniResult {
+        CniResult {
+            interfaces: vec![Interface {
+                name: "eth0".to_owned(),
+                mac: "02:00:00:00:00:01".to_owned(),
+                mtu: 1450,
+                sandbox: "/ns".to_owned(),
+            }],
+            ips: vec![Ip { interface: Some(0), address: "10.1.17.2/24".parse().unwrap(), gateway: "10.1.17.1".parse().ok() }],
+            routes: vec![Route { dst: "10.1.0.0/16".parse().unwrap(), gw: None, more: Map::new() }],
+            dns: Map::new(),
+        }
+    }
+
+    #[test]
+    fn each_version_has_its_form() {
+        expect![[r#"
+            {
+                "cniVersion": "1.0.0",
+                "interfaces": [
+                    {
+                        "mac": "02:00:00:00:00:01",
+                        "mtu": 1450,
+                        "name": "eth0",
+                        "sandbox": "/ns"
+                    }
+                ],
+                "ips": [
+                    {
+                        "address": "10.1.17.2/24",
+                        "gateway": "10.1.17.1",
+                        "interface": 0
+                    }
+                ],
+                "routes": [
+                    {
+                        "dst": "10.1.0.0/16"
+                    }
+                ]
+            }"#]]
+        .assert_eq(&result().render("1.0.0"));
+        let old = result().render("0.3.1");
+        assert!(old.contains("\"version\": \"4\"") && old.contains("\"dns\": {}") && !old.contains("mtu"), "{old}");
+        let oldest = result().render("0.2.0");
+        assert!(oldest.contains("\"ip4\"") && oldest.contains("\"ip\": \"10.1.17.2/24\""), "{oldest}");
+    }
+
+    #[test]
+    fn what_is_rendered_reads_back() {
+        for version in ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
+            let back = CniResult::parse(&serde_json::from_str(&result().render(version)).unwrap()).unwrap();
+            assert_eq!((back.ips, back.routes), (result().ips, result().routes), "{version}");
+        }
+        let back = CniResult::parse(&serde_json::from_str(&result().render("0.2.0")).unwrap()).unwrap();
+        assert_eq!(back.ips[0].address, result().ips[0].address);
+    }
+}

@@ -1,0 +1,130 @@
+//! Leases in, desired state out, one lease at a time: the fold that the daemon's loop drives. What an event costs
+//! follows the event, not the number of leases.
+
+use std::collections::BTreeMap;
+
+use crate::backend::{Backend, Context, Part, Refusal};
+use crate::config::Config;
+use crate::desired::{Desired, Key, Object, Owner};
+use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
+use crate::net::PerFamily;
+use crate::node::Node;
+use crate::traffic::{TrafficConfig, rulesets};
+
+/// All that this node knows and wants.
+#[derive(Debug, Clone)]
+pub struct Picture {
+    config: Config,
+    node: Node,
+    backend: Backend,
+    traffic: TrafficConfig,
+    own: LeaseKey,
+    leases: LeaseSet,
+    desired: Desired,
+    refusals: BTreeMap<LeaseKey, Vec<Refusal>>,
+}
+
+/// What one event changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Leases that were added, changed or removed.
+    pub leases: Vec<LeaseKey>,
+    /// What in the kernel may have to change.
+    pub keys: Vec<Key>,
+}
+
+impl Picture {
+    /// A node with its lease and without peers.
+    pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
+        let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
+        let mut picture = Picture { config, node, backend, traffic, own, leases, desired, refusals };
+        picture.paint_node();
+        picture
+    }
+
+    /// Folds an event of the store in.
+    pub fn fold(&mut self, event: StoreEvent) -> Touched {
+        let leases = self.leases.fold(event);
+        let keys = leases.iter().flat_map(|key| self.paint_lease(*key)).collect();
+        Touched { leases, keys }
+    }
+
+    /// This node has another lease now: everything is painted anew.
+    pub fn set_own(&mut self, own: LeaseKey) -> Vec<Key> {
+        self.own = own;
+        let all: Vec<LeaseKey> = self.leases.iter().map(|(key, _)| *key).collect();
+        let mut keys = self.paint_node();
+        keys.extend(all.into_iter().flat_map(|key| self.paint_lease(key)));
+        keys
+    }
+
+    fn paint_node(&mut self) -> Vec<Key> {
+        let mut networks = PerFamily::default();
+        for (family, network) in self.config.networks.iter() {
+            networks.set(family, Some(network.network));
+        }
+        let mut objects = self.backend.node_objects(self.context());
+        // A node that programs no peers leaves the traffic to whoever does.
+        if self.backend != Backend::Alloc {
+            objects.extend(rulesets(self.traffic, &networks, self.own.subnets()).into_iter().map(Object::Ruleset));
+        }
+        self.desired.set_part(Owner::Node, objects)
+    }
+
+    fn paint_lease(&mut self, key: LeaseKey) -> Vec<Key> {
+        let Part { objects, refusals } = match self.leases.get(&key) {
+            Some(peer) => self.backend.peer_part(self.context(), &key, peer),
+            None => Part::default(),
+        };
+        if refusals.is_empty() {
+            self.refusals.remove(&key);
+        } else {
+            self.refusals.insert(key, refusals);
+        }
+        self.desired.set_part(Owner::Lease(key), objects)
+    }
+
+    fn context(&self) -> Context<'_> {
+        Context { config: &self.config, node: &self.node, own: self.own }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// This host.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// This host's lease.
+    pub fn own(&self) -> LeaseKey {
+        self.own
+    }
+
+    /// What this host publishes with its lease.
+    pub fn own_peer(&self) -> Peer {
+        self.backend.own_peer(&self.config, &self.node)
+    }
+
+    /// The leases that are there.
+    pub fn leases(&self) -> &LeaseSet {
+        &self.leases
+    }
+
+    /// What shall be in the kernel.
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// What cannot be, and why, by lease.
+    pub fn refusals(&self) -> &BTreeMap<LeaseKey, Vec<Refusal>> {
+        &self.refusals
+    }
+}

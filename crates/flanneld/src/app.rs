@@ -1,0 +1,189 @@
+//! Builds the daemon's parts in order and runs them: the only module that knows all others.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use flannel::backend::device_name;
+use flannel::config::BackendConfig;
+use flannel::node::Wanted;
+use flannel::traffic::TrafficConfig;
+use flannel::{Backend, Config, Family, Mac, Node, PerFamily, Picture};
+use tokio::sync::{mpsc, watch};
+
+use crate::cli::RunArgs;
+use crate::http::Http;
+use crate::keeper::{AcquireError, Keeper};
+use crate::kernel_thread::KernelThread;
+use crate::ready::Ready;
+use crate::reconcile::{Inputs, Reconciler};
+use crate::store::{Store, StoreError};
+use crate::subnet_file::SubnetFile;
+
+/// How long to wait before the store is asked again for what it did not give.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Runs the daemon until `stop` is ready. Forwarding is left in place at the end.
+///
+/// # Errors
+/// When it cannot start, or cannot go on; the text names the flag, field or object and the fix.
+pub async fn run(args: &RunArgs, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    tokio::select! {
+        ended = daemon(args) => ended,
+        () = stop => {
+            tracing::info!("stopping; devices, routes and rules stay as they are");
+            Ok(())
+        }
+    }
+}
+
+async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
+    let ready = Ready::default();
+    let starting = ready.guard("this node's lease and devices");
+    let syncing = ready.guard("the first complete list of leases");
+    let store = Store::new(&args.etcd_endpoints, &args.etcd_prefix)?;
+    let (ask, asks) = mpsc::channel(4);
+    if args.healthz_port > 0 {
+        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), ask.clone()).await?.serve());
+    }
+    let kernel = KernelThread::start()?;
+    let config = config(&store).await?;
+    let node = node(args, &kernel, &config).await?;
+    tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
+    if !config.nftables {
+        tracing::info!(
+            "traffic rules are written to nftables although EnableNFTables is not set: the iptables flavour is not supported yet"
+        );
+    }
+
+    let macs = vtep_macs(&store, &kernel, &config, &node).await?;
+    let backend = Backend::new(&config, &node, macs);
+    let subnet_file = SubnetFile { path: args.subnet_file.clone(), ip_masq: args.ip_masq };
+    let margin = Duration::from_secs(args.subnet_lease_renew_margin * 60);
+    let keeper = Keeper { store: store.clone(), config: config.clone(), peer: backend.own_peer(&config, &node), margin };
+    let held = acquire(&keeper, &subnet_file.previous()).await?;
+    tracing::info!(subnet = %held.key, reservation = held.etcd_lease == 0, "acquired the lease");
+
+    let traffic =
+        TrafficConfig { masquerade: args.ip_masq, fully_random: !args.ip_masq_fully_random_disable, forward: args.iptables_forward_rules };
+    let picture = Picture::new(config, node, backend, traffic, held.key);
+    let reconciler = Reconciler::start(picture, kernel, subnet_file, syncing).await?;
+    tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
+    drop(starting);
+    notify_ready();
+
+    let (publish_held, held) = watch::channel(held);
+    let (lose, lost) = mpsc::channel(1);
+    let (publish_connected, connected) = watch::channel(false);
+    let (tell, events) = mpsc::channel(16);
+    tokio::spawn(keeper.run(publish_held, lost));
+    tokio::spawn(async move { store.follow(tell, publish_connected).await });
+    // The daemon keeps one sender of questions, so that the loop does not end where there is no health server.
+    let _ask = ask;
+    reconciler.run(Inputs { events, held, lost: lose, connected, asks }).await?;
+    bail!("a part of the daemon ended unexpectedly")
+}
+
+/// The network configuration. An absent store or configuration is waited for; one that cannot be used is an error.
+async fn config(store: &Store) -> anyhow::Result<Config> {
+    let mut said = String::new();
+    loop {
+        let problem = match store.config().await {
+            Ok(Some(text)) => {
+                let text = String::from_utf8(text).with_context(|| format!("{} in etcd is no UTF-8 text", store.config_key()))?;
+                let config = Config::parse(&text).with_context(|| format!("{} in etcd cannot be used", store.config_key()))?;
+                if config.network(Family::V6).is_some() {
+                    bail!("network config: EnableIPv6: IPv6 is not supported yet: set it to false");
+                }
+                return Ok(config);
+            }
+            Ok(None) => format!("there is no network config in etcd yet: put one at {}", store.config_key()),
+            Err(error) => error.to_string(),
+        };
+        if problem != said {
+            tracing::warn!("waiting: {problem}");
+            said = problem;
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
+async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
+    let facts = kernel.call(|kernel| anyhow::Ok((kernel.interfaces()?, kernel.route_facts()?)));
+    let (interfaces, routes) = facts.await.context("cannot read the kernel's interfaces and routes")?;
+    let wanted = Wanted { iface: args.iface.clone(), public: PerFamily { v4: args.public_ip, v6: None } };
+    let node = Node::choose(&interfaces, &routes, &wanted, config)?;
+    if config.backend == BackendConfig::HostGw && node.public != node.addrs {
+        bail!(
+            "--public-ip {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
+            list(&node.public),
+            node.ext
+        );
+    }
+    Ok(node)
+}
+
+/// The link-layer addresses of this host's VTEPs: that of the device that is there, else that of the lease that this
+/// host published before (peers know it), else a random one.
+async fn vtep_macs(store: &Store, kernel: &KernelThread, config: &Config, node: &Node) -> anyhow::Result<PerFamily<Mac>> {
+    let mut macs = PerFamily::default();
+    let BackendConfig::Vxlan(vxlan) = &config.backend else { return Ok(macs) };
+    for (family, _) in config.networks.iter() {
+        let name = device_name(family, vxlan.vni);
+        let link = kernel.call(move |kernel| kernel.link(name)).await?;
+        let device = link.filter(|link| link.vxlan.is_some()).and_then(|link| link.mac).filter(|mac| mac.is_unicast());
+        let mac = match device {
+            Some(mac) => mac,
+            None => match published_mac(store, node, family).await {
+                Some(mac) => mac,
+                None => Mac::local(std::array::from_fn(|_| fastrand::u8(..))),
+            },
+        };
+        macs.set(family, Some(mac));
+    }
+    Ok(macs)
+}
+
+async fn published_mac(store: &Store, node: &Node, family: Family) -> Option<Mac> {
+    let snapshot = store.snapshot().await.ok()?;
+    let mut peers = snapshot.entries.iter().filter_map(|entry| entry.peer.as_ref());
+    let own = peers.find(|peer| flannel::alloc::is_mine(&peer.public, &node.public) && &*peer.backend_type == "vxlan")?;
+    flannel::backend::vtep_mac(own, family).ok()
+}
+
+/// Acquires the lease. A store that does not answer is waited for; a full network is an error.
+async fn acquire(keeper: &Keeper, previous: &PerFamily<flannel::Subnet>) -> anyhow::Result<crate::keeper::Held> {
+    let mut said = String::new();
+    loop {
+        match keeper.acquire(previous).await {
+            Ok(held) => return Ok(held),
+            Err(error @ (AcquireError::Store(StoreError::Unreachable { .. }) | AcquireError::Races)) => {
+                if error.to_string() != said {
+                    said = error.to_string();
+                    tracing::warn!("waiting for a lease: {said}");
+                }
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            Err(error) => return Err(error).context("cannot acquire a lease"),
+        }
+    }
+}
+
+fn list(addrs: &PerFamily<std::net::IpAddr>) -> String {
+    addrs.iter().map(|(_, ip)| ip.to_string()).collect::<Vec<_>>().join(",")
+}
+
+/// Tells systemd that the node is set up (sd_notify(3)); without `NOTIFY_SOCKET` there is nobody to tell.
+fn notify_ready() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&name),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "cannot tell the service manager that this node is ready");
+    }
+}

@@ -1,0 +1,183 @@
+//! Keeps this node's lease: acquires it, renews it before its end, and acquires it again when it was lost. The data
+//! path stays as it is meanwhile.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use flannel::alloc::{self, Choice, OutOfSubnets};
+use flannel::renewal::{LEASE_TTL, Renewal, Step};
+use flannel::{Config, Lease, LeaseKey, LeaseSet, Peer, PerFamily, StoreEvent, Subnet};
+use thiserror::Error;
+use tokio::sync::{mpsc, watch};
+
+use crate::store::{Snapshot, Store, StoreError};
+
+/// How often a lost race for a subnet is tried again before it is an error.
+const TRIES: u32 = 20;
+
+/// Why there is no lease.
+#[derive(Debug, Clone, Error)]
+pub enum AcquireError {
+    /// The store cannot be asked or refuses.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// No subnet is free.
+    #[error(transparent)]
+    Full(#[from] OutOfSubnets),
+    /// Others were always faster.
+    #[error("lost the race for a subnet {TRIES} times in a row")]
+    Races,
+}
+
+/// A lease that this node holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The leased subnets.
+    pub key: LeaseKey,
+    /// The etcd lease on the key; 0 for a reservation, which needs no renewal.
+    pub etcd_lease: i64,
+}
+
+/// What it takes to acquire a lease.
+#[derive(Debug, Clone)]
+pub struct Keeper {
+    /// The store.
+    pub store: Store,
+    /// The network configuration.
+    pub config: Config,
+    /// What this node publishes.
+    pub peer: Peer,
+    /// How long before its end the lease is renewed.
+    pub margin: Duration,
+}
+
+impl Keeper {
+    /// Acquires a lease: this node's own from before, else its previous subnet, else a random free one.
+    ///
+    /// # Errors
+    /// [`AcquireError`].
+    pub async fn acquire(&self, previous: &PerFamily<Subnet>) -> Result<Held, AcquireError> {
+        for attempt in 0..TRIES {
+            if attempt > 0 {
+                // Others who lost the same race draw another time and another subnet.
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(1..=20 * u64::from(attempt)))).await;
+            }
+            if let Some(held) = self.try_acquire(previous).await? {
+                return Ok(held);
+            }
+        }
+        Err(AcquireError::Races)
+    }
+
+    /// One try; `None` if somebody else changed what this decision stood on.
+    async fn try_acquire(&self, previous: &PerFamily<Subnet>) -> Result<Option<Held>, AcquireError> {
+        let snapshot = self.store.snapshot().await?;
+        let mut stale = None;
+        let choice = alloc::choose(&self.config, &lease_set(&snapshot), &self.peer.public, previous, &mut stale, |n| fastrand::usize(..n))?;
+        let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
+        if let Some(stale) = stale.as_ref().and_then(entry) {
+            tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
+            if !self.store.delete_lease(&stale.key, stale.mod_revision).await? {
+                return Ok(None);
+            }
+        }
+        let (key, expected, reserved) = match choice {
+            Choice::Reuse(key) => (key, entry(&key).map_or(0, |e| e.mod_revision), entry(&key).is_some_and(|e| e.lease == 0)),
+            Choice::Create(key) => (key, 0, false),
+        };
+        let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
+        let lease = Lease { key, peer: self.peer.clone() };
+        match self.store.put_lease(&lease, etcd_lease, expected).await {
+            Ok(true) => Ok(Some(Held { key, etcd_lease })),
+            Ok(false) => {
+                self.store.revoke(etcd_lease).await;
+                Ok(None)
+            }
+            Err(error) => {
+                self.store.revoke(etcd_lease).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Renews the lease for ever, and acquires it again whenever `lost` says that it is gone. What is held is
+    /// published in `held`.
+    pub async fn run(self, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
+        let mut current = *held.borrow();
+        let mut renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.margin);
+        loop {
+            let due = match renewal.poll(Instant::now()) {
+                Step::Wait(at) => Some(at),
+                Step::Renew if current.etcd_lease == 0 => {
+                    renewal.renewed(Instant::now(), LEASE_TTL);
+                    continue;
+                }
+                Step::Renew => None,
+            };
+            let is_lost = match due {
+                Some(at) => tokio::select! {
+                    // A reservation has no end.
+                    () = tokio::time::sleep_until(at.into()), if current.etcd_lease != 0 => continue,
+                    word = lost.recv() => match word {
+                        Some(()) => true,
+                        None => return,
+                    },
+                },
+                None => match self.store.keep_alive(current.etcd_lease).await {
+                    Ok(Some(ttl)) => {
+                        tracing::info!(subnet = %current.key, hours = ttl.as_secs() / 3600, "renewed the lease");
+                        renewal.renewed(Instant::now(), ttl);
+                        false
+                    }
+                    Ok(None) => true,
+                    Err(error) => {
+                        tracing::warn!(subnet = %current.key, %error, "cannot renew the lease; trying again in a minute");
+                        renewal.failed(Instant::now());
+                        false
+                    }
+                },
+            };
+            if is_lost {
+                tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
+                current = self.reacquire(&current).await;
+                renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.margin);
+                held.send_replace(current);
+                // What was said of the old lease is settled.
+                while lost.try_recv().is_ok() {}
+            }
+        }
+    }
+
+    async fn reacquire(&self, before: &Held) -> Held {
+        let mut wait = Duration::from_millis(100);
+        loop {
+            match self.acquire(before.key.subnets()).await {
+                Ok(held) if held.key == before.key => {
+                    tracing::info!(subnet = %held.key, "acquired the same lease again");
+                    return held;
+                }
+                Ok(held) => {
+                    tracing::error!(was = %before.key, is = %held.key, "another host has this node's subnet now: pods that are running keep addresses of the old one and must be restarted");
+                    return held;
+                }
+                Err(error) => tracing::warn!(%error, "cannot acquire a lease; trying again"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(30));
+        }
+    }
+}
+
+/// The leases for the choice of a subnet. One whose value cannot be read is somebody's all the same.
+fn lease_set(snapshot: &Snapshot) -> LeaseSet {
+    let mut set = LeaseSet::default();
+    for entry in &snapshot.entries {
+        set.fold(StoreEvent::Apply(Lease { key: entry.key, peer: entry.peer.clone().unwrap_or_default() }));
+    }
+    set
+}
+
+/// Does this lease, as the store has it, still belong to the node that publishes `mine`?
+pub fn is_held(leases: &LeaseSet, key: &LeaseKey, mine: &PerFamily<IpAddr>) -> bool {
+    leases.get(key).is_some_and(|peer| alloc::is_mine(&peer.public, mine))
+}

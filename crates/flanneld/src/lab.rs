@@ -1,0 +1,571 @@
+//! A cluster on one machine: each host a network namespace with a real `flanneld` in it, joined by a switch or a
+//! router, with a store that all reach and pods made by the CNI plugin. Also the bench of the integration tests.
+//!
+//! Everything lives in namespaces of the calling process and on a tmpfs that only it sees, and every process it
+//! starts is killed when it ends, however it ends. So nothing is ever left behind, and there is no clean-up code.
+
+pub mod cli;
+mod exec;
+mod outside;
+pub mod packet;
+pub mod ping;
+mod show;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use flannel::{Cidr, IfName};
+use kernel::netlink::{Protocol, Socket};
+use kernel::netns::{self, Netns};
+use kernel::{addr, link, process, route, sysctl};
+use serde_json::{Value, json};
+
+use crate::store::Store;
+
+/// Where the store listens, in every lab.
+pub const STORE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254)), 2379);
+/// Where each daemon serves its health, on its own loopback address.
+const HEALTH: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+/// Hosts of one lab: their addresses are 10.0.0.1 and up, and the store has 254.
+pub const MAX_HOSTS: usize = 200;
+/// How long any part of a lab may take to come up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How the hosts are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Topology {
+    /// All on one L2 network.
+    Switch,
+    /// On two L2 networks, with a router between them.
+    Router,
+}
+
+/// Which store the daemons use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreKind {
+    /// `flanneld store`
+    Embedded,
+    /// An etcd program, started by the lab.
+    Etcd(PathBuf),
+    /// A store outside, reached through a forwarder: its host and port.
+    Outside(String),
+}
+
+/// What kind of lab to make.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Number of hosts.
+    pub hosts: usize,
+    /// How they are joined.
+    pub topology: Topology,
+    /// The network configuration.
+    pub config: Value,
+    /// The store.
+    pub store: StoreKind,
+    /// The `flanneld` program.
+    pub program: PathBuf,
+    /// The CNI plugin program.
+    pub plugin: PathBuf,
+}
+
+impl Plan {
+    /// Hosts on a switch with the embedded store and the given `Backend` object, everything by `program`.
+    pub fn new(hosts: usize, backend: &Value, program: &Path) -> Plan {
+        let config = json!({ "Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": backend });
+        Plan {
+            hosts,
+            topology: Topology::Switch,
+            config,
+            store: StoreKind::Embedded,
+            program: program.to_owned(),
+            plugin: program.to_owned(),
+        }
+    }
+}
+
+/// Moves the process into namespaces of its own and returns a directory that only it sees. Must come before any
+/// thread.
+///
+/// # Errors
+/// When the system forbids it; the text names the setting to change.
+pub fn isolate() -> anyhow::Result<PathBuf> {
+    let scratch = ["/mnt", "/media", "/srv", "/run"].iter().map(Path::new).find(|path| path.is_dir());
+    let scratch = scratch.context("none of /mnt, /media, /srv and /run is there to mount a private tmpfs on")?;
+    netns::isolate(scratch)?;
+    Ok(scratch.to_owned())
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Lab {
+    plan: Plan,
+    root: PathBuf,
+    /// The namespace of the switch or router, in which the store is too.
+    pub middle: Netns,
+    store: Option<Child>,
+    /// The hosts; the first is `h1`.
+    pub hosts: Vec<Host>,
+    pods: usize,
+}
+
+/// A host of a lab.
+#[derive(Debug)]
+pub struct Host {
+    /// `h1`, `h2`, …
+    pub name: String,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// Its address on the wire.
+    pub address: Ipv4Addr,
+    /// The subnet that it asks for by its previous `subnet.env`.
+    pub subnet: String,
+    /// Its files: `subnet.env`, the daemon's log, the CNI plugins' state.
+    pub directory: PathBuf,
+    daemon: Option<Child>,
+}
+
+/// A pod of a lab.
+#[derive(Debug)]
+pub struct Pod {
+    /// `h1-pod`, or with a number.
+    pub name: String,
+    /// The place of its host in [`Lab::hosts`].
+    pub host: usize,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// The path by which the plugin was told of it.
+    pub path: PathBuf,
+    /// Its address.
+    pub address: IpAddr,
+    /// The result of its ADD.
+    pub result: Value,
+}
+
+impl Lab {
+    /// Makes the wire, the store and the hosts, and starts the daemons. `root` is a directory for this lab alone.
+    ///
+    /// # Errors
+    /// When a part does not come up; the text has the last lines of its log.
+    pub fn start(plan: Plan, root: &Path) -> anyhow::Result<Lab> {
+        let mut lab = Lab::wire(plan, root)?;
+        lab.start_store()?;
+        lab.put_config()?;
+        for host in 0..lab.hosts.len() {
+            lab.start_daemon(host, &[])?;
+        }
+        Ok(lab)
+    }
+
+    /// Makes the wire and the hosts without store and daemons.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn wire(plan: Plan, root: &Path) -> anyhow::Result<Lab> {
+        ensure!((1..=MAX_HOSTS).contains(&plan.hosts), "--hosts: {} is out of range: a lab has 1 to {MAX_HOSTS} hosts", plan.hosts);
+        for directory in ["netns", "bin", "store"] {
+            std::fs::create_dir_all(root.join(directory))?;
+        }
+        for name in ["flannel", "bridge", "host-local", "loopback"] {
+            std::os::unix::fs::symlink(&plan.plugin, root.join("bin").join(name))?;
+        }
+        let middle = Netns::create().context("cannot create a network namespace")?;
+        middle.bind(&root.join("netns/middle"))?;
+        let networks = match plan.topology {
+            Topology::Switch => 1,
+            Topology::Router => 2,
+        };
+        middle.run(|| prepare_middle(networks))??;
+        let mut hosts = Vec::new();
+        for i in 1..=plan.hosts {
+            let network = (i - 1) % networks;
+            hosts.push(make_host(root, &middle, i, network).with_context(|| format!("cannot make host h{i}"))?);
+        }
+        Ok(Lab { plan, root: root.to_owned(), middle, store: None, hosts, pods: 0 })
+    }
+
+    /// Starts the store, or starts it again with the data that it had.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_store(&mut self) -> anyhow::Result<()> {
+        let data = self.root.join("store");
+        let log = self.root.join("store.log");
+        let mut command = match &self.plan.store {
+            StoreKind::Embedded => {
+                let mut command = Command::new(&self.plan.program);
+                command.arg("store").arg(format!("--listen={STORE}")).arg("--data-dir").arg(&data);
+                command
+            }
+            StoreKind::Etcd(program) => {
+                let url = format!("http://{STORE}");
+                let mut command = Command::new(program);
+                command.arg("--data-dir").arg(&data).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
+                command.args([
+                    "--listen-peer-urls",
+                    "http://127.0.0.1:2380",
+                    "--max-txn-ops",
+                    "10000",
+                    "--max-request-bytes",
+                    "10485760",
+                    "--log-outputs",
+                    "stderr",
+                ]);
+                command
+            }
+            StoreKind::Outside(target) => {
+                outside::forward(&self.middle, target)?;
+                return Ok(());
+            }
+        };
+        let child = self.middle.run(|| spawn(&mut command, &log))?.with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        self.store = Some(child);
+        let end = Instant::now() + PATIENCE;
+        while self.middle.run(|| TcpStream::connect(STORE))?.is_err() {
+            if let Some(status) = self.store.as_mut().map(Child::try_wait).transpose()?.flatten() {
+                bail!("the store ended with {status}:\n{}", tail(&log));
+            }
+            ensure!(Instant::now() < end, "the store does not listen on {STORE}:\n{}", tail(&log));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Kills the store, as a power cut would.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill_store(&mut self) -> anyhow::Result<()> {
+        if let Some(mut store) = self.store.take() {
+            store.kill()?;
+            store.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the plan's network configuration to the store.
+    ///
+    /// # Errors
+    /// When the store refuses.
+    pub fn put_config(&self) -> anyhow::Result<()> {
+        let text = self.plan.config.to_string();
+        self.with_store(async |store| store.put_config(&text).await)?;
+        Ok(())
+    }
+
+    /// Runs a function with a client of the store, in the store's namespace.
+    ///
+    /// # Errors
+    /// What the function returns, after the store had time to come up.
+    pub fn with_store<T, E: Into<anyhow::Error>>(&self, f: impl AsyncFn(&Store) -> Result<T, E>) -> anyhow::Result<T> {
+        let work = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network")?;
+                let end = Instant::now() + PATIENCE;
+                loop {
+                    match f(&store).await {
+                        Ok(value) => return Ok(value),
+                        Err(error) if Instant::now() > end => return Err(error.into()),
+                        // A store that just began to listen may not serve yet.
+                        Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                    }
+                }
+            })
+        };
+        self.middle.run(work)?
+    }
+
+    /// Starts a host's daemon, with more flags if wanted.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_daemon(&mut self, host: usize, more: &[&str]) -> anyhow::Result<()> {
+        let host = &mut self.hosts[host];
+        let mut command = Command::new(&self.plan.program);
+        command.arg(format!("--etcd-endpoints=http://{STORE}")).arg(format!("--subnet-file={}", host.subnet_file().display()));
+        command.args(["--ip-masq", "--healthz-ip=127.0.0.1"]).arg(format!("--healthz-port={}", HEALTH.port())).args(more);
+        // What the operator's own environment says is not meant for the lab.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FLANNELD_")) {
+            command.env_remove(name);
+        }
+        let log = host.log();
+        let child = host.netns.run(|| spawn(&mut command, &log))?;
+        host.daemon = Some(child.with_context(|| format!("cannot start {}", self.plan.program.display()))?);
+        Ok(())
+    }
+
+    /// Ends a host's daemon: by SIGTERM, or by SIGKILL.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn stop_daemon(&mut self, host: usize, kill: bool) -> anyhow::Result<std::process::ExitStatus> {
+        let mut daemon = self.hosts[host].daemon.take().context("the daemon is not running")?;
+        if kill {
+            daemon.kill()?;
+        } else {
+            let pid = rustix::process::Pid::from_child(&daemon);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        Ok(daemon.wait()?)
+    }
+
+    /// Waits until every daemon has seen all hosts and has done for each what it can.
+    ///
+    /// # Errors
+    /// When one does not get there; the text says where it stands.
+    pub fn settle(&mut self) -> anyhow::Result<()> {
+        let others = self.hosts.len() - 1;
+        for host in 0..self.hosts.len() {
+            self.wait_state(host, &format!("{others} peers"), |state| {
+                let refused = state["peers"]["refused"].as_array().map_or(0, Vec::len);
+                let seen = state["peers"]["programmed"].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+                seen + refused >= others && state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a host's daemon is ready and its state is as wanted, and returns that.
+    ///
+    /// # Errors
+    /// When it does not get there; the text has the state and the last lines of the log.
+    pub fn wait_state(&mut self, host: usize, what: &str, wanted: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+        let end = Instant::now() + PATIENCE;
+        let host = &mut self.hosts[host];
+        loop {
+            let state = host.state();
+            if let Ok(state) = &state
+                && wanted(state)
+                && host.get("/readyz").is_ok_and(|(status, _)| status == 200)
+            {
+                return Ok(state.clone());
+            }
+            if let Some(status) = host.daemon.as_mut().map(Child::try_wait).transpose()?.flatten() {
+                bail!("the daemon of {} ended with {status}:\n{}", host.name, tail(&host.log()));
+            }
+            ensure!(
+                Instant::now() < end,
+                "{} waits for {what} in vain; its state is {state:?}; its log ends with:\n{}",
+                host.name,
+                tail(&host.log())
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Makes a pod on a host with the CNI plugin.
+    ///
+    /// # Errors
+    /// When the plugin refuses; the text is its own.
+    pub fn add_pod(&mut self, host: usize) -> anyhow::Result<Pod> {
+        self.pods += 1;
+        let name = if self.pods <= self.hosts.len() {
+            format!("{}-pod", self.hosts[host].name)
+        } else {
+            format!("{}-pod{}", self.hosts[host].name, self.pods)
+        };
+        let netns = Netns::create()?;
+        let path = self.root.join("netns").join(&name);
+        netns.bind(&path)?;
+        self.cni(host, "loopback", "ADD", &name, &path, "lo")?;
+        let output = self.cni(host, "flannel", "ADD", &name, &path, "eth0")?;
+        let result: Value = serde_json::from_str(&output).with_context(|| format!("the plugin's result is no JSON: {output}"))?;
+        let address: Cidr = result["ips"][0]["address"].as_str().unwrap_or_default().parse()?;
+        Ok(Pod { name, host, netns, path, address: address.addr, result })
+    }
+
+    /// Takes a pod away with the CNI plugin.
+    ///
+    /// # Errors
+    /// When the plugin refuses.
+    pub fn delete_pod(&self, pod: Pod) -> anyhow::Result<()> {
+        self.cni(pod.host, "flannel", "DEL", &pod.name, &pod.path, "eth0")?;
+        drop(pod.netns);
+        Ok(netns::unbind(&pod.path)?)
+    }
+
+    /// The CNI configuration of a host.
+    pub fn cni_conf(&self, host: usize, plugin: &str) -> Value {
+        let directory = &self.hosts[host].directory;
+        if plugin == "loopback" {
+            return json!({ "cniVersion": "1.0.0", "name": "lo", "type": "loopback" });
+        }
+        json!({
+            "cniVersion": "1.0.0",
+            "name": "lab",
+            "type": "flannel",
+            "subnetFile": self.hosts[host].subnet_file(),
+            "dataDir": directory.join("cni/flannel"),
+            "delegate": { "isDefaultGateway": true, "hairpinMode": true },
+            "ipam": { "dataDir": directory.join("cni/networks") },
+        })
+    }
+
+    /// A command that calls a plugin on a host, to be spawned in the host's namespace, with the configuration to feed
+    /// it.
+    pub fn cni_command(&self, host: usize, plugin: &str, verb: &str, container: &str, netns: &Path, ifname: &str) -> (Command, String) {
+        let bin = self.root.join("bin");
+        let mut command = Command::new(bin.join(plugin));
+        command
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", container)
+            .env("CNI_NETNS", netns)
+            .env("CNI_IFNAME", ifname)
+            .env("CNI_PATH", &bin);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        (command, self.cni_conf(host, plugin).to_string())
+    }
+
+    /// Calls a plugin on a host and returns what it prints.
+    ///
+    /// # Errors
+    /// What the plugin says.
+    pub fn cni(&self, host: usize, plugin: &str, verb: &str, container: &str, netns: &Path, ifname: &str) -> anyhow::Result<String> {
+        let (mut command, conf) = self.cni_command(host, plugin, verb, container, netns, ifname);
+        let mut child = self.hosts[host].netns.run(|| command.spawn())?.with_context(|| format!("cannot start the plugin {plugin}"))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(conf.as_bytes())?;
+        }
+        let output = child.wait_with_output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "CNI {verb} of {container}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(text)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // They would be killed at the end of the process in any case; a test process has several labs.
+        for child in self.hosts.iter_mut().filter_map(|host| host.daemon.as_mut()).chain(self.store.as_mut()) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for name in std::fs::read_dir(self.root.join("netns")).into_iter().flatten().flatten() {
+            let _ = netns::unbind(&name.path());
+        }
+    }
+}
+
+impl Host {
+    /// Its `subnet.env`.
+    pub fn subnet_file(&self) -> PathBuf {
+        self.directory.join("subnet.env")
+    }
+
+    /// The daemon's log.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("flanneld.log")
+    }
+
+    /// The daemon's process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Child::id)
+    }
+
+    /// The daemon's `/state`.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn state(&self) -> anyhow::Result<Value> {
+        let (status, body) = self.get("/state")?;
+        ensure!(status == 200, "{}", body.trim());
+        Ok(serde_json::from_str(&body)?)
+    }
+
+    /// Asks the daemon's health server, and returns status and body.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let mut stream = self.netns.run(|| TcpStream::connect_timeout(&HEALTH, Duration::from_secs(1)))??;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("no HTTP status")?;
+        Ok((status, body.to_owned()))
+    }
+
+    /// The address of its interface on the wire.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn mac(&self) -> anyhow::Result<flannel::Mac> {
+        let found = self.netns.run(|| link::get(&mut Socket::open(Protocol::Route)?, name("eth0")))??;
+        found.and_then(|link| link.mac).context("the host has no eth0")
+    }
+}
+
+/// The last lines of a log, for an error.
+fn tail(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(12)..].join("\n")
+}
+
+/// Starts a process that ends with this one, its output appended to a log.
+fn spawn(command: &mut Command, log: &Path) -> std::io::Result<Child> {
+    let log = File::options().create(true).append(true).open(log)?;
+    process::die_with_parent(command);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
+}
+
+fn name(text: &str) -> IfName {
+    text.parse().expect("the lab's own names are valid")
+}
+
+fn index(socket: &mut Socket, text: &str) -> anyhow::Result<u32> {
+    Ok(link::get(socket, name(text))?.with_context(|| format!("there is no {text}"))?.index)
+}
+
+/// In the namespace of the switch: a bridge a network, with the address 10.0.n.254. Between two networks it routes.
+fn prepare_middle(networks: usize) -> anyhow::Result<()> {
+    let mut socket = Socket::open(Protocol::Route)?;
+    link::set_up(&mut socket, 1, true)?;
+    for network in 0..networks {
+        let bridge = format!("lan{network}");
+        link::create_bridge(&mut socket, name(&bridge), 0)?;
+        let at = index(&mut socket, &bridge)?;
+        addr::add(&mut socket, at, format!("10.0.{network}.254/24").parse()?)?;
+    }
+    if networks > 1 {
+        sysctl::write("net/ipv4/ip_forward", "1")?;
+    }
+    Ok(())
+}
+
+fn make_host(root: &Path, middle: &Netns, i: usize, network: usize) -> anyhow::Result<Host> {
+    use std::os::fd::AsFd;
+    let netns = Netns::create()?;
+    let host_name = format!("h{i}");
+    netns.bind(&root.join("netns").join(&host_name))?;
+    let address = Ipv4Addr::new(10, 0, u8::try_from(network)?, u8::try_from(i)?);
+    middle.run(|| {
+        let mut socket = Socket::open(Protocol::Route)?;
+        let this = link::VethEnd { name: name(&host_name), mac: None, netns: None };
+        let peer = link::VethEnd { name: name("eth0"), mac: None, netns: Some(netns.as_fd()) };
+        link::create_veth(&mut socket, 1500, this, peer)?;
+        let (port, bridge) = (index(&mut socket, &host_name)?, index(&mut socket, &format!("lan{network}"))?);
+        anyhow::Ok(link::enslave(&mut socket, port, bridge, link::PortConfig::default())?)
+    })??;
+    netns.run(|| {
+        let mut socket = Socket::open(Protocol::Route)?;
+        link::set_up(&mut socket, 1, true)?;
+        let eth0 = index(&mut socket, "eth0")?;
+        link::set_up(&mut socket, eth0, true)?;
+        addr::add(&mut socket, eth0, Cidr { addr: address.into(), len: 24 })?;
+        anyhow::Ok(route::add(&mut socket, "0.0.0.0/0".parse()?, Some(format!("10.0.{network}.254").parse()?), eth0)?)
+    })??;
+    let directory = root.join(&host_name);
+    std::fs::create_dir_all(&directory)?;
+    // A host that comes back asks for the subnet that it had: so the lab's hosts have the numbers of their names.
+    let subnet = format!("10.244.{i}.0/24");
+    std::fs::write(directory.join("subnet.env"), format!("FLANNEL_SUBNET=10.244.{i}.1/24\n"))?;
+    Ok(Host { name: host_name, netns, address, subnet, directory, daemon: None })
+}

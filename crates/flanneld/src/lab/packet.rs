@@ -1,0 +1,93 @@
+//! An Ethernet frame as far as the lab looks into it: IPv4, and VXLAN over UDP with a frame inside.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use flannel::Mac;
+
+/// A frame that carries IPv4.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Destination MAC.
+    pub to: Mac,
+    /// Source MAC.
+    pub from: Mac,
+    /// Source address.
+    pub src: Ipv4Addr,
+    /// Destination address.
+    pub dst: Ipv4Addr,
+    /// Time to live.
+    pub ttl: u8,
+    /// What is inside.
+    pub payload: Payload,
+}
+
+/// What an IPv4 packet carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    /// An ICMP message of this type: 8 is an echo request, 0 its reply.
+    Icmp(u8),
+    /// A frame in VXLAN (RFC 7348).
+    Vxlan {
+        /// UDP destination port.
+        port: u16,
+        /// Network identifier.
+        vni: u32,
+        /// The frame inside.
+        inner: Box<Frame>,
+    },
+    /// Something else, by its protocol number.
+    Other(u8),
+}
+
+impl Frame {
+    /// Reads a frame; `None` if it does not carry IPv4.
+    pub fn parse(bytes: &[u8]) -> Option<Frame> {
+        let mac = |at: usize| Some(Mac(bytes.get(at..at + 6)?.try_into().ok()?));
+        if bytes.get(12..14)? != [8, 0] {
+            return None;
+        }
+        let ip = bytes.get(14..)?;
+        let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
+        let body = ip.get(usize::from(ip.first()? & 0xf) * 4..)?;
+        let payload = match *ip.get(9)? {
+            1 => Payload::Icmp(*body.first()?),
+            17 => vxlan(body).unwrap_or(Payload::Other(17)),
+            other => Payload::Other(other),
+        };
+        Some(Frame { to: mac(0)?, from: mac(6)?, src: address(12)?, dst: address(16)?, ttl: *ip.get(8)?, payload })
+    }
+
+    /// The frame inside, if this one encapsulates, else this one.
+    pub fn innermost(&self) -> &Frame {
+        match &self.payload {
+            Payload::Vxlan { inner, .. } => inner.innermost(),
+            _ => self,
+        }
+    }
+}
+
+/// A UDP datagram whose payload begins as VXLAN does: the I flag set, reserved bits clear.
+fn vxlan(udp: &[u8]) -> Option<Payload> {
+    let port = u16::from_be_bytes(udp.get(2..4)?.try_into().ok()?);
+    let header = udp.get(8..16)?;
+    if header[0] != 8 || header[7] != 0 {
+        return None;
+    }
+    let vni = u32::from_be_bytes([0, header[4], header[5], header[6]]);
+    let inner = Box::new(Frame::parse(udp.get(16..)?)?);
+    Some(Payload::Vxlan { port, vni, inner })
+}
+
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} > {} | {} > {} ttl {} | ", self.from, self.to, self.src, self.dst, self.ttl)?;
+        match &self.payload {
+            Payload::Icmp(8) => f.write_str("ICMP echo request"),
+            Payload::Icmp(0) => f.write_str("ICMP echo reply"),
+            Payload::Icmp(kind) => write!(f, "ICMP type {kind}"),
+            Payload::Vxlan { port, vni, inner } => write!(f, "UDP {port} | VXLAN VNI {vni} | {inner}"),
+            Payload::Other(protocol) => write!(f, "IP protocol {protocol}"),
+        }
+    }
+}

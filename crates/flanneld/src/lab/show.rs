@@ -1,0 +1,247 @@
+//! What a lab shows: addresses, routes, the packet on the wire, round trips, and whether all that is as it should be.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::Context;
+use flannel::desired::ROUTE_PROTOCOL;
+use flannel::{Family, Mac};
+use kernel::capture::Capture;
+use kernel::netlink::{Protocol, Socket};
+use kernel::{link, route};
+use serde_json::{Value, json};
+
+use super::packet::{Frame, Payload};
+use super::ping::ping_all;
+use super::{Host, Lab, Pod, Topology, name};
+
+/// How long the pods may take to answer each other.
+const PING: Duration = Duration::from_secs(5);
+
+/// What was seen.
+pub(super) struct Report {
+    backend: String,
+    topology: Topology,
+    hosts: Vec<HostReport>,
+    /// The echo request of the first pod to the second one, on the second host's wire.
+    packet: Option<Frame>,
+    /// Round trips between the first two pods, there and back.
+    trips: Vec<(String, String, Option<Duration>)>,
+    /// Pairs that answered, and pairs.
+    pairs: (usize, usize),
+    /// What is not as it should be.
+    problems: Vec<String>,
+}
+
+struct HostReport {
+    name: String,
+    address: Ipv4Addr,
+    mac: Mac,
+    subnet: String,
+    pod: String,
+    pod_address: IpAddr,
+    routes: Vec<String>,
+    refused: Vec<String>,
+}
+
+/// Makes a pod on each host, lets them ping each other, and looks.
+pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<Pod>)> {
+    let pods = (0..lab.hosts.len()).map(|host| lab.add_pod(host)).collect::<anyhow::Result<Vec<Pod>>>()?;
+    let mut problems = Vec::new();
+    let hosts = lab.hosts.iter().zip(&pods).map(|(host, pod)| host_report(host, pod)).collect::<anyhow::Result<Vec<_>>>()?;
+    for host in &hosts {
+        problems.extend(host.refused.iter().map(|refused| format!("{} has no route to {refused}", host.name)));
+    }
+
+    let v4 = |pod: &Pod| match pod.address {
+        IpAddr::V4(ip) => ip,
+        IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
+    };
+    let mut packet = None;
+    let mut results: Vec<BTreeMap<Ipv4Addr, Duration>> = Vec::new();
+    // Where a route was refused, its peer is not waited for.
+    let patience = if problems.is_empty() { PING } else { Duration::from_secs(1) };
+    for (i, pod) in pods.iter().enumerate() {
+        let others: Vec<Ipv4Addr> = pods.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| v4(other)).collect();
+        let capture = if i == 0 && pods.len() > 1 { Some(open_capture(&lab.hosts[1])?) } else { None };
+        results.push(pod.netns.run(|| ping_all(&others, patience))??);
+        if let Some(capture) = capture.filter(|_| problems.is_empty()) {
+            let (from, to) = (v4(&pods[0]), v4(&pods[1]));
+            packet = capture.find(Duration::from_secs(1), |bytes| {
+                let frame = Frame::parse(bytes)?;
+                let inner = frame.innermost();
+                ((inner.src, inner.dst) == (from, to)).then_some(frame)
+            })?;
+        }
+    }
+    let mut pairs = (0, 0);
+    for (i, from) in pods.iter().enumerate() {
+        for to in pods.iter().filter(|to| to.name != from.name) {
+            pairs.1 += 1;
+            match results[i].contains_key(&v4(to)) {
+                true => pairs.0 += 1,
+                false if problems.len() < 20 => {
+                    problems.push(format!("{} {} gets no answer from {} {}", from.name, from.address, to.name, to.address))
+                }
+                false => {}
+            }
+        }
+    }
+    let mut trips = Vec::new();
+    if pods.len() > 1 {
+        for (i, j) in [(0, 1), (1, 0)] {
+            trips.push((pods[i].name.clone(), pods[j].name.clone(), results[i].get(&v4(&pods[j])).copied()));
+        }
+        match &packet {
+            Some(frame) => problems.extend(wrong(frame, backend, &lab.hosts, lab.plan.topology)?),
+            None if problems.is_empty() => problems.push("the packet was not seen on the wire".to_owned()),
+            None => {}
+        }
+    }
+    let report = Report { backend: backend.to_owned(), topology: lab.plan.topology, hosts, packet, trips, pairs, problems };
+    Ok((report, pods))
+}
+
+fn open_capture(host: &Host) -> anyhow::Result<Capture> {
+    host.netns.run(|| {
+        let index = link::get(&mut Socket::open(Protocol::Route)?, name("eth0"))?.context("the host has no eth0")?.index;
+        anyhow::Ok(Capture::open(index)?)
+    })?
+}
+
+fn host_report(host: &Host, pod: &Pod) -> anyhow::Result<HostReport> {
+    let routes = host.netns.run(|| {
+        let mut socket = Socket::open(Protocol::Route)?;
+        let names: BTreeMap<u32, String> = link::list(&mut socket)?.iter().map(|link| (link.index, link.name.to_string())).collect();
+        let routes = route::list(&mut socket, Family::V4, route::Filter::Ours)?;
+        anyhow::Ok(
+            routes
+                .iter()
+                .filter(|r| r.protocol == ROUTE_PROTOCOL)
+                .map(|r| {
+                    let via = r.via.map(|via| format!(" via {via}")).unwrap_or_default();
+                    let dev = names.get(&r.oif).map_or("?", String::as_str);
+                    format!("{}{via} dev {dev}{}", r.dst, if r.onlink { " onlink" } else { "" })
+                })
+                .collect::<Vec<String>>(),
+        )
+    })??;
+    let state = host.state()?;
+    let refused = state["peers"]["refused"].as_array().cloned().unwrap_or_default();
+    let refused = refused.iter().map(|peer| {
+        let reasons: Vec<&str> = peer["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        format!("{}: {}", peer["subnet"].as_str().unwrap_or("?"), reasons.join("; "))
+    });
+    Ok(HostReport {
+        name: host.name.clone(),
+        address: host.address,
+        mac: host.mac()?,
+        subnet: state["subnet"].as_str().unwrap_or_default().to_owned(),
+        pod: pod.name.clone(),
+        pod_address: pod.address,
+        routes,
+        refused: refused.collect(),
+    })
+}
+
+/// What of the packet on the second host's wire is not as the backend should make it.
+fn wrong(frame: &Frame, backend: &str, hosts: &[Host], topology: Topology) -> anyhow::Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let mut expect = |what: &str, is: String, want: String| {
+        if is != want {
+            problems.push(format!("on the wire the {what} is {is}, not {want}"));
+        }
+    };
+    expect("destination MAC", frame.to.to_string(), hosts[1].mac()?.to_string());
+    if topology == Topology::Switch {
+        expect("source MAC", frame.from.to_string(), hosts[0].mac()?.to_string());
+    }
+    match (&frame.payload, backend) {
+        (Payload::Vxlan { port, vni, inner }, "vxlan") => {
+            expect("outer source", frame.src.to_string(), hosts[0].address.to_string());
+            expect("outer destination", frame.dst.to_string(), hosts[1].address.to_string());
+            expect("UDP port", port.to_string(), "8472".to_owned());
+            expect("VNI", vni.to_string(), "1".to_owned());
+            expect("inner payload", format!("{:?}", inner.payload), format!("{:?}", Payload::Icmp(8)));
+        }
+        (Payload::Icmp(8), "host-gw") => expect("time to live", frame.ttl.to_string(), "63".to_owned()),
+        (payload, _) => expect("packet", format!("{payload:?}"), format!("one of {backend}")),
+    }
+    Ok(problems)
+}
+
+impl Report {
+    pub(super) fn is_right(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    fn verdict(&self) -> String {
+        let (answered, all) = self.pairs;
+        let pods = format!("{answered} of {all} pairs of pods answer");
+        match (self.is_right(), self.backend.as_str()) {
+            (true, "host-gw") => format!("{pods}; packets cross the wire unencapsulated, with the peer's MAC"),
+            (true, _) => format!("{pods}; packets cross the wire in UDP 8472, VNI 1, between the hosts' addresses"),
+            (false, _) => format!("{pods}; not as it should be"),
+        }
+    }
+
+    pub(super) fn text(&self) -> String {
+        let mut text = format!("\n{} on a {}\n", self.backend, format!("{:?}", self.topology).to_lowercase());
+        // A page is enough to see the pattern.
+        const SHOWN: usize = 4;
+        for host in self.hosts.iter().take(SHOWN) {
+            text.push_str(&format!(
+                "  {}  {} ({})  leases {}  {} has {}\n",
+                host.name, host.address, host.mac, host.subnet, host.pod, host.pod_address
+            ));
+            for route in host.routes.iter().take(SHOWN) {
+                text.push_str(&format!("      route {route}\n"));
+            }
+            if host.routes.len() > SHOWN {
+                text.push_str(&format!("      … and {} more\n", host.routes.len() - SHOWN));
+            }
+        }
+        if self.hosts.len() > SHOWN {
+            text.push_str(&format!("  … and {} more hosts\n", self.hosts.len() - SHOWN));
+        }
+        if let Some(packet) = &self.packet {
+            text.push_str(&format!("  on the wire at {}:\n", self.hosts[1].name));
+            for (layer, line) in packet.to_string().split(" | ").enumerate() {
+                text.push_str(&format!("      {}{line}\n", "  ".repeat(layer)));
+            }
+        }
+        for (from, to, trip) in &self.trips {
+            let trip = trip.map_or("no answer".to_owned(), |trip| format!("{:.3} ms", trip.as_secs_f64() * 1e3));
+            text.push_str(&format!("  {from} -> {to}: {trip}\n"));
+        }
+        for problem in &self.problems {
+            text.push_str(&format!("  ! {problem}\n"));
+        }
+        text.push_str(&format!("{} {}: {}\n", if self.is_right() { "OK" } else { "FAILED" }, self.backend, self.verdict()));
+        text
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let hosts: Vec<Value> = self.hosts.iter().map(|host| {
+            json!({ "name": host.name, "address": host.address, "mac": host.mac.to_string(), "subnet": host.subnet, "routes": host.routes,
+                    "pod": { "name": host.pod, "address": host.pod_address }, "refused": host.refused })
+        }).collect();
+        let trips: Vec<Value> = self
+            .trips
+            .iter()
+            .map(|(from, to, trip)| json!({ "from": from, "to": to, "ms": trip.map(|trip| trip.as_secs_f64() * 1e3) }))
+            .collect();
+        json!({
+            "backend": self.backend,
+            "topology": format!("{:?}", self.topology).to_lowercase(),
+            "hosts": hosts,
+            "packet": self.packet.as_ref().map(ToString::to_string),
+            "round_trips": trips,
+            "pairs": { "answered": self.pairs.0, "all": self.pairs.1 },
+            "ok": self.is_right(),
+            "problems": self.problems,
+            "verdict": self.verdict(),
+        })
+    }
+}

@@ -1,0 +1,384 @@
+//! The loop: everything that can wake it is in [`Wake`], everything it does to the kernel goes through one thread, and
+//! what it costs follows what changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use anyhow::Context;
+use flannel::desired::{Key, Owner, Scope};
+use flannel::diff::{Prune, diff, diff_keys};
+use flannel::{LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
+use kernel::{Changed, Monitor};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::keeper::{Held, is_held};
+use crate::kernel_thread::{KernelThread, News, listen};
+use crate::ready::Guard;
+use crate::state;
+use crate::subnet_file::SubnetFile;
+
+/// How often the whole kernel is read as the audit of our memory of it. Notifications tell sooner of nearly everything;
+/// this catches what the kernel does not announce.
+const AUDIT: Duration = Duration::from_secs(60);
+/// How long after a link's change the kernel is read: what follows from it comes in a burst.
+const SETTLE: Duration = Duration::from_millis(20);
+/// A failed object is tried again after the first, doubling up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Leases that change together up to this number are logged one by one.
+const LOGGED: usize = 8;
+
+/// What wakes the loop.
+enum Wake {
+    /// The store told something.
+    Leases(Vec<StoreEvent>),
+    /// This node's lease is another one now, or the same again.
+    Own(Held),
+    /// The kernel told of changes.
+    Kernel(Vec<Changed>),
+    /// A failed object is due, or a full read is.
+    Timer,
+    /// Somebody wants to know the state.
+    Ask(oneshot::Sender<state::State>),
+    /// The other side is gone: the daemon stops.
+    Stop,
+}
+
+/// An object that the kernel refused.
+#[derive(Debug, Clone)]
+struct Failure {
+    error: OpError,
+    attempts: u32,
+    due: Instant,
+}
+
+/// Where the loop's input comes from.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Events of the store.
+    pub events: mpsc::Receiver<Vec<StoreEvent>>,
+    /// The lease that the keeper holds.
+    pub held: watch::Receiver<Held>,
+    /// To tell the keeper that it is lost.
+    pub lost: mpsc::Sender<()>,
+    /// Whether the store is being followed.
+    pub connected: watch::Receiver<bool>,
+    /// Questions after the state.
+    pub asks: mpsc::Receiver<oneshot::Sender<state::State>>,
+}
+
+/// Keeps the kernel as the picture wants it.
+#[derive(Debug)]
+pub struct Reconciler {
+    picture: Picture,
+    observed: Observed,
+    kernel: KernelThread,
+    news: News,
+    failures: BTreeMap<Key, Failure>,
+    /// When the kernel is to be read whole.
+    read_at: Instant,
+    subnet_file: SubnetFile,
+    /// Until the first complete list of leases is in the kernel.
+    syncing: Option<Guard>,
+}
+
+impl Reconciler {
+    /// Reads the kernel and puts this node's own objects there: devices, addresses, rules. Notifications are
+    /// subscribed to first, so that no change falls in between.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read, or refuses one of the node's own objects.
+    pub async fn start(picture: Picture, kernel: KernelThread, subnet_file: SubnetFile, syncing: Guard) -> anyhow::Result<Reconciler> {
+        let scope = picture.desired().scope();
+        let rules = !scope.rulesets.is_empty();
+        let monitor = Monitor::open(scope.links.clone(), picture.node().ext, rules, kernel.port());
+        let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
+        let observed = kernel.observe(scope).await.context("cannot read the kernel's state")?;
+        let mut reconciler = Reconciler {
+            picture,
+            observed,
+            kernel,
+            news,
+            failures: BTreeMap::new(),
+            read_at: Instant::now() + AUDIT,
+            subnet_file,
+            syncing: Some(syncing),
+        };
+        reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
+        let own = reconciler.picture.desired().part(&Owner::Node);
+        let refused: Vec<String> =
+            own.iter().filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
+        anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
+        reconciler.subnet_file.write(&reconciler.picture)?;
+        Ok(reconciler)
+    }
+
+    /// Runs until a sender of `inputs` is gone.
+    ///
+    /// # Errors
+    /// When notifications cannot be read any more: to go on blind would be worse than to be restarted.
+    pub async fn run(mut self, mut inputs: Inputs) -> anyhow::Result<()> {
+        loop {
+            match self.wake(&mut inputs).await? {
+                Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
+                Wake::Own(held) => self.on_own(held).await,
+                Wake::Kernel(changes) => self.on_kernel(changes).await,
+                Wake::Timer => self.on_timer().await,
+                Wake::Ask(reply) => {
+                    let state = self.state(*inputs.connected.borrow());
+                    // Who asked may have gone away.
+                    let _ = reply.send(state);
+                }
+                Wake::Stop => return Ok(()),
+            }
+        }
+    }
+
+    async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
+        let retry = self.failures.values().map(|failure| failure.due).min();
+        let timer = retry.map_or(self.read_at, |due| due.min(self.read_at));
+        let wake = tokio::select! {
+            events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
+            changed = inputs.held.changed() => match changed {
+                Ok(()) => Wake::Own(*inputs.held.borrow_and_update()),
+                Err(_) => Wake::Stop,
+            },
+            news = self.news.recv() => {
+                let heard = news.context("the thread that listens to the kernel ended")?;
+                Wake::Kernel(heard.context("cannot hear of the kernel's changes any more")?)
+            }
+            () = tokio::time::sleep_until(timer) => Wake::Timer,
+            ask = inputs.asks.recv() => ask.map_or(Wake::Stop, Wake::Ask),
+        };
+        Ok(wake)
+    }
+
+    async fn on_leases(&mut self, events: Vec<StoreEvent>, inputs: &mut Inputs) {
+        let began = Instant::now();
+        let mut keys = BTreeSet::new();
+        let mut leases = BTreeSet::new();
+        let was_complete = self.picture.leases().is_complete();
+        let mut listed = false;
+        let mut batch = events;
+        // What waits already is part of this change.
+        loop {
+            for event in batch {
+                listed |= event == StoreEvent::InitDone;
+                let touched = self.picture.fold(event);
+                keys.extend(touched.keys);
+                leases.extend(touched.leases);
+            }
+            match inputs.events.try_recv() {
+                Ok(more) => batch = more,
+                Err(_) => break,
+            }
+        }
+        let own = self.picture.own();
+        if (leases.contains(&own) || listed)
+            && self.picture.leases().is_complete()
+            && !is_held(self.picture.leases(), &own, &self.picture.node().public)
+        {
+            // A full channel means that it has been told.
+            let _ = inputs.lost.try_send(());
+        }
+        let complete = self.picture.leases().is_complete();
+        let ops = match complete && !was_complete {
+            // Only now is it known what of the past is superfluous.
+            true => diff(self.picture.desired(), &self.observed, Prune::Yes),
+            false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
+        };
+        let count = ops.len();
+        self.execute(ops).await;
+        self.log(&leases, count, began);
+        if complete && let Some(guard) = self.syncing.take() {
+            tracing::info!(leases = self.picture.leases().len(), "every lease of the store is in the kernel");
+            drop(guard);
+        }
+    }
+
+    async fn on_own(&mut self, held: Held) {
+        if held.key == self.picture.own() {
+            return;
+        }
+        let keys = self.picture.set_own(held.key).into_iter().collect();
+        let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
+        self.execute(ops).await;
+        if let Err(error) = self.subnet_file.write(&self.picture) {
+            tracing::error!(%error, "cannot tell the CNI plugins of the new subnet");
+        }
+    }
+
+    async fn on_kernel(&mut self, changes: Vec<Changed>) {
+        let mut keys = BTreeSet::new();
+        for change in changes {
+            match change {
+                Changed::Set(object) => {
+                    keys.insert(object.key());
+                    self.observed.insert(object);
+                }
+                Changed::Gone(key) => {
+                    self.observed.remove(&key);
+                    keys.insert(key);
+                }
+                Changed::Rules(family) => {
+                    let scope = Scope { rulesets: vec![family], ..Scope::default() };
+                    let key = Key::Ruleset(family);
+                    match self.kernel.observe(scope).await {
+                        Ok(now) => {
+                            self.observed.remove(&key);
+                            now.iter().for_each(|(_, object)| self.observed.insert(object.clone()));
+                            keys.insert(key);
+                        }
+                        Err(error) => tracing::warn!(%error, "cannot read the traffic rules; the next audit will"),
+                    }
+                }
+                Changed::Link(_) | Changed::Everything => self.read_at = self.read_at.min(Instant::now() + SETTLE),
+            }
+        }
+        let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
+        self.repair(ops, "somebody changed").await;
+    }
+
+    async fn on_timer(&mut self) {
+        let now = Instant::now();
+        if now < self.read_at {
+            let due = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
+            let ops = diff_keys(self.picture.desired(), &self.observed, &due, self.prune());
+            // What is not wanted any more is no failure any more.
+            let wanted: BTreeSet<Key> = ops.iter().map(|op| op.object().key()).collect();
+            self.failures.retain(|key, failure| failure.due > now || wanted.contains(key));
+            self.execute(ops).await;
+            return;
+        }
+        self.read_at = now + AUDIT;
+        match self.kernel.observe(self.picture.desired().scope()).await {
+            Ok(observed) => {
+                self.observed = observed;
+                let ops = diff(self.picture.desired(), &self.observed, self.prune());
+                self.repair(ops, "the kernel did not hold").await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot read the kernel's state; trying again in a second");
+                self.read_at = now + Duration::from_secs(1);
+            }
+        }
+    }
+
+    fn prune(&self) -> Prune {
+        if self.picture.leases().is_complete() { Prune::Yes } else { Prune::No }
+    }
+
+    async fn repair(&mut self, ops: Vec<Op>, what: &str) {
+        let now = Instant::now();
+        let fresh: Vec<&Op> = ops.iter().filter(|op| self.failures.get(&op.object().key()).is_none_or(|f| f.due <= now)).collect();
+        for op in fresh.iter().take(LOGGED) {
+            tracing::info!(op = %one_line(op), "putting right what {what}");
+        }
+        if fresh.len() > LOGGED {
+            tracing::info!(more = fresh.len() - LOGGED, "putting right what {what}");
+        }
+        self.execute(ops).await;
+    }
+
+    /// Executes operations, but for those that failed lately; keeps the memory of the kernel and of failures current.
+    async fn execute(&mut self, mut ops: Vec<Op>) {
+        let now = Instant::now();
+        ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
+        if ops.is_empty() {
+            return;
+        }
+        for (op, outcome) in self.kernel.apply(ops).await {
+            let key = op.object().key();
+            match outcome {
+                Ok(()) => {
+                    self.observed.apply(&op);
+                    if self.failures.remove(&key).is_some() {
+                        tracing::info!(object = %key, "the kernel takes it now");
+                    }
+                }
+                Err(error) => {
+                    let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
+                    if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
+                        tracing::warn!(object = %key, %error, "the kernel refuses; it is tried again, others are not affected");
+                    }
+                    let wait = RETRY.0.saturating_mul(1 << attempts.min(10).saturating_sub(1)).min(RETRY.1);
+                    self.failures.insert(key, Failure { error, attempts, due: Instant::now() + wait });
+                }
+            }
+        }
+    }
+
+    fn log(&self, leases: &BTreeSet<LeaseKey>, operations: usize, began: Instant) {
+        let millis = began.elapsed().as_millis();
+        if leases.len() > LOGGED {
+            let refused = leases.iter().filter(|key| self.picture.refusals().contains_key(key)).count();
+            tracing::info!(leases = leases.len(), refused, operations, millis, "leases changed");
+        }
+        for key in leases.iter().filter(|key| **key != self.picture.own()) {
+            let refusals = self.picture.refusals().get(key).map_or(&[][..], Vec::as_slice);
+            for reason in refusals {
+                tracing::warn!(peer = %key, %reason, "no route to this peer");
+            }
+            if leases.len() > LOGGED {
+                continue;
+            }
+            match self.picture.leases().get(key) {
+                None => tracing::info!(peer = %key, "the peer is gone"),
+                Some(peer) if refusals.is_empty() => {
+                    let host = peer.public.iter().next().map(|(_, ip)| ip.to_string()).unwrap_or_default();
+                    tracing::info!(peer = %key, host, "the peer is there");
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn state(&self, connected: bool) -> state::State {
+        let picture = &self.picture;
+        let reasons = |(key, refusals): (&LeaseKey, &Vec<flannel::backend::Refusal>)| state::Refused {
+            subnet: key.to_string(),
+            public_ip: picture.leases().get(key).and_then(|peer| peer.public.iter().next().map(|(_, ip)| ip.to_string())),
+            reasons: refusals.iter().map(ToString::to_string).collect(),
+        };
+        let conflict = |(key, owner): (&Key, &Owner)| state::Refused {
+            subnet: match owner {
+                Owner::Node => picture.own().to_string(),
+                Owner::Lease(lease) => lease.to_string(),
+            },
+            public_ip: None,
+            reasons: vec![format!("another peer claims the same {key}")],
+        };
+        state::State {
+            version: env!("CARGO_PKG_VERSION"),
+            backend: picture.config().backend.name(),
+            subnet: picture.own().to_string(),
+            interface: picture.node().ext.to_string(),
+            public_ip: picture.node().public.iter().next().map(|(_, ip)| ip.to_string()),
+            mtu: picture.backend().mtu(picture.node()),
+            store: state::Store { connected, leases: picture.leases().len(), complete: picture.leases().is_complete() },
+            peers: state::Peers {
+                programmed: picture.leases().iter().filter(|(key, _)| !picture.desired().part(&Owner::Lease(**key)).is_empty()).count(),
+                refused: picture.refusals().iter().map(reasons).chain(picture.desired().conflicts().map(conflict)).collect(),
+            },
+            objects: state::Objects {
+                desired: picture.desired().iter().count(),
+                failed: self
+                    .failures
+                    .iter()
+                    .map(|(key, failure)| state::Failed {
+                        object: key.to_string(),
+                        error: failure.error.to_string(),
+                        attempts: failure.attempts,
+                    })
+                    .collect(),
+            },
+        }
+    }
+}
+
+fn one_line(op: &Op) -> String {
+    match op.object() {
+        Object::Ruleset(_) => format!("set {}", op.object().key()),
+        _ => op.to_string(),
+    }
+}

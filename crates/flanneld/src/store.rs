@@ -1,0 +1,6 @@
+//! Where leases are kept. One store so far, [`etcd`] (which the embedded server speaks as well), so there is no trait:
+//! it comes with the second one.
+
+pub mod etcd;
+
+pub use self::etcd::{Entry, Snapshot, Store, StoreError};

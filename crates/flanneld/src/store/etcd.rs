@@ -1,0 +1,434 @@
+//! The etcd client: configuration, leases, and the watch whose every end is a fresh snapshot.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use flannel::wire::{self, WireError};
+use flannel::{Lease, LeaseKey, Peer, StoreEvent};
+use thiserror::Error;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status};
+
+use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
+use crate::etcd::event::EventType;
+use crate::etcd::kv_client::KvClient;
+use crate::etcd::lease_client::LeaseClient;
+use crate::etcd::request_op::Request as Op;
+use crate::etcd::watch_client::WatchClient;
+use crate::etcd::watch_request::RequestUnion;
+use crate::etcd::{
+    Compare, DeleteRangeRequest, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, PutRequest, RangeRequest,
+    RequestOp, TxnRequest, WatchCreateRequest, WatchRequest, prefix_end,
+};
+
+/// How long an endpoint may take to answer before the next one is asked.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(3);
+/// The wait before the watch is begun anew doubles from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Unreadable entries of which it is remembered that they were reported.
+const REPORTED: usize = 1_000;
+
+/// What a store could not do.
+#[derive(Debug, Clone, Error)]
+pub enum StoreError {
+    /// `--etcd-endpoints` cannot be used.
+    #[error("--etcd-endpoints: {0:?}: {1}")]
+    Endpoint(String, String),
+    /// No endpoint answers.
+    #[error("no etcd endpoint answers ({endpoints}); the last said: {last}")]
+    Unreachable {
+        /// All endpoints.
+        endpoints: String,
+        /// What the last one said.
+        last: String,
+    },
+    /// The store refused.
+    #[error("etcd refused to {act}: {message}")]
+    Refused {
+        /// What was asked.
+        act: &'static str,
+        /// What it said.
+        message: String,
+    },
+}
+
+/// A client of the store. Clones share connections.
+#[derive(Debug, Clone)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    endpoints: Vec<String>,
+    channels: Vec<Channel>,
+    /// The endpoint that answered last.
+    current: AtomicUsize,
+    prefix: String,
+}
+
+/// A lease as it is stored.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// The subnets that the key names.
+    pub key: LeaseKey,
+    /// The owner; `None` if the value cannot be read.
+    pub peer: Option<Peer>,
+    /// The key's revision, by which a change is made conditional.
+    pub mod_revision: i64,
+    /// The etcd lease on it; 0 for a reservation, which never expires.
+    pub lease: i64,
+}
+
+/// All leases at one revision.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The leases.
+    pub entries: Vec<Entry>,
+    /// The store's revision.
+    pub revision: i64,
+    unreadable: Vec<Unreadable>,
+}
+
+#[derive(Debug, Clone)]
+struct Unreadable {
+    key: String,
+    revision: i64,
+    reason: String,
+}
+
+impl Store {
+    /// A client of the endpoints in a comma list, for the keys below `prefix`. Nothing is connected yet. Must be
+    /// called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StoreError::Endpoint`].
+    pub fn new(endpoints: &str, prefix: &str) -> Result<Store, StoreError> {
+        let mut channels = Vec::new();
+        for text in endpoints.split(',') {
+            let bad = |problem: &str| StoreError::Endpoint(text.to_owned(), problem.to_owned());
+            if text.starts_with("https://") {
+                return Err(bad("TLS is not supported yet: use http://"));
+            }
+            let endpoint = Endpoint::from_shared(text.to_owned()).map_err(|error| bad(&error.to_string()))?;
+            if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().port_u16().is_none() {
+                return Err(bad("an endpoint looks like http://127.0.0.1:2379"));
+            }
+            // A ping tells a watch on a dead connection from one on which nothing happens. etcd's servers refuse
+            // more than one in five seconds.
+            let endpoint = endpoint
+                .connect_timeout(CONNECT)
+                .tcp_nodelay(true)
+                .http2_keep_alive_interval(Duration::from_secs(10))
+                .keep_alive_timeout(TIMEOUT);
+            channels.push(endpoint.connect_lazy());
+        }
+        let prefix = prefix.trim_end_matches('/').to_owned();
+        let endpoints = endpoints.split(',').map(ToOwned::to_owned).collect();
+        Ok(Store(Arc::new(Inner { endpoints, channels, current: AtomicUsize::new(0), prefix })))
+    }
+
+    /// The key of the network configuration.
+    pub fn config_key(&self) -> String {
+        format!("{}/config", self.0.prefix)
+    }
+
+    fn lease_key(&self, key: &LeaseKey) -> String {
+        format!("{}{}", self.subnets(), wire::key(key))
+    }
+
+    fn subnets(&self) -> String {
+        format!("{}/subnets/", self.0.prefix)
+    }
+
+    /// The network configuration's text; `None` if there is none.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn config(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let request = RangeRequest { key: self.config_key().into_bytes(), ..RangeRequest::default() };
+        let answer = self.call("read the network config", |channel| range(channel, request.clone())).await?;
+        Ok(answer.kvs.into_iter().next().map(|kv| kv.value))
+    }
+
+    /// Writes the network configuration.
+    ///
+    /// # Errors
+    /// When the store cannot be asked or refuses.
+    pub async fn put_config(&self, text: &str) -> Result<(), StoreError> {
+        let request = PutRequest { key: self.config_key().into_bytes(), value: text.as_bytes().to_vec(), ..PutRequest::default() };
+        self.call("write the network config", |channel| put(channel, request.clone())).await.map(drop)
+    }
+
+    /// All leases at one revision.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn snapshot(&self) -> Result<Snapshot, StoreError> {
+        let key = self.subnets().into_bytes();
+        let request = RangeRequest { range_end: prefix_end(&key), key, ..RangeRequest::default() };
+        let answer = self.call("read the leases", |channel| range(channel, request.clone())).await?;
+        let revision = answer.header.map_or(0, |header| header.revision);
+        let mut snapshot = Snapshot { entries: Vec::with_capacity(answer.kvs.len()), revision, unreadable: Vec::new() };
+        for kv in &answer.kvs {
+            let (entry, unreadable) = self.read(kv);
+            snapshot.entries.extend(entry);
+            snapshot.unreadable.extend(unreadable);
+        }
+        Ok(snapshot)
+    }
+
+    /// Reads a stored lease, as far as it can be read, and says what cannot.
+    fn read(&self, kv: &KeyValue) -> (Option<Entry>, Option<Unreadable>) {
+        let text = String::from_utf8_lossy(&kv.key);
+        let unreadable = |reason: String| Unreadable { key: text.to_string(), revision: kv.mod_revision, reason };
+        let name = text.strip_prefix(&self.subnets()).unwrap_or(&text);
+        let key = match wire::parse_key(name) {
+            // Two spellings of one subnet would let the end of the one take the other away.
+            Ok(key) if wire::key(&key) != name => {
+                return (None, Some(unreadable(format!("the key of {key} is spelled {}", wire::key(&key)))));
+            }
+            Ok(key) => key,
+            Err(error) => return (None, Some(unreadable(error.to_string()))),
+        };
+        let (peer, problem): (_, Option<WireError>) = match wire::parse_value(&kv.value) {
+            Ok(peer) => (Some(peer), None),
+            Err(error) => (None, Some(error)),
+        };
+        let entry = Entry { key, peer, mod_revision: kv.mod_revision, lease: kv.lease };
+        (Some(entry), problem.map(|error| unreadable(error.to_string())))
+    }
+
+    /// Grants an etcd lease of `ttl` and returns its identifier.
+    ///
+    /// # Errors
+    /// When the store cannot be asked or refuses.
+    pub async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
+        let request = LeaseGrantRequest { ttl: i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX), id: 0 };
+        self.call("grant a lease", |channel| async move { LeaseClient::new(channel).lease_grant(request).await })
+            .await
+            .map(|answer| answer.id)
+    }
+
+    /// Gives an etcd lease back; that it is gone already is as good.
+    pub async fn revoke(&self, id: i64) {
+        let request = LeaseRevokeRequest { id };
+        // If this fails the lease ends by itself.
+        let _ = self.call("revoke a lease", |channel| async move { LeaseClient::new(channel).lease_revoke(request).await }).await;
+    }
+
+    /// Begins an etcd lease's life anew. Returns its length, or `None` if the lease is gone. No key is written, so no
+    /// peer hears of it, and it cannot renew what is somebody else's by now.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, StoreError> {
+        let ask = |channel: Channel| async move {
+            let requests = tokio_stream::once(LeaseKeepAliveRequest { id });
+            let mut answers = LeaseClient::new(channel).lease_keep_alive(requests).await?.into_inner();
+            answers.message().await?.map(Response::new).ok_or_else(|| Status::unavailable("no answer to a keep-alive"))
+        };
+        let answer = self.call("renew the lease", ask).await?;
+        Ok(u64::try_from(answer.ttl).ok().filter(|ttl| *ttl > 0).map(Duration::from_secs))
+    }
+
+    /// Writes a lease if its key still has this revision (0: if it does not exist); false if somebody was faster.
+    ///
+    /// # Errors
+    /// When the store cannot be asked or refuses.
+    pub async fn put_lease(&self, lease: &Lease, etcd_lease: i64, expected: i64) -> Result<bool, StoreError> {
+        let key = self.lease_key(&lease.key).into_bytes();
+        let put = PutRequest { key: key.clone(), value: wire::value(&lease.peer).into_bytes(), lease: etcd_lease, ..PutRequest::default() };
+        self.conditional("write the lease", key, expected, Op::RequestPut(put)).await
+    }
+
+    /// Deletes a lease if its key still has this revision; false if somebody was faster.
+    ///
+    /// # Errors
+    /// When the store cannot be asked or refuses.
+    pub async fn delete_lease(&self, key: &LeaseKey, expected: i64) -> Result<bool, StoreError> {
+        let key = self.lease_key(key).into_bytes();
+        let delete = DeleteRangeRequest { key: key.clone(), ..DeleteRangeRequest::default() };
+        self.conditional("delete a lease", key, expected, Op::RequestDeleteRange(delete)).await
+    }
+
+    async fn conditional(&self, act: &'static str, key: Vec<u8>, expected: i64, op: Op) -> Result<bool, StoreError> {
+        let target_union = Some(TargetUnion::ModRevision(expected));
+        let compare =
+            Compare { result: CompareResult::Equal.into(), target: CompareTarget::Mod.into(), key, range_end: Vec::new(), target_union };
+        let request = TxnRequest { compare: vec![compare], success: vec![RequestOp { request: Some(op) }], failure: Vec::new() };
+        let answer = self.call(act, |channel| {
+            let request = request.clone();
+            async move { KvClient::new(channel).txn(request).await }
+        });
+        Ok(answer.await?.succeeded)
+    }
+
+    /// Asks the endpoint that answered last, then the others in turn.
+    async fn call<T, F, A>(&self, act: &'static str, ask: F) -> Result<T, StoreError>
+    where
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let inner = &self.0;
+        let mut last = String::new();
+        for _ in 0..inner.channels.len() {
+            let at = inner.current.load(Ordering::Relaxed);
+            let status = match tokio::time::timeout(TIMEOUT, ask(inner.channels[at % inner.channels.len()].clone())).await {
+                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(status)) => status,
+                Err(_) => Status::deadline_exceeded(format!("no answer within {} s", TIMEOUT.as_secs())),
+            };
+            let elsewhere =
+                matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal);
+            if !elsewhere {
+                return Err(StoreError::Refused { act, message: status.message().to_owned() });
+            }
+            last = describe(&status);
+            // Another task may have moved on already.
+            let _ = inner.current.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        Err(StoreError::Unreachable { endpoints: inner.endpoints.join(","), last })
+    }
+
+    /// Follows the leases and sends every list and every event, in order, until the receiver is gone. `connected`
+    /// tells whether the store is being followed right now.
+    ///
+    /// However the watch ends (compaction, cancellation, a lost connection or leader), a fresh snapshot follows, so
+    /// that nothing that happened in between is missed, and nothing is believed gone that was not seen gone.
+    pub async fn follow(&self, events: mpsc::Sender<Vec<StoreEvent>>, connected: watch::Sender<bool>) {
+        let mut reported = BTreeSet::new();
+        let mut wait = BACKOFF.0;
+        loop {
+            let outcome = self.snapshot_and_watch(&events, &connected, &mut reported, &mut wait).await;
+            if events.is_closed() {
+                return;
+            }
+            connected.send_if_modified(|connected| {
+                if std::mem::replace(connected, false) {
+                    tracing::warn!(reason = %outcome, "the store is no longer followed; routes stay as they are until it is again");
+                    return true;
+                }
+                false
+            });
+            // Jitter, so that a cluster does not come back to a restarted store as one.
+            let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(wait.as_millis()).unwrap_or(0) / 2));
+            tokio::time::sleep(wait + jitter).await;
+            wait = (wait * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// One snapshot and the watch from its revision on. Returns why it ended.
+    async fn snapshot_and_watch(
+        &self,
+        events: &mpsc::Sender<Vec<StoreEvent>>,
+        connected: &watch::Sender<bool>,
+        reported: &mut BTreeSet<(String, i64)>,
+        wait: &mut Duration,
+    ) -> String {
+        let snapshot = match self.snapshot().await {
+            Ok(snapshot) => snapshot,
+            Err(error) => return error.to_string(),
+        };
+        report(&snapshot.unreadable, reported);
+        let revision = snapshot.revision;
+        let mut list = vec![StoreEvent::Init];
+        list.extend(snapshot.entries.into_iter().map(event));
+        list.push(StoreEvent::InitDone);
+        if events.send(list).await.is_err() {
+            return "nobody listens".to_owned();
+        }
+
+        let key = self.subnets().into_bytes();
+        let create = WatchCreateRequest { range_end: prefix_end(&key), key, start_revision: revision + 1, ..WatchCreateRequest::default() };
+        // The sender is kept: the watch lives as long as the stream of requests.
+        let (requests, stream) = mpsc::channel(1);
+        let _ = requests.send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await;
+        let mut request = Request::new(ReceiverStream::new(stream));
+        // A member without a leader would be silent for ever; with this it ends the watch.
+        request.metadata_mut().insert("hasleader", tonic::metadata::MetadataValue::from_static("true"));
+        let inner = &self.0;
+        let at = inner.current.load(Ordering::Relaxed);
+        let channel = inner.channels[at % inner.channels.len()].clone();
+        let mut client = WatchClient::new(channel).max_decoding_message_size(usize::MAX);
+        let opened = tokio::time::timeout(TIMEOUT, client.watch(request)).await;
+        let mut answers = match opened {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) => return format!("the watch cannot begin: {}", describe(&status)),
+            Err(_) => return "the watch cannot begin: no answer".to_owned(),
+        };
+        loop {
+            let answer = match answers.message().await {
+                Ok(Some(answer)) => answer,
+                Ok(None) => return "the store ended the watch".to_owned(),
+                Err(status) => return format!("the watch broke: {}", describe(&status)),
+            };
+            if answer.canceled {
+                let compacted = if answer.compact_revision > 0 {
+                    format!(" (compacted at revision {})", answer.compact_revision)
+                } else {
+                    String::new()
+                };
+                return format!("the store cancelled the watch: {}{compacted}", answer.cancel_reason);
+            }
+            *wait = BACKOFF.0;
+            connected.send_if_modified(|connected| !std::mem::replace(connected, true));
+            let mut news = Vec::with_capacity(answer.events.len());
+            for change in &answer.events {
+                let Some(kv) = &change.kv else { continue };
+                let (entry, unreadable) = self.read(kv);
+                match change.r#type() {
+                    EventType::Put => {
+                        report(unreadable.as_slice(), reported);
+                        news.extend(entry.map(event));
+                    }
+                    // A deletion carries no value, so only its key is read.
+                    EventType::Delete => news.extend(entry.map(|entry| StoreEvent::Delete(entry.key))),
+                }
+            }
+            if !news.is_empty() && events.send(news).await.is_err() {
+                return "nobody listens".to_owned();
+            }
+        }
+    }
+}
+
+fn event(entry: Entry) -> StoreEvent {
+    match entry.peer {
+        Some(peer) => StoreEvent::Apply(Lease { key: entry.key, peer }),
+        None => StoreEvent::Keep(entry.key),
+    }
+}
+
+/// Says once of each unreadable entry that it is skipped.
+fn report(unreadable: &[Unreadable], reported: &mut BTreeSet<(String, i64)>) {
+    for Unreadable { key, revision, reason } in unreadable {
+        if reported.len() < REPORTED && reported.insert((key.clone(), *revision)) {
+            tracing::warn!(key, reason, "skipping an entry of the store that is no readable lease; the others are not affected");
+        }
+    }
+}
+
+fn describe(status: &Status) -> String {
+    // What lies beneath says more than "transport error".
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+async fn range(channel: Channel, request: RangeRequest) -> Result<Response<crate::etcd::RangeResponse>, Status> {
+    // A list of ten thousand leases is 2.5 MB; the client's default limit is 4.
+    KvClient::new(channel).max_decoding_message_size(usize::MAX).range(request).await
+}
+
+async fn put(channel: Channel, request: PutRequest) -> Result<Response<crate::etcd::PutResponse>, Status> {
+    KvClient::new(channel).put(request).await
+}

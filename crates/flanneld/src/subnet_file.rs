@@ -1,0 +1,59 @@
+//! Writes `subnet.env` so that no reader ever sees half of it: a temporary file beside it, fsync, rename.
+
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use flannel::subnet_env::{SubnetEnv, previous_subnets};
+use flannel::{PerFamily, Picture, Subnet};
+
+/// Where the file is, and what it says beside the lease.
+#[derive(Debug, Clone)]
+pub struct SubnetFile {
+    /// `--subnet-file`
+    pub path: PathBuf,
+    /// `--ip-masq`
+    pub ip_masq: bool,
+}
+
+impl SubnetFile {
+    /// Writes the file for a node's lease.
+    ///
+    /// # Errors
+    /// When it cannot be written; then the old one stands.
+    pub fn write(&self, picture: &Picture) -> anyhow::Result<()> {
+        let mut networks = PerFamily::default();
+        for (family, network) in picture.config().networks.iter() {
+            networks.set(family, Some(network.network));
+        }
+        let env =
+            SubnetEnv { networks, subnets: *picture.own().subnets(), mtu: picture.backend().mtu(picture.node()), ip_masq: self.ip_masq };
+        write_atomically(&self.path, &env.render()).with_context(|| format!("cannot write --subnet-file {}", self.path.display()))
+    }
+
+    /// The subnets that the file of a previous run names; none if there is no such file.
+    pub fn previous(&self) -> PerFamily<Subnet> {
+        std::fs::read_to_string(&self.path).map(|text| previous_subnets(&text)).unwrap_or_default()
+    }
+}
+
+fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(directory)?;
+    let name = path.file_name().context("it names no file")?.to_string_lossy();
+    let temporary = directory.join(format!(".{name}.{}", std::process::id()));
+    let written = (|| {
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&temporary)?;
+        // Exactly this mode, whatever the umask: plugins of other users read it.
+        file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)?;
+        std::fs::File::open(directory)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    Ok(written?)
+}
