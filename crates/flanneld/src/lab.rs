@@ -89,13 +89,14 @@ impl Plan {
 }
 
 /// Moves the process into namespaces of its own and returns a directory that only it sees. Must come before any
-/// thread.
+/// thread. The directory is mounted over one that does not lead to `program`.
 ///
 /// # Errors
 /// When the system forbids it; the text names the setting to change.
-pub fn isolate() -> anyhow::Result<PathBuf> {
-    let scratch = ["/mnt", "/media", "/srv", "/run"].iter().map(Path::new).find(|path| path.is_dir());
-    let scratch = scratch.context("none of /mnt, /media, /srv and /run is there to mount a private tmpfs on")?;
+pub fn isolate(program: &Path) -> anyhow::Result<PathBuf> {
+    let mut candidates = ["/mnt", "/media", "/srv", "/opt"].iter().map(Path::new);
+    let scratch = candidates.find(|path| path.is_dir() && !program.starts_with(path));
+    let scratch = scratch.context("none of /mnt, /media, /srv and /opt is there to mount a private tmpfs on")?;
     netns::isolate(scratch)?;
     Ok(scratch.to_owned())
 }

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::disk::Disk;
@@ -71,15 +72,16 @@ impl Bound {
         let Bound { listener, service, .. } = self;
         let kv = KvServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(usize::MAX);
         let server = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
             .add_service(kv)
             .add_service(WatchServer::new(service.clone()).max_encoding_message_size(usize::MAX))
             .add_service(LeaseServer::new(service.clone()))
             .add_service(MaintenanceServer::new(service.clone()))
             .add_service(ClusterServer::new(service));
+        // Without this an answer in two segments waits for a delayed ack: 40 ms.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         // Watches never end by themselves, so a graceful end would wait for ever: what is acknowledged is on disk.
         tokio::select! {
-            served = server.serve_with_incoming(TcpListenerStream::new(listener)) => Ok(served?),
+            served = server.serve_with_incoming(incoming) => Ok(served?),
             () = stop => Ok(()),
         }
     }

@@ -95,7 +95,7 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
         outside::prepare(&program)?;
     }
     let claimed = if args.keep { Some(exec::claim()?) } else { None };
-    let scratch = isolate()?;
+    let scratch = isolate(&program)?;
 
     let mut reports: Vec<Report> = Vec::new();
     let last = backends.len() - 1;

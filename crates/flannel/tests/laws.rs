@@ -1,0 +1,254 @@
+//! What must hold for every input, checked on random ones.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use flannel::alloc::{Choice, choose};
+use flannel::desired::{Fdb, Key, Link, LinkKind, Neigh, Owner, Route};
+use flannel::diff::{Prune, diff, diff_keys};
+use flannel::traffic::TrafficConfig;
+use flannel::{
+    Backend, Cidr, Config, Desired, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent, Subnet,
+    Vni, subnet_env, wire,
+};
+use proptest::prelude::*;
+
+fn ip() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![
+        any::<u32>().prop_map(|bits| IpAddr::V4(Ipv4Addr::from_bits(bits))),
+        any::<u128>().prop_map(|bits| IpAddr::V6(Ipv6Addr::from_bits(bits)))
+    ]
+}
+
+fn subnet() -> impl Strategy<Value = Subnet> {
+    (ip(), any::<u8>()).prop_map(|(ip, len)| Subnet::new(ip, len % (if ip.is_ipv4() { 33 } else { 129 })).expect("the length is in range"))
+}
+
+/// Objects that collide often: few links, few addresses.
+fn object() -> impl Strategy<Value = Object> {
+    let link = prop_oneof![Just("flannel.1"), Just("flannel.2")].prop_map(|name| name.parse().expect("a name"));
+    let small = || (0u8..6).prop_map(|n| IpAddr::V4(Ipv4Addr::new(10, 1, n, 0)));
+    let mac = (0u8..4).prop_map(|n| Mac([2, 0, 0, 0, 0, n]));
+    (0u8..5, link, small(), small(), mac, 0u32..3).prop_map(|(kind, link, a, b, mac, n)| match kind {
+        0 => Object::Link(Link {
+            name: link,
+            kind: LinkKind::Vxlan {
+                vni: Vni::new(n).expect("small"),
+                port: 8472,
+                local: b,
+                lower: "eth0".parse().expect("a name"),
+                gbp: false,
+                learning: n == 1,
+            },
+            mac,
+            mtu: 1400 + n,
+            up: true,
+        }),
+        1 => Object::Addr(link, Cidr { addr: a, len: 32 }),
+        2 => Object::Neigh(Neigh { link, ip: a, mac }),
+        3 => Object::Fdb(Fdb { link, mac, dst: a }),
+        _ => Object::Route(Route { dst: Subnet::new(a, 24).expect("a prefix"), metric: n, via: Some(b), dev: link, onlink: true }),
+    })
+}
+
+fn objects() -> impl Strategy<Value = Vec<Object>> {
+    prop::collection::vec(object(), 0..12)
+}
+
+fn desired(objects: Vec<Object>) -> Desired {
+    let mut desired = Desired::default();
+    desired.set_part(Owner::Node, objects);
+    desired
+}
+
+/// What may be observed beside a picture: a link that is not wanted has nothing on it that is.
+fn observed(objects: Vec<Object>, want: &Desired) -> Observed {
+    let stays = |object: &Object| match object {
+        Object::Link(link) => want.get(&object.key()).is_some() || !want.iter().any(|(_, wanted)| wanted.stands_on(link.name)),
+        _ => true,
+    };
+    objects.into_iter().filter(stays).collect()
+}
+
+fn peer() -> impl Strategy<Value = Peer> {
+    let backend = prop_oneof![Just(""), Just("vxlan"), Just("host-gw"), Just("we\"ird\u{1}")];
+    let v4 = prop::option::of(
+        any::<u32>().prop_filter("0.0.0.0 means none", |bits| *bits != 0).prop_map(|bits| IpAddr::V4(Ipv4Addr::from_bits(bits))),
+    );
+    let v6 = prop::option::of(
+        any::<u128>().prop_filter(":: means none", |bits| *bits != 0).prop_map(|bits| IpAddr::V6(Ipv6Addr::from_bits(bits))),
+    );
+    let data = prop::option::of((0u32..9).prop_map(|n| format!("{{\"VNI\":{n},\"VtepMAC\":\"02:00:00:00:00:0{n}\"}}").into()));
+    (v4, v6, backend, data).prop_map(|(v4, v6, backend, data)| Peer {
+        public: PerFamily { v4, v6 },
+        backend_type: backend.into(),
+        backend_data: PerFamily { v4: data, v6: None },
+    })
+}
+
+/// Leases of a few subnets, some of them outside the pod network.
+fn lease() -> impl Strategy<Value = Lease> {
+    (0u8..8, 0u8..5, peer()).prop_map(|(subnet, host, mut peer)| {
+        let second = if subnet == 7 { 245 } else { 244 };
+        let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::new(10, second, subnet, 0)), 24).ok();
+        peer.public.v4 = Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, host)));
+        Lease { key: LeaseKey::new(PerFamily { v4, v6: None }).expect("it has a subnet"), peer }
+    })
+}
+
+fn event() -> impl Strategy<Value = StoreEvent> {
+    prop_oneof![
+        1 => Just(StoreEvent::Init),
+        1 => Just(StoreEvent::InitDone),
+        6 => lease().prop_map(StoreEvent::Apply),
+        3 => lease().prop_map(|lease| StoreEvent::Delete(lease.key)),
+        1 => lease().prop_map(|lease| StoreEvent::Keep(lease.key)),
+    ]
+}
+
+fn picture() -> Picture {
+    let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#).expect("a config");
+    let addrs = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
+    let node = Node {
+        ext: "eth0".parse().expect("a name"),
+        mtu: 1500,
+        addrs,
+        public: addrs,
+        on_link: vec!["192.0.2.0/31".parse().expect("a prefix")],
+    };
+    let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None });
+    let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");
+    Picture::new(config, node, backend, TrafficConfig { masquerade: true, fully_random: true, forward: true }, own)
+}
+
+proptest! {
+    #[test]
+    fn applying_the_diff_makes_it_so(want in objects(), have in objects()) {
+        let want = desired(want);
+        let mut have = observed(have, &want);
+        for op in diff(&want, &have, Prune::Yes) {
+            have.apply(&op);
+        }
+        let wanted: Observed = want.iter().map(|(_, object)| object.clone()).collect();
+        prop_assert_eq!(&have, &wanted);
+        prop_assert!(diff(&want, &have, Prune::Yes).is_empty(), "and then there is nothing to do");
+    }
+
+    #[test]
+    fn without_pruning_all_that_is_wanted_is_there_and_nothing_deleted_but_replaced_links(want in objects(), have in objects()) {
+        let want = desired(want);
+        let mut have = observed(have, &want);
+        let ops = diff(&want, &have, Prune::No);
+        for op in &ops {
+            let replaced = matches!(op.object().key(), Key::Link(_)) && want.get(&op.object().key()).is_some();
+            prop_assert!(matches!(op, flannel::Op::Set(_)) || replaced);
+            have.apply(op);
+        }
+        for (key, object) in want.iter() {
+            prop_assert_eq!(have.get(key), Some(object));
+        }
+    }
+
+    #[test]
+    fn a_limited_diff_of_all_keys_is_the_whole_one(want in objects(), have in objects()) {
+        let want = desired(want);
+        let have = observed(have, &want);
+        let keys: BTreeSet<Key> = want.iter().map(|(key, _)| key.clone()).chain(have.iter().map(|(key, _)| key.clone())).collect();
+        prop_assert_eq!(diff_keys(&want, &have, &keys, Prune::Yes), diff(&want, &have, Prune::Yes));
+    }
+
+    #[test]
+    fn events_one_by_one_touch_all_that_changes(events in prop::collection::vec(event(), 0..40)) {
+        let mut picture = picture();
+        let mut kernel: Observed = Observed::default();
+        for op in diff(picture.desired(), &kernel, Prune::No) {
+            kernel.apply(&op);
+        }
+        for event in events {
+            let touched = picture.fold(event);
+            let keys = touched.keys.into_iter().collect();
+            for op in diff_keys(picture.desired(), &kernel, &keys, Prune::Yes) {
+                kernel.apply(&op);
+            }
+        }
+        let whole: Observed = picture.desired().iter().map(|(_, object)| object.clone()).collect();
+        prop_assert_eq!(kernel, whole);
+    }
+
+    #[test]
+    fn no_lease_outside_the_network_or_over_my_own_becomes_a_route(events in prop::collection::vec(event(), 0..40)) {
+        let mut picture = picture();
+        for event in events {
+            picture.fold(event);
+        }
+        let (network, own): (Subnet, Subnet) = ("10.244.0.0/16".parse().unwrap(), "10.244.1.0/24".parse().unwrap());
+        for (_, object) in picture.desired().iter() {
+            if let Object::Route(route) = object {
+                prop_assert!(network.covers(route.dst) && !own.overlaps(route.dst), "{}", object);
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec(lease(), 0..12), seed in any::<u64>()) {
+        leases.sort_by_key(|lease| lease.key);
+        leases.dedup_by_key(|lease| lease.key);
+        let fold = |leases: &[Lease]| {
+            let mut picture = picture();
+            picture.fold(StoreEvent::Init);
+            leases.iter().for_each(|lease| drop(picture.fold(StoreEvent::Apply(lease.clone()))));
+            picture.fold(StoreEvent::InitDone);
+            (picture.desired().clone(), picture.refusals().clone())
+        };
+        let in_order = fold(&leases);
+        // A simple shuffle is enough: it only has to be another order.
+        let mut state = seed;
+        leases.sort_by_key(|_| { state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1); state >> 33 });
+        prop_assert_eq!(fold(&leases), in_order);
+    }
+
+    #[test]
+    fn allocations_never_overlap(hosts in 1usize..30, draws in prop::collection::vec(any::<usize>(), 30)) {
+        let config = Config::parse(r#"{"Network":"10.1.0.0/19","SubnetLen":24,"Backend":{"Type":"alloc"}}"#).expect("a config");
+        let mut leases = LeaseSet::default();
+        for (host, draw) in draws.iter().enumerate().take(hosts) {
+            let mine = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, u8::try_from(host).unwrap()))), v6: None };
+            let mut stale = None;
+            let choice = choose(&config, &leases, &mine, &PerFamily::default(), &mut stale, |n| draw % n).expect("31 are free");
+            let Choice::Create(key) = choice else { panic!("nobody has a lease yet") };
+            prop_assert!(leases.iter().all(|(other, _)| !other.overlaps(&key)));
+            leases.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
+        }
+    }
+
+    #[test]
+    fn subnets_print_and_parse(subnet in subnet()) {
+        prop_assert_eq!(subnet.to_string().parse::<Subnet>().unwrap(), subnet);
+        prop_assert!(subnet.contains(subnet.network()) && subnet.contains(subnet.last()));
+        prop_assert!(subnet.covers(subnet) && subnet.overlaps(subnet));
+    }
+
+    #[test]
+    fn lease_values_print_and_parse(peer in peer()) {
+        let text = wire::value(&peer);
+        prop_assert_eq!(wire::parse_value(text.as_bytes()).unwrap(), peer);
+    }
+
+    #[test]
+    fn lease_keys_print_and_parse(v4 in subnet(), v6 in subnet()) {
+        let v4 = Some(v4).filter(|s| s.network().is_ipv4() && s.prefix_len() < 32 && s.prefix_len() > 0);
+        let v6 = Some(v6).filter(|s| s.network().is_ipv6() && s.prefix_len() < 128);
+        if let Some(key) = LeaseKey::new(PerFamily { v4, v6 }) {
+            prop_assert_eq!(wire::parse_key(&wire::key(&key)).unwrap(), key);
+        }
+    }
+
+    #[test]
+    fn decoders_never_panic(text in ".{0,200}", bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let _ = Config::parse(&text);
+        let _ = wire::parse_key(&text);
+        let _ = wire::parse_value(&bytes);
+        let _ = subnet_env::SubnetEnv::parse(&text);
+        let _ = subnet_env::previous_subnets(&text);
+    }
+}

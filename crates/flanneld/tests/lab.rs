@@ -1,0 +1,735 @@
+//! Whole clusters in namespaces: real daemons, real stores, the shipped plugin. One `main` instead of the usual
+//! harness, because namespaces are entered while the process has one thread.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/stores.rs"]
+mod stores;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use flannel::desired::{Key, Scope};
+use flannel::{Family, Lease, LeaseKey, Object, Observed, Op, Peer, PerFamily};
+use flanneld::etcd::request_op::Request;
+use flanneld::etcd::{Compare, PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
+use flanneld::lab::ping::{Pinger, ping_all};
+use flanneld::lab::{Lab, Plan, Pod, STORE, StoreKind, Topology, isolate};
+use kernel::netlink::{Protocol, Socket};
+use kernel::netns::Netns;
+use kernel::{Kernel, link};
+use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
+
+type Test = fn(&Path);
+type StoreTest = fn(&Path, StoreKind);
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
+    let mut trials = Vec::new();
+    let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
+        let root = scratch.join(name.replace([' ', ':'], "-"));
+        trials.push(Trial::test(name, move || {
+            test(&root);
+            let _ = std::fs::remove_dir_all(&root);
+            Ok(())
+        }));
+    };
+    for (name, store) in stores::all() {
+        let tests: [(&str, StoreTest); 9] = [
+            ("pods_reach_each_other_and_the_outside", pods_reach_each_other_and_the_outside),
+            ("a_thousand_leases_put_one_by_one", |root, store| a_thousand_leases(root, store, How::OneByOne)),
+            ("a_thousand_leases_in_one_transaction", |root, store| a_thousand_leases(root, store, How::OneTransaction)),
+            ("a_thousand_leases_before_the_daemon_starts", |root, store| a_thousand_leases(root, store, How::Before)),
+            ("two_daemons_started_at_once_find_each_other_200_times", two_daemons_started_at_once),
+            ("a_store_that_restarts_costs_no_reply", a_store_that_restarts_costs_no_reply),
+            ("a_lost_lease_is_acquired_again", a_lost_lease_is_acquired_again),
+            ("one_bad_entry_harms_no_other", one_bad_entry_harms_no_other),
+            ("many_daemons_share_the_network_without_overlap", many_daemons_share_the_network),
+        ];
+        for (test_name, test) in tests {
+            let store = store.clone();
+            add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
+        }
+    }
+    let others: [(&str, Test); 11] = [
+        ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
+        ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
+        ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
+        ("two_hundred_pods_at_once", two_hundred_pods_at_once),
+        ("a_killed_plugin_leaves_nothing_that_del_does_not_return", a_killed_plugin_leaves_nothing),
+        ("bad_configurations_are_refused_and_change_nothing", bad_configurations_are_refused),
+        ("bad_flags_are_refused", bad_flags_are_refused),
+        ("the_lab_shows_host_gw_and_vxlan", the_lab_shows_host_gw_and_vxlan),
+        ("the_lab_names_peers_behind_a_router", the_lab_names_peers_behind_a_router),
+        ("the_lab_needs_no_root", the_lab_needs_no_root),
+        ("twenty_hosts_all_pairs", twenty_hosts_all_pairs),
+    ];
+    for (name, test) in others {
+        add(name.to_owned(), Box::new(test));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn plan(hosts: usize, backend: &str, store: StoreKind) -> Plan {
+    let program = Path::new(PROGRAM);
+    Plan { store, ..Plan::new(hosts, &json!({ "Type": backend }), program) }
+}
+
+fn start(root: &Path, hosts: usize, backend: &str, store: StoreKind) -> Lab {
+    let mut lab = Lab::start(plan(hosts, backend, store), root).unwrap();
+    lab.settle().unwrap();
+    lab
+}
+
+fn v4(pod: &Pod) -> Ipv4Addr {
+    let IpAddr::V4(ip) = pod.address else { panic!("an IPv4 address") };
+    ip
+}
+
+/// What of flannel is in a host's kernel.
+fn observe(netns: &Netns) -> Observed {
+    let scope = Scope { links: vec!["flannel.1".parse().unwrap()], sysctls: Vec::new(), rulesets: vec![Family::V4], routes: true };
+    netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
+}
+
+fn routes(observed: &Observed) -> BTreeSet<String> {
+    observed.iter().filter_map(|(_, object)| if let Object::Route(route) = object { Some(route.dst.to_string()) } else { None }).collect()
+}
+
+/// Waits for something; what is waited for is named in the failure.
+#[track_caller]
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "{what}: not within 20 s");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Pings a target each millisecond while `f` runs; returns how many requests were sent and how many lost.
+fn ping_during(from: &Netns, to: Ipv4Addr, f: impl FnOnce()) -> (usize, usize) {
+    let stop = AtomicBool::new(false);
+    let ping = || {
+        from.run(|| {
+            let pinger = Pinger::open().unwrap();
+            let mut open = BTreeSet::new();
+            let mut sent = 0;
+            while !stop.load(Ordering::Relaxed) && sent < u16::MAX {
+                pinger.send(to, sent).unwrap();
+                open.insert(sent);
+                sent += 1;
+                let next = Instant::now() + Duration::from_millis(1);
+                while let Some((_, sequence)) = pinger.receive(next.saturating_duration_since(Instant::now())).unwrap() {
+                    open.remove(&sequence);
+                }
+            }
+            let end = Instant::now() + Duration::from_secs(2);
+            while let Some((_, sequence)) = pinger.receive(end.saturating_duration_since(Instant::now())).unwrap() {
+                open.remove(&sequence);
+                if open.is_empty() {
+                    break;
+                }
+            }
+            (usize::from(sent), open.len())
+        })
+        .unwrap()
+    };
+    std::thread::scope(|scope| {
+        let pinging = scope.spawn(ping);
+        f();
+        // Long enough that what follows from the last act is seen as well.
+        std::thread::sleep(Duration::from_millis(200));
+        stop.store(true, Ordering::Relaxed);
+        pinging.join().unwrap()
+    })
+}
+
+fn pods_reach_each_other_and_the_outside(root: &Path, store: StoreKind) {
+    for backend in ["host-gw", "vxlan"] {
+        let mut lab = start(&root.join(backend), 3, backend, store.clone());
+        let pods: Vec<Pod> = (0..3).map(|host| lab.add_pod(host).unwrap()).collect();
+        for pod in &pods {
+            let mut targets: Vec<Ipv4Addr> = pods.iter().filter(|other| other.name != pod.name).map(v4).collect();
+            // The switch has no route to pods: it answers only because their host masquerades them.
+            targets.push(Ipv4Addr::new(10, 0, 0, 254));
+            let answered = pod.netns.run(|| ping_all(&targets, Duration::from_secs(5))).unwrap().unwrap();
+            assert_eq!(answered.keys().copied().collect::<BTreeSet<_>>(), targets.into_iter().collect(), "{backend} {}", pod.name);
+        }
+        // A host reaches the pods of others too.
+        let answered = lab.hosts[0].netns.run(|| ping_all(&[v4(&pods[2])], Duration::from_secs(5))).unwrap().unwrap();
+        assert_eq!(answered.len(), 1, "{backend}: from the host");
+        for (i, pod) in pods.iter().enumerate() {
+            assert_eq!(pod.address.to_string(), format!("10.244.{}.2", i + 1));
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    OneByOne,
+    OneTransaction,
+    Before,
+}
+
+fn lease(i: usize, backend: &str) -> Lease {
+    let v4 = format!("10.244.{}.0/26", i / 4).parse::<flannel::Cidr>().unwrap();
+    let IpAddr::V4(base) = v4.addr else { unreachable!() };
+    let network = IpAddr::V4(Ipv4Addr::from_bits(base.to_bits() + 64 * u32::try_from(i % 4).unwrap()));
+    let key = LeaseKey::new(PerFamily { v4: flannel::Subnet::new(network, 26).ok(), v6: None }).unwrap();
+    let host = u8::try_from(20 + i % 200).unwrap();
+    let public = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::new(10, 0, 0, host))), v6: None };
+    let [a, b] = u16::try_from(i).unwrap().to_be_bytes();
+    let data = (backend == "vxlan").then(|| format!("{{\"VNI\":1,\"VtepMAC\":\"02:00:00:00:{a:02x}:{b:02x}\"}}").into());
+    Lease { key, peer: Peer { public, backend_type: backend.into(), backend_data: PerFamily { v4: data, v6: None } } }
+}
+
+/// A thousand leases, beginning behind the one of host 1.
+fn leases(backend: &str) -> Vec<Lease> {
+    (8..1008).map(|i| lease(i, backend)).collect()
+}
+
+fn transaction(lab: &Lab, leases: &[Lease]) {
+    let put = |lease: &Lease| {
+        let key = format!("/coreos.com/network/subnets/{}", flannel::wire::key(&lease.key)).into_bytes();
+        let put = PutRequest { key, value: flannel::wire::value(&lease.peer).into_bytes(), ..PutRequest::default() };
+        RequestOp { request: Some(Request::RequestPut(put)) }
+    };
+    let request = TxnRequest { compare: Vec::<Compare>::new(), success: leases.iter().map(put).collect(), failure: Vec::new() };
+    in_middle(lab, async || {
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
+        KvClient::new(channel).txn(request.clone()).await.unwrap();
+    });
+}
+
+fn in_middle(lab: &Lab, f: impl AsyncFnOnce()) {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    lab.middle.run(|| runtime().block_on(f())).unwrap();
+}
+
+fn a_thousand_leases(root: &Path, store: StoreKind, how: How) {
+    for backend in ["host-gw", "vxlan"] {
+        let leases = leases(backend);
+        let put_all = |lab: &Lab| match how {
+            How::OneTransaction => transaction(lab, &leases),
+            How::OneByOne | How::Before => lab
+                .with_store(async |store| {
+                    for lease in &leases {
+                        store.put_lease(lease, 0, 0).await?;
+                    }
+                    Ok::<(), flanneld::store::StoreError>(())
+                })
+                .unwrap(),
+        };
+        let mut lab = Lab::wire(plan(1, backend, store.clone()), &root.join(backend)).unwrap();
+        lab.start_store().unwrap();
+        lab.put_config().unwrap();
+        if how == How::Before {
+            put_all(&lab);
+        }
+        lab.start_daemon(0, &[]).unwrap();
+        if how != How::Before {
+            lab.wait_state(0, "its own lease", |state| state["store"]["leases"] == 1).unwrap();
+            put_all(&lab);
+        }
+        lab.wait_state(0, "1000 peers", |state| state["peers"]["programmed"] == 1000).unwrap();
+        let observed = observe(&lab.hosts[0].netns);
+        let wanted: BTreeSet<String> = leases.iter().map(|lease| lease.key.to_string()).collect();
+        assert_eq!(routes(&observed), wanted, "{backend}");
+        let count = |f: fn(&Object) -> bool| observed.iter().filter(|(_, object)| f(object)).count();
+        let entries = if backend == "vxlan" { 1000 } else { 0 };
+        assert_eq!(count(|object| matches!(object, Object::Neigh(_))), entries);
+        assert_eq!(count(|object| matches!(object, Object::Fdb(_))), entries);
+
+        // And all of them go again.
+        lab.with_store(async |store| {
+            for entry in store.snapshot().await?.entries.iter().filter(|entry| wanted.contains(&entry.key.to_string())) {
+                store.delete_lease(&entry.key, entry.mod_revision).await?;
+            }
+            Ok::<(), flanneld::store::StoreError>(())
+        })
+        .unwrap();
+        lab.wait_state(0, "no peers", |state| state["store"]["leases"] == 1).unwrap();
+        assert_eq!(routes(&observe(&lab.hosts[0].netns)), BTreeSet::new(), "{backend}");
+    }
+}
+
+fn two_daemons_started_at_once(root: &Path, store: StoreKind) {
+    let mut lab = Lab::wire(plan(2, "host-gw", store), root).unwrap();
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    let mut missed = 0;
+    for trial in 0..200 {
+        for host in 0..2 {
+            let _ = std::fs::remove_file(lab.hosts[host].subnet_file());
+            lab.start_daemon(host, &[]).unwrap();
+        }
+        for host in 0..2 {
+            if lab.wait_state(host, "the other", |state| state["peers"]["programmed"] == 1).is_err() {
+                missed += 1;
+                eprintln!("trial {trial}: host {host} missed its peer");
+            }
+        }
+        for host in 0..2 {
+            lab.stop_daemon(host, true).unwrap();
+        }
+        lab.with_store(async |store| {
+            for entry in store.snapshot().await?.entries {
+                store.delete_lease(&entry.key, entry.mod_revision).await?;
+            }
+            Ok::<(), flanneld::store::StoreError>(())
+        })
+        .unwrap();
+    }
+    assert_eq!(missed, 0, "of 400 peers to be found");
+}
+
+fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
+    let mut lab = start(root, 2, "vxlan", store);
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0], &[v4(&pods[1])]);
+    let gone = leases("vxlan").remove(0);
+    lab.with_store(async |store| store.put_lease(&gone, 0, 0).await).unwrap();
+    lab.wait_state(0, "the third host", |state| state["peers"]["programmed"] == 2).unwrap();
+    let netns = Netns::open(&pods[0].path).unwrap();
+    let (sent, lost) = ping_during(&netns, v4(&pods[1]), || {
+        lab.kill_store().unwrap();
+        lab.wait_state(0, "to notice", |state| state["store"]["connected"] == false).unwrap();
+        lab.start_store().unwrap();
+        // What changes before the daemons are back is seen in their fresh snapshots: one host gone, one new.
+        let new = leases("vxlan").remove(1);
+        lab.with_store(async |store| {
+            let snapshot = store.snapshot().await?;
+            if let Some(entry) = snapshot.entries.iter().find(|entry| entry.key == gone.key) {
+                store.delete_lease(&gone.key, entry.mod_revision).await?;
+            }
+            store.put_lease(&new, 0, 0).await
+        })
+        .unwrap();
+        let wanted = BTreeSet::from([lab.hosts[1].subnet.clone(), new.key.to_string()]);
+        eventually("the routes of the fresh snapshot", || routes(&observe(&lab.hosts[0].netns)) == wanted);
+        lab.wait_state(0, "the store", |state| state["store"]["connected"] == true).unwrap();
+    });
+    assert_eq!(lost, 0, "of {sent}");
+}
+
+fn ping_all_from(pod: &Pod, targets: &[Ipv4Addr]) {
+    let answered = pod.netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
+    assert_eq!(answered.len(), targets.len(), "{answered:?}");
+}
+
+fn a_lost_lease_is_acquired_again(root: &Path, store: StoreKind) {
+    let mut lab = start(root, 2, "vxlan", store);
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0], &[v4(&pods[1])]);
+    let netns = Netns::open(&pods[1].path).unwrap();
+    let subnet = lab.hosts[0].subnet.clone();
+    let own = |store: &flanneld::store::Snapshot| {
+        store.entries.iter().find(|entry| entry.key.to_string() == subnet).map(|entry| entry.mod_revision)
+    };
+    let (sent, lost) = ping_during(&netns, v4(&pods[0]), || {
+        // Both daemons hear of the deletion; the one acquires again, and the other must not be without a route for
+        // longer than that takes. So only this host's own path is promised to carry on: from outside it is one gap.
+        let revision = lab.with_store(async |store| store.snapshot().await.map(|s| own(&s))).unwrap().unwrap();
+        lab.stop_daemon(1, false).unwrap();
+        let key = flannel::wire::parse_key(&subnet.replace('/', "-")).unwrap();
+        assert!(lab.with_store(async |store| store.delete_lease(&key, revision).await).unwrap());
+        eventually("the same subnet again", || {
+            lab.with_store(async |store| store.snapshot().await.map(|s| own(&s))).unwrap().is_some_and(|now| now > revision)
+        });
+        lab.start_daemon(1, &[]).unwrap();
+        lab.settle().unwrap();
+    });
+    assert_eq!(lost, 0, "of {sent}");
+    let state = lab.hosts[0].state().unwrap();
+    assert_eq!(state["subnet"], subnet.as_str());
+
+    // Taken by somebody else meanwhile: another subnet, and the files say so.
+    lab.stop_daemon(0, true).unwrap();
+    let key = flannel::wire::parse_key(&subnet.replace('/', "-")).unwrap();
+    let thief = Lease { key, ..leases("vxlan").remove(0) };
+    let revision = lab.with_store(async |store| store.snapshot().await.map(|s| own(&s))).unwrap().unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    lab.settle().unwrap();
+    let revision = lab.with_store(async |store| store.snapshot().await.map(|s| own(&s))).unwrap().unwrap_or(revision);
+    assert!(lab.with_store(async |store| store.put_lease(&thief, 0, revision).await).unwrap());
+    let state = lab.wait_state(0, "another subnet", |state| state["subnet"] != subnet.as_str()).unwrap();
+    let other = state["subnet"].as_str().unwrap().replace(".0/24", ".1/24");
+    eventually("subnet.env follows", || {
+        std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap().contains(&format!("FLANNEL_SUBNET={other}\n"))
+    });
+}
+
+fn one_bad_entry_harms_no_other(root: &Path, store: StoreKind) {
+    let mut lab = start(root, 2, "vxlan", store);
+    let entries = [
+        ("garbage", "garbage"),
+        ("10.244.77.0-24", "{\"PublicIP\":\"10.0.0.9\""),
+        ("10.244.78.0-24", "{\"PublicIP\":\"10.0.0.9\",\"BackendType\":\"vxlan\",\"BackendData\":{\"VNI\":1,\"VtepMAC\":\"zz\"}}"),
+        (
+            "10.245.1.0-24",
+            "{\"PublicIP\":\"10.0.0.9\",\"BackendType\":\"vxlan\",\"BackendData\":{\"VNI\":1,\"VtepMAC\":\"02:00:00:00:00:09\"}}",
+        ),
+        ("0.0.0.0-0", "{}"),
+        (
+            "x10.244.2.0-24",
+            "{\"PublicIP\":\"10.0.0.9\",\"BackendType\":\"vxlan\",\"BackendData\":{\"VNI\":1,\"VtepMAC\":\"02:00:00:00:00:09\"}}",
+        ),
+        (
+            "10.244.79.0-24",
+            "{\"PublicIP\":\"10.0.0.9\",\"BackendType\":\"vxlan\",\"BackendData\":{\"VNI\":1,\"VtepMAC\":\"02:00:00:00:00:0a\"}}",
+        ),
+    ];
+    in_middle(&lab, async || {
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
+        for (key, value) in entries {
+            let key = format!("/coreos.com/network/subnets/{key}").into_bytes();
+            KvClient::new(channel.clone()).put(PutRequest { key, value: value.into(), ..PutRequest::default() }).await.unwrap();
+        }
+    });
+    let good = BTreeSet::from([lab.hosts[1].subnet.clone(), "10.244.79.0/24".to_owned()]);
+    let state = lab.wait_state(0, "the good one", |state| state["peers"]["programmed"] == 2).unwrap();
+    assert_eq!(routes(&observe(&lab.hosts[0].netns)), good);
+    let refused: BTreeSet<&str> = state["peers"]["refused"].as_array().unwrap().iter().map(|r| r["subnet"].as_str().unwrap()).collect();
+    assert_eq!(refused, BTreeSet::from(["10.244.78.0/24", "10.245.1.0/24"]));
+    // The same picture after a restart, when they come as a list.
+    lab.stop_daemon(0, true).unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "the good one", |state| state["peers"]["programmed"] == 2).unwrap();
+    assert_eq!(routes(&observe(&lab.hosts[0].netns)), good);
+    let log = std::fs::read_to_string(lab.hosts[0].log()).unwrap();
+    for what in ["garbage", "10.244.77.0-24", "VtepMAC", "outside the pod network"] {
+        assert!(log.contains(what), "{what} is not in\n{log}");
+    }
+}
+
+fn many_daemons_share_the_network(root: &Path, store: StoreKind) {
+    // Twelve hosts for twelve subnets, all at once, all at random.
+    let config = json!({ "Network": "10.244.0.0/20", "SubnetLen": 24, "SubnetMin": "10.244.1.0", "SubnetMax": "10.244.12.0", "Backend": { "Type": "host-gw" } });
+    let mut lab = Lab::wire(Plan { config, ..plan(12, "host-gw", store) }, root).unwrap();
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    for host in 0..12 {
+        std::fs::remove_file(lab.hosts[host].subnet_file()).unwrap();
+        lab.start_daemon(host, &[]).unwrap();
+    }
+    lab.settle().unwrap();
+    let subnets: BTreeSet<String> = lab.hosts.iter().map(|host| host.state().unwrap()["subnet"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(subnets.len(), 12, "{subnets:?}");
+}
+
+fn a_daemon_that_restarts_costs_no_reply(root: &Path) {
+    for backend in ["host-gw", "vxlan"] {
+        let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
+        let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+        ping_all_from(&pods[0], &[v4(&pods[1])]);
+        let netns = Netns::open(&pods[0].path).unwrap();
+        let before = observe(&lab.hosts[0].netns);
+        let (sent, lost) = ping_during(&netns, v4(&pods[1]), || {
+            for round in 0..6 {
+                let status = lab.stop_daemon(0, round % 2 == 0).unwrap();
+                assert_eq!(status.success(), round % 2 == 1, "SIGTERM is a clean end");
+                lab.start_daemon(0, &[]).unwrap();
+                lab.settle().unwrap();
+            }
+        });
+        assert_eq!(lost, 0, "{backend}: of {sent}");
+        assert_eq!(observe(&lab.hosts[0].netns), before, "{backend}: the same subnet, MAC and objects");
+    }
+}
+
+fn what_somebody_deletes_comes_back(root: &Path) {
+    for backend in ["host-gw", "vxlan"] {
+        let lab = start(&root.join(backend), 3, backend, StoreKind::Embedded);
+        let netns = &lab.hosts[0].netns;
+        let whole = observe(netns);
+        let objects: Vec<Object> = whole.iter().map(|(_, object)| object.clone()).collect();
+        assert!(objects.len() >= 3, "{objects:?}");
+        for object in objects {
+            let op = Op::Delete(object.clone());
+            netns.run(|| Kernel::open().unwrap().apply(std::slice::from_ref(&op)).remove(0)).unwrap().unwrap();
+            eventually(&format!("{backend}: {object} comes back"), || observe(netns) == whole);
+        }
+        // The external interface goes down and up: the kernel drops the routes without a word.
+        for up in [false, true] {
+            netns
+                .run(|| {
+                    let mut socket = Socket::open(Protocol::Route).unwrap();
+                    let eth0 = link::get(&mut socket, "eth0".parse().unwrap()).unwrap().unwrap().index;
+                    link::set_up(&mut socket, eth0, up).unwrap();
+                })
+                .unwrap();
+        }
+        eventually(&format!("{backend}: all comes back with the interface"), || observe(netns) == whole);
+    }
+}
+
+fn a_full_mtu_packet_crosses_vxlan(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    assert_eq!(pods[0].result["interfaces"][2]["mtu"], 1450);
+    // Don't fragment: 1450 - 28 bytes fit, one more does not.
+    let ping = |size: u32| {
+        let target = v4(&pods[1]).to_string();
+        let mut command = Command::new("ping");
+        command
+            .args(["-c", "3", "-i", "0.05", "-W", "2", "-M", "do", "-s"])
+            .arg(size.to_string())
+            .arg(target)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        pods[0].netns.run(|| command.status()).unwrap().expect("ping is installed by `cargo xtask test`").success()
+    };
+    assert!(ping(1422));
+    assert!(!ping(1423));
+}
+
+fn two_hundred_pods_at_once(root: &Path) {
+    let lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    let before = links(&lab.hosts[0].netns);
+    let pods: Vec<(String, PathBuf, Netns)> = (0..200)
+        .map(|i| {
+            let (name, netns) = (format!("pod{i}"), Netns::create().unwrap());
+            let path = root.join("netns").join(&name);
+            netns.bind(&path).unwrap();
+            (name, path, netns)
+        })
+        .collect();
+    let each = |verb: &str| {
+        let next = AtomicUsize::new(0);
+        let outputs = std::sync::Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    while let Some((name, path, _)) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let output = lab.cni(0, "flannel", verb, name, path, "eth0").unwrap();
+                        outputs.lock().unwrap().push(output);
+                    }
+                });
+            }
+        });
+        outputs.into_inner().unwrap()
+    };
+    let addresses: BTreeSet<Ipv4Addr> = each("ADD")
+        .iter()
+        .map(|output| {
+            let result: Value = serde_json::from_str(output).unwrap();
+            result["ips"][0]["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap()
+        })
+        .collect();
+    assert_eq!(addresses.len(), 200, "all distinct");
+    let targets: Vec<Ipv4Addr> = addresses.iter().copied().collect();
+    // From the host itself, and from the other host across the wire.
+    for host in &lab.hosts {
+        let answered = host.netns.run(|| ping_all(&targets, Duration::from_secs(20))).unwrap().unwrap();
+        assert_eq!(answered.len(), 200, "from {}", host.name);
+    }
+    each("DEL");
+    // A second DEL finds nothing and succeeds.
+    each("DEL");
+    let mut after = links(&lab.hosts[0].netns);
+    after.remove("cni0");
+    assert_eq!(after, before, "no link is left but the bridge");
+    assert_eq!(files(&lab.hosts[0].directory.join("cni")), BTreeSet::from(["last_reserved_ip.0".to_owned(), "lock".to_owned()]));
+}
+
+fn links(netns: &Netns) -> BTreeSet<String> {
+    netns
+        .run(|| link::list(&mut Socket::open(Protocol::Route).unwrap()).unwrap().iter().map(|link| link.name.to_string()).collect())
+        .unwrap()
+}
+
+fn files(directory: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            found.extend(files(&entry.path()));
+        } else {
+            found.insert(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    found
+}
+
+fn a_killed_plugin_leaves_nothing(root: &Path) {
+    // Without --ip-masq the bridge plugin masquerades, so its rules are among what could be left.
+    let mut lab = Lab::wire(plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    lab.start_daemon(0, &["--ip-masq=false"]).unwrap();
+    lab.settle().unwrap();
+    let netns = &lab.hosts[0].netns;
+    let (mut finished, mut killed) = (0, 0);
+    for i in 0..150u64 {
+        let (name, pod) = (format!("pod{i}"), Netns::create().unwrap());
+        let path = root.join("netns").join(&name);
+        pod.bind(&path).unwrap();
+        let (mut command, conf) = lab.cni_command(0, "flannel", "ADD", &name, &path, "eth0");
+        let mut child = netns.run(|| command.spawn()).unwrap().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.as_bytes()).unwrap();
+        // Each a little later than the one before, over all of the time that an ADD takes and somewhat beyond.
+        std::thread::sleep(Duration::from_micros(i * 100));
+        child.kill().unwrap();
+        match child.wait_with_output().unwrap().status.success() {
+            true => finished += 1,
+            false => killed += 1,
+        }
+        lab.cni(0, "flannel", "DEL", &name, &path, "eth0").unwrap();
+        drop(pod);
+        kernel::netns::unbind(&path).unwrap();
+    }
+    assert!(killed > 0, "{finished} finished, {killed} killed");
+    let left: BTreeSet<String> = files(&lab.hosts[0].directory.join("cni")).into_iter().filter(|name| !name.starts_with('.')).collect();
+    assert!(left.is_subset(&BTreeSet::from(["last_reserved_ip.0".to_owned(), "lock".to_owned()])), "{left:?}");
+    eventually("no veth is left", || links(netns).iter().all(|name| !name.starts_with("veth")));
+    let mut nft = Command::new("nft");
+    let listed = netns.run(|| nft.args(["list", "ruleset"]).output()).unwrap().expect("nft is installed by `cargo xtask test`");
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(!text.contains(":pod"), "a container's rule is left:\n{text}");
+}
+
+/// Runs a daemon that must end by itself, and returns its exit code and what it said.
+fn refused(lab: &mut Lab, config: Option<&Value>, raw: Option<&str>, args: &[&str]) -> (i32, String) {
+    if let Some(text) = config.map(ToString::to_string).as_deref().or(raw) {
+        lab.with_store(async |store| store.put_config(text).await).unwrap();
+    }
+    let _ = std::fs::remove_file(lab.hosts[0].log());
+    lab.start_daemon(0, args).unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    let pid = lab.hosts[0].pid().unwrap();
+    // A process that ended and was not waited for is a zombie.
+    while !std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default().contains(") Z ") {
+        assert!(Instant::now() < end, "it goes on:\n{}", std::fs::read_to_string(lab.hosts[0].log()).unwrap_or_default());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let status = lab.stop_daemon(0, true).unwrap();
+    (status.code().unwrap_or(-1), std::fs::read_to_string(lab.hosts[0].log()).unwrap_or_default())
+}
+
+fn bad_configurations_are_refused(root: &Path) {
+    let mut lab = Lab::wire(plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    let cases = [
+        (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan""#, "not a JSON object"),
+        (r#"{"Network":"10.244.0.0/33","Backend":{"Type":"vxlan"}}"#, "Network: \"10.244.0.0/33\" is not a network in CIDR form"),
+        (
+            r#"{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}"#,
+            "Network: the pod network 10.0.0.0/8 contains this host's own address 10.0.0.1",
+        ),
+        (r#"{"Network":"10.244.0.0/16","SubnetLen":31,"Backend":{"Type":"vxlan"}}"#, "SubnetLen: 31 is out of range"),
+        (
+            r#"{"Network":"10.244.0.0/16","SubnetMin":"10.245.0.0","Backend":{"Type":"vxlan"}}"#,
+            "SubnetMin: 10.245.0.0 is outside the pod network",
+        ),
+        (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"carrier-pigeon"}}"#, "Backend.Type: \"carrier-pigeon\" is an unknown backend"),
+        (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":99999999}}"#, "Backend.VNI: 99999999 is out of range"),
+        (r#"{"Network":"10.244.0.0/16"}"#, "Backend is missing"),
+        (
+            r#"{"EnableIPv6":true,"IPv6Network":"fc00::/48","Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#,
+            "EnableIPv6: IPv6 is not supported yet",
+        ),
+    ];
+    for (config, wanted) in cases {
+        let (code, said) = refused(&mut lab, None, Some(config), &[]);
+        assert_eq!(code, 1, "{config}: {said}");
+        assert!(said.contains(wanted), "{config}: {wanted:?} is not in\n{said}");
+    }
+    let good = json!({ "Network": "10.244.0.0/16", "Backend": { "Type": "host-gw" } });
+    let (code, said) = refused(&mut lab, Some(&good), None, &["--iface=nope"]);
+    assert_eq!((code, said.contains("there is no interface \"nope\"")), (1, true), "{said}");
+    let (code, said) = refused(&mut lab, Some(&good), None, &["--public-ip=192.0.2.1", "--iface=eth0"]);
+    assert_eq!((code, said.contains("--public-ip 192.0.2.1 is not the address of eth0")), (1, true), "{said}");
+    // Nothing of all this has touched the kernel.
+    let observed = observe(&lab.hosts[0].netns);
+    assert!(observed.is_empty(), "{observed:?}");
+    assert!(observed.get(&Key::Link("flannel.1".parse().unwrap())).is_none());
+}
+
+fn bad_flags_are_refused(_: &Path) {
+    for (args, wanted) in [
+        (vec!["--etcd-endpoints=ftp://x:1"], "--etcd-endpoints"),
+        (vec!["--etcd-endpoints=https://127.0.0.1:2379"], "TLS is not supported yet"),
+        (vec!["--healthz-port=x"], "--healthz-port"),
+        (vec!["--kube-subnet-mgr"], "--kube-subnet-mgr is not supported"),
+        (vec!["--subnet-lease-renew-margin=1440"], "--subnet-lease-renew-margin"),
+        (vec!["frobnicate"], "frobnicate"),
+        (vec!["lab", "--hosts=0"], "--hosts"),
+        (vec!["lab", "--backend=udp"], "--backend"),
+    ] {
+        let output = Command::new(PROGRAM).args(&args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{args:?}");
+        assert!(said.contains(wanted), "{args:?}: {said}");
+    }
+    assert!(Command::new(PROGRAM).arg("--help").output().unwrap().status.success());
+    assert!(Command::new(PROGRAM).arg("--version").output().unwrap().status.success());
+}
+
+/// Runs the lab command and returns whether it succeeded, and its document.
+fn lab_command(program: &Path, args: &[&str], uid: Option<u32>) -> (bool, Value) {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(program);
+    command.arg("lab").arg("--json").args(args);
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    let output = command.output().unwrap();
+    let document = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.success(), document)
+}
+
+fn the_lab_shows_host_gw_and_vxlan(_: &Path) {
+    let (ok, document) = lab_command(Path::new(PROGRAM), &[], None);
+    assert!(ok, "{document:#}");
+    let [host_gw, vxlan] = document["runs"].as_array().unwrap().as_slice() else { panic!("two runs") };
+    let mac = |run: &Value, host: usize| run["hosts"][host]["mac"].as_str().unwrap().to_owned();
+    for (run, backend) in [(host_gw, "host-gw"), (vxlan, "vxlan")] {
+        assert_eq!(run["backend"], backend);
+        assert_eq!(run["pairs"], json!({ "answered": 2, "all": 2 }));
+        assert_eq!(run["hosts"][0]["subnet"], "10.244.1.0/24");
+        assert_eq!(run["hosts"][1]["pod"]["address"], "10.244.2.2");
+    }
+    assert_eq!(host_gw["hosts"][0]["routes"], json!(["10.244.2.0/24 via 10.0.0.2 dev eth0"]));
+    assert_eq!(vxlan["hosts"][0]["routes"], json!(["10.244.2.0/24 via 10.244.2.0 dev flannel.1 onlink"]));
+    let plain = format!("{} > {} | 10.244.1.2 > 10.244.2.2 ttl 63 | ICMP echo request", mac(host_gw, 0), mac(host_gw, 1));
+    assert_eq!(host_gw["packet"], plain.as_str());
+    let outer = format!("{} > {} | 10.0.0.1 > 10.0.0.2 ttl 64 | UDP 8472 | VXLAN VNI 1 | ", mac(vxlan, 0), mac(vxlan, 1));
+    let packet = vxlan["packet"].as_str().unwrap();
+    assert!(packet.starts_with(&outer) && packet.ends_with(" | 10.244.1.2 > 10.244.2.2 ttl 63 | ICMP echo request"), "{packet}");
+}
+
+fn the_lab_names_peers_behind_a_router(_: &Path) {
+    let (ok, document) = lab_command(Path::new(PROGRAM), &["--topology", "router", "--backend", "vxlan"], None);
+    assert!(ok, "{document:#}");
+    let (ok, document) = lab_command(Path::new(PROGRAM), &["--topology", "router", "--backend", "host-gw", "--hosts", "3"], None);
+    assert!(!ok);
+    let run = &document["runs"][0];
+    // Hosts 1 and 3 share a link; host 2 is behind the router.
+    assert_eq!(run["hosts"][0]["routes"], json!(["10.244.3.0/24 via 10.0.0.3 dev eth0"]));
+    let refused = run["hosts"][0]["refused"][0].as_str().unwrap();
+    assert!(refused.starts_with("10.244.2.0/24: its address 10.0.1.2 is not on the link of eth0"), "{refused}");
+    assert_eq!(run["pairs"], json!({ "answered": 2, "all": 6 }));
+}
+
+fn the_lab_needs_no_root(root: &Path) {
+    // A copy where everybody may execute it: the build directory may not be open to others.
+    let program = root.join("flanneld");
+    std::fs::create_dir_all(root).unwrap();
+    std::fs::copy(PROGRAM, &program).unwrap();
+    let (ok, document) = lab_command(&program, &[], Some(65_534));
+    assert!(ok, "{document:#}");
+}
+
+fn twenty_hosts_all_pairs(_: &Path) {
+    let (ok, document) = lab_command(Path::new(PROGRAM), &["--hosts", "20", "--backend", "vxlan"], None);
+    assert!(ok, "{document:#}");
+    assert_eq!(document["runs"][0]["pairs"], json!({ "answered": 380, "all": 380 }));
+    assert_eq!(Topology::Switch, Plan::new(1, &json!({}), Path::new("")).topology);
+}

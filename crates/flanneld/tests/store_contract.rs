@@ -1,0 +1,471 @@
+//! What a store must do, whichever it is: the embedded one, etcd 3.4 and etcd 3.5 answer the same questions alike.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/stores.rs"]
+mod stores;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use flannel::{Lease, LeaseKey, Peer, PerFamily, StoreEvent, wire};
+use flanneld::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
+use flanneld::etcd::event::EventType;
+use flanneld::etcd::kv_client::KvClient;
+use flanneld::etcd::lease_client::LeaseClient;
+use flanneld::etcd::request_op::Request as Op;
+use flanneld::etcd::watch_client::WatchClient;
+use flanneld::etcd::watch_request::RequestUnion;
+use flanneld::etcd::*;
+use flanneld::keeper::Keeper;
+use flanneld::lab::{Lab, Plan, STORE, isolate};
+use flanneld::store::Store;
+use libtest_mimic::{Arguments, Trial};
+use serde_json::json;
+use tokio::sync::{mpsc, watch};
+use tonic::transport::Channel;
+use tonic::{Code, Streaming};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
+
+type Test = fn(&mut Lab);
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
+    let tests: [(&str, Test); 10] = [
+        ("ranges_count_limit_and_sort", ranges_count_limit_and_sort),
+        ("transactions_compare_and_swap", transactions_compare_and_swap),
+        ("the_past_can_be_read_until_it_is_compacted", the_past_can_be_read_until_it_is_compacted),
+        ("a_watch_tells_every_change_once_and_in_order", a_watch_tells_every_change_once_and_in_order),
+        ("a_watch_from_a_compacted_revision_is_cancelled_and_says_so", a_watch_from_a_compacted_revision_is_cancelled),
+        ("a_lease_takes_its_keys_along", a_lease_takes_its_keys_along),
+        ("what_was_acknowledged_survives_a_kill", what_was_acknowledged_survives_a_kill),
+        ("following_tells_lists_and_changes", following_tells_lists_and_changes),
+        ("acquiring_reuses_races_and_reserves", acquiring_reuses_races_and_reserves),
+        ("etcdctl_reads_and_writes", etcdctl_reads_and_writes),
+    ];
+    let mut trials = Vec::new();
+    for (store_name, store) in stores::all() {
+        for (name, test) in tests {
+            let (store, root) = (store.clone(), scratch.join(format!("{store_name}-{name}").replace(' ', "-")));
+            trials.push(Trial::test(format!("{store_name}: {name}"), move || {
+                let plan = Plan { store, ..Plan::new(1, &json!({ "Type": "vxlan" }), Path::new(PROGRAM)) };
+                let mut lab = Lab::wire(plan, &root).unwrap();
+                lab.start_store().unwrap();
+                lab.put_config().unwrap();
+                test(&mut lab);
+                drop(lab);
+                let _ = std::fs::remove_dir_all(&root);
+                Ok(())
+            }));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Runs a function with a connection to the lab's store, in the store's namespace.
+fn with(lab: &Lab, f: impl AsyncFnOnce(Channel)) {
+    let work = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
+            tokio::time::timeout(Duration::from_secs(30), f(channel)).await.expect("the store answers");
+        });
+    };
+    lab.middle.run(work).unwrap();
+}
+
+fn bytes(text: &str) -> Vec<u8> {
+    text.as_bytes().to_vec()
+}
+
+fn put(key: &str, value: &str, lease: i64) -> PutRequest {
+    PutRequest { key: bytes(key), value: bytes(value), lease, ..PutRequest::default() }
+}
+
+fn all() -> RangeRequest {
+    RangeRequest { key: bytes("t/"), range_end: prefix_end(b"t/"), ..RangeRequest::default() }
+}
+
+fn text(response: &RangeResponse) -> String {
+    let pair = |kv: &KeyValue| format!("{}={}", String::from_utf8_lossy(&kv.key), String::from_utf8_lossy(&kv.value));
+    response.kvs.iter().map(pair).collect::<Vec<_>>().join(" ")
+}
+
+fn ranges_count_limit_and_sort(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let mut kv = KvClient::new(channel);
+        for (key, value) in [("t/b", "1"), ("t/a", "3"), ("t/c", "2"), ("u", "9")] {
+            kv.put(put(key, value, 0)).await.unwrap();
+        }
+        let mut range = async |request: RangeRequest| kv.range(request).await.unwrap().into_inner();
+        let whole = range(all()).await;
+        assert_eq!((text(&whole).as_str(), whole.count, whole.more), ("t/a=3 t/b=1 t/c=2", 3, false));
+        let two = range(RangeRequest { limit: 2, ..all() }).await;
+        assert_eq!((text(&two).as_str(), two.count, two.more), ("t/a=3 t/b=1", 3, true));
+        let count = range(RangeRequest { count_only: true, ..all() }).await;
+        assert_eq!((count.kvs.len(), count.count), (0, 3));
+        assert_eq!(text(&range(RangeRequest { keys_only: true, ..all() }).await), "t/a= t/b= t/c=");
+        let by_value = RangeRequest {
+            sort_target: range_request::SortTarget::Value.into(),
+            sort_order: range_request::SortOrder::Descend.into(),
+            ..all()
+        };
+        assert_eq!(text(&range(by_value).await), "t/a=3 t/c=2 t/b=1");
+        assert_eq!(range(RangeRequest { key: bytes("t/x"), ..RangeRequest::default() }).await.count, 0);
+        let from = RangeRequest { key: bytes("t/c"), range_end: vec![0], ..RangeRequest::default() };
+        assert_eq!(text(&range(from).await), "t/c=2 u=9");
+    });
+}
+
+fn transactions_compare_and_swap(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let mut kv = KvClient::new(channel);
+        let compare = |target: CompareTarget, union: TargetUnion| Compare {
+            result: CompareResult::Equal.into(),
+            target: target.into(),
+            key: bytes("t/x"),
+            target_union: Some(union),
+            ..Compare::default()
+        };
+        let absent = compare(CompareTarget::Version, TargetUnion::Version(0));
+        let op = |key: &str, value: &str| RequestOp { request: Some(Op::RequestPut(put(key, value, 0))) };
+        let create = TxnRequest {
+            compare: vec![absent],
+            success: vec![op("t/x", "1"), op("t/y", "1")],
+            failure: vec![RequestOp { request: Some(Op::RequestRange(all())) }],
+        };
+        let first = kv.txn(create.clone()).await.unwrap().into_inner();
+        assert!(first.succeeded);
+        let second = kv.txn(create).await.unwrap().into_inner();
+        assert!(!second.succeeded);
+        assert_eq!(second.header.unwrap().revision, first.header.unwrap().revision, "nothing was written");
+        let Some(response_op::Response::ResponseRange(found)) = second.responses[0].response.clone() else { panic!("a range") };
+        assert_eq!(text(&found), "t/x=1 t/y=1");
+        assert_eq!(found.kvs[0].mod_revision, found.kvs[1].mod_revision, "one transaction is one revision");
+
+        let swap = TxnRequest {
+            compare: vec![compare(CompareTarget::Mod, TargetUnion::ModRevision(found.kvs[0].mod_revision))],
+            success: vec![op("t/x", "2")],
+            failure: vec![],
+        };
+        assert!(kv.txn(swap.clone()).await.unwrap().into_inner().succeeded);
+        assert!(!kv.txn(swap).await.unwrap().into_inner().succeeded);
+        let value =
+            TxnRequest { compare: vec![compare(CompareTarget::Value, TargetUnion::Value(bytes("2")))], success: vec![], failure: vec![] };
+        assert!(kv.txn(value).await.unwrap().into_inner().succeeded);
+        let twice = TxnRequest { success: vec![op("t/z", "1"), op("t/z", "2")], ..TxnRequest::default() };
+        assert_eq!(kv.txn(twice).await.unwrap_err().code(), Code::InvalidArgument);
+        assert_eq!(kv.put(PutRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
+        assert_eq!(kv.put(put("t/z", "1", 4711)).await.unwrap_err().code(), Code::NotFound);
+        assert_eq!(text(&kv.range(all()).await.unwrap().into_inner()), "t/x=2 t/y=1");
+    });
+}
+
+fn the_past_can_be_read_until_it_is_compacted(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let mut kv = KvClient::new(channel);
+        let first = kv.put(put("t/a", "1", 0)).await.unwrap().into_inner().header.unwrap().revision;
+        let second = kv.put(PutRequest { prev_kv: true, ..put("t/a", "2", 0) }).await.unwrap().into_inner();
+        assert_eq!(second.prev_kv.unwrap().value, b"1");
+        let deleted = kv
+            .delete_range(DeleteRangeRequest { key: bytes("t/a"), prev_kv: true, ..DeleteRangeRequest::default() })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!((deleted.deleted, deleted.prev_kvs[0].version), (1, 2));
+        let at = |revision| RangeRequest { revision, ..all() };
+        assert_eq!(text(&kv.range(at(first)).await.unwrap().into_inner()), "t/a=1");
+        assert_eq!(text(&kv.range(at(first + 1)).await.unwrap().into_inner()), "t/a=2");
+        assert_eq!(text(&kv.range(at(0)).await.unwrap().into_inner()), "");
+        kv.compact(CompactionRequest { revision: first + 1, physical: true }).await.unwrap();
+        assert_eq!(kv.range(at(first)).await.unwrap_err().code(), Code::OutOfRange);
+        assert_eq!(text(&kv.range(at(first + 1)).await.unwrap().into_inner()), "t/a=2");
+        assert_eq!(kv.range(at(first + 100)).await.unwrap_err().code(), Code::OutOfRange);
+        assert_eq!(kv.compact(CompactionRequest { revision: first, physical: false }).await.unwrap_err().code(), Code::OutOfRange);
+    });
+}
+
+/// Opens a watch; the sender keeps it open.
+async fn open(channel: Channel, create: WatchCreateRequest) -> (mpsc::Sender<WatchRequest>, Streaming<WatchResponse>) {
+    let (requests, stream) = mpsc::channel(4);
+    requests.send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await.unwrap();
+    let answers = WatchClient::new(channel).watch(tokio_stream::wrappers::ReceiverStream::new(stream)).await.unwrap().into_inner();
+    (requests, answers)
+}
+
+fn prefix(start_revision: i64) -> WatchCreateRequest {
+    WatchCreateRequest { key: bytes("t/"), range_end: prefix_end(b"t/"), start_revision, prev_kv: true, ..WatchCreateRequest::default() }
+}
+
+fn a_watch_tells_every_change_once_and_in_order(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let mut kv = KvClient::new(channel.clone());
+        let start = kv.put(put("t/before", "", 0)).await.unwrap().into_inner().header.unwrap().revision;
+        for i in 0..1500 {
+            kv.put(put(&format!("t/{i:04}"), "", 0)).await.unwrap();
+            kv.put(put("elsewhere", "", 0)).await.unwrap();
+        }
+        // It begins in the past and goes on into what happens now.
+        let (requests, mut answers) = open(channel, prefix(start)).await;
+        let created = answers.message().await.unwrap().unwrap();
+        assert!(created.created && !created.canceled);
+        kv.put(put("t/0000", "again", 0)).await.unwrap();
+        kv.delete_range(DeleteRangeRequest { key: bytes("t/0001"), ..DeleteRangeRequest::default() }).await.unwrap();
+        let mut events = Vec::new();
+        while events.len() < 1503 {
+            let answer = answers.message().await.unwrap().unwrap();
+            assert!(!answer.canceled);
+            events.extend(answer.events);
+        }
+        let keys: Vec<String> = events.iter().map(|event| String::from_utf8(event.kv.clone().unwrap().key).unwrap()).collect();
+        let mut wanted = vec!["t/before".to_owned()];
+        wanted.extend((0..1500).map(|i| format!("t/{i:04}")));
+        wanted.extend(["t/0000".to_owned(), "t/0001".to_owned()]);
+        assert_eq!(keys, wanted);
+        let (again, gone) = (&events[1501], &events[1502]);
+        assert_eq!((again.prev_kv.clone().unwrap().value, again.kv.clone().unwrap().version), (Vec::new(), 2));
+        assert_eq!((gone.r#type(), gone.prev_kv.clone().unwrap().key), (EventType::Delete, bytes("t/0001")));
+
+        requests
+            .send(WatchRequest { request_union: Some(RequestUnion::CancelRequest(WatchCancelRequest { watch_id: created.watch_id })) })
+            .await
+            .unwrap();
+        assert!(answers.message().await.unwrap().unwrap().canceled);
+    });
+}
+
+fn a_watch_from_a_compacted_revision_is_cancelled(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let mut kv = KvClient::new(channel.clone());
+        let start = kv.put(put("t/a", "1", 0)).await.unwrap().into_inner().header.unwrap().revision;
+        let last = kv.put(put("t/a", "2", 0)).await.unwrap().into_inner().header.unwrap().revision;
+        kv.compact(CompactionRequest { revision: last, physical: true }).await.unwrap();
+        let (_requests, mut answers) = open(channel, prefix(start)).await;
+        let cancelled = loop {
+            let answer = answers.message().await.unwrap().unwrap();
+            if answer.canceled {
+                break answer;
+            }
+            assert!(answer.events.is_empty());
+        };
+        assert_eq!(cancelled.compact_revision, last);
+    });
+}
+
+fn a_lease_takes_its_keys_along(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let (mut kv, mut leases) = (KvClient::new(channel.clone()), LeaseClient::new(channel.clone()));
+        let granted = leases.lease_grant(LeaseGrantRequest { ttl: 60, id: 0 }).await.unwrap().into_inner();
+        assert!(granted.id != 0 && granted.ttl == 60);
+        kv.put(put("t/a", "1", granted.id)).await.unwrap();
+        kv.put(put("t/b", "1", granted.id)).await.unwrap();
+        let look = LeaseTimeToLiveRequest { id: granted.id, keys: true };
+        let ttl = leases.lease_time_to_live(look).await.unwrap().into_inner();
+        assert_eq!((ttl.granted_ttl, ttl.keys), (60, vec![bytes("t/a"), bytes("t/b")]));
+        leases.lease_revoke(LeaseRevokeRequest { id: granted.id }).await.unwrap();
+        assert_eq!(kv.range(all()).await.unwrap().into_inner().count, 0);
+        assert_eq!(leases.lease_time_to_live(look).await.unwrap().into_inner().ttl, -1);
+        assert_eq!(leases.lease_revoke(LeaseRevokeRequest { id: granted.id }).await.unwrap_err().code(), Code::NotFound);
+
+        // One that is not kept alive ends by itself, and a watcher sees its key go.
+        let short = leases.lease_grant(LeaseGrantRequest { ttl: 2, id: 4711 }).await.unwrap().into_inner();
+        assert_eq!(short.id, 4711);
+        let (_requests, mut answers) = open(channel, prefix(0)).await;
+        assert!(answers.message().await.unwrap().unwrap().created);
+        kv.put(put("t/short", "1", short.id)).await.unwrap();
+        let mut events = Vec::new();
+        while events.len() < 2 {
+            events.extend(answers.message().await.unwrap().unwrap().events);
+        }
+        assert_eq!(events[1].r#type(), EventType::Delete);
+        assert_eq!(events[1].prev_kv.clone().unwrap().lease, 4711);
+    });
+    // The client's renewal of a lease that is there, and of one that is not.
+    lab.with_store(async |store: &Store| {
+        let id = store.grant(Duration::from_secs(100)).await?;
+        assert_eq!(store.keep_alive(id).await?, Some(Duration::from_secs(100)));
+        store.revoke(id).await;
+        assert_eq!(store.keep_alive(id).await?, None);
+        Ok::<(), flanneld::store::StoreError>(())
+    })
+    .unwrap();
+}
+
+fn what_was_acknowledged_survives_a_kill(lab: &mut Lab) {
+    let mut wanted = String::new();
+    for round in 0..5 {
+        with(lab, async |channel| {
+            let (mut kv, mut leases) = (KvClient::new(channel.clone()), LeaseClient::new(channel));
+            let lease = leases.lease_grant(LeaseGrantRequest { ttl: 3600, id: 100 + round }).await.unwrap().into_inner().id;
+            for i in 0..20 {
+                kv.put(put(&format!("t/{round}-{i:02}"), "v", lease)).await.unwrap();
+            }
+        });
+        wanted.push_str(&(0..20).map(|i| format!("t/{round}-{i:02}=v ")).collect::<String>());
+        lab.kill_store().unwrap();
+        lab.start_store().unwrap();
+        // A store that just began to listen may not serve yet.
+        lab.with_store(async |store| store.config().await).unwrap();
+        with(lab, async |channel| {
+            let found = KvClient::new(channel.clone()).range(all()).await.unwrap().into_inner();
+            assert_eq!(text(&found), wanted.trim_end());
+            let ttl = LeaseClient::new(channel)
+                .lease_time_to_live(LeaseTimeToLiveRequest { id: 100 + round, keys: true })
+                .await
+                .unwrap()
+                .into_inner();
+            assert_eq!((ttl.granted_ttl, ttl.keys.len()), (3600, 20));
+        });
+    }
+}
+
+fn lease(i: u8, public: &str) -> Lease {
+    let key = LeaseKey::new(PerFamily { v4: format!("10.244.{i}.0/24").parse().ok(), v6: None }).unwrap();
+    Lease { key, peer: Peer { public: PerFamily { v4: public.parse().ok(), v6: None }, backend_type: "host-gw".into(), ..Peer::default() } }
+}
+
+fn following_tells_lists_and_changes(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
+        let revision = |snapshot: &flanneld::store::Snapshot, lease: &Lease| {
+            snapshot.entries.iter().find(|e| e.key == lease.key).map_or(0, |e| e.mod_revision)
+        };
+        let [one, two, three] = [lease(1, "192.0.2.1"), lease(2, "192.0.2.2"), lease(3, "192.0.2.3")];
+        assert!(store.put_lease(&one, 0, 0).await.unwrap());
+        assert!(!store.put_lease(&two, 0, 77).await.unwrap(), "the key does not have that revision");
+        let mut kv = KvClient::new(channel);
+        kv.put(put("/coreos.com/network/subnets/10.244.9.0-24", "{", 0)).await.unwrap();
+        kv.put(put("/coreos.com/network/subnets-not/10.244.8.0-24", "{}", 0)).await.unwrap();
+
+        let (tell, mut events) = mpsc::channel(16);
+        let (publish, mut connected) = watch::channel(false);
+        let follower = store.clone();
+        let following = tokio::spawn(async move { follower.follow(tell, publish).await });
+        let unreadable = lease(9, "192.0.2.9").key;
+        assert_eq!(
+            events.recv().await.unwrap(),
+            [StoreEvent::Init, StoreEvent::Apply(one.clone()), StoreEvent::Keep(unreadable), StoreEvent::InitDone]
+        );
+        connected.wait_for(|connected| *connected).await.unwrap();
+        assert!(store.put_lease(&two, 0, 0).await.unwrap());
+        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
+        let moved = Lease { key: two.key, peer: lease(2, "192.0.2.22").peer };
+        assert!(store.put_lease(&moved, 0, revision(&store.snapshot().await.unwrap(), &two)).await.unwrap());
+        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(moved)]);
+        assert!(store.delete_lease(&one.key, revision(&store.snapshot().await.unwrap(), &one)).await.unwrap());
+        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Delete(one.key)]);
+        // Many in one transaction: all of them count.
+        let op = |lease: &Lease| RequestOp {
+            request: Some(Op::RequestPut(put(
+                &format!("/coreos.com/network/subnets/{}", wire::key(&lease.key)),
+                &wire::value(&lease.peer),
+                0,
+            ))),
+        };
+        kv.txn(TxnRequest { success: vec![op(&one), op(&three)], ..TxnRequest::default() }).await.unwrap();
+        let mut got = Vec::new();
+        while got.len() < 2 {
+            got.extend(events.recv().await.unwrap());
+        }
+        assert_eq!(got, [StoreEvent::Apply(one), StoreEvent::Apply(three)]);
+        following.abort();
+    });
+}
+
+fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
+    with(lab, async |channel| {
+        let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
+        let config =
+            flannel::Config::parse(r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.30.0","Backend":{"Type":"host-gw"}}"#).unwrap();
+        let keeper = |public: &str| Keeper {
+            store: store.clone(),
+            config: config.clone(),
+            peer: lease(0, public).peer,
+            margin: Duration::from_secs(60),
+        };
+        let none = PerFamily::default();
+        let wanted = PerFamily { v4: "10.244.7.0/24".parse().ok(), v6: None };
+        let first = keeper("192.0.2.1").acquire(&wanted).await.unwrap();
+        assert_eq!((first.key.to_string().as_str(), first.etcd_lease != 0), ("10.244.7.0/24", true));
+        let again = keeper("192.0.2.1").acquire(&none).await.unwrap();
+        assert_eq!(again.key, first.key, "by its address");
+        let other = keeper("192.0.2.2").acquire(&wanted).await.unwrap();
+        assert_ne!(other.key, first.key, "it is taken");
+        let value = KvClient::new(channel.clone())
+            .range(RangeRequest { key: bytes("/coreos.com/network/subnets/10.244.7.0-24"), ..RangeRequest::default() })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(value.kvs[0].value, br#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"host-gw"}"#);
+        assert_eq!(value.kvs[0].lease, again.etcd_lease);
+        let ttl = LeaseClient::new(channel.clone())
+            .lease_time_to_live(LeaseTimeToLiveRequest { id: again.etcd_lease, keys: false })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(ttl.granted_ttl, 86_400);
+
+        // A key without an etcd lease is a reservation and stays one.
+        assert!(store.put_lease(&lease(20, "192.0.2.3"), 0, 0).await.unwrap());
+        let reserved = keeper("192.0.2.3").acquire(&none).await.unwrap();
+        assert_eq!((reserved.key, reserved.etcd_lease), (lease(20, "").key, 0));
+
+        // Twenty-seven are left; as many at once get one each.
+        let mut racers = tokio::task::JoinSet::new();
+        for i in 0..27 {
+            let keeper = keeper(&format!("192.0.2.{}", 100 + i));
+            racers.spawn(async move { keeper.acquire(&PerFamily::default()).await.unwrap().key });
+        }
+        let mut keys: Vec<LeaseKey> = racers.join_all().await;
+        keys.extend([first.key, other.key, reserved.key]);
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 30);
+        let full = keeper("192.0.2.250").acquire(&none).await.unwrap_err();
+        assert!(full.to_string().contains("out of subnets"), "{full}");
+    });
+}
+
+fn etcdctl_reads_and_writes(lab: &mut Lab) {
+    for variable in ["FLANNEL_ETCDCTL_3_4", "FLANNEL_ETCDCTL_3_5"] {
+        let program = stores::tool(variable);
+        let command = |args: &[&str]| {
+            let mut command = Command::new(&program);
+            command.env("ETCDCTL_API", "3").arg(format!("--endpoints=http://{STORE}")).args(args);
+            command
+        };
+        let ctl = |args: &[&str]| {
+            let output = lab.middle.run(|| command(args).output()).unwrap().unwrap();
+            let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{variable} {args:?}: {said}");
+            said
+        };
+        assert_eq!(ctl(&["put", "t/a", "1"]), "OK\n");
+        assert_eq!(ctl(&["put", "t/a", "2", "--prev-kv"]), "OK\nt/a\n1\n");
+        assert_eq!(ctl(&["get", "--prefix", "t/"]), "t/a\n2\n");
+        assert!(ctl(&["get", "/coreos.com/network/config"]).contains("10.244.0.0/16"));
+        let granted = ctl(&["lease", "grant", "300"]);
+        let id = granted.split_whitespace().nth(1).unwrap();
+        ctl(&["put", "t/leased", "x", &format!("--lease={id}")]);
+        assert!(ctl(&["lease", "timetolive", id, "--keys"]).contains("t/leased"));
+        assert!(ctl(&["lease", "keep-alive", "--once", id]).contains("keepalived"));
+        assert!(ctl(&["lease", "list"]).contains(id));
+        assert!(ctl(&["lease", "revoke", id]).contains("revoked"));
+        assert_eq!(ctl(&["get", "t/leased"]), "");
+        assert_eq!(ctl(&["del", "--prefix", "t/"]), "1\n");
+        assert!(ctl(&["endpoint", "health"]).contains("is healthy"));
+        assert!(ctl(&["member", "list"]).contains("10.0.0.254:2379"));
+        // A watch prints what somebody else puts.
+        let mut watching = command(&["watch", "t/w", "--rev=1"]);
+        let mut child = lab.middle.run(|| watching.stdout(std::process::Stdio::piped()).spawn()).unwrap().unwrap();
+        ctl(&["put", "t/w", "seen"]);
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap())).map_while(Result::ok);
+        assert!(lines.by_ref().any(|line| line == "seen"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        ctl(&["del", "t/w"]);
+    }
+}
