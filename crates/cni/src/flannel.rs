@@ -23,7 +23,10 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             delegate::call(request, Command::Add, conf, "delegate.type")
         }
         Command::Del => {
-            let Some(conf) = stored.read(&request.container_id)? else { return Ok(None) };
+            let Some(conf) = stored.read(&request.container_id)? else {
+                // An ADD that was killed before it stored anything may have left this much.
+                return remove_file(&stored.temporary(&request.container_id)).map(|()| None);
+            };
             // Kept until the delegate has succeeded, so that a failed DEL can be repeated.
             delegate::call(request, Command::Del, conf, "delegate.type")?;
             stored.remove(&request.container_id).map(|()| None)
@@ -108,8 +111,13 @@ impl Stored {
         self.directory.join(container)
     }
 
+    /// Where the file is while it is written. A runtime calls for one container once at a time.
+    fn temporary(&self, container: &str) -> PathBuf {
+        self.directory.join(format!(".{container}"))
+    }
+
     fn write(&self, container: &str, conf: &Map<String, Value>) -> Result<(), CniError> {
-        let temporary = self.directory.join(format!(".{container}.{}", std::process::id()));
+        let temporary = self.temporary(container);
         let written = (|| {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
             let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
@@ -140,6 +148,7 @@ impl Stored {
     }
 
     fn remove(&self, container: &str) -> Result<(), CniError> {
+        remove_file(&self.temporary(container))?;
         remove_file(&self.file(container))
     }
 

@@ -299,7 +299,10 @@ impl Store {
         let last: Option<IpAddr> = fs::read_to_string(&marker).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
             if range.gateway != Some(ip) && self.reserve(ip, owner)? {
-                replace(&marker, &ip.to_string())?;
+                // Only a hint where to go on: half of it is as good as none, so it is written in place and leaves no
+                // temporary file when we are killed.
+                fs::write(&marker, ip.to_string())
+                    .map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", marker.display())))?;
                 return Ok((ip, range));
             }
         }
@@ -374,9 +377,9 @@ fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()>
             file.write_all(content)?;
             Ok(rustix::fs::linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
         }
-        // A file system without nameless files: a name that no address has.
+        // A file system without nameless files: a name that no address has. We hold the lock, so it is one name.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::NOENT) => {
-            let temporary = directory.join(format!(".reserving.{}", std::process::id()));
+            let temporary = directory.join(".reserving");
             fs::write(&temporary, content)?;
             let linked = fs::hard_link(&temporary, name);
             fs::remove_file(&temporary)?;
@@ -384,12 +387,6 @@ fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()>
         }
         Err(error) => Err(error.into()),
     }
-}
-
-fn replace(path: &Path, text: &str) -> Result<(), CniError> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path));
-    written.map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", path.display())))
 }
 
 #[cfg(test)]
