@@ -83,9 +83,19 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
         Command::Add => add(request, &Config::new(request)?).map(Some),
         Command::Del => del(request).map(|()| None),
         Command::Check => check(request, &Config::new(request)?).map(|()| None),
-        Command::Gc | Command::Status => {
+        Command::Gc => {
+            let valid: Vec<String> =
+                request.valid_attachments()?.iter().map(|(container, ifname)| format!("{ifname}:{container}")).collect();
+            // Both are tried, as for a DEL.
+            let addresses = ipam(request, Command::Gc, None);
+            if Config::new(request)?.ip_masq {
+                masquerade::retain(&request.name, &valid).map_err(failed("remove the masquerading of containers that are gone"))?;
+            }
+            addresses.map(|_| None)
+        }
+        Command::Status => {
             Config::new(request)?;
-            ipam(request, request.command, None).map(|_| None)
+            ipam(request, Command::Status, None).map(|_| None)
         }
         Command::Version => Ok(None),
     }
@@ -121,11 +131,11 @@ impl Drop for Undo<'_> {
         if self.masquerade {
             let _ = masquerade::remove(&self.request.name, &attachment(self.request));
         }
-        if self.ipam {
-            let _ = ipam(self.request, Command::Del, None);
-        }
         if let Some(veth) = self.veth {
             let _ = Socket::open(Protocol::Route).and_then(|mut socket| link::delete(&mut socket, veth));
+        }
+        if self.ipam {
+            let _ = ipam(self.request, Command::Del, None);
         }
     }
 }
@@ -149,8 +159,9 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
 
     let mut result = CniResult::default();
     if config.ipam.is_some() {
-        undo.ipam = true;
         result = ipam(request, Command::Add, None)?.unwrap_or_default();
+        // Not before: a refusal may be about an address that an earlier ADD of this container holds.
+        undo.ipam = true;
         if result.ips.is_empty() {
             return Err(CniError::failed("the IPAM plugin returned no address"));
         }
@@ -295,7 +306,10 @@ fn configure_container(netns: &Netns, ifname: IfName, result: &CniResult, gatewa
             addr::add(&mut socket, index, ip.address).map_err(failed(format!("add {} to {ifname} in the container", ip.address)))?;
         }
         link::set_up(&mut socket, index, true).map_err(failed(format!("set {ifname} up in the container")))?;
-        for Route { dst, gw, .. } in &result.routes {
+        for Route { dst, gw, more } in &result.routes {
+            if let Some(option) = more.keys().next() {
+                return Err(CniError::unsupported(format!("routes: {option} of {dst} is not supported yet: leave it out")));
+            }
             let gateway = gw.or_else(|| gateways.iter().map(|(gateway, _)| *gateway).find(|gateway| Family::of(*gateway) == dst.family()));
             route::add(&mut socket, *dst, gateway, index).map_err(failed(format!("add the route to {dst} in the container")))?;
         }

@@ -25,7 +25,15 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
         Command::Del => {
             let Some(conf) = stored.read(&request.container_id)? else {
                 // An ADD that was killed before it stored anything may have left this much.
-                return remove_file(&stored.temporary(&request.container_id)).map(|()| None);
+                remove_file(&stored.temporary(&request.container_id))?;
+                // A file without content is what a power cut may leave of a stored configuration.
+                if stored.file(&request.container_id).exists()
+                    && let Ok(env) = subnet_env(request)
+                {
+                    delegate::call(request, Command::Del, delegate_conf(&request.conf, &env)?, "delegate.type")?;
+                    stored.remove(&request.container_id)?;
+                }
+                return Ok(None);
             };
             // Kept until the delegate has succeeded, so that a failed DEL can be repeated.
             delegate::call(request, Command::Del, conf, "delegate.type")?;
@@ -139,9 +147,9 @@ impl Stored {
         };
         match serde_json::from_str(&text) {
             Ok(Value::Object(conf)) => Ok(Some(conf)),
-            // What cannot be read cannot be undone either: a DEL must not fail for ever.
+            // A DEL must not fail for ever because of it.
             _ => {
-                eprintln!("flannel: {} is no configuration; nothing is undone by it", file.display());
+                eprintln!("flannel: {} is no configuration; undoing by the present one instead", file.display());
                 Ok(None)
             }
         }

@@ -380,6 +380,8 @@ fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()>
         // A file system without nameless files: a name that no address has. We hold the lock, so it is one name.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::NOENT) => {
             let temporary = directory.join(".reserving");
+            // One that a killed plugin left may be linked to an address by now: writing into it would change that.
+            let _ = fs::remove_file(&temporary);
             fs::write(&temporary, content)?;
             let linked = fs::hard_link(&temporary, name);
             fs::remove_file(&temporary)?;

@@ -94,6 +94,21 @@ fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> R
         .read_to_string(&mut text)
         .map_err(|error| CniError::decode(format!("cannot read the configuration from standard input: {error}")))?;
     let request = Request::new(command, environment, &text)?;
+    if matches!(command, Command::Add | Command::Del) {
+        refuse_own_namespace(&request)?;
+    }
     let result = plugin.run(&request)?;
     Ok(result.map_or(String::new(), |result| result.render(&request.version)))
+}
+
+/// Code 8: a plugin that was given the namespace that it runs in would work on the host's own interfaces. Asked before
+/// the work is done, not after it.
+fn refuse_own_namespace(request: &Request) -> Result<(), CniError> {
+    use kernel::netns::Netns;
+    let id = |netns: std::io::Result<Netns>| netns.and_then(|netns| netns.id()).ok();
+    let given = request.netns.as_deref().and_then(|path| id(Netns::open(path)));
+    if given.is_some() && given == id(Netns::current()) && !request.netns_override {
+        return Err(CniError::new(8, "CNI_NETNS is the plugin's own network namespace, the host's: it must be the container's"));
+    }
+    Ok(())
 }

@@ -100,6 +100,7 @@ pub struct Environment {
     ifname: Option<String>,
     args: Option<String>,
     path: Option<String>,
+    netns_override: Option<String>,
 }
 
 impl Environment {
@@ -113,6 +114,7 @@ impl Environment {
             ifname: get("CNI_IFNAME"),
             args: get("CNI_ARGS"),
             path: get("CNI_PATH"),
+            netns_override: get("CNI_NETNS_OVERRIDE"),
         }
     }
 
@@ -159,6 +161,8 @@ pub struct Request {
     pub container_id: String,
     /// The path of its network namespace.
     pub netns: Option<PathBuf>,
+    /// `CNI_NETNS_OVERRIDE`: the namespace may be the host's own.
+    pub netns_override: bool,
     /// The interface in it; empty for GC and STATUS.
     pub ifname: String,
     /// `CNI_ARGS`, as it came.
@@ -197,6 +201,7 @@ impl Request {
             command,
             container_id,
             netns: environment.netns.clone().map(PathBuf::from),
+            netns_override: environment.netns_override.as_deref().is_some_and(|text| text == "1" || text.eq_ignore_ascii_case("true")),
             ifname,
             args: environment.args.clone().unwrap_or_default(),
             path: environment.path.as_deref().unwrap_or_default().split(':').filter(|dir| !dir.is_empty()).map(PathBuf::from).collect(),

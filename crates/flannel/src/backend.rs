@@ -186,8 +186,8 @@ mod tests {
         let v6 = if dual { r#","EnableIPv6":true,"IPv6Network":"fc00::/48""# } else { "" };
         let config = Config::parse(&format!(r#"{{"Network":"10.244.0.0/16"{v6},"Backend":{backend}}}"#)).unwrap();
         let addrs = PerFamily { v4: "192.0.2.1".parse().ok(), v6: dual.then(|| "2001:db8::1".parse().unwrap()) };
-        let on_link = vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()];
-        let node = Node { ext: "eth0".parse().unwrap(), mtu: 1500, addrs, public: addrs, on_link };
+        let routes = vec![("192.0.2.0/24".parse().unwrap(), true), ("2001:db8::/64".parse().unwrap(), true)];
+        let node = Node { ext: "eth0".parse().unwrap(), mtu: 1500, addrs, public: addrs, routes };
         let macs = PerFamily { v4: Some(Mac([0x0e, 0, 0, 0, 0, 1])), v6: Some(Mac([0x0e, 0, 0, 0, 6, 1])) };
         let backend = Backend::new(&config, &node, macs);
         let own = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: dual.then(|| "fc00:0:0:1::/64".parse().unwrap()) };

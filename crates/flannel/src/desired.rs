@@ -71,7 +71,7 @@ pub struct Fdb {
     pub dst: IpAddr,
 }
 
-/// A unicast route of the main table, of our protocol ([`ROUTE_PROTOCOL`]).
+/// A unicast route of the main table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// Destination.
@@ -84,6 +84,8 @@ pub struct Route {
     pub dev: IfName,
     /// `RTNH_F_ONLINK`: take the gateway as reachable on the interface.
     pub onlink: bool,
+    /// `rtm_protocol`: [`ROUTE_PROTOCOL`], but for routes that another flanneld left.
+    pub protocol: u8,
 }
 
 /// Our number in `rtm_protocol` (`linux/rtnetlink.h` leaves those above 4 to routing daemons; 241 is in no
@@ -131,10 +133,10 @@ pub enum Key {
     Addr(IfName, Cidr),
     /// By path.
     Sysctl(String),
-    /// By link and address.
-    Neigh(IfName, IpAddr),
     /// By link and link-layer address.
     Fdb(IfName, Mac),
+    /// By link and address.
+    Neigh(IfName, IpAddr),
     /// By destination and metric: that is what the kernel replaces by.
     Route(Subnet, u32),
     /// By family.
@@ -200,12 +202,13 @@ impl fmt::Display for Object {
             Object::Sysctl(path, value) => write!(f, "sysctl {path} = {value}"),
             Object::Neigh(Neigh { link, ip, mac }) => write!(f, "neigh {ip} lladdr {mac} dev {link}"),
             Object::Fdb(Fdb { link, mac, dst }) => write!(f, "fdb {mac} dst {dst} dev {link}"),
-            Object::Route(Route { dst, metric, via, dev, onlink }) => {
+            Object::Route(Route { dst, metric, via, dev, onlink, protocol }) => {
                 write!(f, "route {dst}")?;
                 if let Some(via) = via {
                     write!(f, " via {via}")?;
                 }
-                write!(f, " dev {dev} metric {metric}{}", if *onlink { " onlink" } else { "" })
+                write!(f, " dev {dev} metric {metric}{}", if *onlink { " onlink" } else { "" })?;
+                if *protocol == ROUTE_PROTOCOL { Ok(()) } else { write!(f, " proto {protocol}") }
             }
             Object::Ruleset(ruleset) => f.write_str(ruleset.to_string().trim_end()),
         }
@@ -276,34 +279,34 @@ impl Desired {
             (!first).then_some((key, owner))
         })
     }
-
-    /// What to look for in the kernel in order to compare it with this picture.
-    pub fn scope(&self) -> Scope {
-        let mut scope = Scope { routes: true, ..Scope::default() };
-        for key in self.part(&Owner::Node) {
-            match key {
-                Key::Link(name) => scope.links.push(*name),
-                Key::Sysctl(path) => scope.sysctls.push(path.clone()),
-                Key::Ruleset(family) => scope.rulesets.push(*family),
-                _ => {}
-            }
-        }
-        scope
-    }
 }
 
-/// What in the kernel counts as ours: these links with all that stands on them, these sysctls, these tables, and every
-/// route of [`ROUTE_PROTOCOL`].
+/// What in the kernel counts as ours: these links with all that stands on them, these sysctls, these tables, and the
+/// routes into these networks that a flanneld made ([`Scope::has_route`]). Another flanneld on the same host has
+/// another network, and its routes are none of ours.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scope {
     /// Links by name.
     pub links: Vec<IfName>,
-    /// Sysctls by path.
-    pub sysctls: Vec<String>,
+    /// Sysctls by path, with the value that they shall have.
+    pub sysctls: Vec<(String, String)>,
     /// nftables tables by family.
     pub rulesets: Vec<Family>,
-    /// All routes of [`ROUTE_PROTOCOL`]?
-    pub routes: bool,
+    /// The pod networks.
+    pub networks: Vec<Subnet>,
+}
+
+/// `RTPROT_BOOT`: what Go flanneld's routes have, and those that an operator adds by hand.
+const BOOT_PROTOCOL: u8 = 3;
+
+impl Scope {
+    /// Is this route ours, or a predecessor's of ours? By its destination, and by its protocol; on a link of ours the
+    /// protocol of Go flanneld counts as well.
+    pub fn has_route(&self, route: &Route) -> bool {
+        let into = self.networks.iter().any(|network| network.covers(route.dst));
+        let adopted = route.protocol == BOOT_PROTOCOL && route.via.is_some() && self.links.contains(&route.dev);
+        into && (route.protocol == ROUTE_PROTOCOL || adopted)
+    }
 }
 
 /// What is in the kernel, limited to what is ours.

@@ -98,6 +98,7 @@ mod tests {
             via: Some(via.parse().unwrap()),
             dev: "eth0".parse().unwrap(),
             onlink: false,
+            protocol: crate::desired::ROUTE_PROTOCOL,
         })
     }
 

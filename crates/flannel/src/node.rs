@@ -66,8 +66,8 @@ pub struct Node {
     pub addrs: PerFamily<IpAddr>,
     /// The addresses to publish: the interface's, unless the operator gave others.
     pub public: PerFamily<IpAddr>,
-    /// Destinations that the external interface reaches without a gateway.
-    pub on_link: Vec<Subnet>,
+    /// Where packets go: destinations, and whether the external interface reaches them without a gateway.
+    pub routes: Vec<(Subnet, bool)>,
 }
 
 /// No usable interface.
@@ -105,7 +105,10 @@ impl Node {
         let families: Vec<Family> = config.networks.iter().map(|(family, _)| family).collect();
         if wanted.iface.is_empty() {
             let chosen = match wanted.public.iter().next() {
-                Some((_, ip)) => interfaces.iter().find(|i| i.holds(*ip)).ok_or(NodeError::PublicIp(*ip))?,
+                Some((_, ip)) => {
+                    let holder = interfaces.iter().find(|i| i.holds(*ip)).ok_or(NodeError::PublicIp(*ip))?;
+                    return Node::on(holder, Some(*ip), routes, wanted, &families, config);
+                }
                 None => {
                     let family = families.first().copied().unwrap_or(Family::V4);
                     let default = |route: &&RouteFact| route.dst.family() == family && route.dst.prefix_len() == 0 && route.oif != 0;
@@ -158,13 +161,14 @@ impl Node {
             addrs.set(family, Some(addr));
             public.set(family, wanted.public.get(family).copied().or(Some(addr)));
         }
-        let on_link = routes.iter().filter(|r| r.oif == interface.index && !r.gateway && r.dst.prefix_len() > 0).map(|r| r.dst);
-        Ok(Node { ext: interface.name, mtu: interface.mtu, addrs, public, on_link: on_link.collect() })
+        let routes = routes.iter().map(|r| (r.dst, r.oif == interface.index && !r.gateway)).collect();
+        Ok(Node { ext: interface.name, mtu: interface.mtu, addrs, public, routes })
     }
 
-    /// Does the external interface reach this address without a gateway?
+    /// Does the external interface reach this address without a gateway? The longest prefix decides, as in the kernel.
     pub fn is_on_link(&self, ip: IpAddr) -> bool {
-        self.on_link.iter().any(|subnet| subnet.contains(ip))
+        let matching = self.routes.iter().filter(|(dst, _)| dst.contains(ip));
+        matching.max_by_key(|(dst, on_link)| (dst.prefix_len(), *on_link)).is_some_and(|(_, on_link)| *on_link)
     }
 }
 
@@ -217,6 +221,7 @@ mod tests {
             route("0.0.0.0/0", 2, true),
             route("198.51.100.0/24", 3, false),
             route("203.0.113.0/24", 2, true),
+            route("192.0.2.192/26", 2, true),
         ];
         let wanted = Wanted {
             iface: iface.iter().map(ToString::to_string).collect(),
@@ -224,31 +229,31 @@ mod tests {
         };
         let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#).unwrap();
         match Node::choose(&interfaces, &routes, &wanted, &config) {
-            Ok(node) => format!(
-                "{} {} publishes {}, on link {:?}",
-                node.ext,
-                node.addrs.v4.unwrap(),
-                node.public.v4.unwrap(),
-                node.on_link.iter().map(ToString::to_string).collect::<Vec<_>>()
-            ),
+            Ok(node) => {
+                let near = ["192.0.2.77", "192.0.2.200", "198.51.100.9", "203.0.113.9"]
+                    .into_iter()
+                    .filter(|ip| node.is_on_link(ip.parse().unwrap()));
+                let near: Vec<&str> = near.collect();
+                format!("{} {} publishes {}, near {near:?}", node.ext, node.addrs.v4.unwrap(), node.public.v4.unwrap())
+            }
             Err(error) => error.to_string(),
         }
     }
 
     #[test]
     fn the_default_route_tells_the_interface() {
-        assert_eq!(choose(&[], None), "eth0 192.0.2.10 publishes 192.0.2.10, on link [\"192.0.2.0/24\"]");
+        assert_eq!(choose(&[], None), "eth0 192.0.2.10 publishes 192.0.2.10, near [\"192.0.2.77\"]");
     }
 
     #[test]
     fn iface_names_or_addresses_are_tried_in_order() {
-        assert_eq!(choose(&["nope", "eth1"], None), "eth1 198.51.100.1 publishes 198.51.100.1, on link [\"198.51.100.0/24\"]");
-        assert_eq!(choose(&["192.0.2.11"], Some("203.0.113.5")), "eth0 192.0.2.11 publishes 203.0.113.5, on link [\"192.0.2.0/24\"]");
+        assert_eq!(choose(&["nope", "eth1"], None), "eth1 198.51.100.1 publishes 198.51.100.1, near [\"198.51.100.9\"]");
+        assert_eq!(choose(&["192.0.2.11"], Some("203.0.113.5")), "eth0 192.0.2.11 publishes 203.0.113.5, near [\"192.0.2.77\"]");
     }
 
     #[test]
     fn a_public_ip_alone_must_be_on_an_interface() {
-        assert_eq!(choose(&[], Some("198.51.100.1")), "eth1 198.51.100.1 publishes 198.51.100.1, on link [\"198.51.100.0/24\"]");
+        assert_eq!(choose(&[], Some("198.51.100.1")), "eth1 198.51.100.1 publishes 198.51.100.1, near [\"198.51.100.9\"]");
         assert_eq!(
             choose(&[], Some("203.0.113.5")),
             "--public-ip 203.0.113.5: no interface has this address; name the interface with --iface if it is reached through NAT"

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::backend::{Backend, Context, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Desired, Key, Object, Owner};
+use crate::desired::{Desired, Key, Object, Owner, Scope};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::PerFamily;
 use crate::node::Node;
@@ -64,10 +64,7 @@ impl Picture {
             networks.set(family, Some(network.network));
         }
         let mut objects = self.backend.node_objects(self.context());
-        // A node that programs no peers leaves the traffic to whoever does.
-        if self.backend != Backend::Alloc {
-            objects.extend(rulesets(self.traffic, &networks, self.own.subnets()).into_iter().map(Object::Ruleset));
-        }
+        objects.extend(rulesets(self.traffic, &networks, self.own.subnets()).into_iter().map(Object::Ruleset));
         self.desired.set_part(Owner::Node, objects)
     }
 
@@ -82,6 +79,22 @@ impl Picture {
             self.refusals.insert(key, refusals);
         }
         self.desired.set_part(Owner::Lease(key), objects)
+    }
+
+    /// What to look for in the kernel in order to compare it with this picture. The tables are looked for also when no
+    /// rule is wanted: those of an earlier run must go.
+    pub fn scope(&self) -> Scope {
+        let networks = || self.config.networks.iter();
+        let mut scope = Scope { networks: networks().map(|(_, network)| network.network).collect(), ..Scope::default() };
+        scope.rulesets = networks().map(|(family, _)| family).collect();
+        for key in self.desired.part(&Owner::Node) {
+            match self.desired.get(key) {
+                Some(Object::Link(link)) => scope.links.push(link.name),
+                Some(Object::Sysctl(path, value)) => scope.sysctls.push((path.clone(), value.clone())),
+                _ => {}
+            }
+        }
+        scope
     }
 
     fn context(&self) -> Context<'_> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 /// The life of every lease in etcd, which upstream fixes (specification, section 3.1).
 pub const LEASE_TTL: Duration = Duration::from_secs(86_400);
 
-/// How long a failed renewal waits for the next try.
+/// How long a failed renewal waits for the next try at most; the nearer the end, the sooner it is.
 pub const RETRY: Duration = Duration::from_secs(60);
 
 /// What is due.
@@ -22,6 +22,7 @@ pub enum Step {
 pub struct Renewal {
     margin: Duration,
     due: Instant,
+    ends: Instant,
 }
 
 impl Renewal {
@@ -29,7 +30,7 @@ impl Renewal {
     /// whole ttl means half of it, so that a short lease is not renewed without pause.
     pub fn granted(now: Instant, ttl: Duration, margin: Duration) -> Renewal {
         let wait = if margin < ttl { ttl - margin } else { ttl / 2 };
-        Renewal { margin, due: now + wait }
+        Renewal { margin, due: now + wait, ends: now + ttl }
     }
 
     /// What is due at `now`.
@@ -44,7 +45,8 @@ impl Renewal {
 
     /// The renewal failed at `now`: try again, soon and forever.
     pub fn failed(&mut self, now: Instant) {
-        self.due = now + RETRY;
+        let left = self.ends.saturating_duration_since(now);
+        self.due = now + (left / 4).clamp(Duration::from_secs(1), RETRY);
     }
 }
 
@@ -61,6 +63,10 @@ mod tests {
         assert_eq!(renewal.poll(start + 23 * hour), Step::Renew);
         renewal.failed(start + 23 * hour);
         assert_eq!(renewal.poll(start + 23 * hour), Step::Wait(start + 23 * hour + RETRY));
+        // A minute before the end there is not a minute to wait.
+        let late = start + 24 * hour - RETRY;
+        renewal.failed(late);
+        assert_eq!(renewal.poll(late), Step::Wait(late + RETRY / 4));
         renewal.renewed(start + 24 * hour, LEASE_TTL);
         assert_eq!(renewal.poll(start + 24 * hour), Step::Wait(start + 47 * hour));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel::alloc::{Choice, choose};
-use flannel::desired::{Fdb, Key, Link, LinkKind, Neigh, Owner, Route};
+use flannel::desired::{Fdb, Key, Link, LinkKind, Neigh, Owner, ROUTE_PROTOCOL, Route};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::TrafficConfig;
 use flannel::{
@@ -47,7 +47,14 @@ fn object() -> impl Strategy<Value = Object> {
         1 => Object::Addr(link, Cidr { addr: a, len: 32 }),
         2 => Object::Neigh(Neigh { link, ip: a, mac }),
         3 => Object::Fdb(Fdb { link, mac, dst: a }),
-        _ => Object::Route(Route { dst: Subnet::new(a, 24).expect("a prefix"), metric: n, via: Some(b), dev: link, onlink: true }),
+        _ => Object::Route(Route {
+            dst: Subnet::new(a, 24).expect("a prefix"),
+            metric: n,
+            via: Some(b),
+            dev: link,
+            onlink: true,
+            protocol: ROUTE_PROTOCOL,
+        }),
     })
 }
 
@@ -114,7 +121,7 @@ fn picture() -> Picture {
         mtu: 1500,
         addrs,
         public: addrs,
-        on_link: vec!["192.0.2.0/31".parse().expect("a prefix")],
+        routes: vec![("192.0.2.0/31".parse().expect("a prefix"), true)],
     };
     let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None });
     let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");

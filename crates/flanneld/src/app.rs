@@ -112,6 +112,11 @@ async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow:
     let (interfaces, routes) = facts.await.context("cannot read the kernel's interfaces and routes")?;
     let wanted = Wanted { iface: args.iface.clone(), public: PerFamily { v4: args.public_ip, v6: None } };
     let node = Node::choose(&interfaces, &routes, &wanted, config)?;
+    if let BackendConfig::Vxlan(vxlan) = &config.backend
+        && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
+    {
+        tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
+    }
     if config.backend == BackendConfig::HostGw && node.public != node.addrs {
         bail!(
             "--public-ip {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
@@ -130,7 +135,12 @@ async fn vtep_macs(store: &Store, kernel: &KernelThread, config: &Config, node: 
     for (family, _) in config.networks.iter() {
         let name = device_name(family, vxlan.vni);
         let link = kernel.call(move |kernel| kernel.link(name)).await?;
-        let device = link.filter(|link| link.vxlan.is_some()).and_then(|link| link.mac).filter(|mac| mac.is_unicast());
+        // A device of another address has published its MAC with that: peers would have two hosts for one MAC.
+        let local = node.addrs.get(family).copied();
+        let device = link
+            .filter(|link| link.vxlan.is_some_and(|vxlan| vxlan.local == local))
+            .and_then(|link| link.mac)
+            .filter(|mac| mac.is_unicast());
         let mac = match device {
             Some(mac) => mac,
             None => match published_mac(store, node, family).await {

@@ -87,17 +87,18 @@ impl Keeper {
         };
         let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
         let lease = Lease { key, peer: self.peer.clone() };
-        match self.store.put_lease(&lease, etcd_lease, expected).await {
-            Ok(true) => Ok(Some(Held { key, etcd_lease })),
-            Ok(false) => {
-                self.store.revoke(etcd_lease).await;
-                Ok(None)
-            }
-            Err(error) => {
-                self.store.revoke(etcd_lease).await;
-                Err(error.into())
-            }
+        let put = self.store.put_lease(&lease, etcd_lease, expected).await;
+        if let Ok(true) = put {
+            return Ok(Some(Held { key, etcd_lease }));
         }
+        // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
+        // revision already. To revoke the etcd lease then would delete the key.
+        let now = self.store.snapshot().await?;
+        if etcd_lease != 0 && now.entries.iter().any(|entry| entry.key == key && entry.lease == etcd_lease) {
+            return Ok(Some(Held { key, etcd_lease }));
+        }
+        self.store.revoke(etcd_lease).await;
+        put.map(|_| None).map_err(AcquireError::from)
     }
 
     /// Renews the lease for ever, and acquires it again whenever `lost` says that it is gone. What is held is
@@ -142,8 +143,6 @@ impl Keeper {
                 current = self.reacquire(&current).await;
                 renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.margin);
                 held.send_replace(current);
-                // What was said of the old lease is settled.
-                while lost.try_recv().is_ok() {}
             }
         }
     }

@@ -67,6 +67,8 @@ pub struct Plan {
     pub config: Value,
     /// The store.
     pub store: StoreKind,
+    /// The prefix of all keys in it.
+    pub prefix: String,
     /// The `flanneld` program.
     pub program: PathBuf,
     /// The CNI plugin program.
@@ -82,6 +84,7 @@ impl Plan {
             topology: Topology::Switch,
             config,
             store: StoreKind::Embedded,
+            prefix: "/coreos.com/network".to_owned(),
             program: program.to_owned(),
             plugin: program.to_owned(),
         }
@@ -266,7 +269,7 @@ impl Lab {
         let work = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network")?;
+                let store = Store::new(&format!("http://{STORE}"), &self.plan.prefix)?;
                 let end = Instant::now() + PATIENCE;
                 loop {
                     match f(&store).await {
@@ -288,6 +291,7 @@ impl Lab {
     pub fn start_daemon(&mut self, host: usize, more: &[&str]) -> anyhow::Result<()> {
         let host = &mut self.hosts[host];
         let mut command = Command::new(&self.plan.program);
+        command.arg(format!("--etcd-prefix={}", self.plan.prefix));
         command.arg(format!("--etcd-endpoints=http://{STORE}")).arg(format!("--subnet-file={}", host.subnet_file().display()));
         command.args(["--ip-masq", "--healthz-ip=127.0.0.1"]).arg(format!("--healthz-port={}", HEALTH.port())).args(more);
         // What the operator's own environment says is not meant for the lab.

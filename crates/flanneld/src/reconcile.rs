@@ -1,4 +1,4 @@
-//! The loop: everything that can wake it is in [`Wake`], everything it does to the kernel goes through one thread, and
+//! The loop: everything that can wake it is in `Wake`, everything it does to the kernel goes through one thread, and
 //! what it costs follows what changed.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +25,9 @@ const AUDIT: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_millis(20);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// An object that was put right more often than the first, each time within the second of the time before, is fought
+/// over.
+const FIGHT: (u32, Duration) = (20, Duration::from_secs(10));
 /// Leases that change together up to this number are logged one by one.
 const LOGGED: usize = 8;
 
@@ -78,6 +81,10 @@ pub struct Reconciler {
     /// When the kernel is to be read whole.
     read_at: Instant,
     subnet_file: SubnetFile,
+    /// Does the file name a subnet that is not this node's any more?
+    file_is_stale: bool,
+    /// What was put right lately, and how often in a row: somebody may be undoing it.
+    repaired: BTreeMap<Key, (Instant, u32)>,
     /// Until the first complete list of leases is in the kernel.
     syncing: Option<Guard>,
 }
@@ -89,9 +96,8 @@ impl Reconciler {
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
     pub async fn start(picture: Picture, kernel: KernelThread, subnet_file: SubnetFile, syncing: Guard) -> anyhow::Result<Reconciler> {
-        let scope = picture.desired().scope();
-        let rules = !scope.rulesets.is_empty();
-        let monitor = Monitor::open(scope.links.clone(), picture.node().ext, rules, kernel.port());
+        let scope = picture.scope();
+        let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
         let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
         let observed = kernel.observe(scope).await.context("cannot read the kernel's state")?;
         let mut reconciler = Reconciler {
@@ -102,12 +108,14 @@ impl Reconciler {
             failures: BTreeMap::new(),
             read_at: Instant::now() + AUDIT,
             subnet_file,
+            file_is_stale: false,
+            repaired: BTreeMap::new(),
             syncing: Some(syncing),
         };
         reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
-        let own = reconciler.picture.desired().part(&Owner::Node);
-        let refused: Vec<String> =
-            own.iter().filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
+        // A sysctl that cannot be written (a read-only /proc/sys) is shown and tried again, but stops nothing.
+        let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !matches!(key, Key::Sysctl(_)));
+        let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
         anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
         reconciler.subnet_file.write(&reconciler.picture)?;
         Ok(reconciler)
@@ -136,7 +144,8 @@ impl Reconciler {
 
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
-        let timer = retry.map_or(self.read_at, |due| due.min(self.read_at));
+        let file = self.file_is_stale.then(|| Instant::now() + RETRY.0);
+        let timer = retry.into_iter().chain(file).fold(self.read_at, Instant::min);
         let wake = tokio::select! {
             events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
             changed = inputs.held.changed() => match changed {
@@ -173,6 +182,12 @@ impl Reconciler {
                 Err(_) => break,
             }
         }
+        // What failed with what a lease said before may succeed with what it says now.
+        for key in &keys {
+            if let Some(failure) = self.failures.get_mut(key) {
+                failure.due = began;
+            }
+        }
         let own = self.picture.own();
         if (leases.contains(&own) || listed)
             && self.picture.leases().is_complete()
@@ -191,7 +206,8 @@ impl Reconciler {
         self.execute(ops).await;
         self.log(&leases, count, began);
         if complete && let Some(guard) = self.syncing.take() {
-            tracing::info!(leases = self.picture.leases().len(), "every lease of the store is in the kernel");
+            let (leases, refused, failed) = (self.picture.leases().len(), self.picture.refusals().len(), self.failures.len());
+            tracing::info!(leases, refused, failed, "the store's list of leases is complete and was put into the kernel");
             drop(guard);
         }
     }
@@ -203,9 +219,17 @@ impl Reconciler {
         let keys = self.picture.set_own(held.key).into_iter().collect();
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.execute(ops).await;
-        if let Err(error) = self.subnet_file.write(&self.picture) {
-            tracing::error!(%error, "cannot tell the CNI plugins of the new subnet");
+        self.write_file();
+    }
+
+    fn write_file(&mut self) {
+        let written = self.subnet_file.write(&self.picture);
+        if let Err(error) = &written
+            && !self.file_is_stale
+        {
+            tracing::error!(%error, "cannot tell the CNI plugins of the new subnet; trying again each second");
         }
+        self.file_is_stale = written.is_err();
     }
 
     async fn on_kernel(&mut self, changes: Vec<Changed>) {
@@ -232,7 +256,11 @@ impl Reconciler {
                         Err(error) => tracing::warn!(%error, "cannot read the traffic rules; the next audit will"),
                     }
                 }
-                Changed::Link(_) | Changed::Everything => self.read_at = self.read_at.min(Instant::now() + SETTLE),
+                Changed::Link(_) | Changed::Everything => {
+                    self.read_at = self.read_at.min(Instant::now() + SETTLE);
+                    // What failed for want of the link need not fail any more.
+                    self.failures.values_mut().for_each(|failure| failure.due = Instant::now());
+                }
             }
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
@@ -241,6 +269,9 @@ impl Reconciler {
 
     async fn on_timer(&mut self) {
         let now = Instant::now();
+        if self.file_is_stale {
+            self.write_file();
+        }
         if now < self.read_at {
             let due = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
             let ops = diff_keys(self.picture.desired(), &self.observed, &due, self.prune());
@@ -251,7 +282,7 @@ impl Reconciler {
             return;
         }
         self.read_at = now + AUDIT;
-        match self.kernel.observe(self.picture.desired().scope()).await {
+        match self.kernel.observe(self.picture.scope()).await {
             Ok(observed) => {
                 self.observed = observed;
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
@@ -268,14 +299,27 @@ impl Reconciler {
         if self.picture.leases().is_complete() { Prune::Yes } else { Prune::No }
     }
 
-    async fn repair(&mut self, ops: Vec<Op>, what: &str) {
+    /// Puts right what the kernel does not hold. What somebody undoes again and again is left to them for a while: two
+    /// who replace each other's work without pause would help nobody.
+    async fn repair(&mut self, mut ops: Vec<Op>, what: &str) {
         let now = Instant::now();
-        let fresh: Vec<&Op> = ops.iter().filter(|op| self.failures.get(&op.object().key()).is_none_or(|f| f.due <= now)).collect();
-        for op in fresh.iter().take(LOGGED) {
+        self.repaired.retain(|_, (last, _)| now.duration_since(*last) < FIGHT.1);
+        ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
+        for op in &ops {
+            let (last, times) = self.repaired.entry(op.object().key()).or_insert((now, 0));
+            (*last, *times) = (now, *times + 1);
+            if *times > FIGHT.0 {
+                let text = format!("somebody undoes it again and again: {}", one_line(op));
+                tracing::warn!(object = %op.object().key(), times, "somebody undoes what this daemon sets; leaving it for a while");
+                self.failures
+                    .insert(op.object().key(), Failure { error: OpError { errno: 0, text }, attempts: *times, due: now + FIGHT.1 / 2 });
+            }
+        }
+        for op in ops.iter().take(LOGGED) {
             tracing::info!(op = %one_line(op), "putting right what {what}");
         }
-        if fresh.len() > LOGGED {
-            tracing::info!(more = fresh.len() - LOGGED, "putting right what {what}");
+        if ops.len() > LOGGED {
+            tracing::info!(more = ops.len() - LOGGED, "putting right what {what}");
         }
         self.execute(ops).await;
     }

@@ -96,7 +96,12 @@ fn v4(pod: &Pod) -> Ipv4Addr {
 
 /// What of flannel is in a host's kernel.
 fn observe(netns: &Netns) -> Observed {
-    let scope = Scope { links: vec!["flannel.1".parse().unwrap()], sysctls: Vec::new(), rulesets: vec![Family::V4], routes: true };
+    let scope = Scope {
+        links: vec!["flannel.1".parse().unwrap()],
+        sysctls: Vec::new(),
+        rulesets: vec![Family::V4],
+        networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
+    };
     netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
 }
 

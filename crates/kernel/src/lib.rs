@@ -1,5 +1,5 @@
 //! Touches. Netlink, nftables, sysctl and namespaces, synchronous, with all of the project's `unsafe` code (in
-//! [`sys`]) and all of its dependencies on Linux.
+//! `sys`) and all of its dependencies on Linux.
 //!
 //! [`Kernel`] belongs to one thread: it reads the kernel into a [`flannel::Observed`] and executes [`flannel::Op`]s,
 //! in order, with an outcome for each. It decides nothing, retries nothing and sorts nothing. [`Monitor`] hears what

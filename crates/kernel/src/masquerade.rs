@@ -60,11 +60,33 @@ pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), Ne
 /// What the kernel answers.
 pub fn remove(network: &str, attachment: &str) -> Result<(), NetlinkError> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    let wanted = comment(network, attachment);
+    let wanted = begin(network, attachment).into_bytes();
     let handles = rules(&mut socket, |chain, bytes| {
-        let userdata = nft::find(bytes, RULE_USERDATA)?;
-        (chain == CHECKS && userdata == wanted).then(|| nft::find(bytes, RULE_HANDLE).map(<[u8]>::to_vec))?
+        // Type and length come before the text.
+        let userdata = nft::find(bytes, RULE_USERDATA)?.get(2..)?;
+        (chain == CHECKS && userdata.starts_with(&wanted)).then(|| nft::find(bytes, RULE_HANDLE).map(<[u8]>::to_vec))?
     });
+    delete(&mut socket, handles)
+}
+
+/// Removes the rules of a network that belong to none of these attachments.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn retain(network: &str, attachments: &[String]) -> Result<(), NetlinkError> {
+    let mut socket = Socket::open(Protocol::Netfilter)?;
+    let ours = format!("{}-", digest(network));
+    let valid: Vec<String> = attachments.iter().map(|attachment| begin(network, attachment)).collect();
+    let handles = rules(&mut socket, |chain, bytes| {
+        let comment = nft::find(bytes, RULE_USERDATA)?.get(2..)?;
+        let stale =
+            chain == CHECKS && comment.starts_with(ours.as_bytes()) && !valid.iter().any(|valid| comment.starts_with(valid.as_bytes()));
+        stale.then(|| nft::find(bytes, RULE_HANDLE).map(<[u8]>::to_vec))?
+    });
+    delete(&mut socket, handles)
+}
+
+fn delete(socket: &mut Socket, handles: Result<Vec<Vec<u8>>, NetlinkError>) -> Result<(), NetlinkError> {
     let handles = match handles {
         Err(error) if error.is_not_found() => return Ok(()),
         other => other?,
@@ -125,14 +147,22 @@ fn rules<T>(socket: &mut Socket, mut read: impl FnMut(&str, &[u8]) -> Option<T>)
     })
 }
 
+/// How the comments of an attachment's rules begin, the reference plugins' too: by this they are found.
+fn begin(network: &str, attachment: &str) -> String {
+    format!("{}-{}", digest(network), digest(attachment))
+}
+
+fn digest(text: &str) -> String {
+    Sha512::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// The comment as user data: type 0, length, text with its terminating zero.
 fn comment(network: &str, attachment: &str) -> Vec<u8> {
-    // The reference plugins find rules by the beginning of these digests.
-    let digest = |text: &str| Sha512::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>();
-    let mut text = format!("{}-{} net: {network}, if:id: {attachment}", digest(network), digest(attachment));
-    text.truncate(127);
-    text.push('\0');
-    let mut userdata = vec![0, u8::try_from(text.len()).expect("it was cut to 128 bytes")];
-    userdata.extend(text.as_bytes());
+    let text = format!("{} net: {network}, if:id: {attachment}", begin(network, attachment));
+    let mut bytes = text.into_bytes();
+    bytes.truncate(127);
+    bytes.push(0);
+    let mut userdata = vec![0, u8::try_from(bytes.len()).expect("it was cut to 128 bytes")];
+    userdata.extend(bytes);
     userdata
 }

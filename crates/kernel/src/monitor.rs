@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
-use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL};
+use flannel::desired::{Fdb, Key, Neigh, Object, Scope};
 use flannel::{Family, IfName};
 use rustix::event::{PollFd, PollFlags};
 
@@ -40,7 +40,7 @@ pub enum Changed {
 pub struct Monitor {
     route: Socket,
     netfilter: Option<Socket>,
-    owned: Vec<IfName>,
+    scope: Scope,
     external: IfName,
     /// Indexes of the watched links, as far as they are there.
     names: BTreeMap<u32, IfName>,
@@ -49,30 +49,29 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes, in the calling thread's network namespace, to changes of the links that are ours with all that
-    /// stands on them, of the external interface with our routes through it, and (if `rules`) of our nftables tables.
-    /// Changes that carry `own_port` are left out.
+    /// Subscribes, in the calling thread's network namespace, to changes of what is in `scope` and of the external
+    /// interface. Changes that carry `own_port` are left out.
     ///
     /// # Errors
     /// When the kernel refuses the sockets.
-    pub fn open(owned: Vec<IfName>, external: IfName, rules: bool, own_port: u32) -> Result<Monitor, NetlinkError> {
-        let mut route = Socket::open(Protocol::Route)?;
-        // The names are read before the subscription, on the same socket, so that no answer mixes with notifications;
-        // a link that changes in between is caught by the full read with which every watch begins.
-        let links = link::list(&mut route)?;
-        let names = links.iter().filter(|l| owned.contains(&l.name) || l.name == external).map(|l| (l.index, l.name)).collect();
+    pub fn open(scope: Scope, external: IfName, own_port: u32) -> Result<Monitor, NetlinkError> {
+        let route = Socket::open(Protocol::Route)?;
         for group in [RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE] {
             route.join(group)?;
         }
-        let netfilter = match rules {
-            true => {
-                let socket = Socket::open(Protocol::Netfilter)?;
-                socket.join(NFNLGRP_NFTABLES)?;
-                Some(socket)
-            }
-            false => None,
-        };
-        Ok(Monitor { route, netfilter, owned, external, names, own_port })
+        // A kernel without nf_tables has nothing to tell of it.
+        let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());
+        let mut monitor = Monitor { route, netfilter, scope, external, names: BTreeMap::new(), own_port };
+        monitor.learn_names()?;
+        Ok(monitor)
+    }
+
+    /// Reads the indexes of the watched links, on a socket of its own so that no answer mixes with notifications.
+    fn learn_names(&mut self) -> Result<(), NetlinkError> {
+        let links = link::list(&mut Socket::open(Protocol::Route)?)?;
+        let watched = links.iter().filter(|l| self.scope.links.contains(&l.name) || l.name == self.external);
+        self.names = watched.map(|l| (l.index, l.name)).collect();
+        Ok(())
     }
 
     /// Waits until there is something to [`Monitor::drain`].
@@ -95,8 +94,8 @@ impl Monitor {
     pub fn drain(&mut self) -> Result<Vec<Changed>, NetlinkError> {
         let mut changes = Vec::new();
         loop {
-            let Monitor { route, names, owned, external, own_port, .. } = self;
-            let watched = Watched { owned, external: *external };
+            let Monitor { route, names, scope, external, own_port, .. } = self;
+            let watched = Watched { scope, external: *external };
             let more = route.notifications(false, |message| {
                 if message.port != *own_port || message.port == 0 {
                     changes.extend(decode(&message, &watched, names));
@@ -107,6 +106,10 @@ impl Monitor {
             });
             if !go_on(more, &mut changes)? {
                 break;
+            }
+            if changes.last() == Some(&Changed::Everything) {
+                // Which links there are may be among what was lost.
+                self.learn_names()?;
             }
         }
         while let Some(socket) = &mut self.netfilter {
@@ -137,7 +140,7 @@ fn is_link(message: &Received<'_>) -> bool {
 
 /// Which links concern us.
 struct Watched<'a> {
-    owned: &'a [IfName],
+    scope: &'a Scope,
     external: IfName,
 }
 
@@ -149,7 +152,7 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
                 return None;
             }
             let info = link::decode(message.body)?;
-            if message.kind == link::RTM_DELLINK || !(watched.owned.contains(&info.name) || info.name == watched.external) {
+            if message.kind == link::RTM_DELLINK || !(watched.scope.links.contains(&info.name) || info.name == watched.external) {
                 return names.remove(&info.index).map(Changed::Link);
             }
             names.insert(info.index, info.name);
@@ -161,15 +164,15 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
         route::RTM_NEWROUTE | route::RTM_DELROUTE => {
             let info = route::decode(message.body)?;
             let dev = *names.get(&info.oif)?;
-            let object = observe::object(&info, dev);
-            let gone = message.kind == route::RTM_DELROUTE;
-            let ours = info.protocol == ROUTE_PROTOCOL || (watched.owned.contains(&dev) && info.via.is_some());
+            let route = observe::to_route(&info, dev);
             // A foreign route that was put in the place of one of ours takes that away.
-            Some(if gone || !ours { Changed::Gone(object.key()) } else { Changed::Set(object) })
+            let there = message.kind == route::RTM_NEWROUTE && watched.scope.has_route(&route);
+            let object = Object::Route(route);
+            Some(if there { Changed::Set(object) } else { Changed::Gone(object.key()) })
         }
         neigh::RTM_NEWNEIGH => {
             let entry = neigh::decode(message.body)?;
-            let link = *names.get(&entry.index).filter(|name| watched.owned.contains(name))?;
+            let link = *names.get(&entry.index).filter(|name| watched.scope.links.contains(name))?;
             let object = match entry.fdb {
                 true => Object::Fdb(Fdb { link, mac: entry.mac, dst: entry.ip }),
                 false => Object::Neigh(Neigh { link, ip: entry.ip, mac: entry.mac }),
@@ -178,7 +181,7 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
         }
         neigh::RTM_DELNEIGH => {
             let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
-            let link = *names.get(&index).filter(|name| watched.owned.contains(name))?;
+            let link = *names.get(&index).filter(|name| watched.scope.links.contains(name))?;
             Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }))
         }
         _ => None,

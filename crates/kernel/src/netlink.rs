@@ -108,6 +108,11 @@ impl Batch {
         self.starts.is_empty()
     }
 
+    fn ask_for_ack(&mut self, start: usize) {
+        let flags = u16_at(&self.buffer, start + 6).unwrap_or(0) | NLM_F_ACK;
+        self.buffer[start + 6..start + 8].copy_from_slice(&flags.to_ne_bytes());
+    }
+
     fn bytes(&self, from: usize, to: usize) -> (usize, usize) {
         (self.starts[from], self.starts.get(to).copied().unwrap_or(self.buffer.len()))
     }
@@ -337,6 +342,7 @@ impl Socket {
                 // each alone.
                 Err(NetlinkError::Socket(_, error)) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => {
                     outcomes.truncate(from);
+                    self.discard();
                     for at in from..to {
                         let outcome = self.chunk(&mut batch, at, at + 1, &mut outcomes);
                         if let Err(error) = outcome {
@@ -357,6 +363,17 @@ impl Socket {
         outcomes
     }
 
+    /// Reads away what is left of lost answers: until its queue was seen empty, a socket that overflowed gets nothing.
+    fn discard(&mut self) {
+        loop {
+            match receive(self.fd.as_fd(), &mut self.buffer, libc::MSG_DONTWAIT) {
+                Err(error) if error.errno() == Some(libc::EAGAIN) => return,
+                Err(error) if error.errno() != Some(libc::ENOBUFS) => return,
+                _ => {}
+            }
+        }
+    }
+
     /// Sends the messages `from..to` and appends an outcome for each.
     fn chunk(
         &mut self,
@@ -371,7 +388,7 @@ impl Socket {
             let start = batch.starts[at];
             batch.buffer[start + 8..start + 12].copy_from_slice(&self.seq.to_ne_bytes());
             if at + 1 == to {
-                batch.buffer[start + 6] |= NLM_F_ACK.to_ne_bytes()[0];
+                batch.ask_for_ack(start);
             }
         }
         let (begin, end) = batch.bytes(from, to);
@@ -491,16 +508,18 @@ impl Socket {
             self.seq = self.seq.wrapping_add(1);
             whole.buffer[start + 8..start + 12].copy_from_slice(&self.seq.to_ne_bytes());
             if at == last {
-                whole.buffer[start + 6] |= NLM_F_ACK.to_ne_bytes()[0];
+                whole.ask_for_ack(start);
             }
         }
+        self.discard();
         self.send(&whole.buffer)?;
 
         let last = first.wrapping_add(u32::try_from(last).expect("a transaction has few messages"));
         let mut outcome = Ok(());
         loop {
             let datagram = receive(self.fd.as_fd(), &mut self.buffer, 0)?;
-            for message in messages(datagram).filter(|m| m.kind == NLMSG_ERROR) {
+            let ours = |m: &Received<'_>| m.kind == NLMSG_ERROR && m.seq.wrapping_sub(first) <= last.wrapping_sub(first);
+            for message in messages(datagram).filter(ours) {
                 let answer = error_in(&message);
                 if outcome.is_ok() && answer.is_err() {
                     outcome = answer;

@@ -296,7 +296,7 @@ fn decode_chain(bytes: &[u8]) -> Option<Chain> {
     Some(Chain { name, hook, rules: Vec::new() })
 }
 
-/// Reads a rule of the shape that [`encode_rule`] writes; anything else is `None`.
+/// Reads a rule of the shape that `encode_rule` writes; anything else is `None`.
 pub fn decode_rule(list: &[u8], family: Family) -> Option<Rule> {
     enum Loaded {
         Mark,

@@ -32,32 +32,44 @@ impl Kernel {
                     observed.insert(Object::Fdb(Fdb { link: name, mac: entry.mac, dst: entry.ip }));
                 }
             }
-            for family in Family::ALL {
-                let routes = route::list(&mut self.route, family, Filter::Oif(info.index))?;
-                routes.iter().filter(|r| is_a_peers(r)).for_each(|r| observed.insert(object(r, name)));
-            }
+            self.observe_routes(Filter::Oif(info.index), scope, name_of, &mut observed)?;
         }
-        if scope.routes {
-            for family in Family::ALL {
-                for found in route::list(&mut self.route, family, Filter::Ours)? {
-                    // A route whose interface went away this instant is gone as well.
-                    if let Some(name) = name_of(found.oif) {
-                        observed.insert(object(&found, name));
-                    }
-                }
-            }
-        }
-        for path in &scope.sysctls {
-            if let Ok(Some(value)) = sysctl::read(path) {
-                observed.insert(Object::Sysctl(path.clone(), value));
-            }
+        self.observe_routes(Filter::Ours, scope, name_of, &mut observed)?;
+        for (path, wanted) in &scope.sysctls {
+            // What the kernel does not have for a link that is there (IPv6 switched off) cannot be other than it shall be.
+            let on_a_link = links.iter().any(|link| path.split('/').any(|part| part == link.name.as_str()));
+            let value = sysctl::read(path).ok().and_then(|value| value.or_else(|| on_a_link.then(|| wanted.clone())));
+            value.into_iter().for_each(|value| observed.insert(Object::Sysctl(path.clone(), value)));
         }
         for family in &scope.rulesets {
-            if let Some(ruleset) = nft::list(self.netfilter()?, *family)? {
-                observed.insert(Object::Ruleset(ruleset));
+            match self.netfilter().and_then(|socket| nft::list(socket, *family)) {
+                Ok(found) => found.into_iter().for_each(|ruleset| observed.insert(Object::Ruleset(ruleset))),
+                // A kernel without nf_tables holds no rules.
+                Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(observed)
+    }
+
+    fn observe_routes(
+        &mut self,
+        filter: Filter,
+        scope: &Scope,
+        name_of: impl Fn(u32) -> Option<IfName>,
+        observed: &mut Observed,
+    ) -> Result<(), NetlinkError> {
+        if scope.networks.is_empty() {
+            return Ok(());
+        }
+        for family in Family::ALL {
+            for found in route::list(&mut self.route, family, filter)? {
+                // A route whose interface went away this instant is gone as well.
+                let route = name_of(found.oif).map(|dev| to_route(&found, dev));
+                route.filter(|route| scope.has_route(route)).into_iter().for_each(|route| observed.insert(Object::Route(route)));
+            }
+        }
+        Ok(())
     }
 
     /// All interfaces with their addresses: the facts from which the external interface is chosen.
@@ -94,12 +106,6 @@ fn is_automatic(info: &addr::AddrInfo) -> bool {
     Family::of(info.addr.cidr.addr) == Family::V6 && info.link_scope
 }
 
-/// On a device of ours every route to a gateway is ours or a predecessor's; those without one are the kernel's own
-/// for the device's addresses.
-fn is_a_peers(route: &RouteInfo) -> bool {
-    route.via.is_some()
-}
-
-pub(crate) fn object(info: &RouteInfo, dev: IfName) -> Object {
-    Object::Route(Route { dst: info.dst, metric: info.metric, via: info.via, dev, onlink: info.onlink })
+pub(crate) fn to_route(info: &RouteInfo, dev: IfName) -> Route {
+    Route { dst: info.dst, metric: info.metric, via: info.via, dev, onlink: info.onlink, protocol: info.protocol }
 }

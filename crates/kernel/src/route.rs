@@ -7,7 +7,7 @@ use flannel::node::RouteFact;
 use flannel::{Family, Subnet};
 
 use crate::addr::family_number;
-use crate::netlink::{Batch, Body, CREATE, NetlinkError, REPLACE, Socket, attrs, ip_in, u32_at};
+use crate::netlink::{Batch, Body, CREATE, EXCL, NetlinkError, REPLACE, Socket, attrs, ip_in, u32_at};
 
 pub(crate) const RTM_NEWROUTE: u16 = 24;
 pub(crate) const RTM_DELROUTE: u16 = 25;
@@ -18,6 +18,7 @@ const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_MULTIPATH: u16 = 9;
+const RTA_VIA: u16 = 18;
 const RTA_TABLE: u16 = 15;
 
 const RT_TABLE_MAIN: u8 = 254;
@@ -37,6 +38,8 @@ pub struct RouteInfo {
     pub oif: u32,
     /// Gateway.
     pub via: Option<IpAddr>,
+    /// Has it a gateway, of whichever family?
+    pub gateway: bool,
     /// Metric.
     pub metric: u32,
     /// `rtm_protocol`
@@ -56,12 +59,18 @@ pub fn decode(body: &[u8]) -> Option<RouteInfo> {
         _ => return None,
     };
     let onlink = u32_at(body, 8)? & RTNH_F_ONLINK != 0;
-    let (mut dst, mut oif, mut via, mut metric, mut table, mut multipath) = (family.unspecified(), 0, None, 0, u32::from(table), false);
+    let (mut dst, mut oif, mut via, mut metric, mut table) = (family.unspecified(), 0, None, 0, u32::from(table));
+    let (mut multipath, mut gateway) = (false, false);
     for (kind, value) in attrs(body.get(12..)?) {
         match kind {
             RTA_DST => dst = ip_in(value)?,
             RTA_OIF => oif = u32_at(value, 0)?,
-            RTA_GATEWAY => via = ip_in(value),
+            RTA_GATEWAY => {
+                via = ip_in(value);
+                gateway = true;
+            }
+            // A gateway of the other family (RFC 5549).
+            RTA_VIA => gateway = true,
             RTA_PRIORITY => metric = u32_at(value, 0)?,
             RTA_TABLE => table = u32_at(value, 0)?,
             RTA_MULTIPATH => multipath = true,
@@ -70,7 +79,7 @@ pub fn decode(body: &[u8]) -> Option<RouteInfo> {
     }
     let dst = Subnet::new(dst, dst_len).ok().filter(|dst| dst.family() == family)?;
     let wanted = table == u32::from(RT_TABLE_MAIN) && kind == RTN_UNICAST;
-    wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath })
+    wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath, gateway })
 }
 
 /// What a dump is limited to; the kernel does the filtering.
@@ -112,7 +121,7 @@ pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
     let mut facts = Vec::new();
     for family in Family::ALL {
         let routes = list(socket, family, Filter::All)?;
-        facts.extend(routes.iter().map(|r| RouteFact { dst: r.dst, oif: r.oif, gateway: r.via.is_some() || r.multipath }));
+        facts.extend(routes.iter().map(|r| RouteFact { dst: r.dst, oif: r.oif, gateway: r.gateway || r.multipath }));
     }
     Ok(facts)
 }
@@ -122,7 +131,7 @@ pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) 
     batch.message(RTM_NEWROUTE, CREATE | REPLACE, |body| {
         let scope = if route.via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
         let flags = if route.onlink { RTNH_F_ONLINK } else { 0 };
-        write(body, route.dst, ROUTE_PROTOCOL, scope, RTN_UNICAST, flags);
+        write(body, route.dst, route.protocol, scope, RTN_UNICAST, flags);
         body.attr_u32(RTA_OIF, oif).attr_u32(RTA_PRIORITY, route.metric);
         if let Some(via) = route.via {
             body.attr_ip(RTA_GATEWAY, via);
@@ -130,11 +139,11 @@ pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) 
     });
 }
 
-/// Appends the request to delete a route. Protocol, type and scope are left open: what is deleted may have been
-/// installed by another flanneld.
+/// Appends the request to delete a route. Its protocol is named, because to the kernel a metric of 0 means any: the
+/// route of a Go flanneld must not take ours of another metric along.
 pub(crate) fn delete(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
     batch.message(RTM_DELROUTE, 0, |body| {
-        write(body, route.dst, 0, RT_SCOPE_NOWHERE, 0, 0);
+        write(body, route.dst, route.protocol, RT_SCOPE_NOWHERE, 0, 0);
         body.attr_u32(RTA_OIF, oif).attr_u32(RTA_PRIORITY, route.metric);
         if let Some(via) = route.via {
             body.attr_ip(RTA_GATEWAY, via);
@@ -150,18 +159,22 @@ fn write(body: &mut Body<'_>, dst: Subnet, protocol: u8, scope: u8, kind: u8, fl
     }
 }
 
-/// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it; one
-/// that is there already is replaced.
+/// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it. One
+/// to the same destination that is there already stays, which is success: it may be another attachment's.
 ///
 /// # Errors
 /// What the kernel answers.
 pub fn add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32) -> Result<(), NetlinkError> {
-    socket.request(RTM_NEWROUTE, CREATE | REPLACE, |body| {
+    let added = socket.request(RTM_NEWROUTE, CREATE | EXCL, |body| {
         let scope = if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
         write(body, dst, RTPROT_BOOT, scope, RTN_UNICAST, 0);
         body.attr_u32(RTA_OIF, oif);
         if let Some(via) = via {
             body.attr_ip(RTA_GATEWAY, via);
         }
-    })
+    });
+    match added {
+        Err(error) if error.is_exists() => Ok(()),
+        other => other,
+    }
 }

@@ -69,7 +69,8 @@ pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c_int) ->
 
 /// Is the descriptor a network namespace? (`NS_GET_NSTYPE`, `linux/nsfs.h`)
 pub(crate) fn is_network_namespace(fd: BorrowedFd<'_>) -> bool {
-    const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+    // _IO(0xb7, 3): how that is written as a number differs between architectures.
+    const NS_GET_NSTYPE: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(0xb7, 3);
     // SAFETY: this request takes no argument; on a descriptor that is no namespace it fails with ENOTTY.
     unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE as _) == libc::CLONE_NEWNET }
 }
@@ -85,10 +86,14 @@ pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
 /// Makes the command's process receive SIGKILL when the thread that spawned it ends, so that nothing outlives a
 /// supervisor that crashed.
 pub(crate) fn die_with_parent(command: &mut Command) {
-    let die = || {
+    let parent = std::process::id();
+    let die = move || {
         // SAFETY: prctl(PR_SET_PDEATHSIG) takes no pointers.
-        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }).map(drop)
+        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+        // A parent that ended before this call sends no signal any more.
+        // SAFETY: getppid(2) takes no arguments and cannot fail.
+        if unsafe { libc::getppid() }.cast_unsigned() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
     };
-    // SAFETY: the closure makes one system call and allocates nothing, so it is sound between fork and exec.
+    // SAFETY: the closure makes two system calls and allocates nothing, so it is sound between fork and exec.
     unsafe { command.pre_exec(die) };
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use flannel::desired::{Key, Link, LinkKind, Object, Owner, Route, Scope};
+use flannel::desired::{Key, Link, LinkKind, Object, Owner, ROUTE_PROTOCOL, Route, Scope};
 use flannel::diff::{Prune, diff};
 use flannel::traffic::{TrafficConfig, rulesets};
 use flannel::{Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
@@ -19,7 +19,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 11] = [
+    let tests: [(&str, fn()); 12] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -27,6 +27,7 @@ fn main() {
         ("one_refused_operation_leaves_the_others_alone", one_refused_operation_leaves_the_others_alone),
         ("what_is_gone_already_is_deleted_with_success", what_is_gone_already_is_deleted_with_success),
         ("foreign_routes_are_neither_seen_nor_touched", foreign_routes_are_neither_seen_nor_touched),
+        ("a_go_flannelds_routes_are_adopted", a_go_flannelds_routes_are_adopted),
         ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
@@ -113,6 +114,7 @@ fn picture() -> Desired {
             via: Some(vtep),
             dev: device,
             onlink: true,
+            protocol: ROUTE_PROTOCOL,
         }));
         peers.push(Object::Route(Route {
             dst: format!("{pods}/{len}").parse().unwrap(),
@@ -120,11 +122,28 @@ fn picture() -> Desired {
             via: Some(host),
             dev: name("eth0"),
             onlink: false,
+            protocol: ROUTE_PROTOCOL,
         }));
     }
     node.extend(peers);
     desired.set_part(Owner::Node, node);
     desired
+}
+
+/// All routes of ours.
+fn routes() -> Scope {
+    Scope { networks: vec!["10.0.0.0/8".parse().unwrap()], ..Scope::default() }
+}
+
+/// All that a picture of these tests may hold.
+fn scope() -> Scope {
+    let accept_ra = |device: &str| (format!("net/ipv6/conf/{device}/accept_ra"), "0".to_owned());
+    Scope {
+        links: vec![name("flannel.1"), name("flannel-v6.1")],
+        sysctls: vec![accept_ra("flannel.1"), accept_ra("flannel-v6.1")],
+        rulesets: Family::ALL.into(),
+        networks: vec!["10.0.0.0/8".parse().unwrap(), "fc00::/48".parse().unwrap()],
+    }
 }
 
 #[track_caller]
@@ -139,7 +158,7 @@ fn every_object_is_written_read_back_and_deleted() {
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
     apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
-    let observed = kernel.observe(&desired.scope()).unwrap();
+    let observed = kernel.observe(&scope()).unwrap();
     let want: Vec<_> = desired.iter().map(|(_, object)| object.to_string()).collect();
     let have: Vec<_> = observed.iter().map(|(_, object)| object.to_string()).collect();
     assert_eq!(have, want);
@@ -148,7 +167,7 @@ fn every_object_is_written_read_back_and_deleted() {
         observed.iter().filter(|(key, _)| !matches!(key, Key::Sysctl(_))).map(|(_, o)| Op::Delete(o.clone())).collect();
     deletes.reverse();
     apply(&mut kernel, &deletes);
-    assert!(kernel.observe(&desired.scope()).unwrap().is_empty());
+    assert!(kernel.observe(&scope()).unwrap().is_empty());
 }
 
 fn a_second_diff_finds_nothing_to_do() {
@@ -156,12 +175,12 @@ fn a_second_diff_finds_nothing_to_do() {
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
     apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
-    let observed = kernel.observe(&desired.scope()).unwrap();
+    let observed = kernel.observe(&scope()).unwrap();
     assert_eq!(diff(&desired, &observed, Prune::Yes), []);
     // And what is set again is no error: every operation may be sent twice.
     let again: Vec<Op> = desired.iter().map(|(_, object)| Op::Set(object.clone())).collect();
     apply(&mut kernel, &again);
-    assert_eq!(kernel.observe(&desired.scope()).unwrap(), observed);
+    assert_eq!(kernel.observe(&scope()).unwrap(), observed);
 }
 
 fn a_link_of_another_vni_is_replaced() {
@@ -174,9 +193,9 @@ fn a_link_of_another_vni_is_replaced() {
         desired.iter().map(|(_, object)| object.clone()).filter(|o| o.key() != vxlan(Family::V4, 1, 0).key()).collect();
     node.push(vxlan(Family::V4, 7, 1430));
     other.set_part(Owner::Node, node);
-    let observed = kernel.observe(&other.scope()).unwrap();
+    let observed = kernel.observe(&scope()).unwrap();
     apply(&mut kernel, &diff(&other, &observed, Prune::No));
-    let observed = kernel.observe(&other.scope()).unwrap();
+    let observed = kernel.observe(&scope()).unwrap();
     assert_eq!(diff(&other, &observed, Prune::Yes), []);
 }
 
@@ -199,13 +218,20 @@ fn mtu_mac_and_state_are_changed_in_place() {
 
 fn peer_route(i: u32, via: &str) -> Object {
     let dst = format!("10.{}.{}.0/24", 128 + i / 256, i % 256).parse().unwrap();
-    Object::Route(Route { dst, metric: i, via: Some(via.parse().unwrap()), dev: name("eth0"), onlink: false })
+    Object::Route(Route { dst, metric: i, via: Some(via.parse().unwrap()), dev: name("eth0"), onlink: false, protocol: ROUTE_PROTOCOL })
 }
 
 fn one_refused_operation_leaves_the_others_alone() {
     external();
     let mut kernel = Kernel::open().unwrap();
-    let missing = Object::Route(Route { dst: "10.1.0.0/24".parse().unwrap(), metric: 0, via: None, dev: name("nope"), onlink: false });
+    let missing = Object::Route(Route {
+        dst: "10.1.0.0/24".parse().unwrap(),
+        metric: 0,
+        via: None,
+        dev: name("nope"),
+        onlink: false,
+        protocol: ROUTE_PROTOCOL,
+    });
     // The last of a batch is the one that is acknowledged: let it be a refused one as well.
     let ops: Vec<Op> = (0..1000)
         .map(|i| peer_route(i, if i % 10 == 9 { "198.51.100.1" } else { "192.0.2.2" }))
@@ -223,7 +249,7 @@ fn one_refused_operation_leaves_the_others_alone() {
         "set route 10.128.9.0/24 via 198.51.100.1 dev eth0 metric 9: Network is unreachable (os error 101) (Nexthop has invalid gateway)"
     );
     assert!(outcomes[1000].clone().unwrap_err().text.contains("there is no interface nope"));
-    assert_eq!(kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap().len(), 900);
+    assert_eq!(kernel.observe(&routes()).unwrap().len(), 900);
 }
 
 fn what_is_gone_already_is_deleted_with_success() {
@@ -243,14 +269,49 @@ fn foreign_routes_are_neither_seen_nor_touched() {
         route::add(&mut socket, dst.parse().unwrap(), Some("192.0.2.9".parse().unwrap()), index).unwrap();
     }
     let mut kernel = Kernel::open().unwrap();
+    // Another flanneld on this host, with a network of its own.
+    let mut other = peer_route(7, "192.0.2.2");
+    if let Object::Route(route) = &mut other {
+        route.dst = "172.30.7.0/24".parse().unwrap();
+    }
+    apply(&mut kernel, &[Op::Set(other)]);
     let mut desired = Desired::default();
     desired.set_part(Owner::Node, vec![peer_route(1, "192.0.2.2")]);
-    let observed = kernel.observe(&desired.scope()).unwrap();
-    assert!(observed.is_empty());
+    let observed = kernel.observe(&routes()).unwrap();
+    assert!(observed.is_empty(), "{observed:?}");
     apply(&mut kernel, &diff(&desired, &observed, Prune::Yes));
     let routes = route::list(&mut socket, Family::V4, route::Filter::Oif(index)).unwrap();
-    let foreign: BTreeSet<String> = routes.iter().filter(|r| r.protocol == 3).map(|r| r.dst.to_string()).collect();
-    assert_eq!(foreign, BTreeSet::from(["10.244.9.0/24".to_owned(), "203.0.113.0/24".to_owned()]));
+    let foreign: BTreeSet<String> = routes.iter().filter(|r| r.via.is_some()).map(|r| r.dst.to_string()).collect();
+    assert_eq!(foreign, ["10.244.9.0/24", "203.0.113.0/24", "172.30.7.0/24", "10.128.1.0/24"].map(ToOwned::to_owned).into());
+}
+
+fn a_go_flannelds_routes_are_adopted() {
+    let mut socket = external();
+    let mut kernel = Kernel::open().unwrap();
+    let desired = picture();
+    let device = vxlan(Family::V4, 1, 1430);
+    apply(&mut kernel, &[Op::Set(device)]);
+    // One as it leaves them for a peer that is there, and one for a peer that is gone; beside them ours.
+    let old = |dst: &str, via: &str| {
+        Object::Route(Route {
+            dst: dst.parse().unwrap(),
+            metric: 0,
+            via: Some(via.parse().unwrap()),
+            dev: name("flannel.1"),
+            onlink: true,
+            protocol: 3,
+        })
+    };
+    apply(&mut kernel, &[Op::Set(old("10.244.2.0/24", "10.244.2.0")), Op::Set(old("10.244.77.0/24", "10.244.77.0"))]);
+    let observed = kernel.observe(&scope()).unwrap();
+    assert_eq!(observed.iter().filter(|(_, object)| matches!(object, Object::Route(route) if route.protocol == 3)).count(), 2);
+    apply(&mut kernel, &diff(&desired, &observed, Prune::Yes));
+    assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
+    // A deletion that comes twice does not take ours along, although to the kernel metric 0 means any.
+    apply(&mut kernel, &[Op::Delete(old("10.244.2.0/24", "10.244.2.0"))]);
+    assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
+    let index = link::get(&mut socket, name("flannel.1")).unwrap().unwrap().index;
+    assert_eq!(route::list(&mut socket, Family::V4, route::Filter::Oif(index)).unwrap().len(), 1);
 }
 
 fn a_changed_ruleset_is_seen_and_repaired() {
@@ -264,11 +325,11 @@ fn a_changed_ruleset_is_seen_and_repaired() {
     };
     let Object::Ruleset(v4) = rules().remove(0) else { unreachable!() };
     apply(&mut kernel, &[less(v4)]);
-    let observed = kernel.observe(&desired.scope()).unwrap();
+    let observed = kernel.observe(&scope()).unwrap();
     let ops = diff(&desired, &observed, Prune::Yes);
     assert_eq!(ops.iter().map(|op| op.object().key()).collect::<Vec<_>>(), [Key::Ruleset(Family::V4)]);
     apply(&mut kernel, &ops);
-    assert_eq!(diff(&desired, &kernel.observe(&desired.scope()).unwrap(), Prune::Yes), []);
+    assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
 }
 
 fn ten_thousand_operations_in_one_batch() {
@@ -276,18 +337,18 @@ fn ten_thousand_operations_in_one_batch() {
     let mut kernel = Kernel::open().unwrap();
     let sets: Vec<Op> = (0..10_000).map(|i| Op::Set(peer_route(i, "192.0.2.2"))).collect();
     apply(&mut kernel, &sets);
-    let observed = kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap();
+    let observed = kernel.observe(&routes()).unwrap();
     assert_eq!(observed.len(), 10_000);
     let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
     apply(&mut kernel, &deletes);
-    assert!(kernel.observe(&Scope { routes: true, ..Scope::default() }).unwrap().is_empty());
+    assert!(kernel.observe(&routes()).unwrap().is_empty());
 }
 
 fn the_monitor_hears_others_and_not_ourselves() {
     let mut socket = external();
     let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
     let mut kernel = Kernel::open().unwrap();
-    let mut monitor = Monitor::open(vec![name("flannel.1")], name("eth0"), true, kernel.port()).unwrap();
+    let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
     assert_eq!(monitor.drain().unwrap(), [], "our own routes are no news");
 

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use super::Refusal;
-use crate::desired::{Object, Route, route_metric};
+use crate::desired::{Object, ROUTE_PROTOCOL, Route, route_metric};
 use crate::net::Subnet;
 use crate::node::Node;
 
@@ -14,7 +14,7 @@ pub(super) fn route(node: &Node, network: Subnet, subnet: Subnet, public: IpAddr
         return Err(Refusal::NotOnLink(public, node.ext));
     }
     let metric = route_metric(network, subnet);
-    Ok(Object::Route(Route { dst: subnet, metric, via: Some(public), dev: node.ext, onlink: false }))
+    Ok(Object::Route(Route { dst: subnet, metric, via: Some(public), dev: node.ext, onlink: false, protocol: ROUTE_PROTOCOL }))
 }
 
 #[cfg(test)]

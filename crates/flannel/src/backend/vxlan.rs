@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::{Context, Refusal, host_gw};
 use crate::config::{Config, VXLAN_PORT, VxlanConfig};
-use crate::desired::{Fdb, Link, LinkKind, Neigh, Object, Route, route_metric};
+use crate::desired::{Fdb, Link, LinkKind, Neigh, Object, ROUTE_PROTOCOL, Route, route_metric};
 use crate::json::Fields;
 use crate::lease::Peer;
 use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
@@ -44,7 +44,8 @@ impl Vxlan {
                 macs.set(family, None);
             }
         }
-        let mtu = vxlan.mtu.unwrap_or(node.mtu).saturating_sub(OVERHEAD);
+        // More than the interface carries would be promised in vain; the kernel clamps the device as well.
+        let mtu = vxlan.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(OVERHEAD);
         Vxlan { config: vxlan.clone(), mtu, macs }
     }
 
@@ -101,9 +102,16 @@ impl Vxlan {
         // The peer's subnet address stands for its VTEP; nothing else has it.
         let vtep = subnet.network();
         Ok(vec![
-            Object::Neigh(Neigh { link, ip: vtep, mac }),
             Object::Fdb(Fdb { link, mac, dst: public }),
-            Object::Route(Route { dst: subnet, metric: route_metric(network, subnet), via: Some(vtep), dev: link, onlink: true }),
+            Object::Neigh(Neigh { link, ip: vtep, mac }),
+            Object::Route(Route {
+                dst: subnet,
+                metric: route_metric(network, subnet),
+                via: Some(vtep),
+                dev: link,
+                onlink: true,
+                protocol: ROUTE_PROTOCOL,
+            }),
         ])
     }
 }
@@ -148,12 +156,12 @@ mod tests {
                 addr 10.244.1.0/32 dev flannel.1
                 sysctl net/ipv6/conf/flannel.1/accept_ra = 0
                 10.244.2.0-24:
-                  neigh 10.244.2.0 lladdr 0e:00:00:00:00:02 dev flannel.1
                   fdb 0e:00:00:00:00:02 dst 192.0.2.2 dev flannel.1
+                  neigh 10.244.2.0 lladdr 0e:00:00:00:00:02 dev flannel.1
                   route 10.244.2.0/24 via 10.244.2.0 dev flannel.1 metric 2 onlink
                 10.244.3.0-24:
-                  neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.1
                   fdb 0e:00:00:00:00:03 dst 198.51.100.3 dev flannel.1
+                  neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.1
                   route 10.244.3.0/24 via 10.244.3.0 dev flannel.1 metric 3 onlink
             "#]],
         );
@@ -162,19 +170,19 @@ mod tests {
     #[test]
     fn direct_routing_takes_the_link_where_there_is_one() {
         check(
-            r#"{"Type":"vxlan","VNI":7,"Port":4789,"MTU":9000,"GBP":true,"Learning":true,"DirectRouting":true}"#,
+            r#"{"Type":"vxlan","VNI":7,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true}"#,
             &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR)],
             expect![[r#"
                 publishes {"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"0e:00:00:00:00:01"}}
-                mtu 8950
-                link flannel.7 0e:00:00:00:00:01 mtu 8950 up vxlan id 7 dstport 4789 local 192.0.2.1 dev eth0 learning gbp
+                mtu 1350
+                link flannel.7 0e:00:00:00:00:01 mtu 1350 up vxlan id 7 dstport 4789 local 192.0.2.1 dev eth0 learning gbp
                 addr 10.244.1.0/32 dev flannel.7
                 sysctl net/ipv6/conf/flannel.7/accept_ra = 0
                 10.244.2.0-24:
                   route 10.244.2.0/24 via 192.0.2.2 dev eth0 metric 2
                 10.244.3.0-24:
-                  neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.7
                   fdb 0e:00:00:00:00:03 dst 198.51.100.3 dev flannel.7
+                  neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.7
                   route 10.244.3.0/24 via 10.244.3.0 dev flannel.7 metric 3 onlink
             "#]],
         );
@@ -198,11 +206,11 @@ mod tests {
                 addr fc00:0:0:1::/128 dev flannel-v6.1
                 sysctl net/ipv6/conf/flannel-v6.1/accept_ra = 0
                 10.244.2.0-24&fc00:0:0:2::-64:
-                  neigh 10.244.2.0 lladdr 0e:00:00:00:00:02 dev flannel.1
                   fdb 0e:00:00:00:00:02 dst 192.0.2.2 dev flannel.1
+                  neigh 10.244.2.0 lladdr 0e:00:00:00:00:02 dev flannel.1
                   route 10.244.2.0/24 via 10.244.2.0 dev flannel.1 metric 2 onlink
-                  neigh fc00:0:0:2:: lladdr 0e:00:00:00:06:02 dev flannel-v6.1
                   fdb 0e:00:00:00:06:02 dst 2001:db8::2 dev flannel-v6.1
+                  neigh fc00:0:0:2:: lladdr 0e:00:00:00:06:02 dev flannel-v6.1
                   route fc00:0:0:2::/64 via fc00:0:0:2:: dev flannel-v6.1 metric 1024 onlink
             "#]],
         );
@@ -221,6 +229,21 @@ mod tests {
         );
         assert_eq!(refused(&data(r#"{"VtepMAC":"zz"}"#)), "VtepMAC: \"zz\" is not an Ethernet address, such as 0e:1f:2a:3b:4c:5d");
         assert_eq!(refused(&data(r#"{"VtepMAC":"ff:ff:ff:ff:ff:ff"}"#)), "VtepMAC: ff:ff:ff:ff:ff:ff is not the address of a station");
+    }
+
+    #[test]
+    fn an_mtu_beyond_the_interfaces_is_the_interfaces() {
+        check(
+            r#"{"Type":"vxlan","MTU":9000}"#,
+            &[],
+            expect![[r#"
+                publishes {"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}}
+                mtu 1450
+                link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
+                addr 10.244.1.0/32 dev flannel.1
+                sysctl net/ipv6/conf/flannel.1/accept_ra = 0
+            "#]],
+        );
     }
 
     #[test]

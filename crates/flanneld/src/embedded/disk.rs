@@ -93,7 +93,7 @@ impl Disk {
                     Change::Lease(id, Some(ttl)) => drop(leases.insert(id, ttl)?),
                     Change::Lease(id, None) => drop(leases.remove(id)?),
                     Change::Compacted(revision) => {
-                        history.retain_in(..=(*revision, u64::MAX), |_, _| false)?;
+                        history.retain_in(..(*revision, 0), |_, _| false)?;
                         meta.insert("compacted", revision)?;
                     }
                 }

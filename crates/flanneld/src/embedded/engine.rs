@@ -75,20 +75,16 @@ fn run(mut state: State, mut disk: Disk, inbox: &Receiver<Job>, publish: &watch:
         let fate = match written {
             Ok(()) => Ok(()),
             Err(error) => {
-                tracing::error!(%error, "cannot write the store's file: the requests are refused");
-                // Memory is ahead of the disk now: go back to what is known to be there.
-                match disk.load() {
-                    Ok(saved) => state = State::new(saved, now),
-                    Err(error) => {
-                        tracing::error!(%error, "cannot read the store's file either: giving up");
-                        return;
-                    }
-                }
+                tracing::error!(%error, "cannot write the store's file: the requests are refused and the store ends");
                 Err(Status::unavailable(format!("the store cannot write its file: {error}")))
             }
         };
         for answer in answers {
             answer(fate.clone());
+        }
+        // Memory is ahead of the disk now, and the database refuses to go on: the next start reads what is there.
+        if fate.is_err() {
+            return;
         }
         publish.send_if_modified(|revision| std::mem::replace(revision, state.revision()) != state.revision());
     }

@@ -70,6 +70,7 @@ impl Bound {
     /// When the listener fails.
     pub async fn serve(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Bound { listener, service, .. } = self;
+        let engine = service.engine.clone();
         let kv = KvServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(usize::MAX);
         let server = tonic::transport::Server::builder()
             .add_service(kv)
@@ -79,9 +80,13 @@ impl Bound {
             .add_service(ClusterServer::new(service));
         // Without this an answer in two segments waits for a delayed ack: 40 ms.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        // A store that cannot write is of no use to anybody: it ends, and is started again.
+        let mut revision = engine.revision();
+        let failed = async move { while revision.changed().await.is_ok() {} };
         // Watches never end by themselves, so a graceful end would wait for ever: what is acknowledged is on disk.
         tokio::select! {
             served = server.serve_with_incoming(incoming) => Ok(served?),
+            () = failed => anyhow::bail!("the store's file cannot be written: see the log"),
             () = stop => Ok(()),
         }
     }
@@ -133,7 +138,7 @@ impl Lease for Service {
         let LeaseGrantRequest { ttl, id } = request.into_inner();
         let random = fastrand::i64(1..);
         let grant = move |state: &mut super::state::State, now| {
-            let id = state.grant(id, ttl, random, now)?;
+            let (id, ttl) = state.grant(id, ttl, random, now)?;
             Ok(LeaseGrantResponse { header: state.header(), id, ttl, error: String::new() })
         };
         self.engine.call(grant).await.map(Response::new)

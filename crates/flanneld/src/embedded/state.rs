@@ -26,6 +26,9 @@ const WATCH_EVENTS: usize = 1_000;
 /// The longest life that etcd grants a lease, in seconds.
 const MAX_TTL: i64 = 9_000_000_000;
 
+/// The shortest, which a shorter wish is raised to, in seconds.
+const MIN_TTL: i64 = 2;
+
 /// A change that must be on disk before anybody hears of it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Change {
@@ -33,7 +36,7 @@ pub(super) enum Change {
     Event(Event),
     /// A lease was granted with this life in seconds, or (`None`) ended.
     Lease(i64, Option<i64>),
-    /// Events up to and including this revision were forgotten.
+    /// Events before this revision were forgotten.
     Compacted(i64),
 }
 
@@ -72,7 +75,7 @@ pub(super) struct Saved {
 pub(super) enum Events {
     /// These, and where to go on.
     Next(Vec<Event>, i64),
-    /// They are forgotten up to this revision.
+    /// They are forgotten before this revision.
     Compacted(i64),
 }
 
@@ -323,13 +326,13 @@ impl State {
     fn trim(&mut self) {
         if self.history.len() > 2 * HISTORY {
             let last = self.history.get(self.history.len() - HISTORY).map_or(self.revision, revision_of);
-            self.forget(last - 1);
+            self.forget(last);
         }
     }
 
     fn forget(&mut self, revision: i64) {
         self.compacted = revision;
-        while self.history.front().is_some_and(|event| revision_of(event) <= revision) {
+        while self.history.front().is_some_and(|event| revision_of(event) < revision) {
             self.history.pop_front();
         }
         self.changes.push(Change::Compacted(revision));
@@ -369,7 +372,9 @@ impl State {
         if compare.range_end.is_empty() {
             return one(self.kvs.get(&compare.key));
         }
-        self.kvs.range::<[u8], _>(bounds(&compare.key, &compare.range_end)).all(|(_, kv)| one(Some(kv)))
+        let mut range = self.kvs.range::<[u8], _>(bounds(&compare.key, &compare.range_end)).peekable();
+        // A range without keys compares as one key that is not there.
+        if range.peek().is_none() { one(None) } else { range.all(|(_, kv)| one(Some(kv))) }
     }
 
     pub(super) fn compact(&mut self, revision: i64) -> Result<(), Status> {
@@ -383,12 +388,11 @@ impl State {
         Ok(())
     }
 
-    /// Grants a lease. `random` is the identifier where the request leaves the choice.
-    pub(super) fn grant(&mut self, id: i64, ttl: i64, random: i64, now: Instant) -> Result<i64, Status> {
+    /// Grants a lease and returns its identifier and its life in seconds. `random` is the identifier where the request
+    /// leaves the choice.
+    pub(super) fn grant(&mut self, id: i64, ttl: i64, random: i64, now: Instant) -> Result<(i64, i64), Status> {
+        let ttl = ttl.max(MIN_TTL);
         let id = if id == 0 { random } else { id };
-        if ttl <= 0 {
-            return Err(Status::invalid_argument("etcdserver: the TTL of a lease must be at least 1 second"));
-        }
         if ttl > MAX_TTL {
             return Err(Status::out_of_range("etcdserver: too large lease TTL"));
         }
@@ -397,7 +401,7 @@ impl State {
         }
         self.leases.insert(id, LeaseState { ttl, expires: after(now, ttl), keys: BTreeSet::new() });
         self.changes.push(Change::Lease(id, Some(ttl)));
-        Ok(id)
+        Ok((id, ttl))
     }
 
     /// Ends a lease: its keys go with it, in one revision.
@@ -447,7 +451,7 @@ impl State {
 
     /// A watcher's events from revision `from` on, within a key range.
     pub(super) fn events(&self, from: i64, key: &[u8], range_end: &[u8]) -> Events {
-        if from <= self.compacted {
+        if from < self.compacted {
             return Events::Compacted(self.compacted);
         }
         let start = self.history.partition_point(|event| revision_of(event) < from);
@@ -563,7 +567,7 @@ mod tests {
     fn keys_end_with_their_lease_unless_kept_alive() {
         let mut s = state();
         let now = Instant::now();
-        let lease = s.grant(0, 10, 7, now).unwrap();
+        let (lease, _) = s.grant(0, 10, 7, now).unwrap();
         put(&mut s, "a", "1", lease);
         put(&mut s, "b", "1", lease);
         put(&mut s, "b", "2", 0);
@@ -594,8 +598,8 @@ mod tests {
         }
         assert_eq!(seen, 2_500);
         s.compact(100).unwrap();
-        assert_eq!(s.events(100, b"p", b"q"), Events::Compacted(100));
-        assert!(matches!(s.events(101, b"p", b"q"), Events::Next(..)));
+        assert_eq!(s.events(99, b"p", b"q"), Events::Compacted(100));
+        assert!(matches!(s.events(100, b"p", b"q"), Events::Next(..)));
     }
 
     #[test]

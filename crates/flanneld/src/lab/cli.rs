@@ -1,6 +1,5 @@
 //! The `lab` command: makes one or two labs, shows what they do, and says whether it was right.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
@@ -22,7 +21,7 @@ pub struct LabArgs {
     /// Backend: host-gw or vxlan [default: one after the other on a switch, vxlan across a router]
     #[arg(long, value_name = "TYPE")]
     pub backend: Option<String>,
-    /// Use the etcd at this address instead of an embedded store; the lab writes below /coreos.com/network
+    /// Use the etcd at this address instead of an embedded store; the lab writes below a /flannel-lab/ prefix of its own, which it deletes at its end
     #[arg(long, value_name = "URL")]
     pub etcd: Option<String>,
     /// Stay up and print how to enter each host and pod
@@ -100,12 +99,13 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
     let mut reports: Vec<Report> = Vec::new();
     let last = backends.len() - 1;
     for (i, backend) in backends.iter().enumerate() {
-        let plan = Plan { topology: args.topology, store: store.clone(), ..Plan::new(args.hosts, &json!({ "Type": backend }), &program) };
+        // Nothing that is in a store outside is touched.
+        let prefix =
+            if args.etcd.is_some() { format!("/flannel-lab/{:016x}", fastrand::u64(..)) } else { "/coreos.com/network".to_owned() };
+        let plan =
+            Plan { topology: args.topology, store: store.clone(), prefix, ..Plan::new(args.hosts, &json!({ "Type": backend }), &program) };
         progress(args, &format!("{backend}: starting {} hosts on a {:?}", args.hosts, args.topology).to_lowercase());
         let root = scratch.join(format!("lab{i}"));
-        if args.etcd.is_some() {
-            clear(&plan, &root)?;
-        }
         let mut lab = Lab::start(plan, &root)?;
         progress(args, "waiting until every daemon has seen every host");
         lab.settle()?;
@@ -121,23 +121,14 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
             keep(args, &reports, &places);
             exec::tell(listener, &places);
         }
+        if args.etcd.is_some() {
+            lab.with_store(async |store| store.delete_everything().await)?;
+        }
     }
     if args.json {
         println!("{}", document(&reports));
     }
     Ok(reports.iter().all(Report::is_right))
-}
-
-/// Takes away what an earlier lab left in a store that outlives labs.
-fn clear(plan: &Plan, root: &Path) -> anyhow::Result<()> {
-    let mut lab = Lab::wire(Plan { hosts: 1, ..plan.clone() }, &root.with_extension("clear"))?;
-    lab.start_store()?;
-    lab.with_store(async |store| {
-        for entry in store.snapshot().await?.entries {
-            store.delete_lease(&entry.key, entry.mod_revision).await?;
-        }
-        Ok::<(), crate::store::StoreError>(())
-    })
 }
 
 fn progress(args: &LabArgs, text: &str) {

@@ -21,12 +21,9 @@ pub(super) fn claim() -> anyhow::Result<UnixListener> {
     UnixListener::bind_addr(&address()?).context("a lab of yours is up already: end it first (Ctrl-C where it runs)")
 }
 
-/// Tells everybody who asks where the namespaces are: this process and, a line each, names and paths.
+/// Tells everybody who asks where the namespaces are: a line each with name and path.
 pub(super) fn tell(listener: &UnixListener, places: &[(String, PathBuf)]) {
-    let mut text = format!("{}\n", std::process::id());
-    for (name, path) in places {
-        text.push_str(&format!("{name} {}\n", path.display()));
-    }
+    let text: String = places.iter().map(|(name, path)| format!("{name} {}\n", path.display())).collect();
     for mut stream in listener.incoming().flatten() {
         let _ = stream.write_all(text.as_bytes());
     }
@@ -37,9 +34,11 @@ pub(super) fn run(place: &str, command: &[String]) -> anyhow::Result<()> {
     let mut text = String::new();
     let mut stream = UnixStream::connect_addr(&address()?).context("no lab of yours is up: start one with `flanneld lab --keep`")?;
     stream.read_to_string(&mut text)?;
-    let mut lines = text.lines();
-    let pid: u32 = lines.next().and_then(|pid| pid.parse().ok()).context("the lab does not say who it is")?;
-    let places: Vec<(&str, &str)> = lines.filter_map(|line| line.split_once(' ')).collect();
+    // Anybody may take the name: only a process of this user is followed, and who that is says the kernel.
+    let peer = rustix::net::sockopt::socket_peercred(&stream)?;
+    anyhow::ensure!(peer.uid == rustix::process::getuid(), "the lab that is up under this name is another user's");
+    let pid = peer.pid.as_raw_nonzero().get().cast_unsigned();
+    let places: Vec<(&str, &str)> = text.lines().filter_map(|line| line.split_once(' ')).collect();
     let Some((_, path)) = places.iter().find(|(name, _)| *name == place) else {
         let names: Vec<&str> = places.iter().map(|(name, _)| *name).collect();
         bail!("there is no {place:?} in the lab: it has {}", names.join(", "));

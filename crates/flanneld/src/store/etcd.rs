@@ -164,6 +164,20 @@ impl Store {
         self.call("write the network config", |channel| put(channel, request.clone())).await.map(drop)
     }
 
+    /// Deletes every key below the prefix: the end of a lab.
+    ///
+    /// # Errors
+    /// When the store cannot be asked or refuses.
+    pub async fn delete_everything(&self) -> Result<(), StoreError> {
+        let key = format!("{}/", self.0.prefix).into_bytes();
+        let request = DeleteRangeRequest { range_end: prefix_end(&key), key, ..DeleteRangeRequest::default() };
+        let ask = |channel| {
+            let request = request.clone();
+            async move { KvClient::new(channel).delete_range(request).await }
+        };
+        self.call("delete the keys of a lab", ask).await.map(drop)
+    }
+
     /// All leases at one revision.
     ///
     /// # Errors
@@ -303,18 +317,17 @@ impl Store {
     pub async fn follow(&self, events: mpsc::Sender<Vec<StoreEvent>>, connected: watch::Sender<bool>) {
         let mut reported = BTreeSet::new();
         let mut wait = BACKOFF.0;
+        let mut said = String::new();
         loop {
             let outcome = self.snapshot_and_watch(&events, &connected, &mut reported, &mut wait).await;
             if events.is_closed() {
                 return;
             }
-            connected.send_if_modified(|connected| {
-                if std::mem::replace(connected, false) {
-                    tracing::warn!(reason = %outcome, "the store is no longer followed; routes stay as they are until it is again");
-                    return true;
-                }
-                false
-            });
+            let was_connected = connected.send_replace(false);
+            if was_connected || outcome != said {
+                tracing::warn!(reason = %outcome, "the store is not followed; routes stay as they are until it is again");
+                said = outcome;
+            }
             // Jitter, so that a cluster does not come back to a restarted store as one.
             let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(wait.as_millis()).unwrap_or(0) / 2));
             tokio::time::sleep(wait + jitter).await;
@@ -376,7 +389,9 @@ impl Store {
                 return format!("the store cancelled the watch: {}{compacted}", answer.cancel_reason);
             }
             *wait = BACKOFF.0;
-            connected.send_if_modified(|connected| !std::mem::replace(connected, true));
+            if !connected.send_replace(true) {
+                tracing::info!(revision, "following the store");
+            }
             let mut news = Vec::with_capacity(answer.events.len());
             for change in &answer.events {
                 let Some(kv) = &change.kv else { continue };
