@@ -11,6 +11,7 @@ const HELP: &str = "\
 cargo xtask VERB
 
   test [FILTER]    install what the tests need, then check formatting, lints and docs and run every test
+  dist             build what is installed, in target/dist: flanneld, and the CNI plugin statically linked under its names
   bench [ARGS]     measure, side by side with the kernel's own cost; prints a table (see docs/performance.md)
   fuzz [SECONDS]   run every fuzz target for so many seconds (default 30); needs a nightly toolchain";
 
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     let (verb, rest) = args.split_first().map_or(("", &[][..]), |(verb, rest)| (verb.as_str(), rest));
     let done = match verb {
         "test" => test(rest),
+        "dist" => dist().map(drop),
         "bench" => bench(rest),
         "fuzz" => fuzz(rest),
         _ => Err(anyhow::anyhow!("{HELP}")),
@@ -59,11 +61,31 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     cargo(&args, &env)
 }
 
+/// Builds the programs as they are installed and returns their folder. The plugin is started for each pod, so it is
+/// linked statically: there is nothing to load. The daemon is not, because glibc resolves names by loaded modules.
+fn dist() -> anyhow::Result<PathBuf> {
+    let (host, folder) = (host()?, std::env::current_dir()?.join("target/dist"));
+    cargo(&["build", "--release", "--quiet", "-p", "flanneld"], &[])?;
+    let plugin = ["build", "--release", "--quiet", "-p", "cni", "--target", &host];
+    cargo(&plugin, &[("RUSTFLAGS", "-C target-feature=+crt-static".as_ref())])?;
+    std::fs::create_dir_all(&folder)?;
+    for (from, name) in [("target/release/flanneld".into(), "flanneld"), (format!("target/{host}/release/flannel-cni"), "flannel-cni")] {
+        std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {from}"))?;
+    }
+    for name in ["flannel", "bridge", "host-local", "loopback"] {
+        let link = folder.join(name);
+        let _ = std::fs::remove_file(&link);
+        std::fs::hard_link(folder.join("flannel-cni"), &link).with_context(|| format!("cannot link {}", link.display()))?;
+    }
+    println!("{}", folder.display());
+    Ok(folder)
+}
+
 fn bench(args: &[String]) -> anyhow::Result<()> {
-    cargo(&["build", "--release", "--quiet", "--workspace"], &[])?;
+    let plugin = dist()?.join("flannel-cni");
     let mut command = vec!["bench", "--quiet", "-p", "flanneld", "--bench", "bench", "--"];
     command.extend(args.iter().map(String::as_str));
-    cargo(&command, &[])
+    cargo(&command, &[("FLANNEL_CNI", plugin.as_os_str())])
 }
 
 fn fuzz(args: &[String]) -> anyhow::Result<()> {

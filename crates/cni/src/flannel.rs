@@ -102,7 +102,7 @@ fn delegate_conf(conf: &Map<String, Value>, env: &SubnetEnv) -> Result<Map<Strin
     ipam.entry("type").or_insert("host-local".into());
     let ranges: Vec<Value> = env.subnets.iter().map(|(_, subnet)| json!([{ "subnet": subnet.to_string() }])).collect();
     let mut routes = array(&ipam, "routes")?.cloned().unwrap_or_default();
-    routes.extend(env.networks.iter().map(|(_, network)| json!({ "dst": network.to_string() })));
+    routes.extend(env.networks.iter().map(|network| json!({ "dst": network.to_string() })));
     ipam.insert("ranges".to_owned(), ranges.into());
     ipam.insert("routes".to_owned(), routes.into());
     delegate.insert("ipam".to_owned(), ipam.into());

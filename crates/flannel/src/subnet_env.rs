@@ -8,8 +8,8 @@ use crate::net::{Cidr, Family, PerFamily, Subnet};
 /// The content of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubnetEnv {
-    /// The pod network of each enabled family.
-    pub networks: PerFamily<Subnet>,
+    /// The pod networks, IPv4 first. We write one a family; a file may list several.
+    pub networks: Vec<Subnet>,
     /// This host's subnet of each enabled family.
     pub subnets: PerFamily<Subnet>,
     /// MTU for pods, in bytes.
@@ -44,8 +44,9 @@ impl SubnetEnv {
     pub fn render(&self) -> String {
         let mut text = String::new();
         for (family, network, subnet) in Family::ALL.into_iter().zip(NETWORK).zip(SUBNET).map(|((f, n), s)| (f, n, s)) {
-            if let (Some(net), Some(mine)) = (self.networks.get(family), self.subnets.get(family)) {
-                text.push_str(&format!("{network}={net}\n{subnet}={}/{}\n", mine.first_host(), mine.prefix_len()));
+            let nets: Vec<String> = self.networks.iter().filter(|net| net.family() == family).map(ToString::to_string).collect();
+            if let (false, Some(mine)) = (nets.is_empty(), self.subnets.get(family)) {
+                text.push_str(&format!("{network}={}\n{subnet}={}/{}\n", nets.join(","), mine.first_host(), mine.prefix_len()));
             }
         }
         text.push_str(&format!("{MTU}={}\n{IPMASQ}={}\n", self.mtu, self.ip_masq));
@@ -53,18 +54,23 @@ impl SubnetEnv {
     }
 
     /// Reads the text as the CNI plugin does: `NAME=value` lines, unknown ones ignored, all needed ones there. A
-    /// network variable may list several CIDRs by comma; the first counts here.
+    /// network variable may list several CIDRs by comma.
     ///
     /// # Errors
     /// [`SubnetEnvError`], which names the variables.
     pub fn parse(text: &str) -> Result<SubnetEnv, SubnetEnvError> {
-        let mut networks = PerFamily::default();
+        let mut networks: Vec<Subnet> = Vec::new();
         let mut subnets = PerFamily::default();
         let (mut mtu, mut ip_masq) = (None, None);
         for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
             for (i, family) in Family::ALL.into_iter().enumerate() {
                 if name == NETWORK[i] {
-                    networks.set(family, Some(cidr(NETWORK[i], value.split(',').next().unwrap_or(value), family)?));
+                    for text in value.split(',') {
+                        let network = cidr(NETWORK[i], text, family)?;
+                        if !networks.contains(&network) {
+                            networks.push(network);
+                        }
+                    }
                 }
                 if name == SUBNET[i] {
                     subnets.set(family, Some(cidr(SUBNET[i], value, family)?));
@@ -80,6 +86,7 @@ impl SubnetEnv {
                 _ => {}
             }
         }
+        networks.sort_by_key(|network| network.family());
         let mut missing = Vec::new();
         if networks.is_empty() {
             missing.extend(NETWORK);
@@ -129,7 +136,7 @@ mod tests {
 
     fn env() -> SubnetEnv {
         SubnetEnv {
-            networks: PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: "fc00::/48".parse().ok() },
+            networks: vec!["10.244.0.0/16".parse().unwrap(), "fc00::/48".parse().unwrap()],
             subnets: PerFamily { v4: "10.244.3.0/24".parse().ok(), v6: "fc00:0:0:3::/64".parse().ok() },
             mtu: 1450,
             ip_masq: true,
@@ -142,9 +149,16 @@ mod tests {
     fn the_file_is_upstreams_to_the_byte_and_reads_back() {
         assert_eq!(env().render(), TEXT);
         assert_eq!(SubnetEnv::parse(TEXT).unwrap(), env());
-        let v4 =
-            SubnetEnv { networks: PerFamily { v6: None, ..env().networks }, subnets: PerFamily { v6: None, ..env().subnets }, ..env() };
+        let v4 = SubnetEnv { networks: env().networks[..1].to_vec(), subnets: PerFamily { v6: None, ..env().subnets }, ..env() };
         assert_eq!(v4.render(), "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n");
+    }
+
+    #[test]
+    fn several_networks_are_kept_once_each() {
+        let text =
+            "FLANNEL_NETWORK=10.1.0.0/16,10.2.0.0/16,10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n";
+        let networks: Vec<String> = SubnetEnv::parse(text).unwrap().networks.iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.1.0.0/16", "10.2.0.0/16"]);
     }
 
     #[test]

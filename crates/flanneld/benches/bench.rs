@@ -24,8 +24,7 @@ const NETWORK: &str = "100.64.0.0/10";
 
 fn main() {
     let quick = std::env::args().any(|arg| arg == "quick");
-    let plugin = Path::new(PROGRAM).with_file_name("flannel-cni");
-    assert!(plugin.is_file(), "{} is not there: run this by `cargo xtask bench`", plugin.display());
+    let plugin = plugin();
     let scratch = isolate(Path::new(PROGRAM)).unwrap();
     println!(
         "kernel {}, {} processors, release build",
@@ -49,6 +48,11 @@ fn main() {
     }
 }
 
+/// The plugin as it is installed, statically linked.
+fn plugin() -> PathBuf {
+    std::env::var_os("FLANNEL_CNI").map(PathBuf::from).expect("FLANNEL_CNI names no program: run this by `cargo xtask bench`")
+}
+
 fn name(text: &str) -> flannel::IfName {
     text.parse().unwrap()
 }
@@ -68,7 +72,7 @@ fn percentile(samples: &mut [Duration], share: f64) -> f64 {
 fn lab(root: &Path, hosts: usize, backend: &str) -> Lab {
     let program = Path::new(PROGRAM);
     let config = json!({ "Network": NETWORK, "SubnetLen": 24, "EnableNFTables": true, "Backend": { "Type": backend } });
-    let plan = Plan { config, plugin: program.with_file_name("flannel-cni"), ..Plan::new(hosts, &json!({ "Type": backend }), program) };
+    let plan = Plan { config, plugin: plugin(), ..Plan::new(hosts, &json!({ "Type": backend }), program) };
     Lab::wire(plan, root).unwrap()
 }
 

@@ -23,10 +23,7 @@ impl SubnetFile {
     /// # Errors
     /// When it cannot be written; then the old one stands.
     pub fn write(&self, picture: &Picture) -> anyhow::Result<()> {
-        let mut networks = PerFamily::default();
-        for (family, network) in picture.config().networks.iter() {
-            networks.set(family, Some(network.network));
-        }
+        let networks = picture.config().networks.iter().map(|(_, network)| network.network).collect();
         let env =
             SubnetEnv { networks, subnets: *picture.own().subnets(), mtu: picture.backend().mtu(picture.node()), ip_masq: self.ip_masq };
         write_atomically(&self.path, &env.render()).with_context(|| format!("cannot write --subnet-file {}", self.path.display()))
