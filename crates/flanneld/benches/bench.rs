@@ -197,6 +197,8 @@ fn raw(backend: &str, size: usize, singles: std::ops::Range<usize>) -> (f64, f64
 }
 
 fn scale(root: &Path, backend: &str, size: usize, quick: bool) {
+    // The kernel takes down the namespaces of the lab before in its own time, and holds the rtnl lock for it.
+    std::thread::sleep(Duration::from_secs(2));
     let leases: Vec<Lease> = (1..=size).map(|i| lease(i, backend)).collect();
     let mut lab = host(root, backend, &leases);
     // From the start of the process until it is ready, which is when all leases of the list are in the kernel.

@@ -5,7 +5,10 @@ use std::process::ExitCode;
 
 use flanneld::cli::{Cli, Command};
 use flanneld::{app, embedded, lab};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::time::SystemTime;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
     // The container runtime calls plugins by their file's name; the lab links this program under those names.
@@ -66,12 +69,17 @@ fn log(verbosity: u8) {
         _ => tracing::Level::TRACE,
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    // What the libraries beneath have to say matters from the third level on.
+    let libraries = if verbosity > 3 { level } else { tracing::Level::WARN };
+    let ours = Targets::new().with_default(libraries).with_targets(["flanneld", "flannel", "kernel", "cni"].map(|name| (name, level)));
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
         .with_timer(SystemTime)
         .with_target(false)
+        .finish()
+        .with(ours)
         .init();
 }
 

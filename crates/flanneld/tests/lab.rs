@@ -59,7 +59,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 11] = [
+    let others: [(&str, Test); 13] = [
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
         ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
@@ -71,6 +71,8 @@ fn main() {
         ("the_lab_names_peers_behind_a_router", the_lab_names_peers_behind_a_router),
         ("the_lab_needs_no_root", the_lab_needs_no_root),
         ("twenty_hosts_all_pairs", twenty_hosts_all_pairs),
+        ("the_lab_uses_a_given_etcd_and_leaves_it_as_it_was", the_lab_uses_a_given_etcd),
+        ("a_kept_lab_can_be_entered_and_a_killed_one_leaves_nothing", a_kept_lab_can_be_entered),
     ];
     for (name, test) in others {
         add(name.to_owned(), Box::new(test));
@@ -730,6 +732,64 @@ fn the_lab_needs_no_root(root: &Path) {
     std::fs::copy(PROGRAM, &program).unwrap();
     let (ok, document) = lab_command(&program, &[], Some(65_534));
     assert!(ok, "{document:#}");
+}
+
+fn the_lab_uses_a_given_etcd(root: &Path) {
+    std::fs::create_dir_all(root).unwrap();
+    link::set_up(&mut Socket::open(Protocol::Route).unwrap(), 1, true).unwrap();
+    let url = "http://127.0.0.1:23790";
+    let mut etcd = Command::new(stores::tool("FLANNEL_ETCD_3_4"));
+    etcd.args(["--listen-client-urls", url, "--advertise-client-urls", url, "--listen-peer-urls", "http://127.0.0.1:23800", "--data-dir"])
+        .arg(root.join("data"));
+    kernel::process::die_with_parent(&mut etcd);
+    let mut etcd = etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let ctl = |args: &[&str]| {
+        let output = Command::new(stores::tool("FLANNEL_ETCDCTL_3_4"))
+            .env("ETCDCTL_API", "3")
+            .arg(format!("--endpoints={url}"))
+            .args(args)
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    eventually("etcd serves", || ctl(&["put", "/coreos.com/network/config", "somebody else's"]).0);
+    let (ok, document) = lab_command(Path::new(PROGRAM), &["--etcd", url, "--backend", "vxlan"], None);
+    assert!(ok, "{document:#}");
+    assert_eq!(document["runs"][0]["pairs"], json!({ "answered": 2, "all": 2 }));
+    assert_eq!(ctl(&["get", "--prefix", "/"]).1, "/coreos.com/network/config\nsomebody else's\n");
+    etcd.kill().unwrap();
+    etcd.wait().unwrap();
+}
+
+fn a_kept_lab_can_be_entered(_: &Path) {
+    use std::io::BufRead;
+    let mut lab = Command::new(PROGRAM)
+        .args(["lab", "--keep", "--backend", "vxlan", "--hosts", "3"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(lab.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("flanneld lab exec h3-pod --")), "it says how to enter");
+    let exec = |args: &[&str]| Command::new(PROGRAM).args(["lab", "exec"]).args(args).output().unwrap();
+    let text =
+        |output: std::process::Output| String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    eventually("it can be entered", || exec(&["h1", "--", "true"]).status.success());
+    let routes = text(exec(&["h1", "--", "ip", "route"]));
+    assert!(routes.contains("10.244.2.0/24 via 10.244.2.0 dev flannel.1"), "{routes}");
+    assert!(exec(&["h3-pod", "--", "ping", "-c", "1", "-W", "5", "10.244.1.2"]).status.success());
+    assert!(text(exec(&["h9", "--", "true"])).contains("there is no \"h9\" in the lab: it has h1, h2, h3, h1-pod, h2-pod, h3-pod"));
+    let second = Command::new(PROGRAM).args(["lab", "--keep"]).output().unwrap();
+    assert!(text(second).contains("a lab of yours is up already"));
+
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", lab.id())).unwrap();
+    let children: Vec<&str> = children.split_whitespace().collect();
+    assert_eq!(children.len(), 4, "a store and three daemons");
+    lab.kill().unwrap();
+    lab.wait().unwrap();
+    let runs = |pid: &&str| std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+    eventually("all its processes are gone", || !children.iter().any(runs));
+    assert!(text(exec(&["h1", "--", "true"])).contains("no lab of yours is up"));
 }
 
 fn twenty_hosts_all_pairs(_: &Path) {

@@ -38,17 +38,9 @@ pub struct NeighInfo {
 
 /// Reads a neighbour message (what follows its netlink header). `None` for entries without both addresses.
 pub fn decode(body: &[u8]) -> Option<NeighInfo> {
-    let family = *body.first()?;
-    let (index, state) = (u32_at(body, 4)?, u16_at(body, 8)?);
-    let (mut ip, mut mac) = (None, None);
-    for (kind, value) in attrs(body.get(12..)?) {
-        match kind {
-            NDA_DST => ip = ip_in(value),
-            NDA_LLADDR => mac = value.try_into().ok().map(Mac),
-            _ => {}
-        }
-    }
-    Some(NeighInfo { index, fdb: family == AF_BRIDGE, ip: ip?, mac: mac?, permanent: state & NUD_PERMANENT != 0 })
+    let (index, fdb, ip, mac) = decode_key(body)?;
+    let permanent = u16_at(body, 8)? & NUD_PERMANENT != 0;
+    Some(NeighInfo { index, fdb, ip: ip?, mac: mac?, permanent })
 }
 
 /// What identifies an entry in a message about its end, which may lack the other address.
