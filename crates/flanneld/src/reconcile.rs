@@ -25,8 +25,7 @@ const AUDIT: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_millis(20);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// An object that was put right more often than the first, each time within the second of the time before, is fought
-/// over.
+/// An object that was put right more often than the first within the second is fought over.
 const FIGHT: (u32, Duration) = (20, Duration::from_secs(10));
 /// Leases that change together up to this number are logged one by one.
 const LOGGED: usize = 8;
@@ -83,7 +82,7 @@ pub struct Reconciler {
     subnet_file: SubnetFile,
     /// Does the file name a subnet that is not this node's any more?
     file_is_stale: bool,
-    /// What was put right lately, and how often in a row: somebody may be undoing it.
+    /// What was put right lately, since when, and how often: somebody may be undoing it.
     repaired: BTreeMap<Key, (Instant, u32)>,
     /// Until the first complete list of leases is in the kernel.
     syncing: Option<Guard>,
@@ -303,11 +302,11 @@ impl Reconciler {
     /// who replace each other's work without pause would help nobody.
     async fn repair(&mut self, mut ops: Vec<Op>, what: &str) {
         let now = Instant::now();
-        self.repaired.retain(|_, (last, _)| now.duration_since(*last) < FIGHT.1);
+        self.repaired.retain(|_, (since, _)| now.duration_since(*since) < FIGHT.1);
         ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
         for op in &ops {
-            let (last, times) = self.repaired.entry(op.object().key()).or_insert((now, 0));
-            (*last, *times) = (now, *times + 1);
+            let (_, times) = self.repaired.entry(op.object().key()).or_insert((now, 0));
+            *times += 1;
             if *times > FIGHT.0 {
                 let text = format!("somebody undoes it again and again: {}", one_line(op));
                 tracing::warn!(object = %op.object().key(), times, "somebody undoes what this daemon sets; leaving it for a while");

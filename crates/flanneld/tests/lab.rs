@@ -59,9 +59,10 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 13] = [
+    let others: [(&str, Test); 14] = [
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
+        ("a_fight_is_left_for_a_while_and_told", a_fight_is_left_for_a_while_and_told),
         ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
         ("two_hundred_pods_at_once", two_hundred_pods_at_once),
         ("a_killed_plugin_leaves_nothing_that_del_does_not_return", a_killed_plugin_leaves_nothing),
@@ -476,6 +477,26 @@ fn what_somebody_deletes_comes_back(root: &Path) {
         }
         eventually(&format!("{backend}: all comes back with the interface"), || observe(netns) == whole);
     }
+}
+
+fn a_fight_is_left_for_a_while_and_told(root: &Path) {
+    let lab = start(root, 2, "host-gw", StoreKind::Embedded);
+    let netns = &lab.hosts[0].netns;
+    let whole = observe(netns);
+    let route = whole.iter().find(|(key, _)| matches!(key, Key::Route(..))).map(|(_, object)| object.clone()).unwrap();
+    let delete = Op::Delete(route);
+    let told = || lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("somebody undoes it again and again");
+    netns
+        .run(|| {
+            let mut somebody = Kernel::open().unwrap();
+            eventually("the fight is told", || {
+                somebody.apply(std::slice::from_ref(&delete)).remove(0).unwrap();
+                told()
+            });
+        })
+        .unwrap();
+    eventually("peace brings it back", || observe(netns) == whole);
+    eventually("and is told as well", || !told());
 }
 
 fn a_full_mtu_packet_crosses_vxlan(root: &Path) {
