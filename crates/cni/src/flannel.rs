@@ -15,32 +15,36 @@ use crate::result::CniResult;
 
 pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
     let stored = Stored { directory: PathBuf::from(string(&request.conf, "dataDir")?.unwrap_or("/var/lib/cni/flannel")) };
+    let name = stored_name(&request.container_id, &request.ifname);
     match request.command {
         Command::Add => {
             let conf = delegate_conf(&request.conf, &subnet_env(request)?)?;
             // Stored before the delegate is called: whatever happens to us now, a DEL can undo it.
-            stored.write(&request.container_id, &conf)?;
+            stored.write(&name, &conf)?;
             delegate::call(request, Command::Add, conf, "delegate.type")
         }
         Command::Del => {
-            let Some(conf) = stored.read(&request.container_id)? else {
+            let Some(conf) = stored.read(&name)? else {
                 // An ADD that was killed before it stored anything may have left this much.
-                remove_file(&stored.temporary(&request.container_id))?;
+                remove_file(&stored.temporary(&name))?;
                 // A file without content is what a power cut may leave of a stored configuration.
-                if stored.file(&request.container_id).exists()
+                if stored.file(&name).exists()
                     && let Ok(env) = subnet_env(request)
                 {
                     delegate::call(request, Command::Del, delegate_conf(&request.conf, &env)?, "delegate.type")?;
-                    stored.remove(&request.container_id)?;
+                    stored.remove(&name)?;
+                } else if let Some(conf) = stored.read(&request.container_id)? {
+                    // Stored by the container alone, as the reference plugin does; it may be another attachment's too.
+                    delegate::call(request, Command::Del, conf, "delegate.type")?;
                 }
                 return Ok(None);
             };
             // Kept until the delegate has succeeded, so that a failed DEL can be repeated.
             delegate::call(request, Command::Del, conf, "delegate.type")?;
-            stored.remove(&request.container_id).map(|()| None)
+            stored.remove(&name).map(|()| None)
         }
         Command::Check => {
-            let Some(mut conf) = stored.read(&request.container_id)? else {
+            let Some(mut conf) = stored.read(&name)? else {
                 return Err(CniError::failed(format!("container {} was not added by this plugin", request.container_id)));
             };
             if let Some(previous) = request.conf.get("prevResult") {
@@ -53,7 +57,9 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             let mut conf = delegate_conf(&request.conf, &subnet_env(request)?)?;
             conf.insert("cni.dev/valid-attachments".to_owned(), request.conf["cni.dev/valid-attachments"].clone());
             delegate::call(request, Command::Gc, conf, "delegate.type")?;
-            stored.retain(&request.name, |id| valid.iter().any(|(container, _)| container == id)).map(|()| None)
+            stored
+                .retain(&request.name, |file| valid.iter().any(|(container, ifname)| stored_name(container, ifname) == file))
+                .map(|()| None)
         }
         Command::Status => match subnet_env(request) {
             Ok(env) => delegate::call(request, Command::Status, delegate_conf(&request.conf, &env)?, "delegate.type"),
@@ -109,7 +115,14 @@ fn delegate_conf(conf: &Map<String, Value>, env: &SubnetEnv) -> Result<Map<Strin
     Ok(delegate)
 }
 
-/// The delegates' configurations, one file a container.
+/// The name of an attachment's file. The usual interface has upstream's name, the container alone, so that its plugin
+/// and ours can undo what the other did; further interfaces of a container have files of their own, which upstream's
+/// have not. No container's name has a colon.
+fn stored_name(container: &str, ifname: &str) -> String {
+    if ifname == "eth0" { container.to_owned() } else { format!("{container}:{ifname}") }
+}
+
+/// The delegates' configurations, one file an attachment.
 struct Stored {
     directory: PathBuf,
 }

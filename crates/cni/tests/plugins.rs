@@ -24,8 +24,10 @@ fn main() {
     if !arguments.list {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, Test); 17] = [
+    let tests: [(&str, Test); 19] = [
         ("add_check_and_del_by_the_meta_plugin", add_check_and_del_by_the_meta_plugin),
+        ("two_attachments_of_a_container_are_undone_each_by_itself", two_attachments_of_a_container),
+        ("the_hosts_own_namespace_is_refused", the_hosts_own_namespace_is_refused),
         ("the_result_has_the_form_of_the_configurations_version", the_result_has_the_form_of_the_version),
         ("the_bridge_plugin_alone_gives_a_default_route_and_forwards", the_bridge_plugin_alone),
         ("an_ipv6_range_works_beside_an_ipv4_one", an_ipv6_range_works_beside_an_ipv4_one),
@@ -235,6 +237,34 @@ fn add_check_and_del_by_the_meta_plugin(host: &Host) {
     assert_eq!(host.links(), BTreeSet::from(["cni0".to_owned(), "lo".to_owned()]));
     assert_eq!(host.files("networks/net"), BTreeSet::from(["last_reserved_ip.0".to_owned(), "lock".to_owned()]));
     assert!(host.files("flannel").is_empty());
+}
+
+fn two_attachments_of_a_container(host: &Host) {
+    let pod = host.pod("c1");
+    let conf = host.conf("1.0.0").to_string();
+    let net1 = [("CNI_IFNAME", "net1")];
+    host.add("c1");
+    host.call_with("flannel", "ADD", "c1", &conf, &net1).unwrap();
+    assert_eq!(host.files("flannel"), ["c1", "c1:net1"].map(ToOwned::to_owned).into());
+    // The first one's way into the pod network is still its own.
+    assert!(inside(&pod, "eth0").1.contains(&"10.1.0.0/16 via 10.1.17.1".to_owned()));
+    host.call("flannel", "DEL", "c1", &host.conf("1.0.0")).unwrap();
+    assert_eq!(inside(&pod, "net1").0, ["10.1.17.3/24"], "the other stays");
+    host.call_with("flannel", "DEL", "c1", &conf, &net1).unwrap();
+    assert_eq!(host.links(), BTreeSet::from(["cni0".to_owned(), "lo".to_owned()]));
+    assert_eq!(host.files("networks/net"), BTreeSet::from(["last_reserved_ip.0".to_owned(), "lock".to_owned()]));
+    assert!(host.files("flannel").is_empty());
+}
+
+fn the_hosts_own_namespace_is_refused(host: &Host) {
+    let own = [("CNI_NETNS", "/proc/self/ns/net")];
+    for (plugin, verb, conf) in
+        [("flannel", "ADD", host.conf("1.0.0")), ("loopback", "DEL", json!({ "cniVersion": "1.0.0", "name": "lo", "type": "loopback" }))]
+    {
+        let error = host.call_with(plugin, verb, "c1", &conf.to_string(), &own).unwrap_err();
+        assert_eq!(error["code"], 8, "{error}");
+    }
+    assert_eq!(host.links(), BTreeSet::from(["lo".to_owned()]));
 }
 
 fn the_result_has_the_form_of_the_version(host: &Host) {
