@@ -384,16 +384,6 @@ impl Lab {
         Ok(Pod { name, host, netns, path, address: address.addr, result })
     }
 
-    /// Takes a pod away with the CNI plugin.
-    ///
-    /// # Errors
-    /// When the plugin refuses.
-    pub fn delete_pod(&self, pod: Pod) -> anyhow::Result<()> {
-        self.cni(pod.host, "flannel", "DEL", &pod.name, &pod.path, "eth0")?;
-        drop(pod.netns);
-        Ok(netns::unbind(&pod.path)?)
-    }
-
     /// The CNI configuration of a host.
     pub fn cni_conf(&self, host: usize, plugin: &str) -> Value {
         let directory = &self.hosts[host].directory;

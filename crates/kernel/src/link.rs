@@ -17,7 +17,6 @@ const IFF_UP: u32 = 1;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
-const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_TXQLEN: u16 = 13;
 const IFLA_OPERSTATE: u16 = 16;
@@ -362,21 +361,4 @@ pub fn enslave(socket: &mut Socket, index: u32, bridge: u32, port: PortConfig) -
         });
     });
     socket.execute(batch).into_iter().collect()
-}
-
-/// The index of the lower or peer interface (`IFLA_LINK`), 0 for none.
-///
-/// # Errors
-/// What the kernel answers.
-pub fn peer_index(socket: &mut Socket, name: IfName) -> Result<u32, NetlinkError> {
-    let read = |body: &[u8]| {
-        Some(attrs(body.get(16..)?).find(|(kind, _)| *kind == IFLA_LINK).and_then(|(_, value)| u32_at(value, 0)).unwrap_or(0))
-    };
-    socket.get(
-        RTM_GETLINK,
-        |body| {
-            body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
-        },
-        read,
-    )
 }
