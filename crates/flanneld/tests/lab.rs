@@ -59,7 +59,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 14] = [
+    let others: [(&str, Test); 15] = [
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
         ("a_fight_is_left_for_a_while_and_told", a_fight_is_left_for_a_while_and_told),
@@ -68,6 +68,7 @@ fn main() {
         ("a_killed_plugin_leaves_nothing_that_del_does_not_return", a_killed_plugin_leaves_nothing),
         ("bad_configurations_are_refused_and_change_nothing", bad_configurations_are_refused),
         ("bad_flags_are_refused", bad_flags_are_refused),
+        ("the_store_can_be_told_the_network", the_store_can_be_told_the_network),
         ("the_lab_shows_host_gw_and_vxlan", the_lab_shows_host_gw_and_vxlan),
         ("the_lab_names_peers_behind_a_router", the_lab_names_peers_behind_a_router),
         ("the_lab_needs_no_root", the_lab_needs_no_root),
@@ -698,6 +699,36 @@ fn bad_flags_are_refused(_: &Path) {
     }
     assert!(Command::new(PROGRAM).arg("--help").output().unwrap().status.success());
     assert!(Command::new(PROGRAM).arg("--version").output().unwrap().status.success());
+}
+
+fn the_store_can_be_told_the_network(root: &Path) {
+    let mut lab = Lab::wire(plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
+    let start = |lab: &Lab, config: &str| {
+        let mut command = Command::new(PROGRAM);
+        command
+            .arg("store")
+            .arg(format!("--listen={STORE}"))
+            .arg("--data-dir")
+            .arg(root.join("store"))
+            .arg(format!("--net-config={config}"));
+        kernel::process::die_with_parent(&mut command);
+        lab.middle.run(|| command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()).unwrap().unwrap()
+    };
+    let refused = start(&lab, r#"{"Network":"10.244.0.0"}"#).wait_with_output().unwrap();
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--net-config cannot be used: network config: Network"));
+
+    let mut store = start(&lab, r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#);
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "its lease", |state| state["backend"] == "host-gw").unwrap();
+    store.kill().unwrap();
+    store.wait().unwrap();
+    // What is there already stays.
+    let mut store = start(&lab, r#"{"Network":"10.1.0.0/16","Backend":{"Type":"vxlan"}}"#);
+    let config = lab.with_store(async |store| store.config().await).unwrap().unwrap();
+    assert!(String::from_utf8(config).unwrap().contains("10.244.0.0/16"));
+    store.kill().unwrap();
+    store.wait().unwrap();
 }
 
 /// Runs the lab command and returns whether it succeeded, and its document.

@@ -36,6 +36,12 @@ pub struct StoreArgs {
     /// Directory of the store's file; created if missing
     #[arg(long, default_value = "/var/lib/flannel/store", value_name = "DIR")]
     pub data_dir: PathBuf,
+    /// Network configuration (JSON) to begin with: written to the store if it has none
+    #[arg(long, value_name = "JSON")]
+    pub net_config: Option<String>,
+    /// Prefix of flannel's keys, for --net-config
+    #[arg(long, default_value = "/coreos.com/network", value_name = "PATH")]
+    pub etcd_prefix: String,
 }
 
 /// A store that listens and does not serve yet.
@@ -51,8 +57,23 @@ pub struct Bound {
 /// # Errors
 /// When either cannot be had; the text names it.
 pub async fn bind(args: &StoreArgs) -> anyhow::Result<Bound> {
+    if let Some(text) = &args.net_config {
+        flannel::Config::parse(text).context("--net-config cannot be used")?;
+    }
     let disk = Disk::open(&args.data_dir, fastrand::u64(1..))?;
     let engine = Engine::start(disk).with_context(|| format!("cannot read the store's file in {}", args.data_dir.display()))?;
+    if let Some(text) = &args.net_config {
+        let put = PutRequest {
+            key: format!("{}/config", args.etcd_prefix.trim_end_matches('/')).into_bytes(),
+            value: text.as_bytes().to_vec(),
+            ..PutRequest::default()
+        };
+        let begin_with = move |state: &mut super::state::State, _| {
+            let there = state.range(&RangeRequest { key: put.key.clone(), ..RangeRequest::default() })?;
+            if there.count == 0 { state.put(put).map(drop) } else { Ok(()) }
+        };
+        engine.call(begin_with).await.context("cannot write --net-config to the store")?;
+    }
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on --listen {}", args.listen))?;
     let address = listener.local_addr()?;
     Ok(Bound { listener, service: Service { engine, address }, address })
