@@ -143,6 +143,7 @@ impl Stored {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
             let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             file.write_all(Value::Object(conf.clone()).to_string().as_bytes())?;
+            file.sync_all()?;
             fs::rename(&temporary, self.file(container))
         })();
         written.map_err(|error| {
