@@ -187,15 +187,11 @@ impl Reconciler {
                 failure.due = began;
             }
         }
-        let own = self.picture.own();
-        if (leases.contains(&own) || listed)
-            && self.picture.leases().is_complete()
-            && !is_held(self.picture.leases(), &own, &self.picture.node().public)
-        {
+        let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
+        if (leases.contains(&own) || listed) && complete && !is_held(self.picture.leases(), &own, &self.picture.node().public) {
             // A full channel means that it has been told.
             let _ = inputs.lost.try_send(());
         }
-        let complete = self.picture.leases().is_complete();
         let ops = match complete && !was_complete {
             // Only now is it known what of the past is superfluous.
             true => diff(self.picture.desired(), &self.observed, Prune::Yes),

@@ -18,7 +18,7 @@ use flannel::{Family, Lease, LeaseKey, Object, Observed, Op, Peer, PerFamily};
 use flanneld::etcd::request_op::Request;
 use flanneld::etcd::{Compare, PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flanneld::lab::ping::{Pinger, ping_all};
-use flanneld::lab::{Lab, Plan, Pod, STORE, StoreKind, Topology, isolate};
+use flanneld::lab::{Lab, Plan, Pod, STORE, StoreKind, isolate};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
@@ -678,7 +678,6 @@ fn bad_configurations_are_refused(root: &Path) {
     // Nothing of all this has touched the kernel.
     let observed = observe(&lab.hosts[0].netns);
     assert!(observed.is_empty(), "{observed:?}");
-    assert!(observed.get(&Key::Link("flannel.1".parse().unwrap())).is_none());
 }
 
 fn bad_flags_are_refused(_: &Path) {
@@ -850,5 +849,4 @@ fn twenty_hosts_all_pairs(_: &Path) {
     let (ok, document) = lab_command(Path::new(PROGRAM), &["--hosts", "20", "--backend", "vxlan"], None);
     assert!(ok, "{document:#}");
     assert_eq!(document["runs"][0]["pairs"], json!({ "answered": 380, "all": 380 }));
-    assert_eq!(Topology::Switch, Plan::new(1, &json!({}), Path::new("")).topology);
 }

@@ -1,5 +1,7 @@
 //! Reads what is there, limited to what is ours, into an [`Observed`].
 
+use std::collections::BTreeMap;
+
 use flannel::desired::{Fdb, Neigh, Object, Route, Scope};
 use flannel::node::Interface;
 use flannel::{Family, IfName, Observed};
@@ -17,7 +19,8 @@ impl Kernel {
         let mut observed = Observed::default();
         // All names at once: routes and VXLAN devices refer to interfaces by index.
         let links = link::list(&mut self.route)?;
-        let name_of = |index: u32| links.iter().find(|link| link.index == index).map(|link| link.name);
+        let names: BTreeMap<u32, IfName> = links.iter().map(|link| (link.index, link.name)).collect();
+        let name_of = |index: u32| names.get(&index).copied();
         for info in links.iter().filter(|link| scope.links.contains(&link.name)) {
             let name = info.name;
             observed.insert(Object::Link(link::to_object(info, name_of)));
@@ -32,7 +35,8 @@ impl Kernel {
                     observed.insert(Object::Fdb(Fdb { link: name, mac: entry.mac, dst: entry.ip }));
                 }
             }
-            self.observe_routes(Filter::Oif(info.index), scope, name_of, &mut observed)?;
+            // Our own routes through it come with all of ours.
+            self.observe_routes(Filter::BootOif(info.index), scope, name_of, &mut observed)?;
         }
         self.observe_routes(Filter::Ours, scope, name_of, &mut observed)?;
         for (path, wanted) in &scope.sysctls {

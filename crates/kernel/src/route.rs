@@ -91,6 +91,8 @@ pub enum Filter {
     Ours,
     /// Those through this interface.
     Oif(u32),
+    /// Those of Go flanneld's protocol (boot) through this interface.
+    BootOif(u32),
 }
 
 /// Reads the routes of a family.
@@ -98,11 +100,15 @@ pub enum Filter {
 /// # Errors
 /// What the kernel answers.
 pub fn list(socket: &mut Socket, family: Family, filter: Filter) -> Result<Vec<RouteInfo>, NetlinkError> {
-    let protocol = if filter == Filter::Ours { ROUTE_PROTOCOL } else { 0 };
+    let protocol = match filter {
+        Filter::All | Filter::Oif(_) => 0,
+        Filter::Ours => ROUTE_PROTOCOL,
+        Filter::BootOif(_) => RTPROT_BOOT,
+    };
     let header = [family_number(family), 0, 0, 0, RT_TABLE_MAIN, protocol, 0, RTN_UNICAST, 0, 0, 0, 0];
     let body = |body: &mut Body<'_>| {
         body.bytes(&header).attr_u32(RTA_TABLE, u32::from(RT_TABLE_MAIN));
-        if let Filter::Oif(index) = filter {
+        if let Filter::Oif(index) | Filter::BootOif(index) = filter {
             body.attr_u32(RTA_OIF, index);
         }
     };
