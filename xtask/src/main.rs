@@ -35,8 +35,14 @@ fn main() -> ExitCode {
 }
 
 /// Debian packages that the tests need, and a program of each by which it is known to be there.
-const PACKAGES: [(&str, &str); 5] =
-    [("etcd-server", "etcd"), ("etcd-client", "etcdctl"), ("nftables", "nft"), ("iproute2", "ip"), ("iputils-ping", "ping")];
+const PACKAGES: [(&str, &str); 6] = [
+    ("etcd-server", "etcd"),
+    ("etcd-client", "etcdctl"),
+    ("nftables", "nft"),
+    ("iptables", "iptables"),
+    ("iproute2", "ip"),
+    ("iputils-ping", "ping"),
+];
 
 fn test(filter: &[String]) -> anyhow::Result<()> {
     install_packages()?;

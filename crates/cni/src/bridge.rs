@@ -222,6 +222,8 @@ fn ensure_bridge(host: &mut Socket, config: &Config) -> Result<LinkInfo, CniErro
                 _ => {}
             }
             write_sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
+            // While its link-local address is looked for a duplicate, two seconds, the bridge resolves no pod.
+            write_sysctl(&format!("net/ipv6/conf/{name}/accept_dad"), "0")?;
             look(host)?.ok_or_else(|| CniError::failed(format!("the bridge {name} was deleted at once")))?
         }
     };

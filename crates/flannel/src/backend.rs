@@ -1,7 +1,9 @@
 //! Backends: how packets reach the pods of a peer. A backend is a function from (configuration, node, leases) to
 //! [`Object`]s; there is one loop elsewhere, and no backend has a socket.
 
+pub mod extension;
 mod host_gw;
+pub mod udp;
 mod vxlan;
 
 pub use vxlan::{device_name, vtep_mac};
@@ -26,6 +28,16 @@ pub enum Backend {
     HostGw,
     /// A route, a neighbour and a forwarding entry per peer.
     Vxlan(vxlan::Vxlan),
+    /// A TUN device, and an entry in this process's own table per peer.
+    Udp {
+        /// UDP port of every host.
+        port: u16,
+    },
+    /// The operator's own commands per peer.
+    Extension {
+        /// This host's `BackendData`, as JSON.
+        data: Option<Box<str>>,
+    },
 }
 
 /// What a backend needs to know to describe objects.
@@ -75,6 +87,9 @@ pub enum Refusal {
     /// host-gw needs one L2 network.
     #[error("its address {0} is not on the link of {1} (it is behind a router): host-gw cannot reach it; use vxlan")]
     NotOnLink(IpAddr, IfName),
+    /// The udp backend has no IPv6.
+    #[error("udp carries IPv4 only")]
+    OnlyIpv4,
     /// The data that its backend published cannot be used.
     #[error("its BackendData cannot be used: {0}")]
     BadData(String),
@@ -90,35 +105,58 @@ impl Backend {
             BackendConfig::Alloc => Backend::Alloc,
             BackendConfig::HostGw => Backend::HostGw,
             BackendConfig::Vxlan(vxlan) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, macs)),
+            BackendConfig::Udp { port } => Backend::Udp { port: *port },
+            BackendConfig::Extension(_) => Backend::Extension { data: None },
+        }
+    }
+
+    /// With what the extension's first command printed as this host's `BackendData`.
+    #[must_use]
+    pub fn with_output(self, output: &str) -> Backend {
+        let text = output.trim();
+        match self {
+            Backend::Extension { .. } if !text.is_empty() => {
+                Backend::Extension { data: Some(serde_json::Value::from(text).to_string().into()) }
+            }
+            other => other,
         }
     }
 
     /// What this host publishes with its lease.
     pub fn own_peer(&self, config: &Config, node: &Node) -> Peer {
         let backend_type = match self {
-            Backend::Alloc => "",
+            Backend::Alloc | Backend::Udp { .. } => "",
             _ => config.backend.name(),
         };
         let backend_data = match self {
             Backend::Vxlan(vxlan) => vxlan.backend_data(),
+            Backend::Extension { data } => PerFamily { v4: data.clone(), v6: None },
             _ => PerFamily::default(),
         };
-        Peer { public: node.public, backend_type: backend_type.into(), backend_data }
+        let public = match self {
+            Backend::Udp { .. } => PerFamily { v6: None, ..node.public },
+            // Commands are about the interface itself.
+            Backend::Extension { .. } => node.addrs,
+            _ => node.public,
+        };
+        Peer { public, backend_type: backend_type.into(), backend_data }
     }
 
     /// The MTU for pods, in bytes.
     pub fn mtu(&self, node: &Node) -> u32 {
         match self {
-            Backend::Alloc | Backend::HostGw => node.mtu,
+            Backend::Alloc | Backend::HostGw | Backend::Extension { .. } => node.mtu,
             Backend::Vxlan(vxlan) => vxlan.mtu(),
+            Backend::Udp { .. } => udp::mtu(node),
         }
     }
 
     /// This host's own objects: its devices and their addresses.
     pub fn node_objects(&self, context: Context<'_>) -> Vec<Object> {
         match self {
-            Backend::Alloc | Backend::HostGw => Vec::new(),
+            Backend::Alloc | Backend::HostGw | Backend::Extension { .. } => Vec::new(),
             Backend::Vxlan(vxlan) => vxlan.node_objects(context),
+            Backend::Udp { port } => udp::node_objects(context, *port),
         }
     }
 
@@ -129,7 +167,8 @@ impl Backend {
             return part;
         }
         let ours = context.config.backend.name();
-        if &*peer.backend_type != ours {
+        // Who carries packets in UDP says no type, and neither asks for one.
+        if &*peer.backend_type != ours && !matches!(self, Backend::Udp { .. }) {
             part.refusals.push(Refusal::OtherBackend(peer.backend_type.clone(), ours));
             return part;
         }
@@ -137,7 +176,8 @@ impl Backend {
             // A family that this host does not use is no fault of the peer's.
             let Some(network) = context.config.network(family) else { continue };
             let objects = admit(context, network, *subnet, peer).and_then(|public| match self {
-                Backend::Alloc => Ok(Vec::new()),
+                Backend::Alloc | Backend::Extension { .. } => Ok(Vec::new()),
+                Backend::Udp { .. } => udp::peer_objects(*subnet, public),
                 Backend::HostGw => host_gw::route(context.node, network, *subnet, public).map(|route| vec![route]),
                 Backend::Vxlan(vxlan) => vxlan.peer_objects(context, network, *subnet, public, peer),
             });
@@ -145,6 +185,9 @@ impl Backend {
                 Ok(objects) => part.objects.extend(objects),
                 Err(refusal) => part.refusals.push(refusal),
             }
+        }
+        if let (BackendConfig::Extension(extension), true) = (&context.config.backend, part.refusals.is_empty()) {
+            part.objects = extension::peer_objects(extension, key, peer);
         }
         part
     }

@@ -85,6 +85,13 @@ pub enum BackendConfig {
     HostGw,
     /// VXLAN encapsulation.
     Vxlan(VxlanConfig),
+    /// UDP encapsulation by this process.
+    Udp {
+        /// UDP port of every host.
+        port: u16,
+    },
+    /// The operator's own commands.
+    Extension(ExtensionConfig),
 }
 
 impl BackendConfig {
@@ -94,6 +101,8 @@ impl BackendConfig {
             BackendConfig::Alloc => "alloc",
             BackendConfig::HostGw => "host-gw",
             BackendConfig::Vxlan(_) => "vxlan",
+            BackendConfig::Udp { .. } => "udp",
+            BackendConfig::Extension(_) => "extension",
         }
     }
 }
@@ -115,6 +124,24 @@ pub struct VxlanConfig {
     pub direct_routing: bool,
 }
 
+/// The keys of an extension `Backend`. A command that is empty is not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExtensionConfig {
+    /// Before a lease is acquired; its output is this host's `BackendData`.
+    pub pre_startup: Box<str>,
+    /// Once there is a lease.
+    pub post_startup: Box<str>,
+    /// When a peer is there.
+    pub subnet_add: Box<str>,
+    /// When it is gone.
+    pub subnet_remove: Box<str>,
+    /// `Shell`, which upstream does not have: are the commands lines for a shell, or plain words?
+    pub shell: bool,
+}
+
+/// The UDP port of the udp backend for which none is configured.
+const UDP_PORT: u16 = 8285;
+
 /// The UDP port of a VXLAN device for which none is configured: the kernel's own default, which predates RFC 7348's
 /// 4789 (`drivers/net/vxlan`).
 pub const VXLAN_PORT: u16 = 8472;
@@ -134,7 +161,14 @@ impl Config {
             return Err(invalid("EnableIPv4", "both EnableIPv4 and EnableIPv6 are false: enable one".to_owned()));
         }
         let nftables = get(&fields, "EnableNFTables")?.unwrap_or(false);
-        Ok(Config { networks, nftables, backend: backend(&fields)? })
+        let backend = backend(&fields)?;
+        if matches!(backend, BackendConfig::Udp { .. }) && networks.v4.is_none() {
+            return Err(invalid(
+                "Backend.Type",
+                "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw".to_owned(),
+            ));
+        }
+        Ok(Config { networks, nftables, backend })
     }
 
     /// The pod network of a family, if that family is enabled.
@@ -254,25 +288,40 @@ fn address(fields: &Fields, field: &'static str, family: Family) -> Result<Optio
 }
 
 fn backend(fields: &Fields) -> Result<BackendConfig, ConfigError> {
-    const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\" or \"alloc\"";
-    let Some(backend) = get::<Fields>(fields, "Backend")? else {
-        // Upstream's default here is udp, which is not built yet: say so instead of choosing another data path.
-        return Err(ConfigError::Missing {
-            field: "Backend",
-            fix: "its default, udp, is not supported yet; set Backend.Type to \"vxlan\", \"host-gw\" or \"alloc\"",
-        });
-    };
+    const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"udp\", \"extension\" or \"alloc\"";
+    // Upstream's default, whatever its documentation says.
+    let Some(backend) = get::<Fields>(fields, "Backend")? else { return Ok(BackendConfig::Udp { port: UDP_PORT }) };
     let kind: String = typed(&backend, "Backend.Type", "type")?.unwrap_or_default();
     match kind.to_lowercase().as_str() {
         "alloc" => Ok(BackendConfig::Alloc),
         "host-gw" => Ok(BackendConfig::HostGw),
         "vxlan" => vxlan(&backend).map(BackendConfig::Vxlan),
+        "udp" => Ok(BackendConfig::Udp { port: port(&backend, UDP_PORT)?.unwrap_or(UDP_PORT) }),
+        "extension" => extension(&backend).map(BackendConfig::Extension),
         "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
-        known @ ("udp" | "ipip" | "ipsec" | "wireguard" | "extension" | "tencent-vpc") => {
+        known @ ("ipip" | "ipsec" | "wireguard" | "tencent-vpc") => {
             Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
         }
         _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
     }
+}
+
+fn extension(backend: &Fields) -> Result<ExtensionConfig, ConfigError> {
+    let command = |field, key| typed::<String>(backend, field, key).map(|line| line.unwrap_or_default().into());
+    Ok(ExtensionConfig {
+        pre_startup: command("Backend.PreStartupCommand", "prestartupcommand")?,
+        post_startup: command("Backend.PostStartupCommand", "poststartupcommand")?,
+        subnet_add: command("Backend.SubnetAddCommand", "subnetaddcommand")?,
+        subnet_remove: command("Backend.SubnetRemoveCommand", "subnetremovecommand")?,
+        shell: typed(backend, "Backend.Shell", "shell")?.unwrap_or(false),
+    })
+}
+
+fn port(backend: &Fields, default: u16) -> Result<Option<u16>, ConfigError> {
+    let port = typed::<i64>(backend, "Backend.Port", "port")?.unwrap_or(0);
+    let port = u16::try_from(port)
+        .map_err(|_| invalid("Backend.Port", format!("{port} is out of range: it must be 0 (the default, {default}) to 65535")))?;
+    Ok((port != 0).then_some(port))
 }
 
 fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
@@ -281,9 +330,6 @@ fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
         .ok()
         .and_then(Vni::new)
         .ok_or_else(|| invalid("Backend.VNI", format!("{vni} is out of range: a VXLAN network identifier is 0 to {}", Vni::MAX)))?;
-    let port = typed::<i64>(backend, "Backend.Port", "port")?.unwrap_or(0);
-    let port = u16::try_from(port)
-        .map_err(|_| invalid("Backend.Port", format!("{port} is out of range: it must be 0 (the default, {VXLAN_PORT}) to 65535")))?;
     let mtu = typed::<i64>(backend, "Backend.MTU", "mtu")?.unwrap_or(0);
     let mtu = match u32::try_from(mtu) {
         Ok(0) => None,
@@ -293,7 +339,7 @@ fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
     };
     Ok(VxlanConfig {
         vni,
-        port: (port != 0).then_some(port),
+        port: port(backend, VXLAN_PORT)?,
         mtu,
         gbp: typed(backend, "Backend.GBP", "gbp")?.unwrap_or(false),
         learning: typed(backend, "Backend.Learning", "learning")?.unwrap_or(false),
@@ -424,20 +470,17 @@ mod tests {
             r#"{"EnableIPv4":false}"#,
             expect!["error: network config: EnableIPv4: both EnableIPv4 and EnableIPv6 are false: enable one"],
         );
-        check(
-            r#"{"Network":"10.3.0.0/16"}"#,
-            expect![[
-                r#"error: network config: Backend is missing: its default, udp, is not supported yet; set Backend.Type to "vxlan", "host-gw" or "alloc""#
-            ]],
-        );
+        check(r#"{"Network":"10.3.0.0/16"}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; Udp { port: 8285 }"]);
         check(
             r#"{"Network":"10.3.0.0/16","Backend":{}}"#,
-            expect![[r#"error: network config: Backend.Type is missing: set Backend.Type to "vxlan", "host-gw" or "alloc""#]],
+            expect![[
+                r#"error: network config: Backend.Type is missing: set Backend.Type to "vxlan", "host-gw", "udp", "extension" or "alloc""#
+            ]],
         );
         check(
             r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vlxan"}}"#,
             expect![[
-                r#"error: network config: Backend.Type: "vlxan" is an unknown backend: set Backend.Type to "vxlan", "host-gw" or "alloc""#
+                r#"error: network config: Backend.Type: "vlxan" is an unknown backend: set Backend.Type to "vxlan", "host-gw", "udp", "extension" or "alloc""#
             ]],
         );
         check(

@@ -8,9 +8,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::backend::extension::ExtensionPeer;
 use crate::lease::LeaseKey;
 use crate::net::{Cidr, Family, IfName, Mac, Subnet, Vni};
 use crate::traffic::Ruleset;
+use crate::traffic::iptables::{Iptables, Variant};
 
 /// A link of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +46,13 @@ pub enum LinkKind {
         gbp: bool,
         /// Source-address learning.
         learning: bool,
+    },
+    /// A TUN device whose packets this process carries in UDP.
+    Udp {
+        /// The address that the socket is bound to.
+        local: IpAddr,
+        /// UDP port of this and every other host.
+        port: u16,
     },
     /// A link of a kind that we never create, found under a name of ours: its `IFLA_INFO_KIND`, or empty.
     Other(String),
@@ -117,10 +126,18 @@ pub enum Object {
     Neigh(Neigh),
     /// A forwarding entry.
     Fdb(Fdb),
+    /// An entry of the udp backend's own table: packets for the subnet go to the host.
+    Forward(Subnet, IpAddr),
     /// A route.
     Route(Route),
+    /// A blackhole route of the main table: what no other route takes ends here.
+    Blackhole(Subnet),
     /// Our nftables table of one family.
     Ruleset(Ruleset),
+    /// Our chains of iptables of one family.
+    Iptables(Iptables),
+    /// What the operator's own commands make of a peer.
+    Extension(ExtensionPeer),
 }
 
 /// The identity of an object. Its order is the order of doing: what others stand on comes first, and a route comes
@@ -137,10 +154,18 @@ pub enum Key {
     Fdb(IfName, Mac),
     /// By link and address.
     Neigh(IfName, IpAddr),
+    /// By destination.
+    Forward(Subnet),
     /// By destination and metric: that is what the kernel replaces by.
     Route(Subnet, u32),
+    /// By destination.
+    Blackhole(Subnet),
     /// By family.
     Ruleset(Family),
+    /// By family and packet filter.
+    Iptables(Family, Variant),
+    /// By lease.
+    Extension(LeaseKey),
 }
 
 impl Object {
@@ -153,14 +178,19 @@ impl Object {
             Object::Neigh(neigh) => Key::Neigh(neigh.link, neigh.ip),
             Object::Fdb(fdb) => Key::Fdb(fdb.link, fdb.mac),
             Object::Route(route) => Key::Route(route.dst, route.metric),
+            Object::Forward(subnet, _) => Key::Forward(*subnet),
+            Object::Extension(peer) => Key::Extension(peer.key),
+            Object::Blackhole(dst) => Key::Blackhole(*dst),
             Object::Ruleset(ruleset) => Key::Ruleset(ruleset.family),
+            Object::Iptables(rules) => Key::Iptables(rules.family, rules.variant),
         }
     }
 
     /// Does the object vanish with this link?
     pub fn stands_on(&self, name: IfName) -> bool {
         match self {
-            Object::Link(_) | Object::Ruleset(_) => false,
+            Object::Link(_) | Object::Forward(..) | Object::Blackhole(_) => false,
+            Object::Ruleset(_) | Object::Iptables(_) | Object::Extension(_) => false,
             Object::Addr(link, _) => *link == name,
             Object::Sysctl(path, _) => path.split('/').any(|part| part == name.as_str()),
             Object::Neigh(neigh) => neigh.link == name,
@@ -179,7 +209,11 @@ impl fmt::Display for Key {
             Key::Neigh(link, ip) => write!(f, "neighbour {ip} on {link}"),
             Key::Fdb(link, mac) => write!(f, "FDB entry {mac} on {link}"),
             Key::Route(dst, metric) => write!(f, "route {dst} metric {metric}"),
-            Key::Ruleset(family) => write!(f, "{family} traffic rules"),
+            Key::Forward(dst) => write!(f, "forwarding of {dst}"),
+            Key::Extension(lease) => write!(f, "extension {lease}"),
+            Key::Blackhole(dst) => write!(f, "blackhole route {dst}"),
+            Key::Ruleset(family) => write!(f, "{family} traffic rules of nftables"),
+            Key::Iptables(family, variant) => write!(f, "{family} traffic rules of iptables-{variant}"),
         }
     }
 }
@@ -192,6 +226,7 @@ impl fmt::Display for Object {
                 write!(f, "link {name} {mac} mtu {mtu} {}", if *up { "up" } else { "down" })?;
                 match kind {
                     LinkKind::Other(kind) => write!(f, " {kind}"),
+                    LinkKind::Udp { local, port } => write!(f, " udp {local}:{port}"),
                     LinkKind::Vxlan { vni, port, local, lower, gbp, learning } => {
                         let (gbp, learning) = (if *gbp { " gbp" } else { "" }, if *learning { "learning" } else { "nolearning" });
                         write!(f, " vxlan id {vni} dstport {port} local {local} dev {lower} {learning}{gbp}")
@@ -210,7 +245,11 @@ impl fmt::Display for Object {
                 write!(f, " dev {dev} metric {metric}{}", if *onlink { " onlink" } else { "" })?;
                 if *protocol == ROUTE_PROTOCOL { Ok(()) } else { write!(f, " proto {protocol}") }
             }
+            Object::Forward(dst, host) => write!(f, "forward {dst} to {host}"),
+            Object::Extension(peer) => write!(f, "extension {}: {}", peer.key, peer.add),
+            Object::Blackhole(dst) => write!(f, "route blackhole {dst}"),
             Object::Ruleset(ruleset) => f.write_str(ruleset.to_string().trim_end()),
+            Object::Iptables(rules) => f.write_str(rules.to_string().trim_end()),
         }
     }
 }
@@ -292,8 +331,12 @@ pub struct Scope {
     pub sysctls: Vec<(String, String)>,
     /// nftables tables by family.
     pub rulesets: Vec<Family>,
+    /// Chains of iptables by family.
+    pub iptables: Vec<Family>,
     /// The pod networks.
     pub networks: Vec<Subnet>,
+    /// Pod networks of an earlier run on this host: rules that name them are leftovers of ours.
+    pub retired: Vec<Subnet>,
 }
 
 /// `RTPROT_BOOT`: what Go flanneld's routes have, and those that an operator adds by hand.

@@ -70,6 +70,7 @@ fn is_compatible(want: &Link, have: &Link) -> bool {
             LinkKind::Vxlan { vni, port, local, lower, gbp, learning: _ },
             LinkKind::Vxlan { vni: vni2, port: port2, local: local2, lower: lower2, gbp: gbp2, learning: _ },
         ) => (vni, port, local, lower, gbp) == (vni2, port2, local2, lower2, gbp2),
+        (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => want.kind == have.kind,
         _ => false,
     }
 }

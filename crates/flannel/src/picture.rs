@@ -7,9 +7,9 @@ use crate::backend::{Backend, Context, Part, Refusal};
 use crate::config::Config;
 use crate::desired::{Desired, Key, Object, Owner, Scope};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
-use crate::net::PerFamily;
+use crate::net::{Family, PerFamily, Subnet};
 use crate::node::Node;
-use crate::traffic::{TrafficConfig, rulesets};
+use crate::traffic::{self, TrafficConfig};
 
 /// All that this node knows and wants.
 #[derive(Debug, Clone)]
@@ -18,6 +18,8 @@ pub struct Picture {
     node: Node,
     backend: Backend,
     traffic: TrafficConfig,
+    blackhole: bool,
+    retired: Vec<Subnet>,
     own: LeaseKey,
     leases: LeaseSet,
     desired: Desired,
@@ -37,9 +39,29 @@ impl Picture {
     /// A node with its lease and without peers.
     pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
-        let mut picture = Picture { config, node, backend, traffic, own, leases, desired, refusals };
+        let (blackhole, retired) = (false, Vec::new());
+        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, own, leases, desired, refusals };
         picture.paint_node();
         picture
+    }
+
+    /// What the extension runs once this host has its lease, if anything.
+    pub fn post_startup(&self) -> Option<crate::backend::extension::Command> {
+        match &self.config.backend {
+            crate::config::BackendConfig::Extension(config) => crate::backend::extension::post_startup(config, self.context()),
+            _ => None,
+        }
+    }
+
+    /// With a blackhole route for this node's subnets, if wanted (`--ip-blackhole-route`), and with the pod networks of
+    /// earlier runs on this host, whose rules are leftovers.
+    #[must_use]
+    pub fn with(mut self, blackhole: bool, earlier: &[Subnet]) -> Picture {
+        let current = |net: &&Subnet| !self.config.networks.iter().any(|(_, network)| network.network == **net);
+        self.retired = earlier.iter().filter(current).copied().collect();
+        self.blackhole = blackhole;
+        self.paint_node();
+        self
     }
 
     /// Folds an event of the store in.
@@ -64,7 +86,10 @@ impl Picture {
             networks.set(family, Some(network.network));
         }
         let mut objects = self.backend.node_objects(self.context());
-        objects.extend(rulesets(self.traffic, &networks, self.own.subnets()).into_iter().map(Object::Ruleset));
+        objects.extend(traffic::objects(self.traffic, &networks, self.own.subnets()));
+        if self.blackhole {
+            objects.extend(self.own.subnets().iter().map(|(_, subnet)| Object::Blackhole(*subnet)));
+        }
         self.desired.set_part(Owner::Node, objects)
     }
 
@@ -81,12 +106,14 @@ impl Picture {
         self.desired.set_part(Owner::Lease(key), objects)
     }
 
-    /// What to look for in the kernel in order to compare it with this picture. The tables are looked for also when no
-    /// rule is wanted: those of an earlier run must go.
+    /// What to look for in the kernel in order to compare it with this picture. Rules are looked for in both flavours
+    /// and families, whatever is wanted: those of an earlier run must go.
     pub fn scope(&self) -> Scope {
         let networks = || self.config.networks.iter();
         let mut scope = Scope { networks: networks().map(|(_, network)| network.network).collect(), ..Scope::default() };
-        scope.rulesets = networks().map(|(family, _)| family).collect();
+        scope.rulesets = Family::ALL.into();
+        scope.iptables = Family::ALL.into();
+        scope.retired.clone_from(&self.retired);
         for key in self.desired.part(&Owner::Node) {
             match self.desired.get(key) {
                 Some(Object::Link(link)) => scope.links.push(link.name),

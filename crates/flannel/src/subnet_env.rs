@@ -114,20 +114,32 @@ fn cidr(name: &'static str, value: &str, family: Family) -> Result<Subnet, Subne
     }
 }
 
-/// The subnets that a previous run had, read from its file: quotes, spaces and `export` are tolerated, anything that
-/// is not exactly one CIDR is nothing.
+/// The subnets that a previous run had, read from its file: quotes, spaces and `export` are tolerated. Of a list, what
+/// is no CIDR of the family is skipped; if there is not exactly one left, there is none.
 pub fn previous_subnets(text: &str) -> PerFamily<Subnet> {
     let mut previous = PerFamily::default();
-    for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
-        let name = name.trim().trim_start_matches("export ").trim();
-        for (i, family) in Family::ALL.into_iter().enumerate() {
-            if name == SUBNET[i] {
-                let value = value.trim().trim_matches(['"', '\'']);
-                previous.set(family, value.parse().ok().filter(|subnet: &Subnet| subnet.family() == family));
-            }
-        }
+    for (family, name) in Family::ALL.into_iter().zip(SUBNET) {
+        let subnets = list(text, name, family);
+        previous.set(family, subnets.last().filter(|_| subnets.len() == 1).copied());
     }
     previous
+}
+
+/// The pod networks of a previous run, read as tolerantly.
+pub fn previous_networks(text: &str) -> Vec<Subnet> {
+    Family::ALL.into_iter().zip(NETWORK).flat_map(|(family, name)| list(text, name, family)).collect()
+}
+
+/// The prefixes that a variable lists; of several lines the last counts.
+fn list(text: &str, wanted: &str, family: Family) -> Vec<Subnet> {
+    let mut found = Vec::new();
+    for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        if name.trim().trim_start_matches("export ").trim() == wanted {
+            let values = value.trim().trim_matches(['"', '\'']).split(',');
+            found = values.filter_map(|text| text.trim().parse().ok()).filter(|subnet: &Subnet| subnet.family() == family).collect();
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -177,6 +189,10 @@ mod tests {
     fn a_previous_file_is_read_with_tolerance() {
         assert_eq!(previous_subnets(TEXT), env().subnets);
         assert_eq!(previous_subnets("export FLANNEL_SUBNET=\"10.244.3.1/24\" \n").v4, env().subnets.v4);
+        // Upstream's TestReadCIDRsFromSubnetFileSkipsInvalidCIDRs and its kin.
+        assert_eq!(previous_networks("FLANNEL_NETWORK=10.1.0.0/16,bad,10.2.0.0/16\nFLANNEL_IPV6_NETWORK=x,fc00::/48").len(), 3);
+        assert_eq!(previous_subnets("FLANNEL_SUBNET=bad,10.244.3.1/24").v4, env().subnets.v4);
+        assert!(previous_networks("FLANNEL_IPV6_NETWORK=bad,10.0.0.0/8").is_empty());
         for text in ["", "FLANNEL_SUBNET=bad", "FLANNEL_SUBNET=10.1.1.1/24,10.1.2.1/24", "FLANNEL_SUBNET=fc00::1/64"] {
             assert!(previous_subnets(text).is_empty(), "{text}");
         }

@@ -1,9 +1,13 @@
 //! Masquerading and forward-accept as one value, the [`Ruleset`]: our own nftables table a family, replaced whole in
-//! one transaction (specification, section 6).
+//! one transaction, or the same as chains of iptables (specification, section 6).
+
+pub mod iptables;
 
 use std::fmt;
 
+use crate::desired::Object;
 use crate::net::{Family, PerFamily, Subnet};
+use iptables::{Iptables, Variant};
 
 /// An nftables table of ours, complete.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,10 +99,30 @@ pub struct TrafficConfig {
     pub fully_random: bool,
     /// `--iptables-forward-rules`
     pub forward: bool,
+    /// `EnableNFTables`, and which iptables the host has.
+    pub flavour: Flavour,
+}
+
+/// In which form the rules are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// Tables of our own in nftables.
+    Nftables,
+    /// Chains in the tables of iptables.
+    Iptables(Variant),
 }
 
 /// kube-proxy marks packets that it will masquerade itself; they need no second translation.
 const KUBE_MASQUERADE_MARK: u32 = 0x4000;
+
+/// The rules as objects: for these pod networks and my own subnets, in the flavour that is wanted.
+pub fn objects(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFamily<Subnet>) -> Vec<Object> {
+    let object = |ruleset: Ruleset| match config.flavour {
+        Flavour::Nftables => Object::Ruleset(ruleset),
+        Flavour::Iptables(variant) => Object::Iptables(Iptables::new(&ruleset, variant)),
+    };
+    rulesets(config, networks, mine).into_iter().map(object).collect()
+}
 
 /// The rulesets for these pod networks and my own subnets, one a family.
 pub fn rulesets(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFamily<Subnet>) -> Vec<Ruleset> {
@@ -186,7 +210,7 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    const ALL: TrafficConfig = TrafficConfig { masquerade: true, fully_random: true, forward: true };
+    const ALL: TrafficConfig = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
 
     fn text(config: TrafficConfig) -> String {
         let networks = PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: None };

@@ -125,7 +125,13 @@ fn picture() -> Picture {
     };
     let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None });
     let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");
-    Picture::new(config, node, backend, TrafficConfig { masquerade: true, fully_random: true, forward: true }, own)
+    Picture::new(
+        config,
+        node,
+        backend,
+        TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: flannel::traffic::Flavour::Nftables },
+        own,
+    )
 }
 
 proptest! {

@@ -4,19 +4,21 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use flannel::backend::device_name;
+use flannel::backend::extension::Command;
 use flannel::config::BackendConfig;
 use flannel::node::Wanted;
-use flannel::traffic::TrafficConfig;
+use flannel::traffic::{Flavour, TrafficConfig};
 use flannel::{Backend, Config, Family, Mac, Node, PerFamily, Picture};
+use kernel::iptables::Installed;
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, Secret};
 use crate::http::Http;
 use crate::keeper::{AcquireError, Keeper};
 use crate::kernel_thread::KernelThread;
 use crate::ready::Ready;
 use crate::reconcile::{Inputs, Reconciler};
-use crate::store::{Store, StoreError};
+use crate::store::{Access, Store, StoreError};
 use crate::subnet_file::SubnetFile;
 
 /// How long to wait before the store is asked again for what it did not give.
@@ -40,7 +42,7 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let ready = Ready::default();
     let starting = ready.guard("this node's lease and devices");
     let syncing = ready.guard("the first complete list of leases");
-    let store = Store::new(&args.etcd_endpoints, &args.etcd_prefix)?;
+    let store = Store::new(&access(args)?)?;
     let (ask, asks) = mpsc::channel(4);
     if args.healthz_port > 0 {
         tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), ask.clone()).await?.serve());
@@ -49,24 +51,26 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let config = config(&store).await?;
     let node = node(args, &kernel, &config).await?;
     tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
-    if !config.nftables {
-        tracing::info!(
-            "traffic rules are written to nftables although EnableNFTables is not set: the iptables flavour is not supported yet"
-        );
-    }
-
     let macs = vtep_macs(&store, &kernel, &config, &node).await?;
-    let backend = Backend::new(&config, &node, macs);
+    let mut backend = Backend::new(&config, &node, macs);
+    if let BackendConfig::Extension(extension) = &config.backend
+        && let Some(command) = flannel::backend::extension::pre_startup(extension)
+    {
+        backend = backend.with_output(&run_command(&kernel, "Backend.PreStartupCommand", command).await?);
+    }
     let subnet_file = SubnetFile { path: args.subnet_file.clone(), ip_masq: args.ip_masq };
     let margin = Duration::from_secs(args.subnet_lease_renew_margin * 60);
     let keeper = Keeper { store: store.clone(), config: config.clone(), peer: backend.own_peer(&config, &node), margin };
     let held = acquire(&keeper, &subnet_file.previous()).await?;
     tracing::info!(subnet = %held.key, reservation = held.etcd_lease == 0, "acquired the lease");
 
-    let traffic =
-        TrafficConfig { masquerade: args.ip_masq, fully_random: !args.ip_masq_fully_random_disable, forward: args.iptables_forward_rules };
-    let picture = Picture::new(config, node, backend, traffic, held.key);
-    let reconciler = Reconciler::start(picture, kernel, subnet_file, syncing).await?;
+    let traffic = traffic(args, &config);
+    let picture = Picture::new(config, node, backend, traffic, held.key).with(args.ip_blackhole_route, &subnet_file.previous_networks());
+    if let Some(command) = picture.post_startup() {
+        run_command(&kernel, "Backend.PostStartupCommand", command).await?;
+    }
+    let resync = Duration::from_secs(args.iptables_resync);
+    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, syncing).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);
     notify_ready();
@@ -83,6 +87,23 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     bail!("a part of the daemon ended unexpectedly")
 }
 
+/// How the store is reached.
+fn access(args: &RunArgs) -> anyhow::Result<Access> {
+    let login = match (&args.etcd_username, &args.etcd_password) {
+        (Some(name), password) => Some((name.clone(), password.clone().unwrap_or(Secret(String::new())))),
+        (None, None) => None,
+        (None, Some(_)) => bail!("--etcd-password is given without --etcd-username"),
+    };
+    Ok(Access {
+        endpoints: args.etcd_endpoints.clone(),
+        prefix: args.etcd_prefix.clone(),
+        ca: args.etcd_cafile.clone(),
+        cert: args.etcd_certfile.clone(),
+        key: args.etcd_keyfile.clone(),
+        login,
+    })
+}
+
 /// The network configuration. An absent store or configuration is waited for; one that cannot be used is an error.
 async fn config(store: &Store) -> anyhow::Result<Config> {
     let mut said = String::new();
@@ -91,9 +112,6 @@ async fn config(store: &Store) -> anyhow::Result<Config> {
             Ok(Some(text)) => {
                 let text = String::from_utf8(text).with_context(|| format!("{} in etcd is no UTF-8 text", store.config_key()))?;
                 let config = Config::parse(&text).with_context(|| format!("{} in etcd cannot be used", store.config_key()))?;
-                if config.network(Family::V6).is_some() {
-                    bail!("network config: EnableIPv6: IPv6 is not supported yet: set it to false");
-                }
                 return Ok(config);
             }
             Ok(None) => format!("there is no network config in etcd yet: put one at {}", store.config_key()),
@@ -107,10 +125,43 @@ async fn config(store: &Store) -> anyhow::Result<Config> {
     }
 }
 
+async fn run_command(kernel: &KernelThread, field: &str, command: Command) -> anyhow::Result<String> {
+    let said = kernel.call(move |_| kernel::command::run(&command)).await;
+    said.with_context(|| format!("network config: {field}"))
+}
+
+/// What the traffic rules shall be, and in which flavour: `EnableNFTables` says, and what the host has.
+fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
+    let wanted = !args.ip_masq_fully_random_disable;
+    let mut traffic =
+        TrafficConfig { masquerade: args.ip_masq, fully_random: wanted, forward: args.iptables_forward_rules, flavour: Flavour::Nftables };
+    if config.nftables || !(traffic.masquerade || traffic.forward) {
+        return traffic;
+    }
+    let programs: Option<Vec<Installed>> = config.networks.iter().map(|(family, _)| kernel::iptables::installed(family)).collect();
+    match programs.as_deref() {
+        Some([first, ..]) => {
+            traffic.flavour = Flavour::Iptables(first.variant);
+            traffic.fully_random = wanted && first.random_fully;
+        }
+        _ => tracing::warn!("iptables is not installed: the traffic rules are written to nftables, as if EnableNFTables were true"),
+    }
+    traffic
+}
+
 async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
-    let facts = kernel.call(|kernel| anyhow::Ok((kernel.interfaces()?, kernel.route_facts()?)));
-    let (interfaces, routes) = facts.await.context("cannot read the kernel's interfaces and routes")?;
-    let wanted = Wanted { iface: args.iface.clone(), public: PerFamily { v4: args.public_ip, v6: None } };
+    let target = args.iface_can_reach;
+    let facts = kernel.call(move |kernel| {
+        let reach = target.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
+        anyhow::Ok((kernel.interfaces()?, kernel.route_facts()?, reach))
+    });
+    let (interfaces, routes, can_reach) = facts.await.context("cannot read the kernel's interfaces and routes")?;
+    let wanted = Wanted {
+        iface: args.iface.clone(),
+        iface_regex: args.iface_regex.clone(),
+        can_reach,
+        public: PerFamily { v4: args.public_ip, v6: args.public_ipv6 },
+    };
     let node = Node::choose(&interfaces, &routes, &wanted, config)?;
     if let BackendConfig::Vxlan(vxlan) = &config.backend
         && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
@@ -119,7 +170,7 @@ async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow:
     }
     if config.backend == BackendConfig::HostGw && node.public != node.addrs {
         bail!(
-            "--public-ip {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
+            "--public-ip, --public-ipv6: {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
             list(&node.public),
             node.ext
         );

@@ -1,11 +1,10 @@
 //! The command line. Flags have upstream's names and Go's spelling (`-name` and `--name`, `=` or a space); each can be
-//! given as `FLANNELD_NAME` in the environment. Flags of upstream that are not supported yet are an error that says
-//! so: to accept what is then ignored would be a lie.
+//! given as `FLANNELD_NAME` in the environment.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::embedded::StoreArgs;
 use crate::lab::cli::LabArgs;
@@ -55,12 +54,36 @@ pub struct RunArgs {
     /// Prefix of all keys in etcd
     #[arg(long, default_value = "/coreos.com/network", value_name = "PATH")]
     pub etcd_prefix: String,
+    /// Private key of the client certificate, in PEM form
+    #[arg(long, value_name = "FILE")]
+    pub etcd_keyfile: Option<PathBuf>,
+    /// Client certificate, in PEM form
+    #[arg(long, value_name = "FILE")]
+    pub etcd_certfile: Option<PathBuf>,
+    /// Certificates that etcd's own is checked against, in PEM form [default: the system's]
+    #[arg(long, value_name = "FILE")]
+    pub etcd_cafile: Option<PathBuf>,
+    /// User at etcd
+    #[arg(long, value_name = "NAME")]
+    pub etcd_username: Option<String>,
+    /// The user's password; better given as FLANNELD_ETCD_PASSWORD, which other users of this host cannot read
+    #[arg(long, value_name = "TEXT", hide_default_value = true)]
+    pub etcd_password: Option<Secret>,
     /// Interface to the other hosts, by name or address; repeatable, the first usable one counts [default: that of the default route]
     #[arg(long, value_name = "NAME|IP", action = ArgAction::Append)]
     pub iface: Vec<String>,
+    /// The same by a regular expression that matches an address or the name; repeatable, tried after --iface
+    #[arg(long, value_name = "REGEX", action = ArgAction::Append)]
+    pub iface_regex: Vec<String>,
+    /// The interface by which the kernel reaches this address; tried last
+    #[arg(long, value_name = "IP")]
+    pub iface_can_reach: Option<IpAddr>,
     /// IPv4 address to publish [default: the interface's]
     #[arg(long, value_name = "IP", value_parser = ipv4)]
     pub public_ip: Option<IpAddr>,
+    /// IPv6 address to publish [default: the interface's]
+    #[arg(long, value_name = "IP", value_parser = ipv6)]
+    pub public_ipv6: Option<IpAddr>,
     /// File for the CNI plugins, and the memory of this host's subnet
     #[arg(long, default_value = "/run/flannel/subnet.env", value_name = "FILE")]
     pub subnet_file: PathBuf,
@@ -68,101 +91,126 @@ pub struct RunArgs {
     #[arg(long, default_value_t = 60, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=1439))]
     pub subnet_lease_renew_margin: u64,
     /// Masquerade what pods send out of the pod network
-    #[arg(long, default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_name = "BOOL", value_parser = go_bool, action = ArgAction::Set)]
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
     pub ip_masq: bool,
     /// Do not choose source ports at random when masquerading
-    #[arg(long, default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_name = "BOOL", value_parser = go_bool, action = ArgAction::Set)]
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
     pub ip_masq_fully_random_disable: bool,
     /// Accept forwarded traffic from and to the pod network
-    #[arg(long, default_value = "true", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_name = "BOOL", value_parser = go_bool, action = ArgAction::Set)]
+    #[arg(long, default_value = "true", value_name = "BOOL", action = ArgAction::Set)]
     pub iptables_forward_rules: bool,
+    /// Seconds between two looks at what the kernel does not announce: iptables-legacy rules
+    #[arg(long, default_value_t = 5, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub iptables_resync: u64,
+    /// Blackhole what is sent to addresses of this host's subnet that no pod has
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
+    pub ip_blackhole_route: bool,
     /// Address for /healthz, /readyz and /state
     #[arg(long, default_value = "0.0.0.0", value_name = "IP")]
     pub healthz_ip: IpAddr,
     /// Port for /healthz, /readyz and /state; 0 for none
-    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    #[arg(long, default_value_t = 0, value_name = "PORT", value_parser = port, allow_negative_numbers = true)]
     pub healthz_port: u16,
+    /// Keep leases in Kubernetes' Node objects instead of etcd (not supported yet)
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
+    pub kube_subnet_mgr: bool,
+    /// With --kube-subnet-mgr: the API server
+    #[arg(long, value_name = "URL", hide_short_help = true)]
+    pub kube_api_url: Option<String>,
+    /// With --kube-subnet-mgr: prefix of the annotations
+    #[arg(long, default_value = "flannel.alpha.coreos.com", value_name = "PREFIX", hide_short_help = true)]
+    pub kube_annotation_prefix: String,
+    /// With --kube-subnet-mgr: how to reach the API server
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub kubeconfig_file: Option<PathBuf>,
+    /// With --kube-subnet-mgr: the network configuration
+    #[arg(long, default_value = "/etc/kube-flannel/net-conf.json", value_name = "FILE", hide_short_help = true)]
+    pub net_config_path: PathBuf,
+    /// With --kube-subnet-mgr: set the Node's condition NetworkUnavailable
+    #[arg(long, default_value = "true", value_name = "BOOL", action = ArgAction::Set, hide_short_help = true)]
+    pub set_node_network_unavailable: bool,
     /// Verbosity of the log: 0 changes of state, 1 and more also how they came about
-    #[arg(long, short = 'v', default_value_t = 0, value_name = "LEVEL")]
-    pub v: u8,
+    #[arg(long, short = 'v', default_value_t = 0, value_name = "LEVEL", allow_negative_numbers = true)]
+    pub v: i32,
+    /// Taken from upstream's command line; this program has no files of Go to tell apart
+    #[arg(long, value_name = "PATTERN=N,…", hide_short_help = true)]
+    pub vmodule: Option<String>,
+    /// Taken from upstream's command line; see --vmodule
+    #[arg(long = "log_backtrace_at", value_name = "FILE:LINE", hide_short_help = true)]
+    pub log_backtrace_at: Option<String>,
     /// Print the version and exit
-    #[arg(long, default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_name = "BOOL", value_parser = go_bool, action = ArgAction::Set)]
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
     pub version: bool,
+    /// What of the environment could not be used.
+    #[arg(skip)]
+    pub complaints: Vec<String>,
 }
 
-/// Flags of upstream's flanneld that this one does not have yet.
-const NOT_YET: [&str; 20] = [
-    "etcd-keyfile",
-    "etcd-certfile",
-    "etcd-cafile",
-    "etcd-username",
-    "etcd-password",
-    "iface-regex",
-    "iface-can-reach",
-    "public-ipv6",
-    "kube-subnet-mgr",
-    "kube-api-url",
-    "kube-annotation-prefix",
-    "kubeconfig-file",
-    "iptables-resync",
-    "ip-blackhole-route",
-    "net-config-path",
-    "set-node-network-unavailable",
-    "vmodule",
-    "log_backtrace_at",
-    "logtostderr",
-    "alsologtostderr",
-];
+/// A text that no log shows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
 
-/// The daemon's flags that take a value behind a space, and those that do not: needed to read the environment before
-/// the command line without knowing more than their names.
-const RUN_FLAGS: [&str; 13] = [
-    "etcd-endpoints",
-    "etcd-prefix",
-    "iface",
-    "public-ip",
-    "subnet-file",
-    "subnet-lease-renew-margin",
-    "ip-masq",
-    "ip-masq-fully-random-disable",
-    "iptables-forward-rules",
-    "healthz-ip",
-    "healthz-port",
-    "v",
-    "version",
-];
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Secret {
+        Secret(text)
+    }
+}
 
 impl Cli {
-    /// Reads the arguments (without the program's name) and the environment.
+    /// Reads the arguments (without the program's name) and the environment. A variable that cannot be used is reported
+    /// in [`RunArgs::complaints`] and otherwise counts as not there, as upstream has it: an environment that used to
+    /// start a daemon still does.
     ///
     /// # Errors
     /// Text for the operator, with the exit code: 0 for `--help`, 2 for a command line that cannot be used.
     pub fn read(args: impl IntoIterator<Item = String>, env: impl Fn(&str) -> Option<String>) -> Result<Cli, clap::Error> {
         let mut args: Vec<String> = args.into_iter().collect();
-        let is_daemon = args.first().is_none_or(|first| first.starts_with('-'));
-        if is_daemon {
+        let mut complaints = Vec::new();
+        if args.first().is_none_or(|first| first.starts_with('-')) {
             args = args.iter().map(|arg| go_spelling(arg)).collect();
             let given = |flag: &str| {
                 args.iter().any(|arg| arg.strip_prefix("--").is_some_and(|arg| arg == flag || arg.starts_with(&format!("{flag}="))))
             };
-            for flag in NOT_YET {
-                if given(flag) {
-                    return Err(not_yet(&format!("--{flag}")));
-                }
-            }
+            let flags = RunArgs::augment_args(clap::Command::new("flanneld"));
             let mut inherited = Vec::new();
-            for flag in RUN_FLAGS.into_iter().chain(NOT_YET) {
+            for flag in flags.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| *flag != "version" && !given(flag)) {
                 let variable = format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"));
-                match env(&variable).filter(|value| !value.is_empty() && !given(flag)) {
-                    Some(_) if NOT_YET.contains(&flag) => return Err(not_yet(&variable)),
-                    Some(value) if flag != "version" => inherited.push(format!("--{flag}={value}")),
-                    _ => {}
+                let Some(value) = env(&variable).filter(|value| !value.is_empty()) else { continue };
+                let arg = format!("--{flag}={value}");
+                match parse(std::slice::from_ref(&arg)) {
+                    Ok(_) => inherited.push(arg),
+                    // The value itself is not repeated: it may be secret.
+                    Err(_) => complaints.push(format!("{variable} has a value that cannot be used, see --help: going on without it")),
                 }
             }
             args = inherited.into_iter().chain(args).collect();
         }
-        Cli::try_parse_from(std::iter::once("flanneld".to_owned()).chain(args))
+        let mut cli = parse(&args)?;
+        if cli.command.is_none() && cli.run.kube_subnet_mgr {
+            return Err(clap::Error::raw(
+                clap::error::ErrorKind::InvalidValue,
+                "--kube-subnet-mgr is not supported by this flanneld yet: start without it, with leases in etcd\n",
+            ));
+        }
+        cli.run.complaints = complaints;
+        Ok(cli)
     }
+}
+
+fn parse(args: &[String]) -> Result<Cli, clap::Error> {
+    // What Go calls a boolean flag: `--flag` and `--flag=false`, but not `--flag false`.
+    let command = Cli::command().mut_args(|arg| match arg.get_value_names() {
+        Some([name]) if name == "BOOL" => arg.num_args(0..=1).require_equals(true).default_missing_value("true").value_parser(go_bool),
+        _ => arg,
+    });
+    let matches = command.try_get_matches_from(std::iter::once("flanneld").chain(args.iter().map(String::as_str)))?;
+    Cli::from_arg_matches(&matches)
 }
 
 /// `-name` and `-name=value` as `--name…`; single letters stay.
@@ -172,10 +220,6 @@ fn go_spelling(arg: &str) -> String {
         Some(rest) if rest.starts_with("v=") => format!("--{rest}"),
         _ => arg.to_owned(),
     }
-}
-
-fn not_yet(what: &str) -> clap::Error {
-    clap::Error::raw(clap::error::ErrorKind::UnknownArgument, format!("{what} is not supported by this flanneld yet: start without it\n"))
 }
 
 fn go_bool(text: &str) -> Result<bool, String> {
@@ -188,6 +232,16 @@ fn go_bool(text: &str) -> Result<bool, String> {
 
 fn ipv4(text: &str) -> Result<IpAddr, String> {
     text.parse().map(IpAddr::V4).map_err(|_| "it must be an IPv4 address".to_owned())
+}
+
+fn ipv6(text: &str) -> Result<IpAddr, String> {
+    text.parse().map(IpAddr::V6).map_err(|_| "it must be an IPv6 address".to_owned())
+}
+
+/// A port; upstream takes a negative one for none.
+fn port(text: &str) -> Result<u16, String> {
+    let number: i64 = text.parse().map_err(|_| "it must be a port, or 0 for none".to_owned())?;
+    u16::try_from(number.max(0)).map_err(|_| "a port is at most 65535".to_owned())
 }
 
 #[cfg(test)]
@@ -224,8 +278,90 @@ mod tests {
     fn what_is_not_supported_yet_says_so() {
         let error = read(&["-kube-subnet-mgr"], &[]).unwrap_err();
         assert!(error.contains("--kube-subnet-mgr is not supported by this flanneld yet"), "{error}");
-        let error = read(&[], &[("FLANNELD_ETCD_CAFILE", "/ca.pem")]).unwrap_err();
-        assert!(error.contains("FLANNELD_ETCD_CAFILE is not supported"), "{error}");
+        assert!(read(&["-kube-subnet-mgr=false", "--kube-api-url=x", "--net-config-path", "/x"], &[]).is_ok());
+    }
+
+    #[test]
+    fn every_flag_of_upstream_is_there_with_its_default() {
+        // Section 1.1 of the specification, row by row: the flag, a value, and what it is without one.
+        let rows = [
+            ("etcd-endpoints", "http://a:1,http://b:2", "http://127.0.0.1:4001,http://127.0.0.1:2379"),
+            ("etcd-prefix", "/x", "/coreos.com/network"),
+            ("etcd-keyfile", "/k", ""),
+            ("etcd-certfile", "/c", ""),
+            ("etcd-cafile", "/ca", ""),
+            ("etcd-username", "u", ""),
+            ("etcd-password", "p", ""),
+            ("iface", "eth1", ""),
+            ("iface-regex", "eth.*", ""),
+            ("iface-can-reach", "192.0.2.1", ""),
+            ("subnet-file", "/s", "/run/flannel/subnet.env"),
+            ("public-ip", "192.0.2.1", ""),
+            ("public-ipv6", "2001:db8::1", ""),
+            ("subnet-lease-renew-margin", "1439", "60"),
+            ("ip-masq", "true", "false"),
+            ("ip-masq-fully-random-disable", "true", "false"),
+            ("kube-subnet-mgr", "false", "false"),
+            ("kube-api-url", "https://k", ""),
+            ("kube-annotation-prefix", "p", "flannel.alpha.coreos.com"),
+            ("kubeconfig-file", "/k", ""),
+            ("version", "true", "false"),
+            ("healthz-ip", "127.0.0.1", "0.0.0.0"),
+            ("healthz-port", "-1", "0"),
+            ("iptables-resync", "7", "5"),
+            ("iptables-forward-rules", "false", "true"),
+            ("ip-blackhole-route", "true", "false"),
+            ("net-config-path", "/n", "/etc/kube-flannel/net-conf.json"),
+            ("set-node-network-unavailable", "false", "true"),
+            ("v", "4", "0"),
+            ("vmodule", "a=1", ""),
+            ("log_backtrace_at", "a.go:1", ""),
+        ];
+        let command = RunArgs::augment_args(clap::Command::new("x"));
+        for (flag, value, default) in rows {
+            for text in [format!("-{flag}={value}"), format!("--{flag}={value}")] {
+                assert!(read(&[&text], &[]).is_ok(), "{text}");
+            }
+            if value.parse::<bool>().is_err() {
+                assert!(read(&[&format!("-{flag}"), value], &[]).is_ok(), "-{flag} {value}");
+            } else if flag != "kube-subnet-mgr" {
+                assert!(read(&[&format!("--{flag}")], &[]).is_ok(), "--{flag}");
+                assert!(read(&[&format!("--{flag}"), value], &[]).is_err(), "--{flag} {value}: to Go, {value} would end the flags");
+            }
+            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag)).unwrap();
+            let have: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+            assert_eq!(have.join(","), default, "{flag}");
+            let variable = format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"));
+            assert_eq!(read(&[], &[(&variable, value)]).unwrap().run.complaints, Vec::<String>::new(), "{variable}");
+        }
+        assert_eq!(command.get_arguments().filter(|arg| arg.get_long().is_some()).count(), rows.len(), "a flag that upstream has not");
+    }
+
+    #[test]
+    fn go_truths() {
+        for (text, want) in
+            [("1", true), ("t", true), ("T", true), ("TRUE", true), ("True", true), ("0", false), ("f", false), ("False", false)]
+        {
+            assert_eq!(read(&[&format!("-ip-masq={text}")], &[]).unwrap().run.ip_masq, want, "{text}");
+        }
+        assert!(read(&["-ip-masq=yes"], &[]).is_err());
+    }
+
+    #[test]
+    fn a_variable_that_cannot_be_used_is_reported_and_left_out() {
+        let env =
+            [("FLANNELD_IP_MASQ", "maybe"), ("FLANNELD_IFACE", "eth7"), ("FLANNELD_VERSION", "true"), ("FLANNELD_HEALTHZ_PORT", "70000")];
+        let run = read(&[], &env).unwrap().run;
+        assert_eq!((run.ip_masq, run.iface, run.version, run.healthz_port), (false, vec!["eth7".to_owned()], false, 0));
+        assert_eq!(run.complaints.len(), 2);
+        assert!(run.complaints.iter().any(|text| text.starts_with("FLANNELD_IP_MASQ has a value that cannot be used")));
+    }
+
+    #[test]
+    fn a_password_is_in_no_debug_output() {
+        let run = read(&["--etcd-password=hush"], &[]).unwrap().run;
+        assert!(!format!("{run:?}").contains("hush"));
+        assert_eq!(run.etcd_password, Some(Secret("hush".to_owned())));
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod show;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,7 +25,8 @@ use kernel::netns::{self, Netns};
 use kernel::{addr, link, process, route, sysctl};
 use serde_json::{Value, json};
 
-use crate::store::Store;
+use crate::cli::Secret;
+use crate::store::{Access, Store};
 
 /// Where the store listens, in every lab.
 pub const STORE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254)), 2379);
@@ -45,6 +46,17 @@ pub enum Topology {
     Router,
 }
 
+/// Which addresses pods have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PodFamily {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+    /// Both.
+    Dual,
+}
+
 /// Which store the daemons use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreKind {
@@ -54,6 +66,19 @@ pub enum StoreKind {
     Etcd(PathBuf),
     /// A store outside, reached through a forwarder: its host and port.
     Outside(String),
+}
+
+/// What an etcd that does not trust everybody needs, as files in PEM form.
+#[derive(Debug, Clone)]
+pub struct Secure {
+    /// The authority that signed the two certificates.
+    pub ca: PathBuf,
+    /// The server's certificate and key.
+    pub server: (PathBuf, PathBuf),
+    /// Those of daemons, and of the lab.
+    pub client: (PathBuf, PathBuf),
+    /// A user and a password, if the daemons shall use one.
+    pub login: Option<(String, String)>,
 }
 
 /// What kind of lab to make.
@@ -73,9 +98,26 @@ pub struct Plan {
     pub program: PathBuf,
     /// The CNI plugin program.
     pub plugin: PathBuf,
+    /// TLS and a password at an etcd that the lab starts.
+    pub secure: Option<Secure>,
+    /// Variables for the daemons and plugins.
+    pub env: Vec<(String, String)>,
 }
 
 impl Plan {
+    /// The same with pods of these families.
+    #[must_use]
+    pub fn family(mut self, family: PodFamily) -> Plan {
+        if family != PodFamily::V4 {
+            self.config["EnableIPv6"] = true.into();
+            self.config["IPv6Network"] = "fd00:244::/48".into();
+        }
+        if family == PodFamily::V6 {
+            self.config["EnableIPv4"] = false.into();
+        }
+        self
+    }
+
     /// Hosts on a switch with the embedded store and the given `Backend` object, everything by `program`.
     pub fn new(hosts: usize, backend: &Value, program: &Path) -> Plan {
         let config = json!({ "Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": backend });
@@ -87,6 +129,8 @@ impl Plan {
             prefix: "/coreos.com/network".to_owned(),
             program: program.to_owned(),
             plugin: program.to_owned(),
+            secure: None,
+            env: Vec::new(),
         }
     }
 }
@@ -126,6 +170,8 @@ pub struct Host {
     pub netns: Netns,
     /// Its address on the wire.
     pub address: Ipv4Addr,
+    /// Its IPv6 address on the wire, in a lab with IPv6 pods.
+    pub address6: Option<Ipv6Addr>,
     /// The subnet that it asks for by its previous `subnet.env`.
     pub subnet: String,
     /// Its files: `subnet.env`, the daemon's log, the CNI plugins' state.
@@ -144,8 +190,10 @@ pub struct Pod {
     pub netns: Netns,
     /// The path by which the plugin was told of it.
     pub path: PathBuf,
-    /// Its address.
+    /// Its first address.
     pub address: IpAddr,
+    /// Its address of each family.
+    pub addresses: Vec<IpAddr>,
     /// The result of its ADD.
     pub result: Value,
 }
@@ -183,11 +231,12 @@ impl Lab {
             Topology::Switch => 1,
             Topology::Router => 2,
         };
-        middle.run(|| prepare_middle(networks))??;
+        let families = Families::of(&plan.config);
+        middle.run(|| prepare_middle(networks, families))??;
         let mut hosts = Vec::new();
         for i in 1..=plan.hosts {
             let network = (i - 1) % networks;
-            hosts.push(make_host(root, &middle, i, network).with_context(|| format!("cannot make host h{i}"))?);
+            hosts.push(make_host(root, &middle, i, network, families).with_context(|| format!("cannot make host h{i}"))?);
         }
         Ok(Lab { plan, root: root.to_owned(), middle, store: None, hosts, pods: 0 })
     }
@@ -206,8 +255,12 @@ impl Lab {
                 command
             }
             StoreKind::Etcd(program) => {
-                let url = format!("http://{STORE}");
+                let url = self.store_url();
                 let mut command = Command::new(program);
+                if let Some(secure) = &self.plan.secure {
+                    command.arg("--trusted-ca-file").arg(&secure.ca).arg("--client-cert-auth");
+                    command.arg("--cert-file").arg(&secure.server.0).arg("--key-file").arg(&secure.server.1);
+                }
                 command.arg("--data-dir").arg(&data).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
                 command.args([
                     "--listen-peer-urls",
@@ -237,6 +290,28 @@ impl Lab {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
+    }
+
+    fn store_url(&self) -> String {
+        format!("{}://{STORE}", if self.plan.secure.is_some() { "https" } else { "http" })
+    }
+
+    /// How the lab itself, and a daemon, reach the store.
+    pub fn access(&self) -> Access {
+        let mut access = Access { endpoints: self.store_url(), prefix: self.plan.prefix.clone(), ..Access::default() };
+        if let Some(secure) = &self.plan.secure {
+            access.ca = Some(secure.ca.clone());
+            (access.cert, access.key) = (Some(secure.client.0.clone()), Some(secure.client.1.clone()));
+            access.login = secure.login.clone().map(|(name, password)| (name, Secret(password)));
+        }
+        access
+    }
+
+    /// The user and password that daemons give from now on.
+    pub fn set_login(&mut self, name: &str, password: &str) {
+        if let Some(secure) = &mut self.plan.secure {
+            secure.login = Some((name.to_owned(), password.to_owned()));
+        }
     }
 
     /// Kills the store, as a power cut would.
@@ -269,7 +344,7 @@ impl Lab {
         let work = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let store = Store::new(&format!("http://{STORE}"), &self.plan.prefix)?;
+                let store = Store::new(&self.access())?;
                 let end = Instant::now() + PATIENCE;
                 loop {
                     match f(&store).await {
@@ -289,15 +364,25 @@ impl Lab {
     /// # Errors
     /// When the program cannot be started.
     pub fn start_daemon(&mut self, host: usize, more: &[&str]) -> anyhow::Result<()> {
+        let access = self.access();
         let host = &mut self.hosts[host];
         let mut command = Command::new(&self.plan.program);
-        command.arg(format!("--etcd-prefix={}", self.plan.prefix));
-        command.arg(format!("--etcd-endpoints=http://{STORE}")).arg(format!("--subnet-file={}", host.subnet_file().display()));
+        command.arg(format!("--etcd-prefix={}", access.prefix));
+        command.arg(format!("--etcd-endpoints={}", access.endpoints)).arg(format!("--subnet-file={}", host.subnet_file().display()));
+        for (flag, file) in [("--etcd-cafile", &access.ca), ("--etcd-certfile", &access.cert), ("--etcd-keyfile", &access.key)] {
+            file.iter().for_each(|file| {
+                command.arg(flag).arg(file);
+            });
+        }
         command.args(["--ip-masq", "--healthz-ip=127.0.0.1"]).arg(format!("--healthz-port={}", HEALTH.port())).args(more);
         // What the operator's own environment says is not meant for the lab.
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FLANNELD_")) {
             command.env_remove(name);
         }
+        if let Some((name, password)) = &access.login {
+            command.env("FLANNELD_ETCD_USERNAME", name).env("FLANNELD_ETCD_PASSWORD", &password.0);
+        }
+        command.envs(self.plan.env.iter().cloned());
         let log = host.log();
         let child = host.netns.run(|| spawn(&mut command, &log))?;
         host.daemon = Some(child.with_context(|| format!("cannot start {}", self.plan.program.display()))?);
@@ -380,8 +465,10 @@ impl Lab {
         self.cni(host, "loopback", "ADD", &name, &path, "lo")?;
         let output = self.cni(host, "flannel", "ADD", &name, &path, "eth0")?;
         let result: Value = serde_json::from_str(&output).with_context(|| format!("the plugin's result is no JSON: {output}"))?;
-        let address: Cidr = result["ips"][0]["address"].as_str().unwrap_or_default().parse()?;
-        Ok(Pod { name, host, netns, path, address: address.addr, result })
+        let texts = result["ips"].as_array().into_iter().flatten().filter_map(|ip| ip["address"].as_str());
+        let addresses = texts.map(|text| Ok(text.parse::<Cidr>()?.addr)).collect::<anyhow::Result<Vec<IpAddr>>>()?;
+        let address = *addresses.first().context("the plugin's result has no address")?;
+        Ok(Pod { name, host, netns, path, address, addresses, result })
     }
 
     /// The CNI configuration of a host.
@@ -411,7 +498,8 @@ impl Lab {
             .env("CNI_CONTAINERID", container)
             .env("CNI_NETNS", netns)
             .env("CNI_IFNAME", ifname)
-            .env("CNI_PATH", &bin);
+            .env("CNI_PATH", &bin)
+            .envs(self.plan.env.iter().cloned());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         (command, self.cni_conf(host, plugin).to_string())
     }
@@ -450,6 +538,11 @@ impl Host {
     /// Its `subnet.env`.
     pub fn subnet_file(&self) -> PathBuf {
         self.directory.join("subnet.env")
+    }
+
+    /// Its addresses on the wire, IPv4 first.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        std::iter::once(IpAddr::V4(self.address)).chain(self.address6.map(IpAddr::V6)).collect()
     }
 
     /// The daemon's log.
@@ -519,28 +612,49 @@ fn index(socket: &mut Socket, text: &str) -> anyhow::Result<u32> {
     Ok(link::get(socket, name(text))?.with_context(|| format!("there is no {text}"))?.index)
 }
 
+/// Which families the pods of a lab have. The hosts have IPv4 in any case, for the store.
+#[derive(Debug, Clone, Copy)]
+struct Families {
+    v4: bool,
+    v6: bool,
+}
+
+impl Families {
+    fn of(config: &Value) -> Families {
+        Families { v4: config["EnableIPv4"] != false, v6: config["EnableIPv6"] == true }
+    }
+}
+
 /// In the namespace of the switch: a bridge a network, with the address 10.0.n.254. Between two networks it routes.
-fn prepare_middle(networks: usize) -> anyhow::Result<()> {
+fn prepare_middle(networks: usize, families: Families) -> anyhow::Result<()> {
     let mut socket = Socket::open(Protocol::Route)?;
     link::set_up(&mut socket, 1, true)?;
     for network in 0..networks {
         let bridge = format!("lan{network}");
         link::create_bridge(&mut socket, name(&bridge), 0)?;
         let at = index(&mut socket, &bridge)?;
+        // Nobody else is there, so no time is spent on looking for duplicates.
+        sysctl::write(&format!("net/ipv6/conf/{bridge}/accept_dad"), "0")?;
+        link::set_up(&mut socket, at, true)?;
         addr::add(&mut socket, at, format!("10.0.{network}.254/24").parse()?)?;
+        if families.v6 {
+            addr::add(&mut socket, at, format!("fd00:10:0:{network}::fe/64").parse()?)?;
+        }
     }
     if networks > 1 {
         sysctl::write("net/ipv4/ip_forward", "1")?;
+        sysctl::write("net/ipv6/conf/all/forwarding", "1")?;
     }
     Ok(())
 }
 
-fn make_host(root: &Path, middle: &Netns, i: usize, network: usize) -> anyhow::Result<Host> {
+fn make_host(root: &Path, middle: &Netns, i: usize, network: usize, families: Families) -> anyhow::Result<Host> {
     use std::os::fd::AsFd;
     let netns = Netns::create()?;
     let host_name = format!("h{i}");
     netns.bind(&root.join("netns").join(&host_name))?;
     let address = Ipv4Addr::new(10, 0, u8::try_from(network)?, u8::try_from(i)?);
+    let address6 = if families.v6 { Some(format!("fd00:10:0:{network}::{i:x}").parse()?) } else { None };
     middle.run(|| {
         let mut socket = Socket::open(Protocol::Route)?;
         let this = link::VethEnd { name: name(&host_name), mac: None, netns: None };
@@ -553,14 +667,29 @@ fn make_host(root: &Path, middle: &Netns, i: usize, network: usize) -> anyhow::R
         let mut socket = Socket::open(Protocol::Route)?;
         link::set_up(&mut socket, 1, true)?;
         let eth0 = index(&mut socket, "eth0")?;
+        sysctl::write("net/ipv6/conf/eth0/accept_dad", "0")?;
         link::set_up(&mut socket, eth0, true)?;
         addr::add(&mut socket, eth0, Cidr { addr: address.into(), len: 24 })?;
-        anyhow::Ok(route::add(&mut socket, "0.0.0.0/0".parse()?, Some(format!("10.0.{network}.254").parse()?), eth0)?)
+        route::add(&mut socket, "0.0.0.0/0".parse()?, Some(format!("10.0.{network}.254").parse()?), eth0)?;
+        if let Some(address6) = address6 {
+            addr::add(&mut socket, eth0, Cidr { addr: IpAddr::V6(address6), len: 64 })?;
+            route::add(&mut socket, "::/0".parse()?, Some(format!("fd00:10:0:{network}::fe").parse()?), eth0)?;
+        }
+        anyhow::Ok(())
     })??;
     let directory = root.join(&host_name);
     std::fs::create_dir_all(&directory)?;
     // A host that comes back asks for the subnet that it had: so the lab's hosts have the numbers of their names.
-    let subnet = format!("10.244.{i}.0/24");
-    std::fs::write(directory.join("subnet.env"), format!("FLANNEL_SUBNET=10.244.{i}.1/24\n"))?;
-    Ok(Host { name: host_name, netns, address, subnet, directory, daemon: None })
+    let mut subnets = Vec::new();
+    let mut previous = String::new();
+    if families.v4 {
+        subnets.push(format!("10.244.{i}.0/24"));
+        previous.push_str(&format!("FLANNEL_SUBNET=10.244.{i}.1/24\n"));
+    }
+    if families.v6 {
+        subnets.push(format!("fd00:244:0:{i:x}::/64"));
+        previous.push_str(&format!("FLANNEL_IPV6_SUBNET=fd00:244:0:{i:x}::1/64\n"));
+    }
+    std::fs::write(directory.join("subnet.env"), previous)?;
+    Ok(Host { name: host_name, netns, address, address6, subnet: subnets.join(","), directory, daemon: None })
 }

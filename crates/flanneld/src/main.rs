@@ -23,9 +23,16 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match cli.command {
-        None if cli.run.version => version(),
+        // On standard error, as upstream has it.
+        None if cli.run.version => {
+            eprintln!("{}", version());
+            Ok(())
+        }
         None => {
             log(cli.run.v);
+            for complaint in &cli.run.complaints {
+                tracing::error!("{complaint}");
+            }
             run(async { app::run(&cli.run, stop()).await })
         }
         Some(Command::Store(args)) => {
@@ -38,7 +45,10 @@ fn main() -> ExitCode {
         }
         // The lab makes its namespaces before there is a second thread, so it starts no runtime here.
         Some(Command::Lab(args)) => return lab::cli::main(args),
-        Some(Command::Version) => version(),
+        Some(Command::Version) => {
+            println!("{}", version());
+            Ok(())
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,9 +59,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn version() -> anyhow::Result<()> {
-    use std::io::Write;
-    Ok(writeln!(std::io::stdout(), "flanneld {}", env!("CARGO_PKG_VERSION"))?)
+fn version() -> String {
+    format!("flanneld {} (compatible with flannel v0.28.9)", env!("CARGO_PKG_VERSION"))
 }
 
 fn run(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
@@ -62,9 +71,9 @@ fn run(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     outcome
 }
 
-fn log(verbosity: u8) {
+fn log(verbosity: i32) {
     let level = match verbosity {
-        0 => tracing::Level::INFO,
+        ..=0 => tracing::Level::INFO,
         1..=3 => tracing::Level::DEBUG,
         _ => tracing::Level::TRACE,
     };

@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
-use flannel::{LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
+use flannel::traffic::iptables::Variant;
+use flannel::{Family, LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
 use kernel::{Changed, Monitor};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -80,6 +81,8 @@ pub struct Reconciler {
     /// When the kernel is to be read whole.
     read_at: Instant,
     subnet_file: SubnetFile,
+    /// When the rules that the kernel does not announce are looked at next, and how often: those of iptables-legacy.
+    resync: Option<(Instant, Duration)>,
     /// Does the file name a subnet that is not this node's any more?
     file_is_stale: bool,
     /// What was put right lately, since when, and how often: somebody may be undoing it.
@@ -90,11 +93,18 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// Reads the kernel and puts this node's own objects there: devices, addresses, rules. Notifications are
-    /// subscribed to first, so that no change falls in between.
+    /// subscribed to first, so that no change falls in between. `resync` is how often rules are looked at that the kernel
+    /// does not announce.
     ///
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
-    pub async fn start(picture: Picture, kernel: KernelThread, subnet_file: SubnetFile, syncing: Guard) -> anyhow::Result<Reconciler> {
+    pub async fn start(
+        picture: Picture,
+        kernel: KernelThread,
+        subnet_file: SubnetFile,
+        resync: Duration,
+        syncing: Guard,
+    ) -> anyhow::Result<Reconciler> {
         let scope = picture.scope();
         let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
         let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
@@ -107,11 +117,14 @@ impl Reconciler {
             failures: BTreeMap::new(),
             read_at: Instant::now() + AUDIT,
             subnet_file,
+            resync: None,
             file_is_stale: false,
             repaired: BTreeMap::new(),
             syncing: Some(syncing),
         };
         reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
+        let legacy = reconciler.picture.desired().iter().any(|(key, _)| matches!(key, Key::Iptables(_, Variant::Legacy)));
+        reconciler.resync = legacy.then(|| (Instant::now() + resync, resync));
         // A sysctl that cannot be written (a read-only /proc/sys) is shown and tried again, but stops nothing.
         let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !matches!(key, Key::Sysctl(_)));
         let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
@@ -144,7 +157,8 @@ impl Reconciler {
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
         let file = self.file_is_stale.then(|| Instant::now() + RETRY.0);
-        let timer = retry.into_iter().chain(file).fold(self.read_at, Instant::min);
+        let resync = self.resync.map(|(at, _)| at);
+        let timer = retry.into_iter().chain(file).chain(resync).fold(self.read_at, Instant::min);
         let wake = tokio::select! {
             events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
             changed = inputs.held.changed() => match changed {
@@ -241,15 +255,11 @@ impl Reconciler {
                 }
                 Changed::Rules(family) => {
                     let scope = Scope { rulesets: vec![family], ..Scope::default() };
-                    let key = Key::Ruleset(family);
-                    match self.kernel.observe(scope).await {
-                        Ok(now) => {
-                            self.observed.remove(&key);
-                            now.iter().for_each(|(_, object)| self.observed.insert(object.clone()));
-                            keys.insert(key);
-                        }
-                        Err(error) => tracing::warn!(%error, "cannot read the traffic rules; the next audit will"),
-                    }
+                    self.look(scope, &[Key::Ruleset(family)], &mut keys).await;
+                }
+                Changed::Iptables(family) => {
+                    let scope = Scope { iptables: vec![family], ..Scope::default() };
+                    self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut keys).await;
                 }
                 Changed::Link(_) | Changed::Everything => {
                     self.read_at = self.read_at.min(Instant::now() + SETTLE);
@@ -262,10 +272,33 @@ impl Reconciler {
         self.repair(ops, "somebody changed").await;
     }
 
+    /// Reads a part of the traffic rules anew and adds its keys to those to compare.
+    async fn look(&mut self, scope: Scope, at: &[Key], keys: &mut BTreeSet<Key>) {
+        match self.kernel.observe(scope).await {
+            Ok(now) => {
+                at.iter().for_each(|key| self.observed.remove(key));
+                now.iter().for_each(|(_, object)| self.observed.insert(object.clone()));
+                keys.extend(at.iter().cloned());
+            }
+            Err(error) => tracing::warn!(%error, "cannot read the traffic rules; the next audit will"),
+        }
+    }
+
     async fn on_timer(&mut self) {
         let now = Instant::now();
         if self.file_is_stale {
             self.write_file();
+        }
+        if let Some((at, every)) = &mut self.resync
+            && now >= *at
+        {
+            *at = now + *every;
+            let mut keys = BTreeSet::new();
+            let scope = Scope { iptables: Family::ALL.into(), ..Scope::default() };
+            let at = Family::ALL.map(|family| Key::Iptables(family, Variant::Legacy));
+            self.look(scope, &at, &mut keys).await;
+            let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
+            self.repair(ops, "somebody changed").await;
         }
         if now < self.read_at {
             let due = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
@@ -417,7 +450,9 @@ impl Reconciler {
 
 fn one_line(op: &Op) -> String {
     match op.object() {
-        Object::Ruleset(_) => format!("set {}", op.object().key()),
+        Object::Ruleset(_) | Object::Iptables(_) => {
+            format!("{} {}", if matches!(op, Op::Set(_)) { "set" } else { "delete" }, op.object().key())
+        }
         _ => op.to_string(),
     }
 }

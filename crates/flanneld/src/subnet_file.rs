@@ -29,6 +29,11 @@ impl SubnetFile {
         write_atomically(&self.path, &env.render()).with_context(|| format!("cannot write --subnet-file {}", self.path.display()))
     }
 
+    /// The pod networks that the file of a previous run names.
+    pub fn previous_networks(&self) -> Vec<Subnet> {
+        std::fs::read_to_string(&self.path).map(|text| flannel::subnet_env::previous_networks(&text)).unwrap_or_default()
+    }
+
     /// The subnets that the file of a previous run names; none if there is no such file.
     pub fn previous(&self) -> PerFamily<Subnet> {
         std::fs::read_to_string(&self.path).map(|text| previous_subnets(&text)).unwrap_or_default()

@@ -3,6 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "lab/matrix.rs"]
+mod matrix;
+#[path = "lab/secure.rs"]
+mod secure;
 #[path = "support/stores.rs"]
 mod stores;
 
@@ -59,7 +63,9 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 15] = [
+    let others: [(&str, Test); 17] = [
+        ("the_extension_runs_words_or_a_shell_for_each_peer", the_extension_runs_commands),
+        ("a_deleted_tun_device_comes_back", a_deleted_tun_device_comes_back),
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
         ("a_fight_is_left_for_a_while_and_told", a_fight_is_left_for_a_while_and_told),
@@ -79,6 +85,12 @@ fn main() {
     for (name, test) in others {
         add(name.to_owned(), Box::new(test));
     }
+    for (name, store) in stores::all().into_iter().filter(|(_, store)| matches!(store, StoreKind::Etcd(_))) {
+        add(format!("{name}: tls_and_a_password"), Box::new(move |root| secure::tls_and_a_password(root, store, name)));
+    }
+    for case in matrix::all() {
+        add(format!("matrix: {case}"), Box::new(move |root| case.run(root)));
+    }
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -93,17 +105,14 @@ fn start(root: &Path, hosts: usize, backend: &str, store: StoreKind) -> Lab {
     lab
 }
 
-fn v4(pod: &Pod) -> Ipv4Addr {
-    let IpAddr::V4(ip) = pod.address else { panic!("an IPv4 address") };
-    ip
-}
-
 /// What of flannel is in a host's kernel.
 fn observe(netns: &Netns) -> Observed {
     let scope = Scope {
         links: vec!["flannel.1".parse().unwrap()],
         sysctls: Vec::new(),
         rulesets: vec![Family::V4],
+        iptables: Vec::new(),
+        retired: Vec::new(),
         networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
     };
     netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
@@ -124,7 +133,7 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Pings a target each millisecond while `f` runs; returns how many requests were sent and how many lost.
-fn ping_during(from: &Netns, to: Ipv4Addr, f: impl FnOnce()) -> (usize, usize) {
+fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize, usize) {
     let stop = AtomicBool::new(false);
     let ping = || {
         from.run(|| {
@@ -166,14 +175,14 @@ fn pods_reach_each_other_and_the_outside(root: &Path, store: StoreKind) {
         let mut lab = start(&root.join(backend), 3, backend, store.clone());
         let pods: Vec<Pod> = (0..3).map(|host| lab.add_pod(host).unwrap()).collect();
         for pod in &pods {
-            let mut targets: Vec<Ipv4Addr> = pods.iter().filter(|other| other.name != pod.name).map(v4).collect();
+            let mut targets: Vec<IpAddr> = pods.iter().filter(|other| other.name != pod.name).map(|other| other.address).collect();
             // The switch has no route to pods: it answers only because their host masquerades them.
-            targets.push(Ipv4Addr::new(10, 0, 0, 254));
+            targets.push(Ipv4Addr::new(10, 0, 0, 254).into());
             let answered = pod.netns.run(|| ping_all(&targets, Duration::from_secs(5))).unwrap().unwrap();
             assert_eq!(answered.keys().copied().collect::<BTreeSet<_>>(), targets.into_iter().collect(), "{backend} {}", pod.name);
         }
         // A host reaches the pods of others too.
-        let answered = lab.hosts[0].netns.run(|| ping_all(&[v4(&pods[2])], Duration::from_secs(5))).unwrap().unwrap();
+        let answered = lab.hosts[0].netns.run(|| ping_all(&[pods[2].address], Duration::from_secs(5))).unwrap().unwrap();
         assert_eq!(answered.len(), 1, "{backend}: from the host");
         for (i, pod) in pods.iter().enumerate() {
             assert_eq!(pod.address.to_string(), format!("10.244.{}.2", i + 1));
@@ -303,12 +312,12 @@ fn two_daemons_started_at_once(root: &Path, store: StoreKind) {
 fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
     let mut lab = start(root, 2, "vxlan", store);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[v4(&pods[1])]);
+    ping_all_from(&pods[0], &[pods[1].address]);
     let gone = leases("vxlan").remove(0);
     lab.with_store(async |store| store.put_lease(&gone, 0, 0).await).unwrap();
     lab.wait_state(0, "the third host", |state| state["peers"]["programmed"] == 2).unwrap();
     let netns = Netns::open(&pods[0].path).unwrap();
-    let (sent, lost) = ping_during(&netns, v4(&pods[1]), || {
+    let (sent, lost) = ping_during(&netns, pods[1].address, || {
         lab.kill_store().unwrap();
         lab.wait_state(0, "to notice", |state| state["store"]["connected"] == false).unwrap();
         lab.start_store().unwrap();
@@ -329,7 +338,7 @@ fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
     assert_eq!(lost, 0, "of {sent}");
 }
 
-fn ping_all_from(pod: &Pod, targets: &[Ipv4Addr]) {
+fn ping_all_from(pod: &Pod, targets: &[IpAddr]) {
     let answered = pod.netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
     assert_eq!(answered.len(), targets.len(), "{answered:?}");
 }
@@ -337,13 +346,13 @@ fn ping_all_from(pod: &Pod, targets: &[Ipv4Addr]) {
 fn a_lost_lease_is_acquired_again(root: &Path, store: StoreKind) {
     let mut lab = start(root, 2, "vxlan", store);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[v4(&pods[1])]);
+    ping_all_from(&pods[0], &[pods[1].address]);
     let netns = Netns::open(&pods[1].path).unwrap();
     let subnet = lab.hosts[0].subnet.clone();
     let own = |store: &flanneld::store::Snapshot| {
         store.entries.iter().find(|entry| entry.key.to_string() == subnet).map(|entry| entry.mod_revision)
     };
-    let (sent, lost) = ping_during(&netns, v4(&pods[0]), || {
+    let (sent, lost) = ping_during(&netns, pods[0].address, || {
         // Both daemons hear of the deletion; the one acquires again, and the other must not be without a route for
         // longer than that takes. So only this host's own path is promised to carry on: from outside it is one gap.
         let revision = lab.with_store(async |store| store.snapshot().await.map(|s| own(&s))).unwrap().unwrap();
@@ -438,10 +447,10 @@ fn a_daemon_that_restarts_costs_no_reply(root: &Path) {
     for backend in ["host-gw", "vxlan"] {
         let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
         let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-        ping_all_from(&pods[0], &[v4(&pods[1])]);
+        ping_all_from(&pods[0], &[pods[1].address]);
         let netns = Netns::open(&pods[0].path).unwrap();
         let before = observe(&lab.hosts[0].netns);
-        let (sent, lost) = ping_during(&netns, v4(&pods[1]), || {
+        let (sent, lost) = ping_during(&netns, pods[1].address, || {
             for round in 0..6 {
                 let status = lab.stop_daemon(0, round % 2 == 0).unwrap();
                 assert_eq!(status.success(), round % 2 == 1, "SIGTERM is a clean end");
@@ -506,7 +515,7 @@ fn a_full_mtu_packet_crosses_vxlan(root: &Path) {
     assert_eq!(pods[0].result["interfaces"][2]["mtu"], 1450);
     // Don't fragment: 1450 - 28 bytes fit, one more does not.
     let ping = |size: u32| {
-        let target = v4(&pods[1]).to_string();
+        let target = pods[1].address.to_string();
         let mut command = Command::new("ping");
         command
             .args(["-c", "3", "-i", "0.05", "-W", "2", "-M", "do", "-s"])
@@ -546,7 +555,7 @@ fn two_hundred_pods_at_once(root: &Path) {
         });
         outputs.into_inner().unwrap()
     };
-    let addresses: BTreeSet<Ipv4Addr> = each("ADD")
+    let addresses: BTreeSet<IpAddr> = each("ADD")
         .iter()
         .map(|output| {
             let result: Value = serde_json::from_str(output).unwrap();
@@ -554,7 +563,7 @@ fn two_hundred_pods_at_once(root: &Path) {
         })
         .collect();
     assert_eq!(addresses.len(), 200, "all distinct");
-    let targets: Vec<Ipv4Addr> = addresses.iter().copied().collect();
+    let targets: Vec<IpAddr> = addresses.iter().copied().collect();
     // From the host itself, and from the other host across the wire.
     for host in &lab.hosts {
         let answered = host.netns.run(|| ping_all(&targets, Duration::from_secs(20))).unwrap().unwrap();
@@ -659,11 +668,13 @@ fn bad_configurations_are_refused(root: &Path) {
         ),
         (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"carrier-pigeon"}}"#, "Backend.Type: \"carrier-pigeon\" is an unknown backend"),
         (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":99999999}}"#, "Backend.VNI: 99999999 is out of range"),
-        (r#"{"Network":"10.244.0.0/16"}"#, "Backend is missing"),
+        (r#"{"Network":"10.244.0.0/16","Backend":{}}"#, "Backend.Type is missing"),
+        (r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48"}"#, "carries IPv4 only"),
         (
-            r#"{"EnableIPv6":true,"IPv6Network":"fc00::/48","Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#,
-            "EnableIPv6: IPv6 is not supported yet",
+            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"extension","PreStartupCommand":"false"}}"#,
+            "Backend.PreStartupCommand: false: it ended with exit status: 1",
         ),
+        (r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#, "IPv6Network is missing"),
     ];
     for (config, wanted) in cases {
         let (code, said) = refused(&mut lab, None, Some(config), &[]);
@@ -672,9 +683,9 @@ fn bad_configurations_are_refused(root: &Path) {
     }
     let good = json!({ "Network": "10.244.0.0/16", "Backend": { "Type": "host-gw" } });
     let (code, said) = refused(&mut lab, Some(&good), None, &["--iface=nope"]);
-    assert_eq!((code, said.contains("there is no interface \"nope\"")), (1, true), "{said}");
+    assert_eq!((code, said.contains("--iface nope: there is no such interface")), (1, true), "{said}");
     let (code, said) = refused(&mut lab, Some(&good), None, &["--public-ip=192.0.2.1", "--iface=eth0"]);
-    assert_eq!((code, said.contains("--public-ip 192.0.2.1 is not the address of eth0")), (1, true), "{said}");
+    assert_eq!((code, said.contains("192.0.2.1 is not the address of eth0")), (1, true), "{said}");
     // Nothing of all this has touched the kernel.
     let observed = observe(&lab.hosts[0].netns);
     assert!(observed.is_empty(), "{observed:?}");
@@ -683,7 +694,10 @@ fn bad_configurations_are_refused(root: &Path) {
 fn bad_flags_are_refused(_: &Path) {
     for (args, wanted) in [
         (vec!["--etcd-endpoints=ftp://x:1"], "--etcd-endpoints"),
-        (vec!["--etcd-endpoints=https://127.0.0.1:2379"], "TLS is not supported yet"),
+        (vec!["--etcd-endpoints=ftp://127.0.0.1:2379"], "an endpoint looks like"),
+        (vec!["--etcd-cafile=/nowhere.pem"], "--etcd-cafile /nowhere.pem: No such file"),
+        (vec!["--etcd-certfile=/nowhere.pem"], "--etcd-certfile /nowhere.pem: it needs --etcd-keyfile"),
+        (vec!["--etcd-password=hush"], "--etcd-password is given without --etcd-username"),
         (vec!["--healthz-port=x"], "--healthz-port"),
         (vec!["--kube-subnet-mgr"], "--kube-subnet-mgr is not supported"),
         (vec!["--subnet-lease-renew-margin=1440"], "--subnet-lease-renew-margin"),
@@ -849,4 +863,64 @@ fn twenty_hosts_all_pairs(_: &Path) {
     let (ok, document) = lab_command(Path::new(PROGRAM), &["--hosts", "20", "--backend", "vxlan"], None);
     assert!(ok, "{document:#}");
     assert_eq!(document["runs"][0]["pairs"], json!({ "answered": 380, "all": 380 }));
+}
+
+fn the_extension_runs_commands(root: &Path) {
+    // host-gw, as the operator would write it: once in plain words, once for a shell.
+    let words = json!({
+        "Type": "extension",
+        "PreStartupCommand": "echo data of $HOSTNAME_OF_TEST",
+        "SubnetAddCommand": "ip route replace $SUBNET via ${PUBLIC_IP}",
+        "SubnetRemoveCommand": "ip route del $SUBNET",
+    });
+    let shell = json!({
+        "Type": "extension",
+        "Shell": true,
+        "PreStartupCommand": "echo data of $HOSTNAME_OF_TEST",
+        "PostStartupCommand": format!("echo $NETWORK $SUBNET $PUBLIC_IP >> {}/post", root.display()),
+        "SubnetAddCommand": format!("read data; ip route replace $SUBNET via $PUBLIC_IP && echo \"$SUBNET $data\" >> {}/added", root.display()),
+        "SubnetRemoveCommand": "ip route del $SUBNET",
+    });
+    for (name, backend) in [("words", words), ("shell", shell)] {
+        let mut plan = Plan::new(2, &backend, Path::new(PROGRAM));
+        plan.env.push(("HOSTNAME_OF_TEST".to_owned(), "here".to_owned()));
+        let mut lab = Lab::start(plan, &root.join(name)).unwrap();
+        lab.settle().unwrap();
+        let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+        ping_all_from(&pods[0], &[pods[1].address]);
+        let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
+        let data = snapshot.entries[0].peer.as_ref().unwrap().backend_data.v4.clone();
+        assert_eq!(data.as_deref(), Some("\"data of here\""), "{name}");
+        // A peer that goes takes its route along.
+        let key = snapshot.entries.iter().find(|entry| entry.key.to_string() == "10.244.2.0/24").unwrap();
+        lab.stop_daemon(1, false).unwrap();
+        lab.with_store(async |store| store.delete_lease(&key.key, key.mod_revision).await).unwrap();
+        let route = || {
+            let mut ip = Command::new("ip");
+            let output = lab.hosts[0].netns.run(|| ip.args(["route", "show", "10.244.2.0/24"]).output()).unwrap().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        eventually("the route is gone", || route().is_empty());
+    }
+    let added = std::fs::read_to_string(root.join("added")).unwrap();
+    assert!(added.contains("10.244.2.0/24 data of here\n"), "{added}");
+    let post = std::fs::read_to_string(root.join("post")).unwrap();
+    assert!(post.contains("10.244.0.0/16 10.244.1.0/24 10.0.0.1\n"), "{post}");
+}
+
+fn a_deleted_tun_device_comes_back(root: &Path) {
+    let mut plan = plan(2, "udp", StoreKind::Embedded);
+    plan.config.as_object_mut().unwrap().remove("Backend");
+    let mut lab = Lab::start(plan, root).unwrap();
+    lab.settle().unwrap();
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0], &[pods[1].address]);
+    let mut ip = Command::new("ip");
+    let deleted = lab.hosts[0].netns.run(|| ip.args(["link", "delete", "flannel0"]).status()).unwrap().unwrap();
+    assert!(deleted.success());
+    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[1], &[pods[0].address]);
+    // A lease of udp names no backend (section 0, point 4), and is followed when it moves to another host.
+    let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
+    assert!(snapshot.entries.iter().all(|entry| entry.peer.as_ref().unwrap().backend_type.is_empty()));
 }

@@ -331,7 +331,7 @@ fn lease(i: u8, public: &str) -> Lease {
 
 fn following_tells_lists_and_changes(lab: &mut Lab) {
     with(lab, async |channel| {
-        let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
+        let store = Store::plain(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
         let revision = |snapshot: &flanneld::store::Snapshot, lease: &Lease| {
             snapshot.entries.iter().find(|e| e.key == lease.key).map_or(0, |e| e.mod_revision)
         };
@@ -379,7 +379,7 @@ fn following_tells_lists_and_changes(lab: &mut Lab) {
 
 fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
     with(lab, async |channel| {
-        let store = Store::new(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
+        let store = Store::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
         let config =
             flannel::Config::parse(r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.30.0","Backend":{"Type":"host-gw"}}"#).unwrap();
         let keeper = |public: &str| Keeper {

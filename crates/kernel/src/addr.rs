@@ -15,6 +15,7 @@ const IFA_BROADCAST: u16 = 4;
 const IFA_FLAGS: u16 = 8;
 
 const IFA_F_TEMPORARY: u32 = 0x01;
+const IFA_F_NODAD: u8 = 0x02;
 const IFA_F_DEPRECATED: u32 = 0x20;
 const IFA_F_PERMANENT: u32 = 0x80;
 
@@ -78,11 +79,14 @@ pub fn list(socket: &mut Socket, index: u32) -> Result<Vec<AddrInfo>, NetlinkErr
     )
 }
 
-fn write(body: &mut Body<'_>, index: u32, cidr: Cidr, broadcast: bool) {
+fn write(body: &mut Body<'_>, index: u32, cidr: Cidr, broadcast: bool, dad: bool) {
     let mut header = [0; 8];
     header[0] = family_number(Family::of(cidr.addr));
     header[1] = cidr.len;
     header[4..8].copy_from_slice(&index.to_ne_bytes());
+    if cidr.addr.is_ipv6() && !dad {
+        header[2] = IFA_F_NODAD;
+    }
     body.bytes(&header).attr_ip(IFA_LOCAL, cidr.addr).attr_ip(IFA_ADDRESS, cidr.addr);
     if broadcast && cidr.addr.is_ipv4() && cidr.len < 31 {
         body.attr_ip(IFA_BROADCAST, cidr.subnet().last());
@@ -94,15 +98,25 @@ fn write(body: &mut Body<'_>, index: u32, cidr: Cidr, broadcast: bool) {
 /// # Errors
 /// What the kernel answers.
 pub fn set(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
-    socket.request(RTM_NEWADDR, CREATE | REPLACE, |body| write(body, index, cidr, false))
+    socket.request(RTM_NEWADDR, CREATE | REPLACE, |body| write(body, index, cidr, false, false))
 }
 
-/// Adds an address with its broadcast address, as the bridge plugin and the lab do.
+/// Adds an address with its broadcast address, as the bridge plugin and the lab do. An IPv6 address can be used at once:
+/// it is out of a subnet that is leased to this host alone.
 ///
 /// # Errors
 /// What the kernel answers; `is_exists` when it is there already.
 pub fn add(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
-    socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true))
+    socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true, false))
+}
+
+/// The same, but an IPv6 address is used only after the kernel has found no duplicate of it on the link (RFC 4862,
+/// section 5.4), which takes a second.
+///
+/// # Errors
+/// What the kernel answers; `is_exists` when it is there already.
+pub fn add_with_dad(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true, true))
 }
 
 /// Removes an address.
@@ -110,5 +124,5 @@ pub fn add(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkErr
 /// # Errors
 /// What the kernel answers; `is_not_found` when it is not there.
 pub fn delete(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
-    socket.request(RTM_DELADDR, 0, |body| write(body, index, cidr, false))
+    socket.request(RTM_DELADDR, 0, |body| write(body, index, cidr, false, false))
 }

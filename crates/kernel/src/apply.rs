@@ -1,11 +1,15 @@
 //! Executes operations in the order given, an outcome for each. Neighbours, forwarding entries and routes, of which
 //! there are many, go out in batches.
 
-use flannel::desired::{Key, Object};
-use flannel::{IfName, Op, OpError, Outcome};
+use std::net::IpAddr;
+
+use flannel::desired::{Key, Link, LinkKind, Object};
+use flannel::traffic::iptables::Iptables;
+use flannel::{IfName, Op, OpError, Outcome, Subnet};
 
 use crate::netlink::{Batch, NetlinkError};
-use crate::{Kernel, addr, link, neigh, nft, route, sysctl};
+use crate::tunnel::Tunnel;
+use crate::{Kernel, addr, command, link, neigh, nft, route, sysctl};
 
 impl Kernel {
     /// Executes `ops`. The outcomes are in the order of the operations.
@@ -71,21 +75,73 @@ impl Kernel {
         match op {
             Op::Set(Object::Link(wanted)) => {
                 self.indexes.clear();
+                if let LinkKind::Udp { local, port } = wanted.kind {
+                    self.start_tunnel(wanted, local, port)?;
+                }
                 link::set(&mut self.route, wanted)
             }
             Op::Delete(Object::Link(found)) => {
                 self.indexes.clear();
+                if self.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() {
+                    return Ok(());
+                }
                 link::delete(&mut self.route, found.name)
             }
-            Op::Set(Object::Addr(link, cidr)) => self.index(*link).and_then(|index| addr::set(&mut self.route, index, *cidr)),
+            Op::Set(Object::Forward(subnet, host)) => self.forward(*subnet, Some(*host)),
+            Op::Delete(Object::Forward(subnet, _)) => self.forward(*subnet, None),
+            Op::Set(Object::Extension(peer)) => {
+                command::run(&peer.add).map_err(|error| NetlinkError::Refused { errno: libc::EIO, message: error.to_string() })?;
+                self.extension.insert(peer.key, peer.clone());
+                Ok(())
+            }
+            Op::Delete(Object::Extension(peer)) => {
+                command::run(&peer.remove).map_err(|error| NetlinkError::Refused { errno: libc::EIO, message: error.to_string() })?;
+                self.extension.remove(&peer.key);
+                Ok(())
+            }
+            Op::Set(Object::Addr(link, cidr)) => {
+                self.tunnel.iter().filter(|tunnel| tunnel.name == *link).for_each(|tunnel| tunnel.set_address(*cidr));
+                self.index(*link).and_then(|index| addr::set(&mut self.route, index, *cidr))
+            }
             Op::Delete(Object::Addr(link, cidr)) => self.index(*link).and_then(|index| addr::delete(&mut self.route, index, *cidr)),
             Op::Set(Object::Sysctl(path, value)) => sysctl::write(path, value)
                 .map_err(|error| NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() }),
             Op::Set(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::replace(socket, ruleset)),
             Op::Delete(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::delete(socket, ruleset.family)),
+            Op::Set(Object::Iptables(rules)) => self.set_iptables(rules),
+            Op::Delete(Object::Iptables(rules)) => self.set_iptables(&Iptables { chains: Vec::new(), ..rules.clone() }),
+            Op::Set(Object::Blackhole(dst)) => route::set_blackhole(&mut self.route, *dst),
+            Op::Delete(Object::Blackhole(dst)) => route::delete_blackhole(&mut self.route, *dst),
             // A sysctl has no absence, and the rest is small and batched.
             Op::Delete(Object::Sysctl(..)) | Op::Set(_) | Op::Delete(_) => Ok(()),
         }
+    }
+
+    /// Starts the udp backend's data path, if it does not run or its device is gone.
+    fn start_tunnel(&mut self, wanted: &Link, local: IpAddr, port: u16) -> Result<(), NetlinkError> {
+        let there = link::get(&mut self.route, wanted.name)?.is_some();
+        let same = |tunnel: &Tunnel| (tunnel.name, tunnel.local, tunnel.port) == (wanted.name, local, port);
+        if there && self.tunnel.as_ref().is_some_and(same) {
+            return Ok(());
+        }
+        // Where packets go outlives the device.
+        let entries = self.tunnel.take().map(|tunnel| tunnel.entries()).unwrap_or_default();
+        let tunnel = Tunnel::start(wanted.name, local, port)
+            .map_err(|error| NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() })?;
+        entries.into_iter().for_each(|(subnet, host)| tunnel.set(subnet, Some(host)));
+        self.tunnel = Some(tunnel);
+        Ok(())
+    }
+
+    fn forward(&mut self, subnet: Subnet, host: Option<IpAddr>) -> Result<(), NetlinkError> {
+        let missing = || NetlinkError::Refused { errno: libc::ENODEV, message: "the tunnel does not run".to_owned() };
+        self.tunnel.as_ref().ok_or_else(missing).map(|tunnel| tunnel.set(subnet, host))
+    }
+
+    fn set_iptables(&mut self, rules: &Iptables) -> Result<(), NetlinkError> {
+        self.netfilter()?;
+        let Kernel { netfilter: Some(netfilter), iptables, networks, .. } = self else { return Ok(()) };
+        crate::iptables::set(netfilter, iptables, rules, networks)
     }
 
     fn index(&mut self, name: IfName) -> Result<u32, NetlinkError> {
@@ -111,7 +167,7 @@ fn judge(op: &Op, result: Result<(), NetlinkError>) -> Outcome {
 fn refused(op: &Op, error: NetlinkError) -> OpError {
     // A ruleset's text is a page; its name will do.
     match op.object() {
-        Object::Ruleset(_) => error.into_op_error(&format_args!("set {}", key(op))),
+        Object::Ruleset(_) | Object::Iptables(_) => error.into_op_error(&format_args!("set {}", key(op))),
         _ => error.into_op_error(op),
     }
 }

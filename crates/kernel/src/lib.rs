@@ -8,6 +8,8 @@
 pub mod addr;
 mod apply;
 pub mod capture;
+pub mod command;
+pub mod iptables;
 pub mod link;
 pub mod masquerade;
 pub mod monitor;
@@ -21,6 +23,7 @@ pub mod route;
 #[expect(unsafe_code, reason = "the one file that speaks to libc")]
 mod sys;
 pub mod sysctl;
+mod tunnel;
 
 use std::collections::BTreeMap;
 
@@ -35,6 +38,13 @@ pub struct Kernel {
     route: Socket,
     /// Opened when the first ruleset is asked for: a host without traffic rules needs no nf_tables.
     netfilter: Option<Socket>,
+    iptables: iptables::Cache,
+    /// Networks by which rules in chains that are shared with others are told to be ours.
+    networks: Vec<flannel::Subnet>,
+    /// The udp backend's data path, while it runs.
+    tunnel: Option<tunnel::Tunnel>,
+    /// Peers for which the extension's commands were run.
+    extension: BTreeMap<flannel::LeaseKey, flannel::backend::extension::ExtensionPeer>,
     /// Interface indexes, valid during one call: they change when somebody creates a link anew.
     indexes: BTreeMap<IfName, u32>,
 }
@@ -45,7 +55,15 @@ impl Kernel {
     /// # Errors
     /// When the kernel refuses a netlink socket.
     pub fn open() -> Result<Kernel, NetlinkError> {
-        Ok(Kernel { route: Socket::open(Protocol::Route)?, netfilter: None, indexes: BTreeMap::new() })
+        Ok(Kernel {
+            route: Socket::open(Protocol::Route)?,
+            netfilter: None,
+            iptables: iptables::Cache::default(),
+            networks: Vec::new(),
+            tunnel: None,
+            extension: BTreeMap::new(),
+            indexes: BTreeMap::new(),
+        })
     }
 
     /// The netlink port of the route socket: notifications that carry it are echoes of our own changes.

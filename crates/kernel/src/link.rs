@@ -196,10 +196,16 @@ pub fn list(socket: &mut Socket) -> Result<Vec<LinkInfo>, NetlinkError> {
 /// Creates the link, or changes what of it can be changed in place. A link that differs in what cannot be changed was
 /// deleted before: that is the diff's decision.
 pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> {
+    let flags = if link.up { IFF_UP } else { 0 };
+    if matches!(link.kind, LinkKind::Udp { .. }) {
+        // The device is there: its other end was just opened. It has no link-layer address.
+        return socket.request(RTM_NEWLINK, 0, |body| {
+            body.bytes(&ifinfomsg(0, flags, IFF_UP)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
+        });
+    }
     let LinkKind::Vxlan { vni, port, local, lower, gbp, learning } = &link.kind else {
         return Err(NetlinkError::Garbled("a link of a foreign kind cannot be set"));
     };
-    let flags = if link.up { IFF_UP } else { 0 };
     if let Some(have) = get(socket, link.name)? {
         // The kernel takes a change of MTU and a change of what is VXLAN's own in separate requests only.
         if have.vxlan.is_some_and(|vxlan| vxlan.learning != *learning) {
@@ -260,13 +266,13 @@ pub fn delete(socket: &mut Socket, name: IfName) -> Result<(), NetlinkError> {
     })
 }
 
-/// Creates a bridge, administratively up. MTU 0 leaves the choice to the kernel.
+/// Creates a bridge, administratively down. MTU 0 leaves the choice to the kernel.
 ///
 /// # Errors
 /// What the kernel answers; `is_exists` when the name is taken.
 pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
-        body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str());
+        body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
         if mtu != 0 {
             body.attr_u32(IFLA_MTU, mtu);
         }

@@ -31,6 +31,8 @@ pub enum Changed {
     Link(IfName),
     /// Something in our nftables table of this family changed.
     Rules(Family),
+    /// Something in iptables' tables of this family changed, in those that nf_tables holds.
+    Iptables(Family),
     /// Notifications were lost: anything may have changed.
     Everything,
 }
@@ -112,12 +114,18 @@ impl Monitor {
                 self.learn_names()?;
             }
         }
+        let mut rules = Vec::new();
         while let Some(socket) = &mut self.netfilter {
-            let more = socket.notifications(false, |message| changes.extend(decode_rules(&message)));
-            if !go_on(more, &mut changes)? {
+            // A transaction is a message for each of its rules; once is enough.
+            let more = socket.notifications(false, |message| {
+                let change = decode_rules(&message).filter(|change| !rules.contains(change));
+                rules.extend(change);
+            });
+            if !go_on(more, &mut rules)? {
                 break;
             }
         }
+        changes.extend(rules);
         Ok(changes)
     }
 }
@@ -162,6 +170,11 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
             addr::decode(message.body).and_then(|info| names.get(&info.index)).copied().map(Changed::Link)
         }
         route::RTM_NEWROUTE | route::RTM_DELROUTE => {
+            if let Some(dst) = route::decode_blackhole(message.body) {
+                let object = Object::Blackhole(dst);
+                let there = message.kind == route::RTM_NEWROUTE;
+                return Some(if there { Changed::Set(object) } else { Changed::Gone(object.key()) });
+            }
             let info = route::decode(message.body)?;
             let dev = *names.get(&info.oif)?;
             let route = observe::to_route(&info, dev);
@@ -190,5 +203,9 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
 
 fn decode_rules(message: &Received<'_>) -> Option<Changed> {
     let table = attrs(message.body.get(4..)?).find(|(kind, _)| *kind == nft::TABLE).and_then(|(_, name)| str_in(name))?;
+    if matches!(table, "nat" | "filter") {
+        let family = *message.body.first()?;
+        return Family::ALL.into_iter().find(|f| addr::family_number(*f) == family).map(Changed::Iptables);
+    }
     Family::ALL.into_iter().find(|family| flannel::traffic::table_name(*family) == table).map(Changed::Rules)
 }

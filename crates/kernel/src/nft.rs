@@ -275,6 +275,47 @@ pub fn list(socket: &mut Socket, family: Family) -> Result<Option<Ruleset>, Netl
     Ok(Some(Ruleset { family, chains }))
 }
 
+/// Is there this chain in this table?
+pub(crate) fn has_chain(socket: &mut Socket, family: Family, table: &str, chain: &str) -> Result<bool, NetlinkError> {
+    let answer = socket.get(
+        kind(GETCHAIN),
+        |body| {
+            body.bytes(&header(family)).attr_str(TABLE, table).attr_str(CHAIN_NAME, chain);
+        },
+        |_| Some(()),
+    );
+    match answer {
+        Ok(()) => Ok(true),
+        Err(error) if error.is_not_found() => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The expressions of each rule of a chain, as they are; none if there is no such chain.
+pub(crate) fn raw_rules(socket: &mut Socket, family: Family, table: &str, chain: &str) -> Result<Vec<Vec<u8>>, NetlinkError> {
+    let only = |body: &mut Body<'_>| {
+        body.bytes(&header(family)).attr_str(TABLE, table).attr_str(RULE_CHAIN, chain);
+    };
+    let read = |body: &[u8]| {
+        let bytes = body.get(4..)?;
+        let there = find(bytes, TABLE).and_then(str_in) == Some(table) && find(bytes, RULE_CHAIN).and_then(str_in) == Some(chain);
+        there.then(|| find(bytes, RULE_EXPRESSIONS).unwrap_or_default().to_vec())
+    };
+    match socket.dump(kind(GETRULE), only, read) {
+        Err(error) if error.is_not_found() => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// Appends a rule's expressions but for its counters, which change by themselves.
+pub(crate) fn without_counters(expressions: &[u8], bytes: &mut Vec<u8>) {
+    for (_, element) in attrs(expressions) {
+        if find(element, EXPR_NAME).and_then(str_in) != Some("counter") {
+            bytes.extend(element);
+        }
+    }
+}
+
 pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attrs(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }

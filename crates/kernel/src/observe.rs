@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use flannel::desired::{Fdb, Neigh, Object, Route, Scope};
+use flannel::desired::{Fdb, LinkKind, Neigh, Object, Route, Scope};
 use flannel::node::Interface;
+use flannel::traffic::iptables::Variant;
 use flannel::{Family, IfName, Observed};
 
 use crate::netlink::NetlinkError;
@@ -18,12 +19,18 @@ impl Kernel {
     pub fn observe(&mut self, scope: &Scope) -> Result<Observed, NetlinkError> {
         let mut observed = Observed::default();
         // All names at once: routes and VXLAN devices refer to interfaces by index.
-        let links = link::list(&mut self.route)?;
+        let needs_links = !(scope.links.is_empty() && scope.networks.is_empty() && scope.sysctls.is_empty());
+        let links = if needs_links { link::list(&mut self.route)? } else { Vec::new() };
         let names: BTreeMap<u32, IfName> = links.iter().map(|link| (link.index, link.name)).collect();
         let name_of = |index: u32| names.get(&index).copied();
         for info in links.iter().filter(|link| scope.links.contains(&link.name)) {
             let name = info.name;
-            observed.insert(Object::Link(link::to_object(info, name_of)));
+            let mut object = link::to_object(info, name_of);
+            if let Some(tunnel) = self.tunnel.as_ref().filter(|tunnel| tunnel.name == name && info.kind == "tun") {
+                object.kind = LinkKind::Udp { local: tunnel.local, port: tunnel.port };
+                tunnel.entries().into_iter().for_each(|(subnet, host)| observed.insert(Object::Forward(subnet, host)));
+            }
+            observed.insert(Object::Link(object));
             for found in addr::list(&mut self.route, info.index)?.iter().filter(|a| a.index == info.index && !is_automatic(a)) {
                 observed.insert(Object::Addr(name, found.addr.cidr));
             }
@@ -39,6 +46,14 @@ impl Kernel {
             self.observe_routes(Filter::BootOif(info.index), scope, name_of, &mut observed)?;
         }
         self.observe_routes(Filter::Ours, scope, name_of, &mut observed)?;
+        if !scope.networks.is_empty() {
+            self.extension.values().for_each(|peer| observed.insert(Object::Extension(peer.clone())));
+        }
+        for family in scope.networks.iter().map(|network| network.family()) {
+            let blackholes = route::list_blackholes(&mut self.route, family)?;
+            let ours = blackholes.into_iter().filter(|dst| scope.networks.iter().any(|network| network.covers(*dst)));
+            ours.for_each(|dst| observed.insert(Object::Blackhole(dst)));
+        }
         for (path, wanted) in &scope.sysctls {
             // What the kernel does not have for a link that is there (IPv6 switched off) cannot be other than it shall be.
             let on_a_link = links.iter().any(|link| path.split('/').any(|part| part == link.name.as_str()));
@@ -52,6 +67,18 @@ impl Kernel {
                 Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) => {}
                 Err(error) => return Err(error),
             }
+        }
+        if !scope.networks.is_empty() {
+            self.networks = [scope.networks.as_slice(), scope.retired.as_slice()].concat();
+        }
+        for (family, variant) in scope.iptables.iter().flat_map(|family| Variant::ALL.map(|variant| (*family, variant))) {
+            if self.netfilter().is_err() && variant == Variant::Nft {
+                continue;
+            }
+            self.netfilter()?;
+            let Kernel { netfilter: Some(netfilter), iptables, networks, .. } = self else { continue };
+            let found = crate::iptables::observe(netfilter, iptables, family, variant, networks)?;
+            found.into_iter().for_each(|rules| observed.insert(Object::Iptables(rules)));
         }
         Ok(observed)
     }
@@ -94,6 +121,14 @@ impl Kernel {
     /// What the kernel answers.
     pub fn route_facts(&mut self) -> Result<Vec<flannel::node::RouteFact>, NetlinkError> {
         route::facts(&mut self.route)
+    }
+
+    /// How the kernel would send to an address.
+    ///
+    /// # Errors
+    /// What the kernel answers: that it is unreachable, for one.
+    pub fn reach(&mut self, ip: std::net::IpAddr) -> Result<flannel::node::Reach, NetlinkError> {
+        route::reach(&mut self.route, ip)
     }
 
     /// One link by name.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use flannel::desired::ROUTE_PROTOCOL;
-use flannel::node::RouteFact;
+use flannel::node::{Reach, RouteFact};
 use flannel::{Family, Subnet};
 
 use crate::addr::family_number;
@@ -17,12 +17,14 @@ const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_VIA: u16 = 18;
 const RTA_TABLE: u16 = 15;
 
 const RT_TABLE_MAIN: u8 = 254;
 const RTN_UNICAST: u8 = 1;
+const RTN_BLACKHOLE: u8 = 6;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_NOWHERE: u8 = 255;
@@ -132,6 +134,33 @@ pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
     Ok(facts)
 }
 
+/// Asks the kernel how it would send to an address (`ip route get`).
+///
+/// # Errors
+/// What the kernel answers: `ENETUNREACH` when it has no route.
+pub fn reach(socket: &mut Socket, ip: IpAddr) -> Result<Reach, NetlinkError> {
+    let family = Family::of(ip);
+    let header = [family_number(family), family.bits(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let decode = |body: &[u8]| {
+        let mut reach = Reach { oif: 0, source: None };
+        for (kind, value) in attrs(body.get(12..)?) {
+            match kind {
+                RTA_OIF => reach.oif = u32_at(value, 0)?,
+                RTA_PREFSRC => reach.source = ip_in(value),
+                _ => {}
+            }
+        }
+        Some(reach)
+    };
+    socket.get(
+        RTM_GETROUTE,
+        |body| {
+            body.bytes(&header).attr_ip(RTA_DST, ip);
+        },
+        decode,
+    )
+}
+
 /// Appends the request to add a route of ours or replace the one with its destination and metric.
 pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
     batch.message(RTM_NEWROUTE, CREATE | REPLACE, |body| {
@@ -163,6 +192,50 @@ fn write(body: &mut Body<'_>, dst: Subnet, protocol: u8, scope: u8, kind: u8, fl
     if dst.prefix_len() > 0 {
         body.attr_ip(RTA_DST, dst.network());
     }
+}
+
+/// The metric of our blackhole routes: every other route to the same destination goes first, that of the pods' bridge
+/// above all.
+const BLACKHOLE_METRIC: u32 = u32::MAX;
+
+/// Adds or replaces a blackhole route of ours.
+pub(crate) fn set_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWROUTE, CREATE | REPLACE, |body| {
+        write(body, dst, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, RTN_BLACKHOLE, 0);
+        body.attr_u32(RTA_PRIORITY, BLACKHOLE_METRIC);
+    })
+}
+
+/// Deletes a blackhole route of ours.
+pub(crate) fn delete_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), NetlinkError> {
+    socket.request(RTM_DELROUTE, 0, |body| {
+        write(body, dst, ROUTE_PROTOCOL, RT_SCOPE_NOWHERE, RTN_BLACKHOLE, 0);
+        body.attr_u32(RTA_PRIORITY, BLACKHOLE_METRIC);
+    })
+}
+
+/// Our blackhole routes of a family.
+pub(crate) fn list_blackholes(socket: &mut Socket, family: Family) -> Result<Vec<Subnet>, NetlinkError> {
+    let header = [family_number(family), 0, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, 0, RTN_BLACKHOLE, 0, 0, 0, 0];
+    let dump = socket.dump(
+        RTM_GETROUTE,
+        |body| {
+            body.bytes(&header).attr_u32(RTA_TABLE, u32::from(RT_TABLE_MAIN));
+        },
+        decode_blackhole,
+    );
+    match dump {
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// The destination of a blackhole route of ours in a route message.
+pub(crate) fn decode_blackhole(body: &[u8]) -> Option<Subnet> {
+    let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;
+    let ours = table == RT_TABLE_MAIN && protocol == ROUTE_PROTOCOL && kind == RTN_BLACKHOLE;
+    let dst = attrs(body.get(12..)?).find(|(kind, _)| *kind == RTA_DST).and_then(|(_, value)| ip_in(value))?;
+    Subnet::new(dst, dst_len).ok().filter(|dst| ours && family_number(dst.family()) == family)
 }
 
 /// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it. One

@@ -29,6 +29,13 @@ pub(crate) fn set_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_i
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len::<libc::c_int>()) }).map(drop)
 }
 
+/// Reads a socket option into a buffer that also carries the question, as ip_tables wants it.
+pub(crate) fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, buffer: &mut [u8]) -> io::Result<()> {
+    let mut size = libc::socklen_t::try_from(buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the pointers describe `buffer` and `size`, which are written by the call, `buffer` within its length.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut size) }).map(drop)
+}
+
 /// Binds a netlink socket to a port of the kernel's choice and returns the port.
 pub(crate) fn bind_netlink(fd: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: all-zero is a valid sockaddr_nl.
@@ -65,6 +72,72 @@ pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c_int) ->
     // SAFETY: the pointer and the length describe `buffer`, which is written by the call.
     let got = unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags | libc::MSG_TRUNC) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Makes a descriptor of `/dev/net/tun` the other end of a TUN device of this name: IP packets without a header
+/// (`TUNSETIFF` with `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
+pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    const TUNSETIFF: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<libc::c_int>(b'T', 202);
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the request reads and writes one ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
+}
+
+/// Sends datagrams, as many in one call as the kernel takes. One that cannot be sent is left out.
+pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketAddrV4)]) {
+    let mut addresses: Vec<libc::sockaddr_in> = packets.iter().map(|(_, to)| socket_address(*to)).collect();
+    let mut parts: Vec<libc::iovec> =
+        packets.iter().map(|(bytes, _)| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }).collect();
+    let mut messages: Vec<libc::mmsghdr> =
+        addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(Some(address), part)).collect();
+    let mut from = 0;
+    while from < messages.len() {
+        let count = libc::c_uint::try_from(messages.len() - from).unwrap_or(libc::c_uint::MAX);
+        // SAFETY: each of the `count` headers points to an address and a part that live in the vectors above; the kernel
+        // only reads what the parts point to.
+        let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), messages[from..].as_mut_ptr(), count, 0) };
+        // The error is the first message's: go on behind it.
+        from += usize::try_from(sent).unwrap_or(0).max(1);
+    }
+}
+
+/// Receives as many datagrams as there are buffers, without waiting, and returns their lengths.
+pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<usize>> {
+    let mut parts: Vec<libc::iovec> =
+        buffers.iter_mut().map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }).collect();
+    let mut messages: Vec<libc::mmsghdr> = parts.iter_mut().map(|part| message(None, part)).collect();
+    let count = libc::c_uint::try_from(messages.len()).unwrap_or(libc::c_uint::MAX);
+    // SAFETY: each of the `count` headers points to a part in the vector above, and each part to a buffer of its length,
+    // which is written by the call.
+    let got = check(unsafe { libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT, std::ptr::null_mut()) })?;
+    let whole = |message: &libc::mmsghdr| if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 { message.msg_len } else { 0 };
+    Ok(messages.iter().take(usize::try_from(got).unwrap_or(0)).map(|message| usize::try_from(whole(message)).unwrap_or(0)).collect())
+}
+
+fn socket_address(to: std::net::SocketAddrV4) -> libc::sockaddr_in {
+    // SAFETY: all-zero is a valid sockaddr_in.
+    let mut address: libc::sockaddr_in = unsafe { zeroed() };
+    address.sin_family = libc::sa_family_t::try_from(libc::AF_INET).expect("AF_INET is 2");
+    address.sin_port = to.port().to_be();
+    address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
+    address
+}
+
+fn message(address: Option<&mut libc::sockaddr_in>, part: &mut libc::iovec) -> libc::mmsghdr {
+    // SAFETY: all-zero is a valid mmsghdr.
+    let mut message: libc::mmsghdr = unsafe { zeroed() };
+    if let Some(address) = address {
+        message.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
+        message.msg_hdr.msg_namelen = len::<libc::sockaddr_in>();
+    }
+    message.msg_hdr.msg_iov = part;
+    message.msg_hdr.msg_iovlen = 1;
+    message
 }
 
 /// Is the descriptor a network namespace? (`NS_GET_NSTYPE`, `linux/nsfs.h`)

@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 
 use flannel::desired::{Key, Link, LinkKind, Object, Owner, ROUTE_PROTOCOL, Route, Scope};
 use flannel::diff::{Prune, diff};
-use flannel::traffic::{TrafficConfig, rulesets};
+use flannel::traffic::iptables::Variant;
+use flannel::traffic::{self, Flavour, TrafficConfig};
 use flannel::{Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
@@ -19,7 +20,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 12] = [
+    let tests: [(&str, fn()); 13] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -29,6 +30,7 @@ fn main() {
         ("foreign_routes_are_neither_seen_nor_touched", foreign_routes_are_neither_seen_nor_touched),
         ("a_go_flannelds_routes_are_adopted", a_go_flannelds_routes_are_adopted),
         ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
+        ("iptables_are_written_in_one_step_and_repaired", iptables_are_written_and_repaired),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
@@ -79,10 +81,14 @@ fn vxlan(family: Family, vni: u32, mtu: u32) -> Object {
 }
 
 fn rules() -> Vec<Object> {
-    let config = TrafficConfig { masquerade: true, fully_random: true, forward: true };
+    rules_in(Flavour::Nftables)
+}
+
+fn rules_in(flavour: Flavour) -> Vec<Object> {
+    let config = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour };
     let networks = PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: "fc00::/48".parse().ok() };
     let mine = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: "fc00:0:0:1::/64".parse().ok() };
-    rulesets(config, &networks, &mine).into_iter().map(Object::Ruleset).collect()
+    traffic::objects(config, &networks, &mine)
 }
 
 /// Both families' devices, and two peers of each: one behind the device, one on the link.
@@ -90,6 +96,9 @@ fn picture() -> Desired {
     use flannel::desired::{Fdb, Neigh};
     let mut desired = Desired::default();
     let mut node = rules();
+    node.extend(rules_in(Flavour::Iptables(Variant::Nft)));
+    node.extend(rules_in(Flavour::Iptables(Variant::Legacy)));
+    node.extend(["10.244.1.0/24", "fc00:0:0:1::/64"].map(|net| Object::Blackhole(net.parse().unwrap())));
     let mut peers = Vec::new();
     for (family, device, net, vtep, host) in [
         (Family::V4, "flannel.1", "10.244", "10.244.2.0", "192.0.2.2"),
@@ -142,6 +151,8 @@ fn scope() -> Scope {
         links: vec![name("flannel.1"), name("flannel-v6.1")],
         sysctls: vec![accept_ra("flannel.1"), accept_ra("flannel-v6.1")],
         rulesets: Family::ALL.into(),
+        iptables: Family::ALL.into(),
+        retired: Vec::new(),
         networks: vec!["10.0.0.0/8".parse().unwrap(), "fc00::/48".parse().unwrap()],
     }
 }
@@ -330,6 +341,78 @@ fn a_changed_ruleset_is_seen_and_repaired() {
     assert_eq!(ops.iter().map(|op| op.object().key()).collect::<Vec<_>>(), [Key::Ruleset(Family::V4)]);
     apply(&mut kernel, &ops);
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
+}
+
+/// Runs a program of iptables in the test's namespace.
+#[track_caller]
+fn run(program: &str, args: &str) -> String {
+    let output = std::process::Command::new(program).args(args.split(' ')).output().expect("iptables is installed by `cargo xtask test`");
+    assert!(output.status.success(), "{program} {args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn iptables_are_written_and_repaired() {
+    for (variant, program) in [(Variant::Nft, "iptables-nft"), (Variant::Legacy, "iptables-legacy")] {
+        let mut kernel = Kernel::open().unwrap();
+        let mut desired = Desired::default();
+        desired.set_part(Owner::Node, rules_in(Flavour::Iptables(variant)));
+        let ops = |kernel: &mut Kernel, desired: &Desired| diff(desired, &kernel.observe(&scope()).unwrap(), Prune::Yes);
+        run(program, "-P FORWARD DROP");
+        run(program, "-A FORWARD -s 198.51.100.0/24 -j ACCEPT");
+        let first = ops(&mut kernel, &desired);
+        assert_eq!(first.len(), 2, "{variant}: one for each family");
+        apply(&mut kernel, &first);
+        assert_eq!(ops(&mut kernel, &desired), [], "{variant}");
+        // Upstream's own listing, section 6.1 of the specification.
+        let jump = "-A POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG";
+        assert!(run(program, "-t nat -S").contains(jump));
+        assert_eq!(run(program, "-t nat -S FLANNEL-POSTRTG").lines().count(), 7);
+        // What others do elsewhere in the tables is not seen.
+        run(program, "-A FORWARD -s 203.0.113.0/24 -j ACCEPT");
+        run(program, "-t nat -A POSTROUTING -s 203.0.113.0/24 -j MASQUERADE");
+        assert_eq!(ops(&mut kernel, &desired), [], "{variant}: a foreign rule");
+        for damage in [
+            "-t nat -F",
+            "-F FLANNEL-FWD",
+            "-D FLANNEL-FWD 1",
+            "-t nat -R FLANNEL-POSTRTG 5 -s 10.244.0.0/16 -j RETURN",
+            "-t nat -D POSTROUTING -m comment --comment x -j FLANNEL-POSTRTG",
+            "-I FORWARD -j FLANNEL-FWD",
+            "-t nat -A FLANNEL-POSTRTG -s 10.244.0.0/16 -j ACCEPT",
+        ] {
+            let words: Vec<&str> = damage.split(' ').map(|word| if word == "x" { "flanneld masq" } else { word }).collect();
+            assert!(std::process::Command::new(program).args(words).status().unwrap().success(), "{damage}");
+            let repair = ops(&mut kernel, &desired);
+            assert_eq!(repair.len(), 1, "{variant}: {damage}");
+            apply(&mut kernel, &repair);
+            assert_eq!(ops(&mut kernel, &desired), [], "{variant}: after {damage}");
+            assert!(run(program, "-t nat -S").contains(jump), "{variant}: after {damage}");
+        }
+        // Another flanneld on this host shares the chains; its rules stay whatever ours become.
+        let theirs = "-A FLANNEL-FWD -s 172.16.0.0/16 -j ACCEPT";
+        run(program, theirs);
+        assert_eq!(ops(&mut kernel, &desired), [], "{variant}: {theirs}");
+        run(program, "-D FLANNEL-FWD 1");
+        let repair = ops(&mut kernel, &desired);
+        apply(&mut kernel, &repair);
+        assert!(run(program, "-S FLANNEL-FWD").contains(theirs));
+        run(program, "-D FLANNEL-FWD -s 172.16.0.0/16 -j ACCEPT");
+        // The other flavour takes over: nothing of this one is left, and nothing foreign is gone.
+        let mut nftables = Desired::default();
+        nftables.set_part(Owner::Node, rules());
+        let change = ops(&mut kernel, &nftables);
+        apply(&mut kernel, &change);
+        let left = run(program, "-S") + &run(program, "-t nat -S");
+        assert!(!left.contains("FLANNEL"), "{variant}: {left}");
+        for foreign in ["-P FORWARD DROP", "-A FORWARD -s 198.51.100.0/24 -j ACCEPT", "-A FORWARD -s 203.0.113.0/24 -j ACCEPT"] {
+            assert!(left.contains(foreign), "{variant}: {foreign} in {left}");
+        }
+        let back = ops(&mut kernel, &desired);
+        apply(&mut kernel, &back);
+        assert_eq!(ops(&mut kernel, &desired), [], "{variant}: and back");
+        let none = ops(&mut kernel, &Desired::default());
+        apply(&mut kernel, &none);
+    }
 }
 
 fn ten_thousand_operations_in_one_batch() {

@@ -11,16 +11,21 @@ use crate::lease::Peer;
 use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
 use crate::node::Node;
 
-/// Bytes that VXLAN over IPv4 adds to a packet: outer IPv4 (20), UDP (8) and VXLAN (8) headers and the inner Ethernet
-/// header (14). Upstream subtracts the same for both families.
-const OVERHEAD: u32 = 50;
+/// Bytes that VXLAN adds to a packet: the outer IP header (IPv4 20, IPv6 40), UDP (8) and VXLAN (8) headers and the
+/// inner Ethernet header (14).
+fn overhead(family: Family) -> u32 {
+    match family {
+        Family::V4 => 50,
+        Family::V6 => 70,
+    }
+}
 
 /// The vxlan backend of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vxlan {
     config: VxlanConfig,
-    /// Inner MTU in bytes.
-    mtu: u32,
+    /// Bytes that an outer packet may have.
+    outer_mtu: u32,
     /// The VTEP's link-layer address of each enabled family.
     macs: PerFamily<Mac>,
 }
@@ -45,12 +50,20 @@ impl Vxlan {
             }
         }
         // More than the interface carries would be promised in vain; the kernel clamps the device as well.
-        let mtu = vxlan.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(OVERHEAD);
-        Vxlan { config: vxlan.clone(), mtu, macs }
+        let outer_mtu = vxlan.mtu.unwrap_or(node.mtu).min(node.mtu);
+        Vxlan { config: vxlan.clone(), outer_mtu, macs }
     }
 
+    /// The MTU for pods. With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one,
+    /// and while a cluster is switched those of Go nodes have that. IPv6 packets that do not fit are answered with
+    /// "packet too big" by the host.
     pub(super) fn mtu(&self) -> u32 {
-        self.mtu
+        self.device_mtu(if self.macs.v4.is_some() { Family::V4 } else { Family::V6 })
+    }
+
+    /// The device's MTU; the kernel would clamp it to the same.
+    fn device_mtu(&self, family: Family) -> u32 {
+        self.outer_mtu.saturating_sub(overhead(family))
     }
 
     /// `{"VNI":1,"VtepMAC":"…"}` a family: compact, VtepMAC last, because upstream splits the text to find it.
@@ -75,7 +88,7 @@ impl Vxlan {
                 gbp: self.config.gbp,
                 learning: self.config.learning,
             };
-            objects.push(Object::Link(Link { name, kind, mac: *mac, mtu: self.mtu, up: true }));
+            objects.push(Object::Link(Link { name, kind, mac: *mac, mtu: self.device_mtu(family), up: true }));
             objects.push(Object::Addr(name, Cidr { addr: own.network(), len: family.bits() }));
             objects.push(Object::Sysctl(format!("net/ipv6/conf/{name}/accept_ra"), "0".to_owned()));
         }
@@ -202,7 +215,7 @@ mod tests {
                 link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
                 addr 10.244.1.0/32 dev flannel.1
                 sysctl net/ipv6/conf/flannel.1/accept_ra = 0
-                link flannel-v6.1 0e:00:00:00:06:01 mtu 1450 up vxlan id 1 dstport 8472 local 2001:db8::1 dev eth0 nolearning
+                link flannel-v6.1 0e:00:00:00:06:01 mtu 1430 up vxlan id 1 dstport 8472 local 2001:db8::1 dev eth0 nolearning
                 addr fc00:0:0:1::/128 dev flannel-v6.1
                 sysctl net/ipv6/conf/flannel-v6.1/accept_ra = 0
                 10.244.2.0-24&fc00:0:0:2::-64:

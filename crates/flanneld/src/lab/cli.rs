@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::show::{Report, show};
-use super::{Lab, Plan, StoreKind, Topology, exec, isolate, outside};
+use super::{Lab, Plan, PodFamily, StoreKind, Topology, exec, isolate, outside};
 
 /// What `flanneld lab` is told.
 #[derive(Debug, Clone, Args)]
@@ -21,6 +21,9 @@ pub struct LabArgs {
     /// Backend: host-gw or vxlan [default: one after the other on a switch, vxlan across a router]
     #[arg(long, value_name = "TYPE")]
     pub backend: Option<String>,
+    /// Which addresses pods have
+    #[arg(long, value_enum, default_value_t = PodFamily::V4)]
+    pub family: PodFamily,
     /// Use the etcd at this address instead of an embedded store; the lab writes below a /flannel-lab/ prefix of its own, which it deletes at its end
     #[arg(long, value_name = "URL")]
     pub etcd: Option<String>,
@@ -102,8 +105,12 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
         // Nothing that is in a store outside is touched.
         let prefix =
             if args.etcd.is_some() { format!("/flannel-lab/{:016x}", fastrand::u64(..)) } else { "/coreos.com/network".to_owned() };
-        let plan =
-            Plan { topology: args.topology, store: store.clone(), prefix, ..Plan::new(args.hosts, &json!({ "Type": backend }), &program) };
+        let plan = Plan {
+            topology: args.topology,
+            store: store.clone(),
+            prefix,
+            ..Plan::new(args.hosts, &json!({ "Type": backend }), &program).family(args.family)
+        };
         progress(args, &format!("{backend}: starting {} hosts on a {:?}", args.hosts, args.topology).to_lowercase());
         let root = scratch.join(format!("lab{i}"));
         let mut lab = Lab::start(plan, &root)?;

@@ -1,11 +1,11 @@
-//! An Ethernet frame as far as the lab looks into it: IPv4, and VXLAN over UDP with a frame inside.
+//! An Ethernet frame as far as the lab looks into it: IP, and VXLAN over UDP with a frame inside.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use flannel::Mac;
 
-/// A frame that carries IPv4.
+/// A frame that carries IP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
     /// Destination MAC.
@@ -13,19 +13,19 @@ pub struct Frame {
     /// Source MAC.
     pub from: Mac,
     /// Source address.
-    pub src: Ipv4Addr,
+    pub src: IpAddr,
     /// Destination address.
-    pub dst: Ipv4Addr,
-    /// Time to live.
+    pub dst: IpAddr,
+    /// Time to live, or hop limit.
     pub ttl: u8,
     /// What is inside.
     pub payload: Payload,
 }
 
-/// What an IPv4 packet carries.
+/// What an IP packet carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// An ICMP message of this type: 8 is an echo request, 0 its reply.
+    /// An ICMP message of this type: an echo request is 8 and its reply 0, of ICMPv6 128 and 129.
     Icmp(u8),
     /// A frame in VXLAN (RFC 7348).
     Vxlan {
@@ -41,21 +41,24 @@ pub enum Payload {
 }
 
 impl Frame {
-    /// Reads a frame; `None` if it does not carry IPv4.
+    /// Reads a frame; `None` if it does not carry IP.
     pub fn parse(bytes: &[u8]) -> Option<Frame> {
         let mac = |at: usize| Some(Mac(bytes.get(at..at + 6)?.try_into().ok()?));
-        if bytes.get(12..14)? != [8, 0] {
-            return None;
-        }
         let ip = bytes.get(14..)?;
-        let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
-        let body = ip.get(usize::from(ip.first()? & 0xf) * 4..)?;
-        let payload = match *ip.get(9)? {
-            1 => Payload::Icmp(*body.first()?),
+        // Where the protocol, the time to live, the addresses and the payload are.
+        let (protocol, ttl, src, dst, header) = match bytes.get(12..14)? {
+            [0x08, 0x00] => (9, 8, 12..16, 16..20, usize::from(ip.first()? & 0xf) * 4),
+            [0x86, 0xdd] => (6, 7, 8..24, 24..40, 40),
+            _ => return None,
+        };
+        let address = |at| kernel::netlink::ip_in(ip.get(at)?);
+        let body = ip.get(header..)?;
+        let payload = match *ip.get(protocol)? {
+            1 | 58 => Payload::Icmp(*body.first()?),
             17 => vxlan(body).unwrap_or(Payload::Other(17)),
             other => Payload::Other(other),
         };
-        Some(Frame { to: mac(0)?, from: mac(6)?, src: address(12)?, dst: address(16)?, ttl: *ip.get(8)?, payload })
+        Some(Frame { to: mac(0)?, from: mac(6)?, src: address(src)?, dst: address(dst)?, ttl: *ip.get(ttl)?, payload })
     }
 
     /// The frame inside, if this one encapsulates, else this one.
@@ -83,8 +86,8 @@ impl fmt::Display for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} > {} | {} > {} ttl {} | ", self.from, self.to, self.src, self.dst, self.ttl)?;
         match &self.payload {
-            Payload::Icmp(8) => f.write_str("ICMP echo request"),
-            Payload::Icmp(0) => f.write_str("ICMP echo reply"),
+            Payload::Icmp(8 | 128) => f.write_str("ICMP echo request"),
+            Payload::Icmp(0 | 129) => f.write_str("ICMP echo reply"),
             Payload::Icmp(kind) => write!(f, "ICMP type {kind}"),
             Payload::Vxlan { port, vni, inner } => write!(f, "UDP {port} | VXLAN VNI {vni} | {inner}"),
             Payload::Other(protocol) => write!(f, "IP protocol {protocol}"),

@@ -1,64 +1,77 @@
-//! ICMP echo (RFC 792) by a raw socket: what `ping` does, in the namespace of whoever calls.
+//! ICMP echo (RFC 792, RFC 4443) by raw sockets: what `ping` does, in the namespace of whoever calls.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use flannel::Family;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto, socket_with};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recvfrom, sendto, socket_with};
 
-/// A socket for echo requests.
+/// Sockets for echo requests of both families.
 #[derive(Debug)]
 pub struct Pinger {
-    fd: OwnedFd,
+    v4: OwnedFd,
+    v6: OwnedFd,
     id: u16,
 }
 
 impl Pinger {
-    /// Opens the socket in the calling thread's network namespace.
+    /// Opens the sockets in the calling thread's network namespace.
     ///
     /// # Errors
     /// When the privilege is missing (`CAP_NET_RAW`).
     pub fn open() -> io::Result<Pinger> {
-        let fd = socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, Some(ipproto::ICMP))?;
-        Ok(Pinger { fd, id: fastrand::u16(1..) })
+        let open = |family, protocol| socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, Some(protocol));
+        let v4 = open(AddressFamily::INET, ipproto::ICMP)?;
+        let v6 = open(AddressFamily::INET6, ipproto::ICMPV6)?;
+        Ok(Pinger { v4, v6, id: fastrand::u16(1..) })
     }
 
     /// Sends one request; the sequence number comes back with the reply.
     ///
     /// # Errors
     /// When there is no route, or the kernel refuses.
-    pub fn send(&self, to: Ipv4Addr, sequence: u16) -> io::Result<()> {
-        let mut packet = vec![8, 0, 0, 0];
+    pub fn send(&self, to: IpAddr, sequence: u16) -> io::Result<()> {
+        let (socket, kind) = match to {
+            IpAddr::V4(_) => (&self.v4, 8),
+            IpAddr::V6(_) => (&self.v6, 128),
+        };
+        let mut packet = vec![kind, 0, 0, 0];
         packet.extend(self.id.to_be_bytes());
         packet.extend(sequence.to_be_bytes());
         packet.extend([0x66; 48]);
+        // The kernel computes ICMPv6's, which covers addresses that only it knows.
         let sum = checksum(&packet);
         packet[2..4].copy_from_slice(&sum.to_be_bytes());
-        sendto(&self.fd, &packet, SendFlags::empty(), &SocketAddrV4::new(to, 0))?;
+        sendto(socket, &packet, SendFlags::empty(), &SocketAddr::new(to, 0))?;
         Ok(())
     }
 
     /// Waits for a reply to one of our requests: who sent it, and its sequence number.
     ///
     /// # Errors
-    /// When the socket fails.
-    pub fn receive(&self, timeout: Duration) -> io::Result<Option<(Ipv4Addr, u16)>> {
+    /// When a socket fails.
+    pub fn receive(&self, timeout: Duration) -> io::Result<Option<(IpAddr, u16)>> {
         let end = Instant::now() + timeout;
         let mut buffer = [0; 2048];
         loop {
             let left = end.saturating_duration_since(Instant::now());
             let left = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
-            if rustix::event::poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&left))? == 0 {
+            let mut polled = [PollFd::new(&self.v4, PollFlags::IN), PollFd::new(&self.v6, PollFlags::IN)];
+            if rustix::event::poll(&mut polled, Some(&left))? == 0 {
                 return Ok(None);
             }
-            let (length, _) = recv(&self.fd, &mut buffer, RecvFlags::empty())?;
-            if let Some((from, id, sequence)) = reply(&buffer[..length])
+            let is_v4 = !polled[0].revents().is_empty();
+            let (socket, family) = if is_v4 { (&self.v4, Family::V4) } else { (&self.v6, Family::V6) };
+            let (length, _, from) = recvfrom(socket, &mut buffer, RecvFlags::empty())?;
+            let from = from.and_then(|from| SocketAddr::try_from(from).ok());
+            if let (Some(from), Some((id, sequence))) = (from, reply(&buffer[..length], family))
                 && id == self.id
             {
-                return Ok(Some((from, sequence)));
+                return Ok(Some((from.ip(), sequence)));
             }
         }
     }
@@ -67,14 +80,14 @@ impl Pinger {
 /// Pings each target until it answers, at most `timeout` in all, and returns the round trips of those that did.
 ///
 /// # Errors
-/// When the socket fails.
-pub fn ping_all(targets: &[Ipv4Addr], timeout: Duration) -> io::Result<BTreeMap<Ipv4Addr, Duration>> {
+/// When a socket fails.
+pub fn ping_all(targets: &[IpAddr], timeout: Duration) -> io::Result<BTreeMap<IpAddr, Duration>> {
     let pinger = Pinger::open()?;
     let end = Instant::now() + timeout;
     let mut answered = BTreeMap::new();
     let mut sent = BTreeMap::new();
     for sequence in 0u16.. {
-        let open: Vec<Ipv4Addr> = targets.iter().filter(|ip| !answered.contains_key(*ip)).copied().collect();
+        let open: Vec<IpAddr> = targets.iter().filter(|ip| !answered.contains_key(*ip)).copied().collect();
         if open.is_empty() || Instant::now() >= end {
             break;
         }
@@ -94,12 +107,15 @@ pub fn ping_all(targets: &[Ipv4Addr], timeout: Duration) -> io::Result<BTreeMap<
     Ok(answered)
 }
 
-fn reply(packet: &[u8]) -> Option<(Ipv4Addr, u16, u16)> {
-    let header = usize::from(packet.first()? & 0xf) * 4;
-    let from = <[u8; 4]>::try_from(packet.get(12..16)?).ok()?;
+/// Identifier and sequence number of an echo reply. A raw IPv4 socket shows the IP header, an IPv6 one does not.
+fn reply(packet: &[u8], family: Family) -> Option<(u16, u16)> {
+    let (header, kind) = match family {
+        Family::V4 => (usize::from(packet.first()? & 0xf) * 4, 0),
+        Family::V6 => (0, 129),
+    };
     let icmp = packet.get(header..)?;
     let number = |at: usize| Some(u16::from_be_bytes(icmp.get(at..at + 2)?.try_into().ok()?));
-    (*icmp.first()? == 0).then_some((from.into(), number(4)?, number(6)?))
+    (*icmp.first()? == kind).then_some((number(4)?, number(6)?))
 }
 
 /// The Internet checksum (RFC 1071) of an even number of bytes.

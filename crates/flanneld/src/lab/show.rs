@@ -1,7 +1,7 @@
 //! What a lab shows: addresses, routes, the packet on the wire, round trips, and whether all that is as it should be.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -36,11 +36,11 @@ pub(super) struct Report {
 
 struct HostReport {
     name: String,
-    address: Ipv4Addr,
+    addresses: Vec<IpAddr>,
     mac: Mac,
     subnet: String,
     pod: String,
-    pod_address: IpAddr,
+    pod_addresses: Vec<IpAddr>,
     routes: Vec<String>,
     refused: Vec<String>,
 }
@@ -54,20 +54,16 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
         problems.extend(host.refused.iter().map(|refused| format!("{} has no route to {refused}", host.name)));
     }
 
-    let v4 = |pod: &Pod| match pod.address {
-        IpAddr::V4(ip) => ip,
-        IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
-    };
     let mut packet = None;
-    let mut results: Vec<BTreeMap<Ipv4Addr, Duration>> = Vec::new();
+    let mut results: Vec<BTreeMap<IpAddr, Duration>> = Vec::new();
     // Where a route was refused, its peer is not waited for.
     let patience = if problems.is_empty() { PING } else { Duration::from_secs(1) };
     for (i, pod) in pods.iter().enumerate() {
-        let others: Vec<Ipv4Addr> = pods.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| v4(other)).collect();
+        let others: Vec<IpAddr> = pods.iter().enumerate().filter(|(j, _)| *j != i).flat_map(|(_, other)| other.addresses.clone()).collect();
         let capture = if i == 0 && pods.len() > 1 { Some(open_capture(&lab.hosts[1])?) } else { None };
         results.push(pod.netns.run(|| ping_all(&others, patience))??);
         if let Some(capture) = capture.filter(|_| problems.is_empty()) {
-            let (from, to) = (v4(&pods[0]), v4(&pods[1]));
+            let (from, to) = (pods[0].address, pods[1].address);
             packet = capture.find(Duration::from_secs(1), |bytes| {
                 let frame = Frame::parse(bytes)?;
                 let inner = frame.innermost();
@@ -79,10 +75,11 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
     for (i, from) in pods.iter().enumerate() {
         for to in pods.iter().filter(|to| to.name != from.name) {
             pairs.1 += 1;
-            match results[i].contains_key(&v4(to)) {
+            let silent: Vec<String> = to.addresses.iter().filter(|ip| !results[i].contains_key(*ip)).map(ToString::to_string).collect();
+            match silent.is_empty() {
                 true => pairs.0 += 1,
                 false if problems.len() < 20 => {
-                    problems.push(format!("{} {} gets no answer from {} {}", from.name, from.address, to.name, to.address))
+                    problems.push(format!("{} {} gets no answer from {} {}", from.name, from.address, to.name, silent.join(" ")))
                 }
                 false => {}
             }
@@ -91,7 +88,7 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
     let mut trips = Vec::new();
     if pods.len() > 1 {
         for (i, j) in [(0, 1), (1, 0)] {
-            trips.push((pods[i].name.clone(), pods[j].name.clone(), results[i].get(&v4(&pods[j])).copied()));
+            trips.push((pods[i].name.clone(), pods[j].name.clone(), results[i].get(&pods[j].address).copied()));
         }
         match &packet {
             Some(frame) => problems.extend(wrong(frame, backend, &lab.hosts, lab.plan.topology)?),
@@ -114,7 +111,8 @@ fn host_report(host: &Host, pod: &Pod) -> anyhow::Result<HostReport> {
     let routes = host.netns.run(|| {
         let mut socket = Socket::open(Protocol::Route)?;
         let names: BTreeMap<u32, String> = link::list(&mut socket)?.iter().map(|link| (link.index, link.name.to_string())).collect();
-        let routes = route::list(&mut socket, Family::V4, route::Filter::Ours)?;
+        let mut routes = route::list(&mut socket, Family::V4, route::Filter::Ours)?;
+        routes.extend(route::list(&mut socket, Family::V6, route::Filter::Ours)?);
         anyhow::Ok(
             routes
                 .iter()
@@ -135,11 +133,11 @@ fn host_report(host: &Host, pod: &Pod) -> anyhow::Result<HostReport> {
     });
     Ok(HostReport {
         name: host.name.clone(),
-        address: host.address,
+        addresses: host.addresses(),
         mac: host.mac()?,
         subnet: state["subnet"].as_str().unwrap_or_default().to_owned(),
         pod: pod.name.clone(),
-        pod_address: pod.address,
+        pod_addresses: pod.addresses.clone(),
         routes,
         refused: refused.collect(),
     })
@@ -147,28 +145,34 @@ fn host_report(host: &Host, pod: &Pod) -> anyhow::Result<HostReport> {
 
 /// What of the packet on the second host's wire is not as the backend should make it.
 fn wrong(frame: &Frame, backend: &str, hosts: &[Host], topology: Topology) -> anyhow::Result<Vec<String>> {
-    let mut problems = Vec::new();
-    let mut expect = |what: &str, is: String, want: String| {
-        if is != want {
-            problems.push(format!("on the wire the {what} is {is}, not {want}"));
-        }
-    };
-    expect("destination MAC", frame.to.to_string(), hosts[1].mac()?.to_string());
+    let mut problems = Problems(Vec::new());
+    problems.expect("destination MAC", frame.to, hosts[1].mac()?);
     if topology == Topology::Switch {
-        expect("source MAC", frame.from.to_string(), hosts[0].mac()?.to_string());
+        problems.expect("source MAC", frame.from, hosts[0].mac()?);
     }
     match (&frame.payload, backend) {
         (Payload::Vxlan { port, vni, inner }, "vxlan") => {
-            expect("outer source", frame.src.to_string(), hosts[0].address.to_string());
-            expect("outer destination", frame.dst.to_string(), hosts[1].address.to_string());
-            expect("UDP port", port.to_string(), "8472".to_owned());
-            expect("VNI", vni.to_string(), "1".to_owned());
-            expect("inner payload", format!("{:?}", inner.payload), format!("{:?}", Payload::Icmp(8)));
+            let of = |host: &Host| host.addresses().into_iter().find(|ip| ip.is_ipv4() == inner.src.is_ipv4());
+            problems.expect("outer source", Some(frame.src), of(&hosts[0]));
+            problems.expect("outer destination", Some(frame.dst), of(&hosts[1]));
+            problems.expect("UDP port", *port, 8472);
+            problems.expect("VNI", *vni, 1);
+            problems.expect("inner payload", &inner.payload, &Payload::Icmp(if inner.src.is_ipv4() { 8 } else { 128 }));
         }
-        (Payload::Icmp(8), "host-gw") => expect("time to live", frame.ttl.to_string(), "63".to_owned()),
-        (payload, _) => expect("packet", format!("{payload:?}"), format!("one of {backend}")),
+        (Payload::Icmp(8 | 128), "host-gw") => problems.expect("time to live", frame.ttl, 63),
+        (payload, _) => problems.0.push(format!("on the wire is {payload:?}, which is none of {backend}'s")),
     }
-    Ok(problems)
+    Ok(problems.0)
+}
+
+struct Problems(Vec<String>);
+
+impl Problems {
+    fn expect<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, is: T, want: T) {
+        if is != want {
+            self.0.push(format!("on the wire the {what} is {is:?}, not {want:?}"));
+        }
+    }
 }
 
 impl Report {
@@ -191,10 +195,8 @@ impl Report {
         // A page is enough to see the pattern.
         const SHOWN: usize = 4;
         for host in self.hosts.iter().take(SHOWN) {
-            text.push_str(&format!(
-                "  {}  {} ({})  leases {}  {} has {}\n",
-                host.name, host.address, host.mac, host.subnet, host.pod, host.pod_address
-            ));
+            let (at, has) = (join(&host.addresses), join(&host.pod_addresses));
+            text.push_str(&format!("  {}  {at} ({})  leases {}  {} has {has}\n", host.name, host.mac, host.subnet, host.pod));
             for route in host.routes.iter().take(SHOWN) {
                 text.push_str(&format!("      route {route}\n"));
             }
@@ -224,8 +226,8 @@ impl Report {
 
     pub(super) fn json(&self) -> Value {
         let hosts: Vec<Value> = self.hosts.iter().map(|host| {
-            json!({ "name": host.name, "address": host.address, "mac": host.mac.to_string(), "subnet": host.subnet, "routes": host.routes,
-                    "pod": { "name": host.pod, "address": host.pod_address }, "refused": host.refused })
+            json!({ "name": host.name, "addresses": host.addresses, "mac": host.mac.to_string(), "subnet": host.subnet, "routes": host.routes,
+                    "pod": { "name": host.pod, "address": host.pod_addresses.first(), "addresses": host.pod_addresses }, "refused": host.refused })
         }).collect();
         let trips: Vec<Value> = self
             .trips
@@ -244,4 +246,8 @@ impl Report {
             "verdict": self.verdict(),
         })
     }
+}
+
+fn join(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }

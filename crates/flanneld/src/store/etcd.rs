@@ -10,9 +10,9 @@ use flannel::{Lease, LeaseKey, Peer, StoreEvent};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
+use super::connect::{Access, Connection, Endpoints, describe};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::etcd::event::EventType;
 use crate::etcd::kv_client::KvClient;
@@ -27,8 +27,6 @@ use crate::etcd::{
 
 /// How long an endpoint may take to answer before the next one is asked.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// How long it may take to accept a connection.
-const CONNECT: Duration = Duration::from_secs(3);
 /// The wait before the watch is begun anew doubles from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Unreadable entries of which it is remembered that they were reported.
@@ -40,6 +38,9 @@ pub enum StoreError {
     /// `--etcd-endpoints` cannot be used.
     #[error("--etcd-endpoints: {0:?}: {1}")]
     Endpoint(String, String),
+    /// A certificate or key file cannot be used.
+    #[error("{0} {1}: {2}")]
+    File(&'static str, String, String),
     /// No endpoint answers.
     #[error("no etcd endpoint answers ({endpoints}); the last said: {last}")]
     Unreachable {
@@ -64,8 +65,7 @@ pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    endpoints: Vec<String>,
-    channels: Vec<Channel>,
+    endpoints: Endpoints,
     /// The endpoint that answered last.
     current: AtomicUsize,
     prefix: String,
@@ -102,34 +102,21 @@ struct Unreadable {
 }
 
 impl Store {
-    /// A client of the endpoints in a comma list, for the keys below `prefix`. Nothing is connected yet. Must be
-    /// called within a tokio runtime.
+    /// A client of the store. Nothing is connected yet. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StoreError::Endpoint`] and [`StoreError::File`].
+    pub fn new(access: &Access) -> Result<Store, StoreError> {
+        let prefix = access.prefix.trim_end_matches('/').to_owned();
+        Ok(Store(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix })))
+    }
+
+    /// A client of a store that wants neither TLS nor a password.
     ///
     /// # Errors
     /// [`StoreError::Endpoint`].
-    pub fn new(endpoints: &str, prefix: &str) -> Result<Store, StoreError> {
-        let mut channels = Vec::new();
-        for text in endpoints.split(',') {
-            let bad = |problem: &str| StoreError::Endpoint(text.to_owned(), problem.to_owned());
-            if text.starts_with("https://") {
-                return Err(bad("TLS is not supported yet: use http://"));
-            }
-            let endpoint = Endpoint::from_shared(text.to_owned()).map_err(|error| bad(&error.to_string()))?;
-            if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().port_u16().is_none() {
-                return Err(bad("an endpoint looks like http://127.0.0.1:2379"));
-            }
-            // A ping tells a watch on a dead connection from one on which nothing happens. etcd's servers refuse
-            // more than one in five seconds.
-            let endpoint = endpoint
-                .connect_timeout(CONNECT)
-                .tcp_nodelay(true)
-                .http2_keep_alive_interval(Duration::from_secs(10))
-                .keep_alive_timeout(TIMEOUT);
-            channels.push(endpoint.connect_lazy());
-        }
-        let prefix = prefix.trim_end_matches('/').to_owned();
-        let endpoints = endpoints.split(',').map(ToOwned::to_owned).collect();
-        Ok(Store(Arc::new(Inner { endpoints, channels, current: AtomicUsize::new(0), prefix })))
+    pub fn plain(endpoints: &str, prefix: &str) -> Result<Store, StoreError> {
+        Store::new(&Access { endpoints: endpoints.to_owned(), prefix: prefix.to_owned(), ..Access::default() })
     }
 
     /// The key of the network configuration.
@@ -241,7 +228,7 @@ impl Store {
     /// # Errors
     /// When the store cannot be asked.
     pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, StoreError> {
-        let ask = |channel: Channel| async move {
+        let ask = |channel: Connection| async move {
             let requests = tokio_stream::once(LeaseKeepAliveRequest { id });
             let mut answers = LeaseClient::new(channel).lease_keep_alive(requests).await?.into_inner();
             answers.message().await?.map(Response::new).ok_or_else(|| Status::unavailable("no answer to a keep-alive"))
@@ -282,31 +269,40 @@ impl Store {
         Ok(answer.await?.succeeded)
     }
 
-    /// Asks the endpoint that answered last, then the others in turn.
+    /// Asks the endpoint that answered last, then the others in turn. One whose token is too old is asked again with a
+    /// new one.
     async fn call<T, F, A>(&self, act: &'static str, ask: F) -> Result<T, StoreError>
     where
-        F: Fn(Channel) -> A,
+        F: Fn(Connection) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let inner = &self.0;
+        let Inner { endpoints, current, .. } = &*self.0;
         let mut last = String::new();
-        for _ in 0..inner.channels.len() {
-            let at = inner.current.load(Ordering::Relaxed);
-            let status = match tokio::time::timeout(TIMEOUT, ask(inner.channels[at % inner.channels.len()].clone())).await {
+        let mut tries = endpoints.len();
+        let mut logins = 1;
+        while tries > 0 {
+            let at = current.load(Ordering::Relaxed);
+            let answer = async { ask(endpoints.connection(at).await?).await };
+            let status = match tokio::time::timeout(TIMEOUT, answer).await {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) => status,
                 Err(_) => Status::deadline_exceeded(format!("no answer within {} s", TIMEOUT.as_secs())),
             };
+            if endpoints.forget_stale_token(&status) && logins > 0 {
+                logins -= 1;
+                continue;
+            }
             let elsewhere =
                 matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal);
             if !elsewhere {
                 return Err(StoreError::Refused { act, message: status.message().to_owned() });
             }
             last = describe(&status);
+            tries -= 1;
             // Another task may have moved on already.
-            let _ = inner.current.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
+            let _ = current.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
         }
-        Err(StoreError::Unreachable { endpoints: inner.endpoints.join(","), last })
+        Err(StoreError::Unreachable { endpoints: endpoints.names.join(","), last })
     }
 
     /// Follows the leases and sends every list and every event, in order, until the receiver is gone. `connected`
@@ -364,14 +360,19 @@ impl Store {
         let mut request = Request::new(ReceiverStream::new(stream));
         // A member without a leader would be silent for ever; with this it ends the watch.
         request.metadata_mut().insert("hasleader", tonic::metadata::MetadataValue::from_static("true"));
-        let inner = &self.0;
-        let at = inner.current.load(Ordering::Relaxed);
-        let channel = inner.channels[at % inner.channels.len()].clone();
-        let mut client = WatchClient::new(channel).max_decoding_message_size(usize::MAX);
+        let Inner { endpoints, current, .. } = &*self.0;
+        let connection = match endpoints.connection(current.load(Ordering::Relaxed)).await {
+            Ok(connection) => connection,
+            Err(status) => return format!("the watch cannot begin: {}", describe(&status)),
+        };
+        let mut client = WatchClient::new(connection).max_decoding_message_size(usize::MAX);
         let opened = tokio::time::timeout(TIMEOUT, client.watch(request)).await;
         let mut answers = match opened {
             Ok(Ok(answer)) => answer.into_inner(),
-            Ok(Err(status)) => return format!("the watch cannot begin: {}", describe(&status)),
+            Ok(Err(status)) => {
+                endpoints.forget_stale_token(&status);
+                return format!("the watch cannot begin: {}", describe(&status));
+            }
             Err(_) => return "the watch cannot begin: no answer".to_owned(),
         };
         loop {
@@ -381,6 +382,8 @@ impl Store {
                 Err(status) => return format!("the watch broke: {}", describe(&status)),
             };
             if answer.canceled {
+                // A list does not tell when it is the token that is too old: the next try logs in.
+                endpoints.forget_stale_token(&Status::unknown(answer.cancel_reason.clone()));
                 let compacted = if answer.compact_revision > 0 {
                     format!(" (compacted at revision {})", answer.compact_revision)
                 } else {
@@ -428,22 +431,11 @@ fn report(unreadable: &[Unreadable], reported: &mut BTreeSet<(String, i64)>) {
     }
 }
 
-fn describe(status: &Status) -> String {
-    // What lies beneath says more than "transport error".
-    let mut text = status.message().to_owned();
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
-}
-
-async fn range(channel: Channel, request: RangeRequest) -> Result<Response<crate::etcd::RangeResponse>, Status> {
+async fn range(channel: Connection, request: RangeRequest) -> Result<Response<crate::etcd::RangeResponse>, Status> {
     // A list of ten thousand leases is 2.5 MB; the client's default limit is 4.
     KvClient::new(channel).max_decoding_message_size(usize::MAX).range(request).await
 }
 
-async fn put(channel: Channel, request: PutRequest) -> Result<Response<crate::etcd::PutResponse>, Status> {
+async fn put(channel: Connection, request: PutRequest) -> Result<Response<crate::etcd::PutResponse>, Status> {
     KvClient::new(channel).put(request).await
 }

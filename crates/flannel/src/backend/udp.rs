@@ -1,0 +1,251 @@
+//! udp: packets are carried by this process itself, each as the payload of one UDP datagram (specification, section
+//! 5.3). What happens to a packet is decided here; the device and the socket are the kernel crate's.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::{Context, Refusal};
+use crate::desired::{Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
+use crate::net::{Cidr, Family, IfName, Mac, Subnet};
+use crate::node::Node;
+
+/// Bytes that the outer IPv4 (20) and UDP (8) headers add to a packet.
+const OVERHEAD: u32 = 28;
+
+/// The device: what upstream's template `flannel%d` gives.
+pub fn device_name() -> IfName {
+    "flannel0".parse().expect("it has 8 bytes, none of them special")
+}
+
+pub(super) fn mtu(node: &Node) -> u32 {
+    node.mtu.saturating_sub(OVERHEAD)
+}
+
+pub(super) fn node_objects(context: Context<'_>, port: u16) -> Vec<Object> {
+    let (Some(local), Some(own), Some(network)) = (context.node.addrs.v4, context.own.subnets().v4, context.config.network(Family::V4))
+    else {
+        return Vec::new();
+    };
+    let name = device_name();
+    vec![
+        Object::Link(Link { name, kind: LinkKind::Udp { local, port }, mac: Mac([0; 6]), mtu: mtu(context.node), up: true }),
+        Object::Addr(name, Cidr { addr: own.network(), len: 32 }),
+        Object::Route(Route { dst: network, metric: 0, via: None, dev: name, onlink: false, protocol: ROUTE_PROTOCOL }),
+    ]
+}
+
+pub(super) fn peer_objects(subnet: Subnet, public: IpAddr) -> Result<Vec<Object>, Refusal> {
+    match public {
+        IpAddr::V4(_) => Ok(vec![Object::Forward(subnet, public)]),
+        IpAddr::V6(_) => Err(Refusal::OnlyIpv4),
+    }
+}
+
+/// Which host has which subnet. Subnets do not overlap: leases never do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Table(BTreeMap<u32, (Subnet, Ipv4Addr)>);
+
+impl Table {
+    /// Packets for `subnet` go to `host`.
+    pub fn insert(&mut self, subnet: Subnet, host: Ipv4Addr) {
+        if let IpAddr::V4(network) = subnet.network() {
+            self.0.insert(network.to_bits(), (subnet, host));
+        }
+    }
+
+    /// Packets for `subnet` go nowhere.
+    pub fn remove(&mut self, subnet: Subnet) {
+        if let IpAddr::V4(network) = subnet.network() {
+            self.0.remove(&network.to_bits());
+        }
+    }
+
+    /// The host that has an address.
+    pub fn host(&self, ip: Ipv4Addr) -> Option<Ipv4Addr> {
+        let (_, (subnet, host)) = self.0.range(..=ip.to_bits()).next_back()?;
+        subnet.contains(IpAddr::V4(ip)).then_some(*host)
+    }
+
+    /// All entries.
+    pub fn iter(&self) -> impl Iterator<Item = (Subnet, Ipv4Addr)> {
+        self.0.values().copied()
+    }
+}
+
+/// What to do with a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Send it, as it is now, to this host.
+    Send(Ipv4Addr),
+    /// Give it, as it is now, to this host's own kernel.
+    Deliver,
+    /// Answer with this packet instead.
+    Answer(Vec<u8>),
+    /// Forget it.
+    Drop,
+}
+
+/// A packet that pods of this host send. Its time to live is lowered in place.
+pub fn outbound(packet: &mut [u8], table: &Table, own: Ipv4Addr) -> Verdict {
+    let Some(destination) = header(packet).map(|packet| address(packet, 16)) else { return Verdict::Drop };
+    match table.host(destination) {
+        None => unreachable(packet, own).map_or(Verdict::Drop, Verdict::Answer),
+        Some(host) if lower_ttl(packet) => Verdict::Send(host),
+        Some(_) => Verdict::Drop,
+    }
+}
+
+/// A packet that another host sent. Its time to live is lowered in place.
+pub fn inbound(packet: &mut [u8]) -> Verdict {
+    if header(packet).is_some() && lower_ttl(packet) { Verdict::Deliver } else { Verdict::Drop }
+}
+
+/// The packet, if it is whole and IPv4 (RFC 791).
+fn header(packet: &[u8]) -> Option<&[u8]> {
+    let length = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
+    let version = *packet.first()?;
+    let whole = version >> 4 == 4 && header_len(version) >= 20 && header_len(version) <= length && length == packet.len();
+    whole.then_some(packet)
+}
+
+fn header_len(first: u8) -> usize {
+    usize::from(first & 0xf) * 4
+}
+
+fn address(packet: &[u8], at: usize) -> Ipv4Addr {
+    Ipv4Addr::new(packet[at], packet[at + 1], packet[at + 2], packet[at + 3])
+}
+
+/// Lowers the time to live and mends the checksum (RFC 1624); false if the packet ends here.
+fn lower_ttl(packet: &mut [u8]) -> bool {
+    if packet[8] <= 1 {
+        return false;
+    }
+    let before = u16::from_be_bytes([packet[8], packet[9]]);
+    packet[8] -= 1;
+    let after = u16::from_be_bytes([packet[8], packet[9]]);
+    let sum = u32::from(!u16::from_be_bytes([packet[10], packet[11]])) + u32::from(!before) + u32::from(after);
+    packet[10..12].copy_from_slice(&(!fold(sum)).to_be_bytes());
+    true
+}
+
+fn fold(mut sum: u32) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    u16::try_from(sum).unwrap_or(u16::MAX)
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])));
+    (!fold(words.fold(0, |sum, word| u32::from(fold(sum + word))))).to_be_bytes()
+}
+
+/// "Network unreachable" (RFC 792) about a packet; none about an ICMP message, or about a later fragment.
+fn unreachable(packet: &[u8], own: Ipv4Addr) -> Option<Vec<u8>> {
+    let first_fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff == 0;
+    if packet[9] == 1 || !first_fragment {
+        return None;
+    }
+    let quoted = &packet[..(header_len(packet[0]) + 8).min(packet.len())];
+    let length = u16::try_from(20 + 8 + quoted.len()).ok()?;
+    let mut answer = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 8, 1, 0, 0];
+    answer[2..4].copy_from_slice(&length.to_be_bytes());
+    answer.extend(own.octets());
+    answer.extend(&packet[12..16]);
+    let sum = checksum(&answer);
+    answer[10..12].copy_from_slice(&sum);
+    let mut icmp = vec![3, 0, 0, 0, 0, 0, 0, 0];
+    icmp.extend(quoted);
+    let sum = checksum(&icmp);
+    icmp[2..4].copy_from_slice(&sum);
+    answer.extend(icmp);
+    Some(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::tests::check;
+    use expect_test::expect;
+
+    #[test]
+    fn a_device_for_all_and_an_entry_for_each_peer() {
+        check(
+            r#"{"Type":"udp"}"#,
+            &[
+                ("10.244.2.0-24", r#"{"PublicIP":"192.0.2.2","PublicIPv6":null}"#),
+                ("10.244.3.0-24&fc00:0:0:3::-64", r#"{"PublicIP":"192.0.2.3","PublicIPv6":"2001:db8::3"}"#),
+            ],
+            expect![[r#"
+                publishes {"PublicIP":"192.0.2.1","PublicIPv6":null}
+                mtu 1472
+                link flannel0 00:00:00:00:00:00 mtu 1472 up udp 192.0.2.1:8285
+                addr 10.244.1.0/32 dev flannel0
+                route 10.244.0.0/16 dev flannel0 metric 0
+                10.244.2.0-24:
+                  forward 10.244.2.0/24 to 192.0.2.2
+                10.244.3.0-24&fc00:0:0:3::-64:
+                  forward 10.244.3.0/24 to 192.0.2.3
+                  refused: udp carries IPv4 only
+            "#]],
+        );
+    }
+
+    fn packet(destination: [u8; 4], ttl: u8, protocol: u8) -> Vec<u8> {
+        let mut packet = vec![0x45, 0, 0, 30, 0, 1, 0, 0, ttl, protocol, 0, 0, 10, 244, 1, 2];
+        packet.extend(destination);
+        let sum = checksum(&packet);
+        packet[10..12].copy_from_slice(&sum);
+        packet.extend([7; 10]);
+        packet
+    }
+
+    fn table() -> Table {
+        let mut table = Table::default();
+        table.insert("10.244.2.0/24".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 2));
+        table.insert("10.244.3.0/24".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 3));
+        table
+    }
+
+    const OWN: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 0);
+
+    #[test]
+    fn packets_go_to_the_host_of_their_subnet_with_a_good_checksum() {
+        let mut one = packet([10, 244, 3, 9], 64, 17);
+        assert_eq!(outbound(&mut one, &table(), OWN), Verdict::Send(Ipv4Addr::new(192, 0, 2, 3)));
+        assert_eq!((one[8], checksum(&one[..20])), (63, [0, 0]));
+        for ttl in 2..=255 {
+            let mut one = packet([10, 244, 2, 1], ttl, 6);
+            assert_eq!(inbound(&mut one), Verdict::Deliver);
+            assert_eq!((one[8], checksum(&one[..20])), (ttl - 1, [0, 0]), "{ttl}");
+        }
+        assert_eq!(inbound(&mut packet([10, 244, 2, 1], 1, 6)), Verdict::Drop);
+        assert_eq!(outbound(&mut packet([10, 244, 2, 1], 0, 6), &table(), OWN), Verdict::Drop);
+    }
+
+    #[test]
+    fn nobody_there_is_answered_but_not_to_icmp_or_fragments() {
+        let Verdict::Answer(answer) = outbound(&mut packet([10, 244, 9, 9], 64, 17), &table(), OWN) else { panic!("an answer") };
+        assert_eq!((checksum(&answer[..20]), checksum(&answer[20..])), ([0, 0], [0, 0]));
+        assert_eq!((address(&answer, 12), address(&answer, 16), answer[20], answer.len()), (OWN, Ipv4Addr::new(10, 244, 1, 2), 3, 56));
+        assert_eq!(outbound(&mut packet([10, 244, 9, 9], 64, 1), &table(), OWN), Verdict::Drop);
+        let mut fragment = packet([10, 244, 9, 9], 64, 17);
+        fragment[7] = 9;
+        assert_eq!(outbound(&mut fragment, &table(), OWN), Verdict::Drop);
+    }
+
+    #[test]
+    fn what_is_no_packet_is_dropped() {
+        let good = packet([10, 244, 2, 1], 64, 17);
+        for cut in 0..good.len() {
+            assert_eq!(inbound(&mut good[..cut].to_vec()), Verdict::Drop, "{cut}");
+        }
+        for (at, value) in [(0, 0x65), (0, 0x44), (0, 0x4f), (3, 31)] {
+            let mut bad = good.clone();
+            bad[at] = value;
+            assert_eq!(inbound(&mut bad), Verdict::Drop);
+        }
+        assert_eq!(outbound(&mut [], &table(), OWN), Verdict::Drop);
+    }
+}

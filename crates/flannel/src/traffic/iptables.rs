@@ -1,0 +1,403 @@
+//! The same rules in the words of iptables: two chains of ours, each with one jump to it from a base chain
+//! (specification, sections 6.1 and 6.2). Chains are shared with other flannelds on the host, so of what is in them only
+//! what names our networks is ours.
+
+use std::fmt;
+
+use super::{Chain, Hook, Match, Rule, Ruleset, Verdict};
+use crate::net::{Family, Subnet};
+
+/// Which of the kernel's two packet filters `iptables` writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Variant {
+    /// nf_tables, by `iptables-nft`.
+    Nft,
+    /// ip_tables, by `iptables-legacy`.
+    Legacy,
+}
+
+impl Variant {
+    /// Both.
+    pub const ALL: [Variant; 2] = [Variant::Nft, Variant::Legacy];
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Variant::Nft => "nft",
+            Variant::Legacy => "legacy",
+        })
+    }
+}
+
+/// Our rules of one family in one packet filter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Iptables {
+    /// The family.
+    pub family: Family,
+    /// The packet filter.
+    pub variant: Variant,
+    /// Our chains, as far as they are there.
+    pub chains: Vec<UserChain>,
+}
+
+/// A chain of ours. Rules are texts as `iptables-save` prints them, without `-A CHAIN`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserChain {
+    /// Which of ours it is.
+    pub place: Place,
+    /// The rules of the base chain that jump to it.
+    pub jumps: Vec<String>,
+    /// Its rules.
+    pub rules: Vec<String>,
+}
+
+/// The chains of ours, by where they are hooked in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// `FLANNEL-POSTRTG`, jumped to from POSTROUTING of table nat.
+    Masquerade,
+    /// `FLANNEL-FWD`, jumped to from FORWARD of table filter.
+    Forward,
+    /// `FLANNEL-FWD` in table nat, which some releases of upstream make by mistake when they clean up.
+    Stray,
+}
+
+impl Place {
+    /// All of them.
+    pub const ALL: [Place; 3] = [Place::Masquerade, Place::Forward, Place::Stray];
+
+    /// The table.
+    pub fn table(self) -> &'static str {
+        match self {
+            Place::Masquerade | Place::Stray => "nat",
+            Place::Forward => "filter",
+        }
+    }
+
+    /// The chain's name.
+    pub fn chain(self) -> &'static str {
+        match self {
+            Place::Masquerade => "FLANNEL-POSTRTG",
+            Place::Forward | Place::Stray => "FLANNEL-FWD",
+        }
+    }
+
+    /// The base chain that jumps to it.
+    pub fn base(self) -> &'static str {
+        match self {
+            Place::Masquerade => "POSTROUTING",
+            Place::Forward | Place::Stray => "FORWARD",
+        }
+    }
+
+    fn comment(self) -> &'static str {
+        match self {
+            Place::Masquerade => "flanneld masq",
+            Place::Forward | Place::Stray => "flanneld forward",
+        }
+    }
+}
+
+impl Iptables {
+    /// A ruleset in the words of iptables.
+    pub fn new(ruleset: &Ruleset, variant: Variant) -> Iptables {
+        let mut chains: Vec<UserChain> = ruleset.chains.iter().map(chain).collect();
+        chains.sort_by_key(|chain| chain.place);
+        Iptables { family: ruleset.family, variant, chains }
+    }
+
+    /// What `iptables-save` printed (of any tables), limited to what is ours: rules that name one of `networks`, or no
+    /// network at all. `None` if there is nothing of ours.
+    pub fn read(family: Family, variant: Variant, saved: &[(Place, Saved)], networks: &[Subnet]) -> Option<Iptables> {
+        let mut chains = Vec::new();
+        for (place, saved) in saved {
+            let mut rules: Vec<String> = Vec::new();
+            for rule in saved.rules.iter().filter(|rule| is_ours(rule, networks)) {
+                // Another flanneld's copy of a rule that names no network counts as ours.
+                if named(rule).next().is_some() || !rules.contains(rule) {
+                    rules.push(rule.clone());
+                }
+            }
+            let foreign_only =
+                rules.iter().all(|rule| named(rule).next().is_none()) && saved.rules.iter().any(|rule| !is_ours(rule, networks));
+            if (saved.exists || !saved.jumps.is_empty()) && !foreign_only {
+                chains.push(UserChain { place: *place, jumps: saved.jumps.clone(), rules });
+            }
+        }
+        chains.sort_by_key(|chain| chain.place);
+        (!chains.is_empty()).then_some(Iptables { family, variant, chains })
+    }
+}
+
+/// Our chains as a table holds them, with what others have in them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Is the chain there?
+    pub exists: bool,
+    /// The rules of the base chain that jump to it.
+    pub jumps: Vec<String>,
+    /// Its rules.
+    pub rules: Vec<String>,
+}
+
+/// Reads the text that `iptables-save -t TABLE` prints.
+pub fn parse_save(table: &str, text: &str) -> Vec<(Place, Saved)> {
+    let mut found: Vec<(Place, Saved)> =
+        Place::ALL.into_iter().filter(|place| place.table() == table).map(|place| (place, Saved::default())).collect();
+    for line in text.lines() {
+        for (place, saved) in &mut found {
+            if let Some(rest) = line.strip_prefix(':') {
+                saved.exists |= rest.split(' ').next() == Some(place.chain());
+            }
+            let Some((chain, rule)) = line.strip_prefix("-A ").map(|rest| rest.split_once(' ').unwrap_or((rest, ""))) else { continue };
+            if chain == place.chain() {
+                saved.rules.push(rule.to_owned());
+            } else if chain == place.base() && jumps_to(rule, place.chain()) {
+                saved.jumps.push(rule.to_owned());
+            }
+        }
+    }
+    found
+}
+
+fn jumps_to(rule: &str, chain: &str) -> bool {
+    ["-j", "-g"].iter().any(|verb| rule.ends_with(&format!("{verb} {chain}")))
+}
+
+/// The text for `iptables-restore --noflush` that makes `wanted` be there beside what is foreign in our chains. A table
+/// is replaced in one step, so to every packet either the old or the new rules apply.
+pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet]) -> String {
+    let mut text = String::new();
+    for table in ["nat", "filter"] {
+        let mut lines = String::new();
+        for (place, saved) in saved.iter().filter(|(place, _)| place.table() == table) {
+            let chain = place.chain();
+            let want = wanted.chains.iter().find(|chain| chain.place == *place);
+            let foreign: Vec<&String> = saved.rules.iter().filter(|rule| !is_ours(rule, networks)).collect();
+            match want {
+                Some(want) if saved.exists && saved.jumps == want.jumps && rules_of(saved, networks) == want.rules => {}
+                Some(want) => {
+                    // Declaring a chain empties it, or creates it.
+                    lines.push_str(&format!(":{chain} - [0:0]\n"));
+                    foreign.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
+                    want.rules.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
+                    // One good jump stays where it is; its place among other rules is the operator's.
+                    let keep = want.jumps.first().filter(|jump| saved.jumps.contains(jump));
+                    let mut kept = false;
+                    for jump in &saved.jumps {
+                        if Some(jump) == keep && !std::mem::replace(&mut kept, true) {
+                            continue;
+                        }
+                        lines.push_str(&format!("-D {} {jump}\n", place.base()));
+                    }
+                    if keep.is_none() {
+                        want.jumps.iter().for_each(|jump| lines.push_str(&format!("-A {} {jump}\n", place.base())));
+                    }
+                }
+                None if !foreign.is_empty() => {
+                    lines.push_str(&format!(":{chain} - [0:0]\n"));
+                    foreign.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
+                }
+                None => {
+                    saved.jumps.iter().for_each(|jump| lines.push_str(&format!("-D {} {jump}\n", place.base())));
+                    if saved.exists {
+                        lines.push_str(&format!("-F {chain}\n-X {chain}\n"));
+                    }
+                }
+            }
+        }
+        if !lines.is_empty() {
+            text.push_str(&format!("*{table}\n{lines}COMMIT\n"));
+        }
+    }
+    text
+}
+
+fn rules_of(saved: &Saved, networks: &[Subnet]) -> Vec<String> {
+    saved.rules.iter().filter(|rule| is_ours(rule, networks)).cloned().collect()
+}
+
+/// The networks that a rule names, multicast left out.
+fn named(rule: &str) -> impl Iterator<Item = Subnet> {
+    let mut after = "";
+    rule.split(' ').filter_map(move |word| {
+        let is_address = matches!(std::mem::replace(&mut after, word), "-s" | "-d");
+        let net: Subnet = is_address.then(|| word.parse().ok())??;
+        (!net.family().multicast().covers(net)).then_some(net)
+    })
+}
+
+fn is_ours(rule: &str, networks: &[Subnet]) -> bool {
+    let mut nets = named(rule).peekable();
+    nets.peek().is_none() || nets.any(|net| networks.iter().any(|network| network.overlaps(net)))
+}
+
+fn chain(chain: &Chain) -> UserChain {
+    let place = match chain.hook {
+        Hook::Postrouting => Place::Masquerade,
+        Hook::Forward => Place::Forward,
+    };
+    let comment = place.comment();
+    let jump = format!("-m comment --comment \"{comment}\" -j {}", place.chain());
+    UserChain { place, jumps: vec![jump], rules: chain.rules.iter().map(|r| rule(r, comment)).collect() }
+}
+
+fn rule(rule: &Rule, comment: &str) -> String {
+    let mut text = String::new();
+    for condition in &rule.matches {
+        let (not, words) = match condition {
+            Match::Source { net, not } => (*not, format!("-s {net} ")),
+            Match::Destination { net, not } => (*not, format!("-d {net} ")),
+            Match::Mark(bits) => (false, format!("-m mark --mark {bits:#x}/{bits:#x} ")),
+        };
+        text.push_str(if not { "! " } else { "" });
+        text.push_str(&words);
+    }
+    let target = match rule.verdict {
+        Verdict::Accept => "ACCEPT",
+        Verdict::Return => "RETURN",
+        Verdict::Masquerade { fully_random: true } => "MASQUERADE --random-fully",
+        Verdict::Masquerade { fully_random: false } => "MASQUERADE",
+    };
+    format!("{text}-m comment --comment \"{comment}\" -j {target}")
+}
+
+impl fmt::Display for Iptables {
+    /// The chains as `iptables -S` shows them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for UserChain { place, jumps, rules } in &self.chains {
+            for jump in jumps {
+                writeln!(f, "-A {} {jump}", place.base())?;
+            }
+            writeln!(f, "-N {}", place.chain())?;
+            for rule in rules {
+                writeln!(f, "-A {} {rule}", place.chain())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Flavour, TrafficConfig, rulesets};
+    use super::*;
+    use crate::net::PerFamily;
+    use expect_test::expect;
+
+    const ALL: TrafficConfig =
+        TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Iptables(Variant::Nft) };
+
+    fn wanted(config: TrafficConfig) -> Iptables {
+        let networks = PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: None };
+        let mine = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None };
+        Iptables::new(&rulesets(config, &networks, &mine)[0], Variant::Nft)
+    }
+
+    fn networks() -> Vec<Subnet> {
+        vec!["10.244.0.0/16".parse().unwrap()]
+    }
+
+    fn nothing() -> Vec<(Place, Saved)> {
+        [parse_save("nat", ""), parse_save("filter", "")].concat()
+    }
+
+    #[test]
+    fn the_rules_are_upstreams() {
+        expect![[r#"
+            -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+            -N FLANNEL-POSTRTG
+            -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+            -A FLANNEL-POSTRTG -s 10.244.1.0/24 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j RETURN
+            -A FLANNEL-POSTRTG -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
+            -A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
+            -A FLANNEL-POSTRTG -s 10.244.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+            -A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+            -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+            -N FLANNEL-FWD
+            -A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+        "#]]
+        .assert_eq(&wanted(ALL).to_string());
+    }
+
+    #[test]
+    fn a_host_without_rules_gets_them_in_one_step_a_table() {
+        expect![[r#"
+            *filter
+            :FLANNEL-FWD - [0:0]
+            -A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+            COMMIT
+        "#]]
+        .assert_eq(&restore(&wanted(TrafficConfig { masquerade: false, ..ALL }), &nothing(), &networks()));
+    }
+
+    /// A table as `iptables-save` prints it, with a rule of another flanneld and what somebody broke.
+    const BROKEN: &str = r#"*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [7:7]
+:FLANNEL-FWD - [0:0]
+-A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+-A FORWARD -s 1.2.3.4/32 -j ACCEPT
+-A FORWARD -j FLANNEL-FWD
+-A FLANNEL-FWD -s 10.7.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+-A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j DROP
+COMMIT
+"#;
+
+    #[test]
+    fn what_is_foreign_stays_and_what_is_wrong_goes() {
+        let saved = [parse_save("nat", ""), parse_save("filter", BROKEN)].concat();
+        let found = Iptables::read(Family::V4, Variant::Nft, &saved, &networks()).unwrap();
+        assert_eq!(found.chains[0].rules, [r#"-s 10.244.0.0/16 -m comment --comment "flanneld forward" -j DROP"#]);
+        expect![[r#"
+            *filter
+            :FLANNEL-FWD - [0:0]
+            -A FLANNEL-FWD -s 10.7.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            -D FORWARD -j FLANNEL-FWD
+            COMMIT
+        "#]]
+        .assert_eq(&restore(&wanted(TrafficConfig { masquerade: false, ..ALL }), &saved, &networks()));
+        // Not wanted at all: what another flanneld has in the chain keeps the chain there.
+        let none = Iptables { chains: Vec::new(), ..found };
+        expect![[r#"
+            *filter
+            :FLANNEL-FWD - [0:0]
+            -A FLANNEL-FWD -s 10.7.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
+            COMMIT
+        "#]]
+        .assert_eq(&restore(&none, &saved, &networks()));
+    }
+
+    #[test]
+    fn what_is_right_reads_back_equal_and_is_left_alone() {
+        let want = wanted(ALL);
+        let text = |place: Place| {
+            let shown = want.to_string();
+            let lines = shown.lines().filter(|line| line.contains(place.chain())).map(|line| line.replace("-N ", ":"));
+            lines.collect::<Vec<_>>().join("\n")
+        };
+        let saved = [parse_save("nat", &text(Place::Masquerade)), parse_save("filter", &text(Place::Forward))].concat();
+        let read = Iptables::read(Family::V4, Variant::Nft, &saved, &networks()).unwrap();
+        assert_eq!(read, want);
+        assert_eq!(restore(&want, &saved, &networks()), "");
+        let gone = restore(&Iptables { chains: Vec::new(), ..read }, &saved, &networks());
+        assert!(gone.contains("-F FLANNEL-POSTRTG\n-X FLANNEL-POSTRTG\n") && gone.contains("-D FORWARD -m comment"), "{gone}");
+    }
+
+    #[test]
+    fn a_table_of_another_flanneld_alone_is_not_ours() {
+        let text = BROKEN.replace("-A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment \"flanneld forward\" -j DROP\n", "");
+        let saved = parse_save("filter", &text);
+        assert_eq!(Iptables::read(Family::V4, Variant::Nft, &saved, &networks()), None);
+        assert!(
+            Iptables::read(Family::V4, Variant::Nft, &parse_save("filter", ":FLANNEL-FWD - [0:0]"), &networks()).is_some(),
+            "an empty chain is a leftover"
+        );
+    }
+}

@@ -1,0 +1,179 @@
+//! How the store is reached: endpoints, TLS, and the token that stands for a user and a password (specification,
+//! section 3.9).
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::{Code, Request, Status};
+
+use super::StoreError;
+use crate::cli::Secret;
+use crate::etcd::AuthenticateRequest;
+use crate::etcd::auth_client::AuthClient;
+
+/// How long an endpoint may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How often the life of a connection is asked for. etcd's servers refuse more than one ping in five seconds.
+const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+
+/// What the operator says about the store.
+#[derive(Debug, Clone, Default)]
+pub struct Access {
+    /// `--etcd-endpoints`: a comma list.
+    pub endpoints: String,
+    /// `--etcd-prefix`
+    pub prefix: String,
+    /// `--etcd-cafile`: what the servers' certificates are checked against, instead of the system's roots.
+    pub ca: Option<PathBuf>,
+    /// `--etcd-certfile`: our own certificate.
+    pub cert: Option<PathBuf>,
+    /// `--etcd-keyfile`: its key.
+    pub key: Option<PathBuf>,
+    /// `--etcd-username` and `--etcd-password`.
+    pub login: Option<(String, Secret)>,
+}
+
+/// A connection that adds the token to each request.
+pub(super) type Connection = InterceptedService<Channel, Token>;
+
+/// The token that etcd gave for the password; none before the first login, or where there is no user.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Token(Arc<Mutex<Option<AsciiMetadataValue>>>);
+
+impl Token {
+    fn get(&self) -> Option<AsciiMetadataValue> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, token: Option<AsciiMetadataValue>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = token;
+    }
+}
+
+impl Interceptor for Token {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = self.get() {
+            request.metadata_mut().insert("token", token);
+        }
+        Ok(request)
+    }
+}
+
+/// The endpoints and who we are to them.
+#[derive(Debug)]
+pub(super) struct Endpoints {
+    pub(super) names: Vec<String>,
+    channels: Vec<Channel>,
+    token: Token,
+    login: Option<(String, Secret)>,
+}
+
+impl Endpoints {
+    /// Reads the comma list and the files. Nothing is connected yet.
+    pub(super) fn new(access: &Access) -> Result<Endpoints, StoreError> {
+        let tls = tls(access)?;
+        let mut channels = Vec::new();
+        let mut names = Vec::new();
+        for text in access.endpoints.split(',') {
+            let bad = |problem: String| StoreError::Endpoint(text.to_owned(), problem);
+            // Without a scheme, the files say whether it is TLS.
+            let scheme = if access.cert.is_some() || access.ca.is_some() { "https" } else { "http" };
+            let url = if text.contains("://") { text.to_owned() } else { format!("{scheme}://{text}") };
+            let mut endpoint = Endpoint::from_shared(url.clone()).map_err(|error| bad(error.to_string()))?;
+            let scheme = endpoint.uri().scheme_str().map(ToOwned::to_owned);
+            if !matches!(scheme.as_deref(), Some("http" | "https")) || endpoint.uri().port_u16().is_none() {
+                return Err(bad("an endpoint looks like http://127.0.0.1:2379 or https://etcd.example:2379".to_owned()));
+            }
+            if scheme.as_deref() == Some("https") {
+                endpoint = endpoint.tls_config(tls.clone()).map_err(|error| bad(describe(&error)))?;
+            } else if access.cert.is_some() || access.ca.is_some() {
+                tracing::warn!(
+                    endpoint = text,
+                    "this endpoint is http: the certificate files are not used, and whoever is on the way can read and write"
+                );
+            }
+            let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true).http2_keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
+            channels.push(endpoint.connect_lazy());
+            names.push(url);
+        }
+        Ok(Endpoints { names, channels, token: Token::default(), login: access.login.clone() })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// A connection to one of the endpoints, counted round. Logs in first, where there is a user and no token.
+    pub(super) async fn connection(&self, at: usize) -> Result<Connection, Status> {
+        let channel = self.channels[at % self.channels.len()].clone();
+        if let Some((name, password)) = self.login.as_ref().filter(|_| self.token.get().is_none()) {
+            let request = AuthenticateRequest { name: name.clone(), password: password.0.clone() };
+            match AuthClient::new(channel.clone()).authenticate(request).await {
+                Ok(answer) => {
+                    let token = answer.into_inner().token.parse().map_err(|_| Status::internal("etcd's token is no ASCII text"))?;
+                    self.token.set(Some(token));
+                }
+                // A store that lets everybody in needs no token.
+                Err(status) if status.code() == Code::FailedPrecondition && status.message().contains("not enabled") => {}
+                Err(status) if status.code() == Code::InvalidArgument => {
+                    return Err(Status::unauthenticated(format!("--etcd-username, --etcd-password: {}", status.message())));
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        Ok(InterceptedService::new(channel, self.token.clone()))
+    }
+
+    /// Was a request refused because the token is too old? Then it is forgotten, and another try logs in again.
+    pub(super) fn forget_stale_token(&self, status: &Status) -> bool {
+        let stale = status.code() == Code::Unauthenticated
+            || ["invalid auth token", "revision of auth store is old", "user name is empty"]
+                .iter()
+                .any(|text| status.message().contains(text));
+        let had_one = self.token.get().is_some();
+        if stale && self.login.is_some() {
+            self.token.set(None);
+        }
+        stale && had_one
+    }
+}
+
+fn tls(access: &Access) -> Result<ClientTlsConfig, StoreError> {
+    let read = |flag: &'static str, path: &PathBuf| {
+        std::fs::read(path).map_err(|error| StoreError::File(flag, path.display().to_string(), error.to_string()))
+    };
+    let mut tls = ClientTlsConfig::new();
+    match &access.ca {
+        Some(path) => tls = tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", path)?)),
+        None => tls = tls.with_native_roots(),
+    }
+    match (&access.cert, &access.key) {
+        (Some(cert), Some(key)) => {
+            tls = tls.identity(Identity::from_pem(read("--etcd-certfile", cert)?, read("--etcd-keyfile", key)?));
+        }
+        (None, None) => {}
+        (Some(path), None) => {
+            return Err(StoreError::File("--etcd-certfile", path.display().to_string(), "it needs --etcd-keyfile".to_owned()));
+        }
+        (None, Some(path)) => {
+            return Err(StoreError::File("--etcd-keyfile", path.display().to_string(), "it needs --etcd-certfile".to_owned()));
+        }
+    }
+    Ok(tls)
+}
+
+/// An error with all that lies beneath it: that says more than "transport error".
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
