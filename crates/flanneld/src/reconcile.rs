@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::Context;
-use flannel::desired::{Key, Owner, Scope};
+use flannel::desired::{Key, Owner, ROUTE_PROTOCOL, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::iptables::Variant;
 use flannel::{Family, LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
@@ -81,6 +81,8 @@ pub struct Reconciler {
     /// When the kernel is to be read whole.
     read_at: Instant,
     subnet_file: SubnetFile,
+    /// Are a Go flanneld's plain routes taken over? Until it is known which of them are superfluous.
+    adopting: bool,
     /// When the rules that the kernel does not announce are looked at next, and how often: those of iptables-legacy.
     resync: Option<(Instant, Duration)>,
     /// Does the file name a subnet that is not this node's any more?
@@ -94,7 +96,7 @@ pub struct Reconciler {
 impl Reconciler {
     /// Reads the kernel and puts this node's own objects there: devices, addresses, rules. Notifications are
     /// subscribed to first, so that no change falls in between. `resync` is how often rules are looked at that the kernel
-    /// does not announce.
+    /// does not announce; `adopt` says that a Go flanneld may have run on this host.
     ///
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
@@ -103,12 +105,21 @@ impl Reconciler {
         kernel: KernelThread,
         subnet_file: SubnetFile,
         resync: Duration,
+        adopt: bool,
         syncing: Guard,
     ) -> anyhow::Result<Reconciler> {
         let scope = picture.scope();
         let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
         let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
-        let observed = kernel.observe(scope).await.context("cannot read the kernel's state")?;
+        let mut reading = if adopt { picture.scope_with_adoption() } else { scope };
+        let mut observed = kernel.observe(reading.clone()).await.context("cannot read the kernel's state")?;
+        let is_own = |object: &Object| matches!(object, Object::Route(route) if route.protocol == ROUTE_PROTOCOL);
+        if observed.iter().any(|(_, object)| is_own(object))
+            && let Some(adopt) = reading.adopt.take()
+        {
+            // Not Go's flanneld ran here last but ours, which leaves no such routes: they are the operator's.
+            observed.retain(|object| !matches!(object, Object::Route(route) if adopt.has_route(route)));
+        }
         let mut reconciler = Reconciler {
             picture,
             observed,
@@ -117,6 +128,7 @@ impl Reconciler {
             failures: BTreeMap::new(),
             read_at: Instant::now() + AUDIT,
             subnet_file,
+            adopting: reading.adopt.is_some(),
             resync: None,
             file_is_stale: false,
             repaired: BTreeMap::new(),
@@ -212,6 +224,7 @@ impl Reconciler {
             false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
         };
         let count = ops.len();
+        self.adopting &= !complete;
         self.execute(ops).await;
         self.log(&leases, count, began);
         if complete && let Some(guard) = self.syncing.take() {
@@ -310,7 +323,8 @@ impl Reconciler {
             return;
         }
         self.read_at = now + AUDIT;
-        match self.kernel.observe(self.picture.scope()).await {
+        let scope = if self.adopting { self.picture.scope_with_adoption() } else { self.picture.scope() };
+        match self.kernel.observe(scope).await {
             Ok(observed) => {
                 self.observed = observed;
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());

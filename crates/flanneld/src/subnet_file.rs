@@ -40,7 +40,11 @@ impl SubnetFile {
     }
 }
 
-fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
+/// Makes a file have this text, mode 0644, in one step: a temporary file beside it, fsync, rename.
+///
+/// # Errors
+/// When it cannot be written; then the old one stands.
+pub fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory)?;
     let name = path.file_name().context("it names no file")?.to_string_lossy();

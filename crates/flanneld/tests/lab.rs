@@ -3,8 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "lab/adoption.rs"]
+mod adoption;
 #[path = "lab/matrix.rs"]
 mod matrix;
+#[path = "lab/restarts.rs"]
+mod restarts;
 #[path = "lab/secure.rs"]
 mod secure;
 #[path = "support/stores.rs"]
@@ -63,7 +67,12 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 17] = [
+    let others: [(&str, Test); 22] = [
+        ("a_go_flannelds_node_is_taken_over_without_a_lost_packet", adoption::a_go_node_is_taken_over),
+        ("an_operators_route_is_not_taken_for_a_go_flannelds", adoption::an_operators_route_is_not_taken_for_a_go_flannelds),
+        ("a_change_of_the_pod_network_leaves_nothing_of_the_old_one", adoption::a_change_of_the_pod_network_leaves_nothing_of_the_old_one),
+        ("a_blackhole_route_holds_what_no_pod_has", adoption::a_blackhole_route_holds_what_no_pod_has),
+        ("a_hundred_restarts_lose_nothing", restarts::a_hundred_restarts),
         ("the_extension_runs_words_or_a_shell_for_each_peer", the_extension_runs_commands),
         ("a_deleted_tun_device_comes_back", a_deleted_tun_device_comes_back),
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
@@ -113,6 +122,7 @@ fn observe(netns: &Netns) -> Observed {
         rulesets: vec![Family::V4],
         iptables: Vec::new(),
         retired: Vec::new(),
+        adopt: None,
         networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
     };
     netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()

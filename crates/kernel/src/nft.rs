@@ -26,6 +26,7 @@ pub(crate) const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
 pub(crate) const CHAIN_POLICY: u16 = 5;
 pub(crate) const CHAIN_TYPE: u16 = 7;
+const CHAIN_USERDATA: u16 = 12;
 const HOOK_NUM: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
 pub(crate) const RULE_CHAIN: u16 = 2;
@@ -77,10 +78,7 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
     let (family, table) = (ruleset.family, table_name(ruleset.family));
     let mut batch = Batch::new();
     let add_table = |batch: &mut Batch| {
-        // A comment is a type-length-value of type 0 in the user data, zero-terminated.
-        let comment = format!("rules for {table}\0");
-        let mut userdata = vec![0, u8::try_from(comment.len()).expect("it is short")];
-        userdata.extend(comment.as_bytes());
+        let userdata = comment(&format!("rules for {table}"));
         batch.message(kind(NEWTABLE), CREATE, |body| {
             body.bytes(&header(family)).attr_str(TABLE, table).attr(TABLE_USERDATA, &userdata);
         });
@@ -94,12 +92,13 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
     for chain in &ruleset.chains {
         batch.message(kind(NEWCHAIN), CREATE, |body| {
             body.bytes(&header(family)).attr_str(TABLE, table).attr_str(CHAIN_NAME, &chain.name);
-            let (hook, priority, name) = match chain.hook {
-                Hook::Forward => (2u32, 0u32, "filter"),
-                Hook::Postrouting => (4, 100, "nat"),
+            let (hook, priority, name, text) = match chain.hook {
+                Hook::Forward => (2u32, 0u32, "filter", "chain to accept flannel traffic"),
+                Hook::Postrouting => (4, 100, "nat", "chain to manage traffic masquerading by flannel"),
             };
             encode_hook(body, hook, priority);
             body.attr(CHAIN_POLICY, &NF_ACCEPT.to_be_bytes()).attr_str(CHAIN_TYPE, name);
+            body.attr(CHAIN_USERDATA, &comment(text));
         });
     }
     for chain in &ruleset.chains {
@@ -112,6 +111,14 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
         }
     }
     socket.transaction(SUBSYSTEM, batch)
+}
+
+/// A comment in an object's user data: type 0, length, text with its terminating zero.
+fn comment(text: &str) -> Vec<u8> {
+    let mut userdata = vec![0, u8::try_from(text.len() + 1).expect("our comments are short")];
+    userdata.extend(text.as_bytes());
+    userdata.push(0);
+    userdata
 }
 
 /// Deletes our table of a family.

@@ -45,6 +45,10 @@ impl Kernel {
             // Our own routes through it come with all of ours.
             self.observe_routes(Filter::BootOif(info.index), scope, name_of, &mut observed)?;
         }
+        let adopt = scope.adopt.iter().filter_map(|adopt| links.iter().find(|link| link.name == adopt.dev));
+        for external in adopt {
+            self.observe_routes(Filter::BootOif(external.index), scope, name_of, &mut observed)?;
+        }
         self.observe_routes(Filter::Ours, scope, name_of, &mut observed)?;
         if !scope.networks.is_empty() {
             self.extension.values().for_each(|peer| observed.insert(Object::Extension(peer.clone())));

@@ -153,6 +153,7 @@ fn scope() -> Scope {
         rulesets: Family::ALL.into(),
         iptables: Family::ALL.into(),
         retired: Vec::new(),
+        adopt: None,
         networks: vec!["10.0.0.0/8".parse().unwrap(), "fc00::/48".parse().unwrap()],
     }
 }

@@ -1,4 +1,4 @@
-//! The stores that every promise is checked against: ours and two real ones.
+//! The stores that every promise is checked against: ours and three real ones.
 
 use std::path::PathBuf;
 
@@ -10,6 +10,7 @@ pub(crate) fn all() -> Vec<(&'static str, StoreKind)> {
         ("embedded", StoreKind::Embedded),
         ("etcd 3.4", StoreKind::Etcd(tool("FLANNEL_ETCD_3_4"))),
         ("etcd 3.5", StoreKind::Etcd(tool("FLANNEL_ETCD_3_5"))),
+        ("etcd 3.6", StoreKind::Etcd(tool("FLANNEL_ETCD_3_6"))),
     ]
 }
 

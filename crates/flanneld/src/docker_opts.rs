@@ -1,0 +1,138 @@
+//! `flanneld docker-opts`: turns `subnet.env` into options for a Docker daemon, as upstream's script `mk-docker-opts.sh`
+//! does, under whose name this program can be installed (specification, section 8.5).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use flannel::{Family, Subnet};
+use kernel::netlink::{Protocol, Socket};
+use kernel::route;
+
+/// What `docker-opts` is told.
+#[derive(Debug, Clone, Args)]
+pub struct DockerOptsArgs {
+    /// File that flanneld wrote
+    #[arg(short = 'f', default_value = "/run/flannel/subnet.env", value_name = "FILE")]
+    pub env: PathBuf,
+    /// File to write
+    #[arg(short = 'd', default_value = "/run/docker_opts.env", value_name = "FILE")]
+    pub output: PathBuf,
+    /// Write each option as a variable of its own [default: both this and -c]
+    #[arg(short = 'i')]
+    pub individual: bool,
+    /// Write all options as one variable
+    #[arg(short = 'c')]
+    pub combined: bool,
+    /// Name of the variable that has all options
+    #[arg(short = 'k', default_value = "DOCKER_OPTS", value_name = "NAME")]
+    pub key: String,
+    /// Leave --ip-masq out
+    #[arg(short = 'm')]
+    pub no_ip_masq: bool,
+}
+
+/// The name of upstream's script.
+pub const SCRIPT: &str = "mk-docker-opts.sh";
+
+/// Writes the file.
+///
+/// # Errors
+/// When a file cannot be read or written, a value cannot be used, or the subnet is routed elsewhere.
+pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(&args.env).with_context(|| format!("-f: cannot read {}", args.env.display()))?;
+    let rendered = render(&text, args, |name| std::env::var(name).ok()).with_context(|| args.env.display().to_string())?;
+    crate::subnet_file::write_atomically(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))?;
+    let subnet: Option<Subnet> = variables(&text).get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok());
+    let mut socket = Socket::open(Protocol::Route)?;
+    let routes = route::list(&mut socket, Family::V4, route::Filter::All).context("cannot read the routes")?;
+    let elsewhere = routes.iter().find(|route| Some(route.dst) == subnet && route.gateway);
+    ensure!(
+        elsewhere.is_none(),
+        "{}: there is a route to this subnet through a gateway already",
+        subnet.map_or(String::new(), |s| s.to_string())
+    );
+    Ok(())
+}
+
+fn variables(text: &str) -> BTreeMap<&str, &str> {
+    text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.trim(), value.trim().trim_matches('"'))).collect()
+}
+
+fn render(text: &str, args: &DockerOptsArgs, env: impl Fn(&str) -> Option<String>) -> anyhow::Result<String> {
+    let found = variables(text);
+    let mut options = Vec::new();
+    if let Some(subnet) = found.get("FLANNEL_SUBNET") {
+        options.push(("BIP", format!("--bip={subnet}")));
+    }
+    if let Some(masq) = found.get("FLANNEL_IPMASQ").filter(|_| !args.no_ip_masq) {
+        // If flanneld masquerades, Docker need not.
+        let inverse = match *masq {
+            "true" => "false",
+            "false" => "true",
+            other => anyhow::bail!("FLANNEL_IPMASQ: {other:?} is neither true nor false"),
+        };
+        options.push(("IPMASQ", format!("--ip-masq={inverse}")));
+    }
+    if let Some(mtu) = found.get("FLANNEL_MTU") {
+        options.push(("MTU", format!("--mtu={mtu}")));
+    }
+    let both = args.individual == args.combined;
+    let mut lines = String::new();
+    if both || args.individual {
+        options.iter().for_each(|(name, option)| lines.push_str(&format!("DOCKER_OPT_{name}=\"{option}\"\n")));
+    }
+    if both || args.combined {
+        let all: String = options.iter().map(|(_, option)| format!(" {option}")).collect();
+        lines.push_str(&format!("{}=\"{}{all}\"\n", args.key, env(&args.key).unwrap_or_default()));
+    }
+    Ok(lines)
+}
+
+/// Was the program called by the script's name?
+pub fn called_as(name: Option<std::ffi::OsString>) -> bool {
+    name.is_some_and(|name| Path::new(&name).file_name().is_some_and(|file| file == SCRIPT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: DockerOptsArgs,
+    }
+
+    const ENV: &str = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.74.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n";
+
+    fn check(args: &str, want: &str) {
+        let args = Cli::parse_from(std::iter::once("x").chain(args.split_whitespace())).args;
+        assert_eq!(render(ENV, &args, |_| None).unwrap(), want);
+    }
+
+    #[test]
+    fn the_five_cases_of_upstreams_test() {
+        let three = "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_IPMASQ=\"--ip-masq=false\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n";
+        let all = "\" --bip=10.1.74.1/24 --ip-masq=false --mtu=1472\"\n";
+        check("", &format!("{three}DOCKER_OPTS={all}"));
+        check("-i", three);
+        check("-c", &format!("DOCKER_OPTS={all}"));
+        check("-k DOCKER_NETWORK_OPTIONS", &format!("{three}DOCKER_NETWORK_OPTIONS={all}"));
+        check(
+            "-m",
+            "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\nDOCKER_OPTS=\" --bip=10.1.74.1/24 --mtu=1472\"\n",
+        );
+    }
+
+    #[test]
+    fn what_is_in_the_environment_stays_in_front() {
+        let args = Cli::parse_from(["x", "-c"]).args;
+        let env = |name: &str| (name == "DOCKER_OPTS").then(|| "--debug".to_owned());
+        assert!(render(ENV, &args, env).unwrap().starts_with("DOCKER_OPTS=\"--debug --bip="));
+        let bad = render("FLANNEL_IPMASQ=maybe", &args, |_| None).unwrap_err();
+        assert_eq!(bad.to_string(), "FLANNEL_IPMASQ: \"maybe\" is neither true nor false");
+    }
+}
