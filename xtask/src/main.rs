@@ -35,19 +35,21 @@ fn main() -> ExitCode {
 }
 
 /// Debian packages that the tests need, and a program of each by which it is known to be there.
-const PACKAGES: [(&str, &str); 6] = [
+const PACKAGES: [(&str, &str); 7] = [
     ("etcd-server", "etcd"),
     ("etcd-client", "etcdctl"),
     ("nftables", "nft"),
     ("iptables", "iptables"),
     ("iproute2", "ip"),
     ("iputils-ping", "ping"),
+    ("strace", "strace"),
 ];
 
 fn test(filter: &[String]) -> anyhow::Result<()> {
     install_packages()?;
     let etcd_3_5 = etcd_3_5()?;
     let etcd_3_6 = etcd_3_6()?;
+    let reference = reference_plugins()?;
     if filter.is_empty() {
         cargo(&["fmt", "--all", "--check"], &[])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
@@ -56,7 +58,8 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     let etcd_3_4 = find("etcd").context("etcd is not in PATH although etcd-server is installed")?;
     let etcdctl_3_4 = find("etcdctl").context("etcdctl is not in PATH although etcd-client is installed")?;
     let (server, client) = (etcd_3_5.join("etcd"), etcd_3_5.join("etcdctl"));
-    let env: [(&str, &OsStr); 6] = [
+    let env: [(&str, &OsStr); 7] = [
+        ("FLANNEL_REFERENCE_PLUGINS", reference.as_os_str()),
         ("FLANNEL_ETCD_3_6", etcd_3_6.as_os_str()),
         ("FLANNEL_ETCD_3_4", etcd_3_4.as_os_str()),
         ("FLANNEL_ETCDCTL_3_4", etcdctl_3_4.as_os_str()),
@@ -80,7 +83,7 @@ fn dist() -> anyhow::Result<PathBuf> {
     for (from, name) in [("target/release/flanneld".into(), "flanneld"), (format!("target/{host}/release/flannel-cni"), "flannel-cni")] {
         std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {from}"))?;
     }
-    for name in ["flannel", "bridge", "host-local", "loopback"] {
+    for name in ["flannel", "bridge", "host-local", "loopback", "portmap", "bandwidth", "firewall", "tuning"] {
         let link = folder.join(name);
         let _ = std::fs::remove_file(&link);
         std::fs::hard_link(folder.join("flannel-cni"), &link).with_context(|| format!("cannot link {}", link.display()))?;
@@ -166,21 +169,43 @@ fn etcd_3_6() -> anyhow::Result<PathBuf> {
     let text = std::fs::read_to_string(source.join("go.mod"))?;
     let version = text.lines().find_map(|line| line.split_once("etcd/server/v3 ")).context("go.mod names no etcd")?.1.trim();
     let program = cache()?.join(format!("etcd-{version}"));
-    if program.is_file() {
-        return Ok(program);
-    }
-    println!("building etcd {version} with Go");
-    // Under another name first: a build that is interrupted leaves no program.
-    let unfinished = program.with_extension(std::process::id().to_string());
-    run(Command::new(go()?)
-        .args(["build", "-trimpath", "-ldflags=-s -w", "-o"])
-        .arg(&unfinished)
-        .arg(".")
-        .env("CGO_ENABLED", "0")
-        .current_dir(&source))
-    .context("etcd 3.6 cannot be built")?;
-    std::fs::rename(&unfinished, &program)?;
+    go_build(&source, &[("etcd 3.6", ".", &program)])?;
     Ok(program)
+}
+
+/// The reference CNI plugins that ours are compared with, built from their Go module on first use.
+fn reference_plugins() -> anyhow::Result<PathBuf> {
+    let module = "github.com/containernetworking/plugins";
+    let source = std::env::current_dir()?.join("tests/cni-plugins");
+    let text = std::fs::read_to_string(source.join("go.mod"))?;
+    let version = text.lines().find_map(|line| line.split_once(&format!("{module} "))).context("go.mod names no plugins")?.1;
+    let version = version.split_whitespace().next().context("go.mod names no version")?;
+    let folder = cache()?.join(format!("cni-plugins-{version}"));
+    std::fs::create_dir_all(&folder)?;
+    let plugins = ["main/bridge", "main/loopback", "ipam/host-local", "meta/portmap", "meta/bandwidth", "meta/firewall", "meta/tuning"];
+    let names = plugins
+        .map(|plugin| (plugin, format!("{module}/plugins/{plugin}"), folder.join(Path::new(plugin).file_name().unwrap_or_default())));
+    let wanted: Vec<(&str, &str, &Path)> = names.iter().map(|(name, package, file)| (*name, package.as_str(), file.as_path())).collect();
+    go_build(&source, &wanted)?;
+    Ok(folder)
+}
+
+/// Builds what of name, package and file is not there yet.
+fn go_build(source: &Path, wanted: &[(&str, &str, &Path)]) -> anyhow::Result<()> {
+    for (name, package, file) in wanted.iter().filter(|(_, _, file)| !file.is_file()) {
+        println!("building {name} with Go");
+        // Under another name first: a build that is interrupted leaves no program.
+        let unfinished = file.with_extension(std::process::id().to_string());
+        run(Command::new(go()?)
+            .args(["build", "-trimpath", "-ldflags=-s -w", "-o"])
+            .arg(&unfinished)
+            .arg(package)
+            .env("CGO_ENABLED", "0")
+            .current_dir(source))
+        .with_context(|| format!("{name} cannot be built"))?;
+        std::fs::rename(&unfinished, file)?;
+    }
+    Ok(())
 }
 
 /// A Go that is there, or the one of PyPI.

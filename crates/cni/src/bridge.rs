@@ -1,82 +1,31 @@
 //! `bridge`: a veth pair between the container and a bridge of the host (specification, section 7.3). What an ADD made
 //! is undone when a later step fails; the bridge itself is never deleted.
 
+mod config;
+mod masq;
+mod vlan;
+
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use ::flannel::{Cidr, Family, IfName, Mac};
-use kernel::link::{self, LinkInfo, OPER_UNKNOWN, OPER_UP, PortConfig, VethEnd};
+use kernel::link::{self, LinkInfo, OPER_UNKNOWN, OPER_UP, VethEnd};
 use kernel::netlink::{NetlinkError, Protocol, Socket};
 use kernel::netns::Netns;
-use kernel::{addr, masquerade, route, sysctl};
+use kernel::{addr, masquerade, route, spoofcheck, sysctl};
 use serde_json::{Map, Value};
 
 use crate::delegate;
 use crate::loopback::open_netns;
 use crate::protocol::{CniError, Command, Request, boolean, field, number, object, string};
 use crate::result::{CniResult, Interface, Route};
+use config::Config;
+use vlan::Vlans;
 
 /// How long the host's end may take to become operational.
 const OPERATIONAL: Duration = Duration::from_secs(3);
-
-/// The validated configuration.
-struct Config {
-    bridge: IfName,
-    is_gateway: bool,
-    is_default_gateway: bool,
-    force_address: bool,
-    ip_masq: bool,
-    mtu: u32,
-    port: PortConfig,
-    mac: Option<Mac>,
-    /// The IPAM plugin's name; `None` for an attachment without addresses.
-    ipam: Option<String>,
-}
-
-impl Config {
-    fn new(request: &Request) -> Result<Config, CniError> {
-        let conf = &request.conf;
-        let flag = |name: &str| boolean(conf, name).map(Option::unwrap_or_default);
-        for name in ["promiscMode", "macspoofchk", "enabledad", "disableContainerInterface", "preserveDefaultVlan"] {
-            // preserveDefaultVlan is on by default and means nothing without a VLAN.
-            if name != "preserveDefaultVlan" && flag(name)? {
-                return Err(CniError::unsupported(format!("{name}: it is not supported yet: set it to false")));
-            }
-        }
-        if number(conf, "vlan")?.unwrap_or(0) != 0 || field(conf, "vlanTrunk").is_some() {
-            return Err(CniError::unsupported("vlan, vlanTrunk: VLANs are not supported yet: leave them out"));
-        }
-        if string(conf, "ipMasqBackend")?.is_some_and(|backend| backend == "iptables") {
-            return Err(CniError::unsupported("ipMasqBackend: iptables is not supported yet: leave it out or set it to nftables"));
-        }
-        let bridge = string(conf, "bridge")?.filter(|name| !name.is_empty()).unwrap_or("cni0");
-        let is_default_gateway = flag("isDefaultGateway")?;
-        let ipam = object(conf, "ipam")?.map(|ipam| string(ipam, "type")).transpose()?.flatten();
-        Ok(Config {
-            bridge: bridge.parse().map_err(|error| CniError::config(format!("bridge: {error}")))?,
-            is_gateway: flag("isGateway")? || is_default_gateway,
-            is_default_gateway,
-            force_address: flag("forceAddress")?,
-            ip_masq: flag("ipMasq")?,
-            mtu: number(conf, "mtu")?.unwrap_or(0),
-            port: PortConfig { hairpin: flag("hairpinMode")?, isolated: flag("portIsolation")? },
-            mac: mac(request)?,
-            ipam: ipam.filter(|kind| !kind.is_empty()).map(ToOwned::to_owned),
-        })
-    }
-}
-
-/// The container's MAC: of the runtime, else of the arguments in the configuration, else of `CNI_ARGS`.
-fn mac(request: &Request) -> Result<Option<Mac>, CniError> {
-    let runtime = object(&request.conf, "runtimeConfig")?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
-    let cni = object(&request.conf, "args")?.map(|args| object(args, "cni")).transpose()?.flatten();
-    let args = cni.map(|cni| string(cni, "mac")).transpose()?.flatten();
-    let text = match runtime.or(args).filter(|text| !text.is_empty()) {
-        Some(text) => Some(text),
-        None => request.arg("MAC")?,
-    };
-    text.map(|text| text.parse().map_err(|error| CniError::config(format!("mac: {error}")))).transpose()
-}
+/// How long the look for duplicate addresses may take.
+const UNIQUE: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
     match request.command {
@@ -88,7 +37,7 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
                 request.valid_attachments()?.iter().map(|(container, ifname)| format!("{ifname}:{container}")).collect();
             // Both are tried, as for a DEL.
             let addresses = ipam(request, Command::Gc, None);
-            if Config::new(request)?.ip_masq {
+            if Config::new(request)?.ip_masq.is_some() {
                 masquerade::retain(&request.name, &valid).map_err(failed("remove the masquerading of containers that are gone"))?;
             }
             addresses.map(|_| None)
@@ -123,13 +72,17 @@ struct Undo<'a> {
     veth: Option<IfName>,
     ipam: bool,
     masquerade: bool,
+    spoofcheck: bool,
 }
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
         // The error that led here is the one to report; what fails to be undone now, the container's DEL undoes.
         if self.masquerade {
-            let _ = masquerade::remove(&self.request.name, &attachment(self.request));
+            let _ = masq::remove(self.request);
+        }
+        if self.spoofcheck {
+            let _ = spoofcheck::remove(&self.request.container_id, &self.request.ifname);
         }
         if let Some(veth) = self.veth {
             let _ = Socket::open(Protocol::Route).and_then(|mut socket| link::delete(&mut socket, veth));
@@ -143,7 +96,7 @@ impl Drop for Undo<'_> {
 fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     let netns = open_netns(request)?;
     let ifname: IfName = request.ifname.parse().map_err(|error| CniError::environment(format!("CNI_IFNAME: {error}")))?;
-    let mut undo = Undo { request, veth: None, ipam: false, masquerade: false };
+    let mut undo = Undo { request, veth: None, ipam: false, masquerade: false, spoofcheck: false };
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
 
     let bridge = ensure_bridge(&mut host, config)?;
@@ -156,6 +109,14 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     link::enslave(&mut host, veth.index, bridge.index, config.port)
         .map_err(failed(format!("make {} a port of {}", veth.name, config.bridge)))?;
     write_sysctl(&format!("net/ipv6/conf/{}/accept_ra", veth.name), "0")?;
+    if let Some(vlans) = &config.vlans {
+        vlans.set_port(&mut host, &veth)?;
+    }
+    if config.spoofcheck {
+        undo.spoofcheck = true;
+        let mac = container_mac(&netns, ifname)?;
+        spoofcheck::add(&request.container_id, &request.ifname, veth.name, mac).map_err(failed("hold the container to its MAC"))?;
+    }
 
     let mut result = CniResult::default();
     if config.ipam.is_some() {
@@ -167,10 +128,20 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
         }
     }
     let gateways = complete(&mut result, config);
-    let container = configure_container(&netns, ifname, &result, &gateways)?;
-    if config.is_gateway {
+    let container = configure_container(&netns, ifname, &result, &gateways, config)?;
+    let mut more = Vec::new();
+    if config.is_gateway && !gateways.is_empty() {
+        // With a VLAN the gateway is on a link of its own, which is a port of that VLAN.
+        let holder = match config.vlans.as_ref().and_then(Vlans::own) {
+            Some(vlan) => {
+                let (gateway, port) = vlan::gateway(&mut host, &bridge, vlan, config.mtu)?;
+                more = vec![gateway.clone(), port];
+                gateway
+            }
+            None => bridge.clone(),
+        };
         for (gateway, len) in &gateways {
-            set_gateway(&mut host, &bridge, config, Cidr { addr: *gateway, len: *len })?;
+            set_gateway(&mut host, &holder, config, Cidr { addr: *gateway, len: *len })?;
             let forwarding = match Family::of(*gateway) {
                 Family::V4 => "net/ipv4/ip_forward",
                 Family::V6 => "net/ipv6/conf/all/forwarding",
@@ -178,27 +149,31 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
             write_sysctl(forwarding, "1")?;
         }
     }
-    if config.ip_masq && !result.ips.is_empty() {
+    if let Some(backend) = config.ip_masq.filter(|_| !result.ips.is_empty()) {
         undo.masquerade = true;
         let addresses: Vec<Cidr> = result.ips.iter().map(|ip| ip.address).collect();
-        masquerade::add(&request.name, &attachment(request), &addresses).map_err(failed("masquerade the container's addresses"))?;
+        masq::add(request, backend, &addresses)?;
     }
-    await_operational(&mut host, &mut news, &veth)?;
+    // A container's end that stays down keeps the host's end from becoming operational.
+    if !config.leave_down {
+        await_operational(&mut host, &mut news, &veth)?;
+    }
 
     let bridge = link::get_index(&mut host, bridge.index).map_err(failed("read the bridge"))?.unwrap_or(bridge);
     let sandbox = request.netns.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
     let interface = |link: &LinkInfo, sandbox: &str| Interface {
         name: link.name.to_string(),
         mac: link.mac.map(|mac| mac.to_string()).unwrap_or_default(),
-        mtu: link.mtu,
         sandbox: sandbox.to_owned(),
+        ..Interface::default()
     };
     result.interfaces = vec![interface(&bridge, ""), interface(&veth, ""), interface(&container, &sandbox)];
+    result.interfaces.extend(more.iter().map(|link| interface(link, "")));
     result.ips.iter_mut().for_each(|ip| ip.interface = Some(2));
     if let Some(dns) = object(&request.conf, "dns")?.filter(|dns| !dns.is_empty()) {
         result.dns = dns.clone();
     }
-    (undo.veth, undo.ipam, undo.masquerade) = (None, false, false);
+    (undo.veth, undo.ipam, undo.masquerade, undo.spoofcheck) = (None, false, false, false);
     Ok(result)
 }
 
@@ -229,6 +204,13 @@ fn ensure_bridge(host: &mut Socket, config: &Config) -> Result<LinkInfo, CniErro
     };
     if found.kind != "bridge" {
         return Err(CniError::config(format!("bridge: {name:?} already exists but is not a bridge: choose another name")));
+    }
+    if config.vlans.is_some() {
+        link::set_vlan_filtering(host, found.index)
+            .map_err(failed(format!("make {name} tell VLANs apart (does this kernel have CONFIG_BRIDGE_VLAN_FILTERING?)")))?;
+    }
+    if config.promiscuous && !found.promiscuous {
+        link::set_promiscuous(host, found.index, true).map_err(failed(format!("make {name} promiscuous")))?;
     }
     if !found.up {
         link::set_up(host, found.index, true).map_err(failed(format!("set {name} up")))?;
@@ -288,7 +270,13 @@ fn complete(result: &mut CniResult, config: &Config) -> Vec<(IpAddr, u8)> {
 }
 
 /// Addresses, state and routes of the container's end. The namespace is entered once.
-fn configure_container(netns: &Netns, ifname: IfName, result: &CniResult, gateways: &[(IpAddr, u8)]) -> Result<LinkInfo, CniError> {
+fn configure_container(
+    netns: &Netns,
+    ifname: IfName,
+    result: &CniResult,
+    gateways: &[(IpAddr, u8)],
+    config: &Config,
+) -> Result<LinkInfo, CniError> {
     let configure = || {
         let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink in the container"))?;
         let look = |socket: &mut Socket| {
@@ -296,8 +284,18 @@ fn configure_container(netns: &Netns, ifname: IfName, result: &CniResult, gatewa
             found.ok_or_else(|| CniError::failed(format!("{ifname} was deleted in the container")))
         };
         let index = look(&mut socket)?.index;
-        // The address is ours alone: no need to wait for duplicates, and the neighbours shall hear of it.
-        write_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0")?;
+        if config.ipam.is_none() {
+            if !config.leave_down {
+                link::set_up(&mut socket, index, true).map_err(failed(format!("set {ifname} up in the container")))?;
+            }
+            return look(&mut socket);
+        }
+        // The address is ours alone: no need to wait for duplicates, unless told so; the neighbours shall hear of it.
+        let dad = if config.dad { "1" } else { "0" };
+        write_sysctl(&format!("net/ipv6/conf/{ifname}/accept_dad"), dad)?;
+        if config.dad {
+            write_sysctl(&format!("net/ipv6/conf/{ifname}/enhanced_dad"), "1")?;
+        }
         write_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
         if result.ips.iter().any(|ip| Family::of(ip.address.addr) == Family::V6) {
             write_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
@@ -305,24 +303,72 @@ fn configure_container(netns: &Netns, ifname: IfName, result: &CniResult, gatewa
             write_sysctl(&format!("net/ipv6/conf/{ifname}/keep_addr_on_down"), "1")?;
         }
         for ip in &result.ips {
-            addr::add(&mut socket, index, ip.address).map_err(failed(format!("add {} to {ifname} in the container", ip.address)))?;
+            let added =
+                if config.dad { addr::add_with_dad(&mut socket, index, ip.address) } else { addr::add(&mut socket, index, ip.address) };
+            added.map_err(failed(format!("add {} to {ifname} in the container", ip.address)))?;
         }
         link::set_up(&mut socket, index, true).map_err(failed(format!("set {ifname} up in the container")))?;
+        if config.dad && gateways.iter().any(|(gateway, _)| gateway.is_ipv6()) {
+            await_unique(&mut socket, index)?;
+        }
         for Route { dst, gw, more } in &result.routes {
-            if let Some(option) = more.keys().next() {
-                return Err(CniError::unsupported(format!("routes: {option} of {dst} is not supported yet: leave it out")));
-            }
+            let options = route_options(more)?;
+            // A destination on the link has no gateway.
+            let on_link = options.scope == Some(253);
             let gateway = gw.or_else(|| gateways.iter().map(|(gateway, _)| *gateway).find(|gateway| Family::of(*gateway) == dst.family()));
-            route::add(&mut socket, *dst, gateway, index).map_err(failed(format!("add the route to {dst} in the container")))?;
+            let gateway = gateway.filter(|_| !on_link || gw.is_some());
+            route::add_with(&mut socket, *dst, gateway, index, options)
+                .map_err(failed(format!("add the route to {dst} in the container")))?;
         }
         look(&mut socket)
     };
     netns.run(configure).map_err(|error| CniError::environment(format!("CNI_NETNS: cannot enter it: {error}")))?
 }
 
+/// What a route of the configuration says beside destination and gateway. What is unknown is left alone, as Go does it.
+fn route_options(more: &Map<String, Value>) -> Result<route::Options, CniError> {
+    let positive = |name: &str| number(more, name).map(|value| value.filter(|value| *value > 0));
+    let scope =
+        number(more, "scope")?.map(|scope| u8::try_from(scope).map_err(|_| CniError::config("routes: scope: it must be at most 255")));
+    Ok(route::Options {
+        mtu: positive("mtu")?,
+        advmss: positive("advmss")?,
+        priority: positive("priority")?,
+        table: number(more, "table")?,
+        scope: scope.transpose()?,
+    })
+}
+
+/// Waits until the kernel has found no duplicate of the interface's IPv6 addresses.
+fn await_unique(socket: &mut Socket, index: u32) -> Result<(), CniError> {
+    let end = Instant::now() + UNIQUE;
+    loop {
+        let addrs = addr::list(socket, index).map_err(failed("read the container's addresses"))?;
+        let own = || addrs.iter().filter(|a| a.index == index && a.addr.cidr.addr.is_ipv6());
+        if let Some(twice) = own().find(|a| a.duplicate) {
+            return Err(CniError::failed(format!("{} is somebody else's already (duplicate address detection)", twice.addr.cidr.addr)));
+        }
+        if !own().any(|a| a.tentative) {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(CniError::failed(format!("duplicate address detection did not end within {} s", UNIQUE.as_secs())));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The MAC of the container's end.
+fn container_mac(netns: &Netns, ifname: IfName) -> Result<Mac, CniError> {
+    let look = || Socket::open(Protocol::Route).and_then(|mut socket| link::get(&mut socket, ifname));
+    let found = netns.run(look).map_err(|error| CniError::environment(format!("CNI_NETNS: cannot enter it: {error}")))?;
+    let found = found.map_err(failed(format!("read {ifname} in the container")))?;
+    found.and_then(|link| link.mac).ok_or_else(|| CniError::failed(format!("{ifname} has no MAC")))
+}
+
 /// Puts the gateway's address on the bridge and pins the bridge's MAC, which would follow its ports otherwise.
 fn set_gateway(host: &mut Socket, bridge: &LinkInfo, config: &Config, gateway: Cidr) -> Result<(), CniError> {
-    let name = config.bridge;
+    let name = bridge.name;
     let addrs = addr::list(host, bridge.index).map_err(failed(format!("read the addresses of {name}")))?;
     let same_family = addrs.iter().map(|a| a.addr.cidr).filter(|have| Family::of(have.addr) == Family::of(gateway.addr));
     for have in same_family {
@@ -389,10 +435,14 @@ fn del(request: &Request) -> Result<(), CniError> {
     }
     // Both are tried: what is left of one must not keep the other.
     let addresses = ipam(request, Command::Del, None);
-    let rules =
-        if boolean(&request.conf, "ipMasq")?.unwrap_or(false) { masquerade::remove(&request.name, &attachment(request)) } else { Ok(()) };
+    if boolean(&request.conf, "macspoofchk")?.unwrap_or(false)
+        && let Err(error) = spoofcheck::remove(&request.container_id, &request.ifname)
+    {
+        eprintln!("bridge: cannot remove what held the container to its MAC: {error}");
+    }
+    let rules = if boolean(&request.conf, "ipMasq")?.unwrap_or(false) { masq::remove(request) } else { Ok(()) };
     addresses?;
-    rules.map_err(failed("remove the container's masquerading"))
+    rules
 }
 
 fn check(request: &Request, config: &Config) -> Result<(), CniError> {
@@ -401,8 +451,11 @@ fn check(request: &Request, config: &Config) -> Result<(), CniError> {
     let want = CniResult::parse(previous)?;
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
     let bridge = link::get(&mut host, config.bridge).map_err(failed("read the bridge"))?;
-    if bridge.is_none_or(|bridge| bridge.kind != "bridge") {
+    if bridge.as_ref().is_none_or(|bridge| bridge.kind != "bridge") {
         return Err(CniError::failed(format!("the bridge {} is gone", config.bridge)));
+    }
+    if config.promiscuous && bridge.as_ref().is_some_and(|bridge| !bridge.promiscuous) {
+        return Err(CniError::failed(format!("the bridge {} is not promiscuous", config.bridge)));
     }
     let netns = open_netns(request)?;
     let ifname: IfName = request.ifname.parse().map_err(|error| CniError::environment(format!("CNI_IFNAME: {error}")))?;
@@ -420,6 +473,14 @@ fn check(request: &Request, config: &Config) -> Result<(), CniError> {
     let Some((container, addrs, routes)) = found.map_err(failed(format!("read {ifname} in the container")))? else {
         return Err(CniError::failed(format!("{ifname} is gone from the container")));
     };
+    // The host's end that ADD told of must still be a port of the bridge.
+    if let Some(told) = want.interfaces.get(1).filter(|told| told.sandbox.is_empty()) {
+        let port =
+            told.name.parse().ok().map(|name| link::get(&mut host, name)).transpose().map_err(failed("read the host's end"))?.flatten();
+        if port.is_none_or(|port| bridge.as_ref().is_none_or(|bridge| port.master != bridge.index)) {
+            return Err(CniError::failed(format!("{} is no port of {}", told.name, config.bridge)));
+        }
+    }
     let told = want.interfaces.iter().find(|i| i.name == ifname.as_str() && !i.sandbox.is_empty());
     if let Some(told) = told.filter(|told| container.mac.map(|mac| mac.to_string()).as_deref() != Some(&told.mac)) {
         return Err(CniError::failed(format!("{ifname} has not the MAC {}", told.mac)));

@@ -56,6 +56,7 @@ fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result
     let dns = string(ipam, "resolvConf")?.map(resolv_conf).transpose()?.unwrap_or_default();
     let owner = Owner::of(request);
     let store = Store::open(directory)?;
+    store.forget_earlier_boots()?;
 
     let mut taken = Taken { store: &store, addresses: Vec::new() };
     let mut ips = Vec::new();
@@ -243,7 +244,7 @@ struct Entry {
 /// A network's directory, locked.
 struct Store {
     directory: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl Store {
@@ -255,7 +256,7 @@ impl Store {
             std::io::Result::Ok(lock)
         })();
         let lock = opened.map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())))?;
-        Ok(Store { directory: directory.to_owned(), _lock: lock })
+        Ok(Store { directory: directory.to_owned(), lock })
     }
 
     /// The store, if anything was ever reserved in it.
@@ -277,6 +278,24 @@ impl Store {
         Ok(entries)
     }
 
+    /// Frees what was reserved before this host was booted: no container of then is alive, and many a runtime never says
+    /// so. Each reservation of ours carries its boot's name, so that those of other implementations, whose boot nobody
+    /// knows, are left alone. Looked at once a boot.
+    fn forget_earlier_boots(&self) -> Result<(), CniError> {
+        let Some(boot) = boot_id() else { return Ok(()) };
+        if boot_of(&self.lock).is_some_and(|seen| seen == boot) {
+            return Ok(());
+        }
+        for entry in self.entries()? {
+            let file = self.directory.join(entry.address.to_string());
+            if File::open(&file).ok().and_then(|file| boot_of(&file)).is_some_and(|of| of != boot) {
+                remove_file(&file)?;
+            }
+        }
+        name_boot(&self.lock);
+        Ok(())
+    }
+
     /// Reserves an address of a set: the wanted one, else the next after the last one that was handed out.
     fn allocate(&self, set: &[Range], index: usize, wanted: Option<IpAddr>, owner: &Owner) -> Result<(IpAddr, Range), CniError> {
         let of = |ip: IpAddr| set.iter().find(|range| range.admits(ip)).copied();
@@ -287,6 +306,7 @@ impl Store {
             if !self.reserve(ip, owner)? {
                 return Err(CniError::failed(format!("requested IP address {ip} is not available in range set {}", describe(set))));
             }
+            self.remember_last(index, ip)?;
             return Ok((ip, range));
         }
         if let Some(entry) = self.entries()?.iter().find(|entry| owner.holds(&entry.content) && of(entry.address).is_some()) {
@@ -296,18 +316,27 @@ impl Store {
                 entry.address
             )));
         }
-        let marker = self.directory.join(format!("last_reserved_ip.{index}"));
-        let last: Option<IpAddr> = fs::read_to_string(&marker).ok().and_then(|text| text.trim().parse().ok());
+        let last: Option<IpAddr> = fs::read_to_string(self.last(index)).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
             if range.gateway != Some(ip) && self.reserve(ip, owner)? {
-                // Only a hint where to go on: half of it is as good as none, so it is written in place and leaves no
-                // temporary file when we are killed.
-                fs::write(&marker, ip.to_string())
-                    .map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", marker.display())))?;
+                self.remember_last(index, ip)?;
                 return Ok((ip, range));
             }
         }
         Err(CniError::failed(format!("no IP addresses available in range set: {}", describe(set))))
+    }
+
+    /// The file that has the last address of a set that was handed out.
+    fn last(&self, index: usize) -> PathBuf {
+        self.directory.join(format!("last_reserved_ip.{index}"))
+    }
+
+    /// Only a hint where to go on: half of it is as good as none, so it is written in place and leaves no temporary file
+    /// when we are killed.
+    fn remember_last(&self, index: usize, ip: IpAddr) -> Result<(), CniError> {
+        let file = self.last(index);
+        fs::write(&file, ip.to_string())
+            .map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", file.display())))
     }
 
     /// Creates the address's file with its owner in it, in one step; false if it is taken.
@@ -350,6 +379,23 @@ impl Store {
     }
 }
 
+/// The extended attribute of an address file that names its boot; of the lock's file, that in which the reservations of
+/// earlier ones were freed.
+const BOOT_ATTRIBUTE: &str = "user.flannel.boot_id";
+
+/// The name of this boot (`random(4)`).
+fn boot_id() -> Option<String> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(text.trim().to_owned())
+}
+
+/// The boot that a file names, if it does.
+fn boot_of(file: &File) -> Option<String> {
+    let mut buffer = [0; 64];
+    let length = rustix::fs::fgetxattr(file, BOOT_ATTRIBUTE, &mut buffer[..]).ok()?;
+    String::from_utf8(buffer.get(..length)?.to_vec()).ok()
+}
+
 /// Who an address file names. Each ADD reads all files, so this makes three system calls and no more.
 fn read_owner(directory: &File, name: &std::ffi::OsStr) -> Option<String> {
     let file = rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
@@ -379,12 +425,21 @@ fn describe(set: &[Range]) -> String {
     set.iter().map(|range| format!("{}-{}", range.start, range.end)).collect::<Vec<_>>().join(",")
 }
 
+/// Writes this boot's name to a file. A file system without extended attributes keeps reservations until the
+/// runtime returns them, as all did before.
+fn name_boot(file: &File) {
+    if let Some(boot) = boot_id() {
+        let _ = rustix::fs::fsetxattr(file, BOOT_ATTRIBUTE, boot.as_bytes(), rustix::fs::XattrFlags::empty());
+    }
+}
+
 /// Makes a file appear under its name with its content, exclusively: it is written without a name and then linked.
 fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()> {
     match rustix::fs::openat(CWD, directory, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR) {
         Ok(fd) => {
             let mut file = File::from(fd);
             file.write_all(content)?;
+            name_boot(&file);
             Ok(rustix::fs::linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
         }
         // A file system without nameless files: a name that no address has. We hold the lock, so it is one name.
@@ -393,6 +448,7 @@ fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()>
             // One that a killed plugin left may be linked to an address by now: writing into it would change that.
             let _ = fs::remove_file(&temporary);
             fs::write(&temporary, content)?;
+            name_boot(&File::open(&temporary)?);
             let linked = fs::hard_link(&temporary, name);
             fs::remove_file(&temporary)?;
             linked

@@ -1,16 +1,21 @@
-//! Plugs pods in: the CNI plugins `flannel`, `bridge`, `host-local` and `loopback` in one program that goes by several
-//! names. Synchronous, without a runtime: a plugin lives for milliseconds.
+//! Plugs pods in: the CNI plugins of [`NAMES`] in one program that goes by several names. Synchronous, without a runtime: a plugin lives for milliseconds.
 //!
 //! A plugin is a function from a [`Request`] to a [`CniResult`]. Delegation stays in this process where the delegate
 //! that `CNI_PATH` gives is this very program, and starts a process otherwise.
 
+mod bandwidth;
 mod bridge;
+mod chained;
+mod chains;
 mod delegate;
+mod firewall;
 mod flannel;
 mod host_local;
 mod loopback;
+mod portmap;
 pub mod protocol;
 pub mod result;
+mod tuning;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -31,7 +36,18 @@ pub enum Plugin {
     HostLocal,
     /// Sets `lo` up.
     Loopback,
+    /// Leads ports of the host to containers.
+    Portmap,
+    /// Limits what containers send and receive.
+    Bandwidth,
+    /// Lets containers pass iptables.
+    Firewall,
+    /// Sets sysctls and attributes of an interface.
+    Tuning,
 }
+
+/// The names of all plugins, under which this program is installed.
+pub const NAMES: [&str; 8] = ["flannel", "bridge", "host-local", "loopback", "portmap", "bandwidth", "firewall", "tuning"];
 
 impl Plugin {
     /// The plugin of this name.
@@ -41,6 +57,10 @@ impl Plugin {
             "bridge" => Some(Plugin::Bridge),
             "host-local" => Some(Plugin::HostLocal),
             "loopback" => Some(Plugin::Loopback),
+            "portmap" => Some(Plugin::Portmap),
+            "bandwidth" => Some(Plugin::Bandwidth),
+            "firewall" => Some(Plugin::Firewall),
+            "tuning" => Some(Plugin::Tuning),
             _ => None,
         }
     }
@@ -52,6 +72,19 @@ impl Plugin {
             Plugin::Bridge => bridge::run(request),
             Plugin::HostLocal => host_local::run(request),
             Plugin::Loopback => loopback::run(request),
+            Plugin::Portmap => portmap::run(request),
+            Plugin::Bandwidth => bandwidth::run(request),
+            Plugin::Firewall => firewall::run(request),
+            Plugin::Tuning => tuning::run(request),
+        }
+    }
+
+    /// The first version of the specification that the plugin speaks: results of older ones do not say what it needs.
+    fn since(self) -> &'static str {
+        match self {
+            Plugin::Bandwidth => "0.3.0",
+            Plugin::Firewall => "0.4.0",
+            _ => "0.1.0",
         }
     }
 }
@@ -86,7 +119,7 @@ fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> R
         return Ok(String::new());
     };
     if command == Command::Version {
-        return Ok(protocol::version_answer());
+        return Ok(protocol::version_answer(plugin.since()));
     }
     let mut text = String::new();
     stdin
@@ -94,6 +127,7 @@ fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> R
         .read_to_string(&mut text)
         .map_err(|error| CniError::decode(format!("cannot read the configuration from standard input: {error}")))?;
     let request = Request::new(command, environment, &text)?;
+    request.require_version(plugin.since())?;
     if matches!(command, Command::Add | Command::Del) {
         refuse_own_namespace(&request)?;
     }

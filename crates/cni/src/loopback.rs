@@ -58,7 +58,7 @@ fn result(request: &Request) -> Result<CniResult, CniError> {
         return CniResult::parse(previous);
     }
     let sandbox = request.netns.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
-    let lo = Interface { name: "lo".to_owned(), mac: "00:00:00:00:00:00".to_owned(), mtu: 0, sandbox };
+    let lo = Interface { name: "lo".to_owned(), mac: "00:00:00:00:00:00".to_owned(), mtu: 0, sandbox, ..Interface::default() };
     let ip = |text: &str| Ip { interface: Some(0), address: text.parse().expect("it is an address"), gateway: None };
     Ok(CniResult {
         interfaces: vec![lo],

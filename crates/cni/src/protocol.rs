@@ -249,6 +249,19 @@ impl Request {
         Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
     }
 
+    /// Is the configuration's version this one or later?
+    ///
+    /// # Errors
+    /// Code 1.
+    pub fn require_version(&self, since: &str) -> Result<(), CniError> {
+        let place = |version: &str| VERSIONS.iter().position(|known| *known == version);
+        if place(&self.version) >= place(since) {
+            return Ok(());
+        }
+        let details = format!("config is {:?}, plugin supports {since} and later", self.version);
+        Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
+    }
+
     /// A value of `CNI_ARGS`.
     ///
     /// # Errors
@@ -357,9 +370,10 @@ fn typed<'a, T>(
     read(value).map(Some).ok_or_else(|| CniError::decode(format!("{name}: it must be {what}")))
 }
 
-/// The answer to VERSION.
-pub fn version_answer() -> String {
-    json!({ "cniVersion": "1.1.0", "supportedVersions": VERSIONS }).to_string() + "\n"
+/// The answer to VERSION of a plugin that speaks `since` and everything later.
+pub fn version_answer(since: &str) -> String {
+    let spoken: Vec<&str> = VERSIONS.into_iter().skip_while(|version| *version != since).collect();
+    json!({ "cniVersion": "1.1.0", "supportedVersions": spoken }).to_string() + "\n"
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ pub struct Interface {
     pub mtu: u32,
     /// The path of the network namespace that it is in; empty for the host's.
     pub sandbox: String,
+    /// Whatever else another plugin said of it (`socketPath`, `pciID`), kept as it came.
+    pub more: Map<String, Value>,
 }
 
 /// An address of the attachment.
@@ -65,13 +67,14 @@ impl CniResult {
         let mut result = Map::new();
         result.insert("cniVersion".to_owned(), version.into());
         let interface = |i: &Interface| {
-            let mut object = json!({ "name": i.name });
+            let mut object = Value::Object(i.more.clone());
+            object["name"] = i.name.as_str().into();
             for (key, value) in [("mac", &i.mac), ("sandbox", &i.sandbox)] {
                 if !value.is_empty() {
                     object[key] = value.as_str().into();
                 }
             }
-            if i.mtu != 0 && new {
+            if i.mtu != 0 && version == "1.1.0" {
                 object["mtu"] = i.mtu.into();
             }
             object
@@ -138,7 +141,9 @@ impl CniResult {
         let mut result = CniResult::default();
         for i in list("interfaces") {
             let mtu = i.get("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok()).unwrap_or(0);
-            result.interfaces.push(Interface { name: text(i, "name"), mac: text(i, "mac"), mtu, sandbox: text(i, "sandbox") });
+            let mut more = i.as_object().cloned().unwrap_or_default();
+            more.retain(|key, _| !["name", "mac", "mtu", "sandbox"].contains(&key.as_str()));
+            result.interfaces.push(Interface { name: text(i, "name"), mac: text(i, "mac"), mtu, sandbox: text(i, "sandbox"), more });
         }
         for ip in list("ips") {
             let address = text(ip, "address").parse().map_err(|error| bad(&format!("ips: {error}")))?;
@@ -201,6 +206,7 @@ mod tests {
                 mac: "02:00:00:00:00:01".to_owned(),
                 mtu: 1450,
                 sandbox: "/ns".to_owned(),
+                more: Map::new(),
             }],
             ips: vec![Ip { interface: Some(0), address: "10.1.17.2/24".parse().unwrap(), gateway: "10.1.17.1".parse().ok() }],
             routes: vec![Route { dst: "10.1.0.0/16".parse().unwrap(), gw: None, more: Map::new() }],
@@ -212,7 +218,7 @@ mod tests {
     fn each_version_has_its_form() {
         expect![[r#"
             {
-                "cniVersion": "1.0.0",
+                "cniVersion": "1.1.0",
                 "interfaces": [
                     {
                         "mac": "02:00:00:00:00:01",
@@ -234,7 +240,7 @@ mod tests {
                     }
                 ]
             }"#]]
-        .assert_eq(&result().render("1.0.0"));
+        .assert_eq(&result().render("1.1.0"));
         let old = result().render("0.3.1");
         assert!(old.contains("\"version\": \"4\"") && old.contains("\"dns\": {}") && !old.contains("mtu"), "{old}");
         let oldest = result().render("0.2.0");

@@ -66,7 +66,7 @@ impl Host {
     fn new(name: &str) -> Host {
         let root = Path::new("/mnt").join(name);
         std::fs::create_dir_all(root.join("bin")).unwrap();
-        for plugin in ["flannel", "bridge", "host-local", "loopback"] {
+        for plugin in cni::NAMES {
             std::os::unix::fs::symlink(PROGRAM, root.join("bin").join(plugin)).unwrap();
         }
         let host = Host { root, netns: Netns::create().unwrap() };

@@ -222,7 +222,7 @@ impl Lab {
         for directory in ["netns", "bin", "store"] {
             std::fs::create_dir_all(root.join(directory))?;
         }
-        for name in ["flannel", "bridge", "host-local", "loopback"] {
+        for name in cni::NAMES {
             std::os::unix::fs::symlink(&plan.plugin, root.join("bin").join(name))?;
         }
         let middle = Netns::create().context("cannot create a network namespace")?;

@@ -16,7 +16,9 @@ const IFA_FLAGS: u16 = 8;
 
 const IFA_F_TEMPORARY: u32 = 0x01;
 const IFA_F_NODAD: u8 = 0x02;
+const IFA_F_DADFAILED: u32 = 0x08;
 const IFA_F_DEPRECATED: u32 = 0x20;
+const IFA_F_TENTATIVE: u32 = 0x40;
 const IFA_F_PERMANENT: u32 = 0x80;
 
 pub(crate) fn family_number(family: Family) -> u8 {
@@ -35,6 +37,10 @@ pub struct AddrInfo {
     pub addr: InterfaceAddr,
     /// Is it of link scope (`RT_SCOPE_LINK`)?
     pub link_scope: bool,
+    /// Is the kernel still looking for a duplicate of it?
+    pub tentative: bool,
+    /// Did it find one?
+    pub duplicate: bool,
 }
 
 /// Reads an address message (what follows its netlink header).
@@ -60,7 +66,8 @@ pub fn decode(body: &[u8]) -> Option<AddrInfo> {
         temporary: flags & IFA_F_TEMPORARY != 0,
         deprecated: flags & IFA_F_DEPRECATED != 0,
     };
-    Some(AddrInfo { index, addr, link_scope: scope == 253 })
+    let (tentative, duplicate) = (flags & IFA_F_TENTATIVE != 0, flags & IFA_F_DADFAILED != 0);
+    Some(AddrInfo { index, addr, link_scope: scope == 253, tentative, duplicate })
 }
 
 /// Reads the addresses of both families, of one interface or (index 0) of all.

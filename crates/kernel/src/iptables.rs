@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use flannel::traffic::iptables::{Iptables, Place, Saved, Variant, parse_save, restore};
 use flannel::{Family, Subnet};
 
-use crate::netlink::{NetlinkError, Socket, str_in};
+use crate::netlink::{NetlinkError, Protocol, Socket, str_in};
 use crate::nft;
 
 /// The packet filter that the host's `iptables` writes to, and whether it can choose source ports at random
@@ -111,6 +111,35 @@ pub(crate) fn set(netfilter: &mut Socket, cache: &mut Cache, wanted: &Iptables, 
         command.arg("--wait=2");
     }
     run(&mut command, &text).map(drop)
+}
+
+/// A table as the host's `iptables-save` prints it.
+///
+/// # Errors
+/// When there is no such program, or what it says.
+pub fn save_text(family: Family, table: &str) -> Result<String, NetlinkError> {
+    run(plain(family, "save")?.args(["-t", table]), "")
+}
+
+/// Gives text to the host's `iptables-restore --noflush`: a table is changed in one step.
+///
+/// # Errors
+/// When there is no such program, or what it says.
+pub fn restore_text(family: Family, text: &str) -> Result<(), NetlinkError> {
+    run(plain(family, "restore")?.args(["--noflush", "--wait=5"]), text).map(drop)
+}
+
+/// May a table of iptables have this chain? Asked of the kernel, without a process: no means no; yes means that somebody
+/// uses that table of ip_tables, whose chains only its program lists.
+pub fn may_have_chain(family: Family, table: &str, chain: &str) -> bool {
+    let in_nf_tables = Socket::open(Protocol::Netfilter).and_then(|mut socket| nft::has_chain(&mut socket, family, table, chain));
+    in_nf_tables.unwrap_or(true) || legacy::tables(family).iter().any(|name| name == table)
+}
+
+fn plain(family: Family, verb: &str) -> Result<Command, NetlinkError> {
+    let name = format!("{}-{verb}", stem(family));
+    let missing = || NetlinkError::Refused { errno: libc::ENOENT, message: format!("there is no {name} on this host: install iptables") };
+    find(&name).map(Command::new).ok_or_else(missing)
 }
 
 fn save(family: Family, variant: Variant, table: &str) -> Result<Chains, NetlinkError> {

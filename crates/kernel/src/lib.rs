@@ -9,6 +9,8 @@ pub mod addr;
 mod apply;
 pub mod capture;
 pub mod command;
+pub mod conntrack;
+pub mod hostport;
 pub mod iptables;
 pub mod link;
 pub mod masquerade;
@@ -19,7 +21,9 @@ pub mod netns;
 pub mod nft;
 mod observe;
 pub mod process;
+pub mod qdisc;
 pub mod route;
+pub mod spoofcheck;
 #[expect(unsafe_code, reason = "the one file that speaks to libc")]
 mod sys;
 pub mod sysctl;

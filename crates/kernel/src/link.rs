@@ -13,10 +13,13 @@ pub(crate) const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 
 const IFF_UP: u32 = 1;
+const IFF_PROMISC: u32 = 0x100;
+const IFF_ALLMULTI: u32 = 0x200;
 
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_TXQLEN: u16 = 13;
 const IFLA_OPERSTATE: u16 = 16;
@@ -36,6 +39,9 @@ const IFLA_VXLAN_LEARNING: u16 = 7;
 const IFLA_VXLAN_PORT: u16 = 15;
 const IFLA_VXLAN_LOCAL6: u16 = 17;
 const IFLA_VXLAN_GBP: u16 = 23;
+
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
 
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
@@ -58,6 +64,14 @@ pub struct LinkInfo {
     pub mtu: u32,
     /// Administratively up?
     pub up: bool,
+    /// Does it take frames for everybody?
+    pub promiscuous: bool,
+    /// Does it take frames for every multicast group?
+    pub all_multicast: bool,
+    /// Packets that may wait to be sent.
+    pub tx_queue_len: u32,
+    /// The other end of a veth pair, or the lower interface; 0 for none.
+    pub link: u32,
     /// Operational state (RFC 2863).
     pub operstate: u8,
     /// Index of the bridge it is a port of; 0 for none.
@@ -96,9 +110,22 @@ fn ifinfomsg(index: u32, flags: u32, change: u32) -> [u8; 16] {
 /// Reads a link message (what follows its netlink header).
 pub fn decode(body: &[u8]) -> Option<LinkInfo> {
     let index = u32_at(body, 4)?;
-    let up = u32_at(body, 8)? & IFF_UP != 0;
-    let mut link =
-        LinkInfo { index, name: "?".parse().ok()?, mac: None, mtu: 0, up, operstate: 0, master: 0, kind: String::new(), vxlan: None };
+    let flags = u32_at(body, 8)?;
+    let mut link = LinkInfo {
+        index,
+        name: "?".parse().ok()?,
+        mac: None,
+        mtu: 0,
+        up: flags & IFF_UP != 0,
+        promiscuous: flags & IFF_PROMISC != 0,
+        all_multicast: flags & IFF_ALLMULTI != 0,
+        tx_queue_len: 0,
+        link: 0,
+        operstate: 0,
+        master: 0,
+        kind: String::new(),
+        vxlan: None,
+    };
     let mut named = false;
     for (kind, value) in attrs(body.get(16..)?) {
         match kind {
@@ -108,6 +135,8 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
             }
             IFLA_ADDRESS => link.mac = value.try_into().ok().map(Mac),
             IFLA_MTU => link.mtu = u32_at(value, 0)?,
+            IFLA_LINK => link.link = u32_at(value, 0)?,
+            IFLA_TXQLEN => link.tx_queue_len = u32_at(value, 0)?,
             IFLA_MASTER => link.master = u32_at(value, 0)?,
             IFLA_OPERSTATE => link.operstate = *value.first()?,
             IFLA_LINKINFO => {
@@ -327,6 +356,128 @@ pub fn create_veth(socket: &mut Socket, mtu: u32, this: VethEnd<'_>, peer: VethE
 pub fn set_up(socket: &mut Socket, index: u32, up: bool) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, u32::from(up), IFF_UP));
+    })
+}
+
+/// Makes a link take frames for everybody, or not.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_promiscuous(socket: &mut Socket, index: u32, on: bool) -> Result<(), NetlinkError> {
+    set_flag(socket, index, IFF_PROMISC, on)
+}
+
+/// Makes a link take frames for every multicast group, or not.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_all_multicast(socket: &mut Socket, index: u32, on: bool) -> Result<(), NetlinkError> {
+    set_flag(socket, index, IFF_ALLMULTI, on)
+}
+
+fn set_flag(socket: &mut Socket, index: u32, flag: u32, on: bool) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, if on { flag } else { 0 }, flag));
+    })
+}
+
+/// Sets a link's MTU in bytes.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_mtu(socket: &mut Socket, index: u32, mtu: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0)).attr_u32(IFLA_MTU, mtu);
+    })
+}
+
+/// Sets how many packets may wait to be sent.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_tx_queue_len(socket: &mut Socket, index: u32, length: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0)).attr_u32(IFLA_TXQLEN, length);
+    })
+}
+
+/// Creates an intermediate functional block: a link that can limit what another one receives.
+///
+/// # Errors
+/// What the kernel answers; `is_exists` when the name is taken.
+pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
+        body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str()).attr_u32(IFLA_MTU, mtu);
+        linkinfo(body, "ifb", |_| {});
+    })
+}
+
+/// Makes a bridge tell VLANs apart (IEEE 802.1Q).
+///
+/// # Errors
+/// What the kernel answers: one that is built without it knows nothing of it.
+pub fn set_vlan_filtering(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0));
+        linkinfo(body, "bridge", |data| {
+            data.attr(IFLA_BR_VLAN_FILTERING, &[1]);
+        });
+    })
+}
+
+/// VLANs of a bridge port: first and last identifier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vlans {
+    /// First identifier, 1 to 4094.
+    pub first: u16,
+    /// Last identifier.
+    pub last: u16,
+    /// Do frames without a tag belong to it, and do its frames leave without one?
+    pub untagged: bool,
+}
+
+/// Adds VLANs to a bridge port, or to the bridge itself.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn add_vlans(socket: &mut Socket, index: u32, vlans: Vlans, bridge_itself: bool) -> Result<(), NetlinkError> {
+    change_vlans(socket, RTM_NEWLINK, index, vlans, bridge_itself)
+}
+
+/// Takes VLANs from a bridge port.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn delete_vlans(socket: &mut Socket, index: u32, vlans: Vlans) -> Result<(), NetlinkError> {
+    change_vlans(socket, RTM_DELLINK, index, vlans, false)
+}
+
+fn change_vlans(socket: &mut Socket, kind: u16, index: u32, vlans: Vlans, bridge_itself: bool) -> Result<(), NetlinkError> {
+    const AF_BRIDGE: u8 = 7;
+    // BRIDGE_VLAN_INFO_* of linux/if_bridge.h
+    const PVID: u16 = 2;
+    const UNTAGGED: u16 = 4;
+    const BEGIN: u16 = 8;
+    const END: u16 = 16;
+    const IFLA_BRIDGE_FLAGS: u16 = 0;
+    const IFLA_BRIDGE_VLAN_INFO: u16 = 2;
+    let mut header = ifinfomsg(index, 0, 0);
+    header[0] = AF_BRIDGE;
+    let flags = if vlans.untagged { PVID | UNTAGGED } else { 0 };
+    let info = |flags: u16, id: u16| [flags.to_ne_bytes(), id.to_ne_bytes()].concat();
+    socket.request(kind, 0, |body| {
+        body.bytes(&header).nest(IFLA_AF_SPEC, |spec| {
+            if bridge_itself {
+                // BRIDGE_FLAGS_SELF
+                spec.attr(IFLA_BRIDGE_FLAGS, &2u16.to_ne_bytes());
+            }
+            if vlans.first == vlans.last {
+                spec.attr(IFLA_BRIDGE_VLAN_INFO, &info(flags, vlans.first));
+            } else {
+                spec.attr(IFLA_BRIDGE_VLAN_INFO, &info(flags | BEGIN, vlans.first));
+                spec.attr(IFLA_BRIDGE_VLAN_INFO, &info(flags | END, vlans.last));
+            }
+        });
     })
 }
 

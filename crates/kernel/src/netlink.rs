@@ -133,6 +133,21 @@ impl Body<'_> {
         self
     }
 
+    /// Bytes written so far, into the whole buffer.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Changes a byte of what was written.
+    pub fn set(&mut self, at: usize, byte: u8) {
+        self.0[at] = byte;
+    }
+
     /// Appends an attribute.
     pub fn attr(&mut self, kind: u16, value: &[u8]) -> &mut Self {
         let length = u16::try_from(value.len() + 4).expect("an attribute is below 64 KiB");

@@ -1,6 +1,8 @@
 //! nf_tables by netlink: our table is written whole in one transaction and read back rule by rule, without running
 //! `nft` (`linux/netfilter/nf_tables.h`).
 
+mod shared;
+
 use std::net::IpAddr;
 
 use flannel::net::bits_of;
@@ -9,23 +11,29 @@ use flannel::{Family, Subnet};
 
 use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, str_in};
 
+pub(crate) use shared::{
+    Jump, RULE_USERDATA, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface, encode_jump,
+    encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated, encode_verdict, handles,
+};
+
 pub(crate) const SUBSYSTEM: u16 = 10;
 pub(crate) const NEWTABLE: u16 = 0;
 const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
-pub(crate) const NEWCHAIN: u16 = 3;
+const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
+pub(crate) const DELCHAIN: u16 = 5;
 pub(crate) const NEWRULE: u16 = 6;
-pub(crate) const GETRULE: u16 = 7;
-pub(crate) const DELRULE: u16 = 8;
+const GETRULE: u16 = 7;
+const DELRULE: u16 = 8;
 
 /// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE` and `NFTA_RULE_TABLE` have the same number.
 pub(crate) const TABLE: u16 = 1;
-const TABLE_USERDATA: u16 = 6;
+pub(crate) const TABLE_USERDATA: u16 = 6;
 pub(crate) const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
-pub(crate) const CHAIN_POLICY: u16 = 5;
-pub(crate) const CHAIN_TYPE: u16 = 7;
+const CHAIN_POLICY: u16 = 5;
+const CHAIN_TYPE: u16 = 7;
 const CHAIN_USERDATA: u16 = 12;
 const HOOK_NUM: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
@@ -40,11 +48,11 @@ const VERDICT_CODE: u16 = 1;
 
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
-pub(crate) const NF_ACCEPT: u32 = 1;
-const NFT_RETURN: u32 = (-5i32).cast_unsigned();
+const NF_ACCEPT: u32 = 1;
+pub(crate) const NF_DROP: u32 = 0;
+pub(crate) const NFT_RETURN: u32 = (-5i32).cast_unsigned();
 const META_MARK: u32 = 3;
 const META_NFPROTO: u32 = 15;
-const NFT_GOTO: u32 = (-4i32).cast_unsigned();
 const VERDICT_CHAIN: u16 = 2;
 const NETWORK_HEADER: u32 = 1;
 const CMP_EQ: u32 = 0;
@@ -113,10 +121,12 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
     socket.transaction(SUBSYSTEM, batch)
 }
 
-/// A comment in an object's user data: type 0, length, text with its terminating zero.
-fn comment(text: &str) -> Vec<u8> {
-    let mut userdata = vec![0, u8::try_from(text.len() + 1).expect("our comments are short")];
-    userdata.extend(text.as_bytes());
+/// A comment in an object's user data: type 0, length, text with its terminating zero. A longer text is cut: the kernel
+/// takes 128 bytes of it.
+pub(crate) fn comment(text: &str) -> Vec<u8> {
+    let text = &text.as_bytes()[..text.len().min(127)];
+    let mut userdata = vec![0, u8::try_from(text.len() + 1).expect("it was cut to 128 bytes")];
+    userdata.extend(text);
     userdata.push(0);
     userdata
 }
@@ -134,34 +144,7 @@ pub fn delete(socket: &mut Socket, family: Family) -> Result<(), NetlinkError> {
 }
 
 pub(crate) fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
-    for condition in &rule.matches {
-        let (data, mask, value, negated) = match *condition {
-            Match::Mark(bits) => {
-                expression(list, "meta", |meta| {
-                    be(meta, 2, META_MARK).attr(1, &REG_1.to_be_bytes());
-                });
-                // A mark is compared in host order.
-                (4, bits.to_ne_bytes().to_vec(), bits.to_ne_bytes().to_vec(), false)
-            }
-            Match::Source { net, not } => address(list, net, true, not),
-            Match::Destination { net, not } => address(list, net, false, not),
-        };
-        expression(list, "bitwise", |bitwise| {
-            be(be(be(bitwise, 1, REG_1), 2, REG_1), 3, data);
-            bitwise.nest(4, |m| {
-                m.attr(DATA_VALUE, &mask);
-            });
-            bitwise.nest(5, |x| {
-                x.attr(DATA_VALUE, &vec![0; mask.len()]);
-            });
-        });
-        expression(list, "cmp", |cmp| {
-            be(be(cmp, 1, REG_1), 2, if negated { CMP_NEQ } else { CMP_EQ });
-            cmp.nest(3, |v| {
-                v.attr(DATA_VALUE, &value);
-            });
-        });
-    }
+    rule.matches.iter().for_each(|condition| encode_match(list, condition));
     match rule.verdict {
         Verdict::Masquerade { fully_random } => expression(list, "masq", |masq| {
             if fully_random {
@@ -179,6 +162,35 @@ pub(crate) fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
     }
 }
 
+fn encode_match(list: &mut Body<'_>, condition: &Match) {
+    let (data, mask, value, negated) = match *condition {
+        Match::Mark(bits) => {
+            expression(list, "meta", |meta| {
+                be(meta, 2, META_MARK).attr(1, &REG_1.to_be_bytes());
+            });
+            // A mark is compared in host order.
+            (4, bits.to_ne_bytes().to_vec(), bits.to_ne_bytes().to_vec(), false)
+        }
+        Match::Source { net, not } => address(list, net, true, not),
+        Match::Destination { net, not } => address(list, net, false, not),
+    };
+    expression(list, "bitwise", |bitwise| {
+        be(be(be(bitwise, 1, REG_1), 2, REG_1), 3, data);
+        bitwise.nest(4, |m| {
+            m.attr(DATA_VALUE, &mask);
+        });
+        bitwise.nest(5, |x| {
+            x.attr(DATA_VALUE, &vec![0; mask.len()]);
+        });
+    });
+    expression(list, "cmp", |cmp| {
+        be(be(cmp, 1, REG_1), 2, if negated { CMP_NEQ } else { CMP_EQ });
+        cmp.nest(3, |v| {
+            v.attr(DATA_VALUE, &value);
+        });
+    });
+}
+
 /// Where a base chain is hooked in.
 pub(crate) fn encode_hook(body: &mut Body<'_>, hook: u32, priority: u32) {
     body.nest(CHAIN_HOOK, |inner| {
@@ -194,17 +206,6 @@ pub(crate) fn encode_family(list: &mut Body<'_>, family: Family) {
     expression(list, "cmp", |cmp| {
         be(be(cmp, 1, REG_1), 2, CMP_EQ).nest(3, |v| {
             v.attr(DATA_VALUE, &[crate::addr::family_number(family)]);
-        });
-    });
-}
-
-/// The verdict to go on in another chain.
-pub(crate) fn encode_goto(list: &mut Body<'_>, chain: &str) {
-    expression(list, "immediate", |immediate| {
-        be(immediate, 1, REG_VERDICT).nest(2, |data| {
-            data.nest(DATA_VERDICT, |verdict| {
-                be(verdict, VERDICT_CODE, NFT_GOTO).attr_str(VERDICT_CHAIN, chain);
-            });
         });
     });
 }

@@ -238,18 +238,62 @@ pub(crate) fn decode_blackhole(body: &[u8]) -> Option<Subnet> {
     Subnet::new(dst, dst_len).ok().filter(|dst| ours && family_number(dst.family()) == family)
 }
 
+/// What a route may have beside destination, gateway and interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Path MTU in bytes.
+    pub mtu: Option<u32>,
+    /// The largest TCP segment that is announced, in bytes.
+    pub advmss: Option<u32>,
+    /// Metric.
+    pub priority: Option<u32>,
+    /// Routing table; the main one where there is none.
+    pub table: Option<u32>,
+    /// `rtm_scope`
+    pub scope: Option<u8>,
+}
+
 /// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it. One
 /// to the same destination that is there already stays, which is success: it may be another attachment's.
 ///
 /// # Errors
 /// What the kernel answers.
 pub fn add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32) -> Result<(), NetlinkError> {
+    add_with(socket, dst, via, oif, Options::default())
+}
+
+/// The same with options.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<(), NetlinkError> {
+    const RTA_METRICS: u16 = 8;
+    const RTAX_MTU: u16 = 2;
+    const RTAX_ADVMSS: u16 = 8;
     let added = socket.request(RTM_NEWROUTE, CREATE | EXCL, |body| {
-        let scope = if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
+        let scope = options.scope.unwrap_or(if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK });
+        let start = body.len();
         write(body, dst, RTPROT_BOOT, scope, RTN_UNICAST, 0);
         body.attr_u32(RTA_OIF, oif);
         if let Some(via) = via {
             body.attr_ip(RTA_GATEWAY, via);
+        }
+        if let Some(priority) = options.priority {
+            body.attr_u32(RTA_PRIORITY, priority);
+        }
+        if let Some(table) = options.table {
+            // The header's one byte for the table gives way to the attribute.
+            body.set(start + 4, 0);
+            body.attr_u32(RTA_TABLE, table);
+        }
+        if options.mtu.is_some() || options.advmss.is_some() {
+            body.nest(RTA_METRICS, |metrics| {
+                for (kind, value) in [(RTAX_MTU, options.mtu), (RTAX_ADVMSS, options.advmss)] {
+                    if let Some(value) = value {
+                        metrics.attr_u32(kind, value);
+                    }
+                }
+            });
         }
     });
     match added {

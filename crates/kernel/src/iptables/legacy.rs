@@ -37,16 +37,21 @@ fn layout(family: Family) -> Layout {
     }
 }
 
-/// Our chains' rules and the jumps to them, without counters and without offsets that other chains move.
-pub(super) fn fingerprint(family: Family) -> Result<Vec<u8>, NetlinkError> {
-    // To ask for a table that is not there would create it. The kernel lists those that are.
+/// The tables that are there in this namespace. To ask for one that is not would create it; the kernel lists those that
+/// are.
+pub(super) fn tables(family: Family) -> Vec<String> {
     let list = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
-    let tables = std::fs::read_to_string(list).unwrap_or_default();
+    std::fs::read_to_string(list).unwrap_or_default().lines().map(ToOwned::to_owned).collect()
+}
+
+/// Our chains' rules and the jumps to them, without counters and without offsets that other chains move.
+pub(super) fn fingerprint(family: Family) -> Result<Vec<u8>, NetlinkError> {
+    let tables = tables(family);
     let mut bytes = Vec::new();
-    for table in ["nat", "filter"].into_iter().filter(|table| tables.lines().any(|line| line == *table)) {
+    for table in ["nat", "filter"].into_iter().filter(|table| tables.iter().any(|name| name == table)) {
         let entries = entries(family, table).map_err(|error| NetlinkError::Socket("read a table of ip_tables", error))?;
         for place in Place::ALL.into_iter().filter(|place| place.table() == table) {
             print(&entries, &layout(family), place.chain(), &mut bytes);

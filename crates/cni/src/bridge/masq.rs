@@ -1,0 +1,47 @@
+//! Masquerading of one container (`ipMasq`), in both forms. A DEL looks in both: the container may be older than the
+//! configuration.
+
+use ::flannel::{Cidr, Family};
+use kernel::masquerade;
+
+use super::config::MasqBackend;
+use super::{attachment, failed};
+use crate::chains::{Table, comment, name};
+use crate::protocol::{CniError, Request};
+
+fn chain(request: &Request) -> String {
+    name("CNI-", &request.name, &request.container_id)
+}
+
+pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr]) -> Result<(), CniError> {
+    if backend == MasqBackend::Nftables {
+        return masquerade::add(&request.name, &attachment(request), addresses).map_err(failed("masquerade the container's addresses"));
+    }
+    let (chain, text) = (chain(request), comment(&format!("name: \"{}\" id: \"{}\"", request.name, request.container_id)));
+    for family in Family::ALL {
+        let own: Vec<&Cidr> = addresses.iter().filter(|address| Family::of(address.addr) == family).collect();
+        if own.is_empty() {
+            continue;
+        }
+        let mut table = Table::read(family, "nat")?;
+        table.remove_rules("POSTROUTING", |rule| rule.ends_with(&format!("-j {chain}")));
+        let mut rules: Vec<String> = own.iter().map(|address| format!("-d {} {text} -j ACCEPT", address.subnet())).collect();
+        rules.push(format!("! -d {} {text} -j MASQUERADE", family.multicast()));
+        table.replace_chain(&chain, &rules);
+        own.iter().for_each(|address| table.append("POSTROUTING", &format!("-s {}/{} {text} -j {chain}", address.addr, family.bits())));
+        table.write()?;
+    }
+    Ok(())
+}
+
+pub(super) fn remove(request: &Request) -> Result<(), CniError> {
+    masquerade::remove(&request.name, &attachment(request)).map_err(failed("remove the container's masquerading"))?;
+    let chain = chain(request);
+    for family in Family::ALL {
+        if let Some(mut table) = Table::read_if_chain(family, "nat", &chain)? {
+            table.remove_chain(&chain, &["POSTROUTING"]);
+            table.write()?;
+        }
+    }
+    Ok(())
+}

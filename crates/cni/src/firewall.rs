@@ -1,0 +1,147 @@
+//! `firewall`: lets what a container sends and receives pass iptables, whatever the host's policy, and keeps containers of
+//! different bridges apart if wanted (specification, section 7.6).
+
+use std::net::IpAddr;
+
+use ::flannel::Family;
+use kernel::netlink::{Protocol, Socket};
+use kernel::{link, route};
+
+use crate::chained::{addresses, failed, previous, previous_if_any};
+use crate::chains::{Table, comment};
+use crate::protocol::{CniError, Command, Request, string};
+use crate::result::CniResult;
+
+const FORWARD: &str = "CNI-FORWARD";
+const STAGE_1: &str = "CNI-ISOLATION-STAGE-1";
+const STAGE_2: &str = "CNI-ISOLATION-STAGE-2";
+
+/// Whose packets a bridge takes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Policy {
+    /// Everybody's.
+    Open,
+    /// Not those of other bridges that have a policy.
+    SameBridge,
+    /// Nor those of other containers on the same bridge.
+    Isolated,
+}
+
+struct Config {
+    admin_chain: String,
+    policy: Policy,
+}
+
+impl Config {
+    fn new(request: &Request) -> Result<Config, CniError> {
+        let conf = &request.conf;
+        match string(conf, "backend")?.unwrap_or_default() {
+            "" | "iptables" => {}
+            "firewalld" => {
+                return Err(CniError::unsupported(
+                    "backend: firewalld is not supported: set it to iptables, which works beside a firewalld as well",
+                ));
+            }
+            other => return Err(CniError::config(format!("backend: {other:?} is neither \"iptables\" nor \"firewalld\""))),
+        }
+        let admin_chain = string(conf, "iptablesAdminChainName")?.filter(|name| !name.is_empty()).unwrap_or("CNI-ADMIN");
+        if admin_chain == FORWARD || admin_chain.len() > 28 || admin_chain.contains(|c: char| !c.is_ascii_graphic()) {
+            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is no name for a chain of its own")));
+        }
+        let policy = match string(conf, "ingressPolicy")?.unwrap_or_default() {
+            "" | "open" => Policy::Open,
+            "same-bridge" => Policy::SameBridge,
+            "isolated" => Policy::Isolated,
+            other => {
+                return Err(CniError::config(format!("ingressPolicy: {other:?} is none of \"open\", \"same-bridge\" and \"isolated\"")));
+            }
+        };
+        Ok(Config { admin_chain: admin_chain.to_owned(), policy })
+    }
+}
+
+pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
+    let config = Config::new(request)?;
+    match request.command {
+        Command::Add => {
+            let result = previous(request)?;
+            for ip in addresses(&result, request) {
+                add(&config, ip)?;
+            }
+            Ok(Some(result))
+        }
+        Command::Del => {
+            // Without a result nobody knows whose rules would go.
+            let Some(result) = previous_if_any(request)? else { return Ok(None) };
+            for ip in addresses(&result, request) {
+                if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", FORWARD)? {
+                    let rules = rules(ip);
+                    table.remove_rules(FORWARD, |rule| rules.iter().any(|ours| ours == rule));
+                    table.write()?;
+                }
+            }
+            Ok(None)
+        }
+        Command::Check => {
+            let result = previous(request)?;
+            for ip in addresses(&result, request) {
+                let table = Table::read_if_chain(Family::of(ip), "filter", FORWARD)?;
+                let there = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
+                if !rules(ip).iter().all(there) {
+                    return Err(CniError::failed(format!("the rules that let {ip} pass are gone")));
+                }
+            }
+            Ok(None)
+        }
+        Command::Gc | Command::Status | Command::Version => Ok(None),
+    }
+}
+
+/// The two rules of an address, as `iptables-save` prints them.
+fn rules(ip: IpAddr) -> [String; 2] {
+    let net = format!("{ip}/{}", Family::of(ip).bits());
+    [format!("-d {net} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"), format!("-s {net} -j ACCEPT")]
+}
+
+fn add(config: &Config, ip: IpAddr) -> Result<(), CniError> {
+    let mut table = Table::read(Family::of(ip), "filter")?;
+    table.ensure_chain(&config.admin_chain, &[]);
+    table.ensure_chain(FORWARD, &[]);
+    table.ensure_jump("FORWARD", &format!("{} -j {FORWARD}", comment("CNI firewall plugin rules")), true);
+    table.ensure_jump(FORWARD, &format!("{} -j {}", comment("CNI firewall plugin admin overrides"), config.admin_chain), true);
+    if config.policy != Policy::Open {
+        isolate(&mut table, config.policy, ip)?;
+    }
+    for rule in rules(ip) {
+        if !table.rules(FORWARD).contains(&rule) {
+            table.append(FORWARD, &rule);
+        }
+    }
+    table.write()
+}
+
+/// Two stages, as Docker has them: what leaves a bridge goes to the second, which drops what enters another one.
+fn isolate(table: &mut Table, policy: Policy, ip: IpAddr) -> Result<(), CniError> {
+    let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
+    let oif = route::reach(&mut socket, ip).map_err(failed(format!("find the way to {ip}")))?.oif;
+    let bridge = link::get_index(&mut socket, oif).map_err(failed("read the bridge"))?;
+    let bridge = bridge.ok_or_else(|| CniError::failed(format!("the interface to {ip} is gone")))?.name;
+    let text = |policies: &str| comment(&format!("CNI firewall plugin rules (ingressPolicy: {policies})"));
+    let (both, own) = (text("same-bridge|isolated"), text(if policy == Policy::Isolated { "isolated" } else { "same-bridge" }));
+    for chain in [STAGE_1, STAGE_2] {
+        table.ensure_chain(chain, &[format!("{both} -j RETURN")]);
+    }
+    table.ensure_jump("FORWARD", &format!("{both} -j {STAGE_1}"), true);
+    let mut wanted =
+        vec![(STAGE_2, format!("-o {bridge} {both} -j DROP")), (STAGE_1, format!("-i {bridge} ! -o {bridge} {own} -j {STAGE_2}"))];
+    if policy == Policy::Isolated {
+        wanted.push((STAGE_1, format!("-i {bridge} -o {bridge} {own} -j DROP")));
+    }
+    for (chain, rule) in wanted {
+        // Before the RETURN at the end.
+        if !table.rules(chain).contains(&rule) {
+            table.insert(chain, &rule);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! Connection tracking: entries that must go because what they remember is over (`linux/netfilter/nfnetlink_conntrack.h`).
+
+use flannel::Family;
+
+use crate::addr::family_number;
+use crate::netlink::{Batch, NetlinkError, Protocol, Socket, attrs};
+
+/// `NFNL_SUBSYS_CTNETLINK`
+const SUBSYSTEM: u16 = 1;
+const GET: u16 = 1;
+const DELETE: u16 = 2;
+const TUPLE_ORIG: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const PROTO_NUM: u16 = 1;
+const PROTO_DST_PORT: u16 = 3;
+const UDP: u8 = 17;
+
+/// Forgets UDP "connections" to a port. A datagram to a port that leads to a container only since now would otherwise
+/// follow the entry that its predecessors made.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn forget_udp(family: Family, port: u16) -> Result<(), NetlinkError> {
+    let header = [family_number(family), 0, 0, 0];
+    let mut socket = Socket::open(Protocol::Netfilter)?;
+    let read = |body: &[u8]| {
+        let find = |bytes, wanted| attrs(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+        let tuple = find(body.get(4..)?, TUPLE_ORIG)?;
+        let proto = find(tuple, TUPLE_PROTO)?;
+        let ours = find(proto, PROTO_NUM)? == [UDP] && find(proto, PROTO_DST_PORT)? == port.to_be_bytes();
+        ours.then(|| tuple.to_vec())
+    };
+    let found = socket.dump(
+        SUBSYSTEM << 8 | GET,
+        |body| {
+            body.bytes(&header);
+        },
+        read,
+    )?;
+    let mut batch = Batch::new();
+    for tuple in found {
+        batch.message(SUBSYSTEM << 8 | DELETE, 0, |body| {
+            body.bytes(&header).nest(TUPLE_ORIG, |inner| {
+                inner.bytes(&tuple);
+            });
+        });
+    }
+    let outcomes = socket.execute(batch);
+    outcomes.into_iter().filter(|outcome| !outcome.as_ref().is_err_and(NetlinkError::is_not_found)).collect()
+}
