@@ -35,7 +35,11 @@ fn main() -> ExitCode {
 }
 
 /// Debian packages that the tests need, and a program of each by which it is known to be there.
-const PACKAGES: [(&str, &str); 7] = [
+const PACKAGES: [(&str, &str); 11] = [
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("podman", "podman"),
+    ("busybox-static", "busybox"),
     ("etcd-server", "etcd"),
     ("etcd-client", "etcdctl"),
     ("nftables", "nft"),

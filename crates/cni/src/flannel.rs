@@ -10,6 +10,7 @@ use ::flannel::subnet_env::SubnetEnv;
 use serde_json::{Map, Value, json};
 
 use crate::delegate;
+use crate::host_local::publish;
 use crate::protocol::{CniError, Command, Request, array, object, string};
 use crate::result::CniResult;
 
@@ -139,10 +140,16 @@ impl Stored {
 
     fn write(&self, container: &str, conf: &Map<String, Value>) -> Result<(), CniError> {
         let temporary = self.temporary(container);
+        let text = Value::Object(conf.clone()).to_string();
         let written = (|| {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory)?;
+            // Killed at whatever moment, this leaves the file or nothing.
+            match publish(&self.directory, &self.file(container), text.as_bytes(), true) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                other => return other,
+            }
             let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(Value::Object(conf.clone()).to_string().as_bytes())?;
+            file.write_all(text.as_bytes())?;
             file.sync_all()?;
             fs::rename(&temporary, self.file(container))
         })();

@@ -351,7 +351,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        match publish(&self.directory, &name, owner.0.as_bytes()) {
+        match publish(&self.directory, &name, owner.0.as_bytes(), false) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(failed(error)),
@@ -433,22 +433,30 @@ fn name_boot(file: &File) {
     }
 }
 
-/// Makes a file appear under its name with its content, exclusively: it is written without a name and then linked.
-fn publish(directory: &Path, name: &Path, content: &[u8]) -> std::io::Result<()> {
+/// Makes a file appear under its name with its content, exclusively: it is written without a name, synced if wanted, and
+/// then linked.
+pub(crate) fn publish(directory: &Path, name: &Path, content: &[u8], sync: bool) -> std::io::Result<()> {
     match rustix::fs::openat(CWD, directory, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR) {
         Ok(fd) => {
             let mut file = File::from(fd);
             file.write_all(content)?;
             name_boot(&file);
+            if sync {
+                file.sync_all()?;
+            }
             Ok(rustix::fs::linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
         }
         // A file system without nameless files: a name that no address has. We hold the lock, so it is one name.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::NOENT) => {
-            let temporary = directory.join(".reserving");
+            let temporary = directory.join(format!(".{}", name.file_name().unwrap_or_default().to_string_lossy()));
             // One that a killed plugin left may be linked to an address by now: writing into it would change that.
             let _ = fs::remove_file(&temporary);
             fs::write(&temporary, content)?;
-            name_boot(&File::open(&temporary)?);
+            let file = File::open(&temporary)?;
+            name_boot(&file);
+            if sync {
+                file.sync_all()?;
+            }
             let linked = fs::hard_link(&temporary, name);
             fs::remove_file(&temporary)?;
             linked

@@ -4,9 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use flannel::{Family, IfName};
 use kernel::netlink::{Protocol, Socket};
@@ -15,7 +14,10 @@ use kernel::{addr, link, route, sysctl};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_flannel-cni");
+#[path = "support/host.rs"]
+mod host;
+
+use host::Host;
 
 type Test = fn(&Host);
 
@@ -54,110 +56,6 @@ fn main() {
         })
     };
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
-}
-
-/// A host to call plugins on: a namespace, the plugins' directory, a place for files.
-struct Host {
-    root: PathBuf,
-    netns: Netns,
-}
-
-impl Host {
-    fn new(name: &str) -> Host {
-        let root = Path::new("/mnt").join(name);
-        std::fs::create_dir_all(root.join("bin")).unwrap();
-        for plugin in cni::NAMES {
-            std::os::unix::fs::symlink(PROGRAM, root.join("bin").join(plugin)).unwrap();
-        }
-        let host = Host { root, netns: Netns::create().unwrap() };
-        host.subnet_env(true);
-        host
-    }
-
-    fn tear_down(&self) {
-        for file in std::fs::read_dir(&self.root).unwrap().flatten() {
-            if file.file_name().to_string_lossy().starts_with("ns-") {
-                netns::unbind(&file.path()).unwrap();
-            }
-        }
-        std::fs::remove_dir_all(&self.root).unwrap();
-    }
-
-    fn subnet_env(&self, ip_masq: bool) {
-        let text = format!("FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ={ip_masq}\n");
-        std::fs::write(self.root.join("subnet.env"), text).unwrap();
-    }
-
-    fn pod(&self, id: &str) -> Netns {
-        let netns = Netns::create().unwrap();
-        netns.bind(&self.path(id)).unwrap();
-        netns
-    }
-
-    fn path(&self, id: &str) -> PathBuf {
-        self.root.join(format!("ns-{id}"))
-    }
-
-    fn conf(&self, version: &str) -> Value {
-        json!({ "cniVersion": version, "name": "net", "type": "flannel", "subnetFile": self.root.join("subnet.env"), "dataDir": self.root.join("flannel"),
-                "delegate": { "isDefaultGateway": true }, "ipam": { "dataDir": self.root.join("networks") } })
-    }
-
-    fn bridge_conf(&self, ipam: &Value) -> Value {
-        let mut ipam = ipam.clone();
-        ipam["type"] = "host-local".into();
-        ipam["dataDir"] = self.root.join("networks").to_string_lossy().into_owned().into();
-        json!({ "cniVersion": "1.0.0", "name": "net", "type": "bridge", "isDefaultGateway": true, "ipam": ipam })
-    }
-
-    /// Calls a plugin; `Ok` is what it printed, `Err` its error object.
-    fn call(&self, plugin: &str, verb: &str, id: &str, conf: &Value) -> Result<String, Value> {
-        self.call_with(plugin, verb, id, &conf.to_string(), &[])
-    }
-
-    fn call_with(&self, plugin: &str, verb: &str, id: &str, stdin: &str, env: &[(&str, &str)]) -> Result<String, Value> {
-        let bin = self.root.join("bin");
-        let mut command = Command::new(bin.join(plugin));
-        command
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin")
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", id)
-            .env("CNI_NETNS", self.path(id))
-            .env("CNI_IFNAME", "eth0");
-        command.env("CNI_PATH", &bin).envs(env.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = self.netns.run(|| command.spawn()).unwrap().unwrap();
-        let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
-        let output = child.wait_with_output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        match output.status.success() {
-            true => Ok(text),
-            false => Err(serde_json::from_str(&text)
-                .unwrap_or_else(|_| panic!("no error object: {text:?} {}", String::from_utf8_lossy(&output.stderr)))),
-        }
-    }
-
-    fn add(&self, id: &str) -> Value {
-        serde_json::from_str(&self.call("flannel", "ADD", id, &self.conf("1.0.0")).unwrap()).unwrap()
-    }
-
-    fn links(&self) -> BTreeSet<String> {
-        self.netns.run(|| link::list(&mut socket()).unwrap().iter().map(|l| l.name.to_string()).collect()).unwrap()
-    }
-
-    fn files(&self, directory: &str) -> BTreeSet<String> {
-        std::fs::read_dir(self.root.join(directory))
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|f| f.file_name().to_string_lossy().into_owned())
-            .collect()
-    }
-
-    fn nft(&self) -> String {
-        let output = self.netns.run(|| Command::new("nft").args(["list", "ruleset"]).output()).unwrap();
-        String::from_utf8(output.expect("nft is installed by `cargo xtask test`").stdout).unwrap()
-    }
 }
 
 fn socket() -> Socket {
@@ -342,7 +240,7 @@ fn the_bridge_masquerades(host: &Host) {
         "goto masq_checks",
         "ip saddr 10.1.17.2 ip daddr != 10.1.17.0/24 masquerade",
         "ip saddr 10.1.17.3 ip daddr != 10.1.17.0/24 masquerade",
-        "net: net, if:id: eth0:c1",
+        "net: net, if: eth0, id: c1",
     ] {
         assert!(rules.contains(wanted), "{wanted} is not in\n{rules}");
     }

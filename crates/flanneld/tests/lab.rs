@@ -9,6 +9,8 @@ mod adoption;
 mod matrix;
 #[path = "lab/restarts.rs"]
 mod restarts;
+#[path = "lab/runtimes.rs"]
+mod runtimes;
 #[path = "lab/secure.rs"]
 mod secure;
 #[path = "support/stores.rs"]
@@ -67,7 +69,9 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 22] = [
+    let others: [(&str, Test); 24] = [
+        ("two_hundred_pods_by_containerd_reach_each_other", runtimes::two_hundred_pods_by_containerd),
+        ("podman_runs_pods_that_reach_each_other", runtimes::podman_runs_pods),
         ("a_go_flannelds_node_is_taken_over_without_a_lost_packet", adoption::a_go_node_is_taken_over),
         ("an_operators_route_is_not_taken_for_a_go_flannelds", adoption::an_operators_route_is_not_taken_for_a_go_flannelds),
         ("a_change_of_the_pod_network_leaves_nothing_of_the_old_one", adoption::a_change_of_the_pod_network_leaves_nothing_of_the_old_one),
@@ -522,7 +526,8 @@ fn a_fight_is_left_for_a_while_and_told(root: &Path) {
 fn a_full_mtu_packet_crosses_vxlan(root: &Path) {
     let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    assert_eq!(pods[0].result["interfaces"][2]["mtu"], 1450);
+    let mtu = pods[0].netns.run(|| link::get(&mut Socket::open(Protocol::Route).unwrap(), "eth0".parse().unwrap()).unwrap().unwrap().mtu);
+    assert_eq!(mtu.unwrap(), 1450);
     // Don't fragment: 1450 - 28 bytes fit, one more does not.
     let ping = |size: u32| {
         let target = pods[1].address.to_string();

@@ -1,0 +1,212 @@
+//! What the rules and limits of plugins do to real packets.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/host.rs"]
+mod host;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use flannel::IfName;
+use host::Host;
+use kernel::netlink::{Protocol, Socket};
+use kernel::netns::{self, Netns};
+use kernel::{addr, link, route};
+use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
+
+type Test = fn(&Host);
+
+fn main() {
+    let arguments = Arguments::from_args();
+    if !arguments.list {
+        netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
+    }
+    let tests: [(&str, Test); 4] = [
+        ("ports_of_the_host_lead_to_the_container_by_nftables", |host| ports_of_the_host(host, "nftables")),
+        ("ports_of_the_host_lead_to_the_container_by_iptables", |host| ports_of_the_host(host, "iptables")),
+        ("the_firewall_plugin_lets_containers_pass_a_dropping_policy", the_firewall_plugin_lets_containers_pass),
+        ("a_container_cannot_send_with_another_mac", a_container_cannot_send_with_another_mac),
+    ];
+    let trial = |(name, test): (&'static str, Test)| {
+        Trial::test(name, move || {
+            let host = Host::new(name);
+            test(&host);
+            host.tear_down();
+            Ok(())
+        })
+    };
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+}
+
+fn name(text: &str) -> IfName {
+    text.parse().unwrap()
+}
+
+/// Gives the host an `eth0` with 192.0.2.1 and 2001:db8::1, and returns the namespace of a neighbour on that link.
+fn outside(host: &Host) -> Netns {
+    use std::os::fd::AsFd;
+    let outside = Netns::create().unwrap();
+    let configure = |ifname: &str, addresses: [&str; 2], via: [&str; 2]| {
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        link::set_up(&mut socket, 1, true).unwrap();
+        let index = link::get(&mut socket, name(ifname)).unwrap().unwrap().index;
+        kernel::sysctl::write(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0").unwrap();
+        link::set_up(&mut socket, index, true).unwrap();
+        for (address, via) in addresses.iter().zip(via) {
+            addr::add(&mut socket, index, address.parse().unwrap()).unwrap();
+            let default = if via.contains(':') { "::/0" } else { "0.0.0.0/0" };
+            route::add(&mut socket, default.parse().unwrap(), Some(via.parse().unwrap()), index).unwrap();
+        }
+    };
+    host.netns
+        .run(|| {
+            let mut socket = Socket::open(Protocol::Route).unwrap();
+            let this = link::VethEnd { name: name("eth0"), mac: None, netns: None };
+            let peer = link::VethEnd { name: name("wire"), mac: None, netns: Some(outside.as_fd()) };
+            link::create_veth(&mut socket, 1500, this, peer).unwrap();
+            configure("eth0", ["192.0.2.1/24", "2001:db8::1/64"], ["192.0.2.2", "2001:db8::2"]);
+        })
+        .unwrap();
+    outside.run(|| configure("wire", ["192.0.2.2/24", "2001:db8::2/64"], ["192.0.2.1", "2001:db8::1"])).unwrap();
+    outside
+}
+
+/// The configurations of a list: bridge with both families, then another.
+fn list(host: &Host, second: &Value) -> Vec<Value> {
+    let ipam = json!({ "ranges": [[{ "subnet": "10.1.17.0/24" }], [{ "subnet": "fd00:17::/64" }]] });
+    let mut bridge = host.bridge_conf(&ipam);
+    bridge["hairpinMode"] = true.into();
+    let mut second = second.clone();
+    second["cniVersion"] = "1.0.0".into();
+    second["name"] = "net".into();
+    vec![bridge, second]
+}
+
+fn add(host: &Host, id: &str, list: &[Value]) -> Vec<IpAddr> {
+    let mut result = Value::Null;
+    for conf in list {
+        let mut conf = conf.clone();
+        if !result.is_null() {
+            conf["prevResult"] = result.clone();
+        }
+        result = serde_json::from_str(&host.call(conf["type"].as_str().unwrap(), "ADD", id, &conf).unwrap()).unwrap();
+    }
+    result["ips"].as_array().unwrap().iter().map(|ip| ip["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap()).collect()
+}
+
+fn del(host: &Host, id: &str, list: &[Value]) {
+    for conf in list.iter().rev() {
+        host.call(conf["type"].as_str().unwrap(), "DEL", id, conf).unwrap();
+    }
+}
+
+/// Listens on a port in a namespace; each connection is told who it comes from.
+fn serve(netns: &Netns, to: SocketAddr) {
+    let listener = netns.run(|| TcpListener::bind(to).unwrap()).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let peer = stream.peer_addr().unwrap().ip();
+            let _ = stream.write_all(peer.to_string().as_bytes());
+        }
+    });
+}
+
+/// Whom the server takes a client in `netns` for; `None` if it cannot be reached.
+fn ask(netns: &Netns, to: &str) -> Option<String> {
+    netns
+        .run(|| {
+            let mut stream = TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_secs(2)).ok()?;
+            stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).ok().map(|_| text)
+        })
+        .unwrap()
+}
+
+fn ports_of_the_host(host: &Host, backend: &str) {
+    let outside = outside(host);
+    let (pod, other) = (host.pod("c1"), host.pod("c2"));
+    let mappings = json!([
+        { "hostPort": 8080, "containerPort": 80, "protocol": "tcp" },
+        { "hostPort": 8081, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.2" },
+        { "hostPort": 5353, "containerPort": 53, "protocol": "udp" },
+    ]);
+    let conf = list(host, &json!({ "type": "portmap", "backend": backend, "runtimeConfig": { "portMappings": mappings } }));
+    let own = add(host, "c1", &conf);
+    let plain = list(host, &json!({ "type": "portmap", "backend": backend }));
+    add(host, "c2", &plain);
+    for ip in &own {
+        serve(&pod, SocketAddr::new(*ip, 80));
+    }
+    // From outside the client keeps its address, in both families.
+    assert_eq!(ask(&outside, "192.0.2.1:8080").as_deref(), Some("192.0.2.2"));
+    assert_eq!(ask(&outside, "[2001:db8::1]:8080").as_deref(), Some("2001:db8::2"));
+    // From the host itself, by its own address and by its loopback's.
+    assert!(ask(&host.netns, "192.0.2.1:8080").is_some());
+    assert!(ask(&host.netns, "127.0.0.1:8080").is_some());
+    assert!(ask(&host.netns, "127.0.0.2:8081").is_some(), "the port of one address");
+    assert!(ask(&host.netns, "127.0.0.1:8081").is_none(), "and of no other");
+    // From another container of the same bridge, and from the container itself: the answer must come back the same way.
+    assert!(ask(&other, "192.0.2.1:8080").is_some());
+    assert!(ask(&pod, "192.0.2.1:8080").is_some());
+    // Containers that speak to each other directly keep their addresses.
+    assert_eq!(ask(&other, &format!("{}:80", own[0])).as_deref(), Some("10.1.17.3"));
+    // UDP.
+    let server = pod.run(|| UdpSocket::bind(SocketAddr::new(own[0], 53)).unwrap()).unwrap();
+    let client = outside.run(|| UdpSocket::bind("192.0.2.2:0").unwrap()).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    client.send_to(b"x", "192.0.2.1:5353").unwrap();
+    let mut buffer = [0; 8];
+    assert_eq!(server.recv_from(&mut buffer).unwrap().0, 1);
+    // A container that is added again has its old mappings replaced, and after DEL nothing leads to it.
+    del(host, "c1", &conf);
+    assert_eq!(ask(&outside, "192.0.2.1:8080"), None);
+    let rules = host.nft();
+    let left: Vec<&str> = rules.lines().filter(|line| line.contains("c1") || line.contains("10.1.17.2")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+fn the_firewall_plugin_lets_containers_pass(host: &Host) {
+    let outside = outside(host);
+    let pod = host.pod("c1");
+    for program in ["iptables", "ip6tables"] {
+        let status = host.netns.run(|| Command::new(program).args(["-P", "FORWARD", "DROP"]).status()).unwrap();
+        assert!(status.expect("iptables is installed by `cargo xtask test`").success());
+    }
+    let conf = list(host, &json!({ "type": "firewall", "backend": "iptables" }));
+    // Without the plugin the policy holds.
+    add(host, "c1", &conf[..1]);
+    serve(&outside, "192.0.2.2:80".parse().unwrap());
+    serve(&outside, "[2001:db8::2]:80".parse().unwrap());
+    assert_eq!(ask(&pod, "192.0.2.2:80"), None);
+    del(host, "c1", &conf[..1]);
+    add(host, "c1", &conf);
+    assert!(ask(&pod, "192.0.2.2:80").is_some());
+    assert!(ask(&pod, "[2001:db8::2]:80").is_some());
+    del(host, "c1", &conf);
+}
+
+fn a_container_cannot_send_with_another_mac(host: &Host) {
+    let pod = host.pod("c1");
+    let mut conf = list(host, &json!({ "type": "tuning" }));
+    conf.truncate(1);
+    conf[0]["macspoofchk"] = true.into();
+    add(host, "c1", &conf);
+    serve(&host.netns, "10.1.17.1:80".parse().unwrap());
+    assert!(ask(&pod, "10.1.17.1:80").is_some());
+    pod.run(|| {
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        let index = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
+        link::set_mac(&mut socket, index, "02:00:00:00:00:66".parse().unwrap()).unwrap();
+    })
+    .unwrap();
+    assert_eq!(ask(&pod, "10.1.17.1:80"), None);
+    del(host, "c1", &conf);
+    assert!(!host.nft().contains("c1"), "{}", host.nft());
+}
