@@ -146,6 +146,14 @@ fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
         Some([first, ..]) => {
             traffic.flavour = Flavour::Iptables(first.variant);
             traffic.fully_random = wanted && first.random_fully;
+            for (family, file) in [(Family::V4, "bridge-nf-call-iptables"), (Family::V6, "bridge-nf-call-ip6tables")] {
+                if config.network(family).is_some() && !std::path::Path::new("/proc/sys/net/bridge").join(file).exists() {
+                    tracing::warn!(
+                        missing = file,
+                        "br_netfilter is not loaded: what pods of one host send each other by a service's address will miss kube-proxy's rules (modprobe br_netfilter)"
+                    );
+                }
+            }
         }
         _ => tracing::warn!("iptables is not installed: the traffic rules are written to nftables, as if EnableNFTables were true"),
     }

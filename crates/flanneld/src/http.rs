@@ -63,9 +63,9 @@ async fn connection(stream: TcpStream, ready: Ready, asks: mpsc::Sender<oneshot:
 
 async fn answer(path: &str, ready: &Ready, asks: &mpsc::Sender<oneshot::Sender<State>>) -> Response<Full<Bytes>> {
     let (status, kind, body) = match path {
-        "/healthz" => (StatusCode::OK, "text/plain", "flanneld is running\n".to_owned()),
+        "/healthz" => (StatusCode::OK, "text/plain", "flanneld is running".to_owned()),
         "/readyz" => match ready.pending().as_slice() {
-            [] => (StatusCode::OK, "text/plain", "flanneld is ready\n".to_owned()),
+            [] => (StatusCode::OK, "text/plain", "flanneld is ready".to_owned()),
             pending => {
                 (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready yet: waiting for {}\n", pending.join(", ")))
             }

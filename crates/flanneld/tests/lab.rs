@@ -9,6 +9,8 @@ mod adoption;
 mod matrix;
 #[path = "lab/restarts.rs"]
 mod restarts;
+#[path = "lab/rules.rs"]
+mod rules;
 #[path = "lab/runtimes.rs"]
 mod runtimes;
 #[path = "lab/secure.rs"]
@@ -26,7 +28,7 @@ use std::time::{Duration, Instant};
 use flannel::desired::{Key, Scope};
 use flannel::{Family, Lease, LeaseKey, Object, Observed, Op, Peer, PerFamily};
 use flanneld::etcd::request_op::Request;
-use flanneld::etcd::{Compare, PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
+use flanneld::etcd::{CompactionRequest, Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flanneld::lab::ping::{Pinger, ping_all};
 use flanneld::lab::{Lab, Plan, Pod, STORE, StoreKind, isolate};
 use kernel::netlink::{Protocol, Socket};
@@ -53,7 +55,8 @@ fn main() {
         }));
     };
     for (name, store) in stores::all() {
-        let tests: [(&str, StoreTest); 9] = [
+        let tests: [(&str, StoreTest); 10] = [
+            ("what_expires_and_what_is_compacted_is_followed", what_expires_and_what_is_compacted),
             ("pods_reach_each_other_and_the_outside", pods_reach_each_other_and_the_outside),
             ("a_thousand_leases_put_one_by_one", |root, store| a_thousand_leases(root, store, How::OneByOne)),
             ("a_thousand_leases_in_one_transaction", |root, store| a_thousand_leases(root, store, How::OneTransaction)),
@@ -69,7 +72,10 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 24] = [
+    let others: [(&str, Test); 27] = [
+        ("flushed_rules_come_back_and_nothing_is_started_meanwhile", rules::flushed_rules_come_back),
+        ("a_change_of_flavour_leaves_nothing_of_the_other", rules::a_change_of_flavour_leaves_nothing_of_the_other),
+        ("two_daemons_share_a_host", rules::two_daemons_share_a_host),
         ("two_hundred_pods_by_containerd_reach_each_other", runtimes::two_hundred_pods_by_containerd),
         ("podman_runs_pods_that_reach_each_other", runtimes::podman_runs_pods),
         ("a_go_flannelds_node_is_taken_over_without_a_lost_packet", adoption::a_go_node_is_taken_over),
@@ -938,4 +944,62 @@ fn a_deleted_tun_device_comes_back(root: &Path) {
     // A lease of udp names no backend (section 0, point 4), and is followed when it moves to another host.
     let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
     assert!(snapshot.entries.iter().all(|entry| entry.peer.as_ref().unwrap().backend_type.is_empty()));
+}
+
+fn what_expires_and_what_is_compacted(root: &Path, store: StoreKind) {
+    let mut lab = start(root, 1, "host-gw", store);
+    let netns = Netns::open(&root.join("netns/h1")).unwrap();
+    let there = |i: usize| {
+        let dst = lease(i, "host-gw").key.to_string();
+        routes(&observe(&netns)).contains(&dst)
+    };
+    let put = |lab: &Lab, i: usize, seconds: u64| {
+        let lease = lease(i, "host-gw");
+        lab.with_store(async |store| {
+            let id = store.grant(Duration::from_secs(seconds)).await?;
+            store.put_lease(&lease, id, 0).await
+        })
+        .unwrap();
+    };
+    let delete = |lab: &Lab, i: usize| {
+        let key = lease(i, "host-gw").key;
+        lab.with_store(async |store| {
+            let snapshot = store.snapshot().await?;
+            let entry = snapshot.entries.iter().find(|entry| entry.key == key).unwrap();
+            store.delete_lease(&key, entry.mod_revision).await
+        })
+        .unwrap();
+    };
+    let compact = |lab: &Lab| {
+        let work = || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut kv = KvClient::connect(format!("http://{STORE}")).await.unwrap();
+                let range = RangeRequest { key: b"/".to_vec(), ..RangeRequest::default() };
+                let revision = kv.range(range).await.unwrap().into_inner().header.unwrap().revision;
+                kv.compact(CompactionRequest { revision, physical: true }).await.unwrap();
+            });
+        };
+        lab.middle.run(work).unwrap();
+    };
+    // Upstream's TestWatchLeaseRemoved: a lease of three seconds, which nobody renews.
+    put(&lab, 12, 3);
+    eventually("the peer is there", || there(12));
+    eventually("its lease ends", || !there(12));
+    // TestWatchSubnetsRecoversFromCompaction, ReportsRemovalAfterCompaction and SurvivesCompactionAfterReconnect.
+    put(&lab, 13, 600);
+    put(&lab, 14, 600);
+    eventually("both are there", || there(13) && there(14));
+    compact(&lab);
+    put(&lab, 15, 600);
+    eventually("a healthy watch goes on over a compaction", || there(15));
+    lab.kill_store().unwrap();
+    eventually("the daemon has noticed", || lab.hosts[0].state().is_ok_and(|state| state["store"]["connected"] == false));
+    lab.start_store().unwrap();
+    delete(&lab, 13);
+    put(&lab, 16, 600);
+    compact(&lab);
+    eventually("what happened meanwhile is known, and what is compacted", || !there(13) && there(14) && there(15) && there(16));
+    delete(&lab, 14);
+    eventually("and what follows", || !there(14));
 }

@@ -31,7 +31,7 @@ impl Kernel {
                 tunnel.entries().into_iter().for_each(|(subnet, host)| observed.insert(Object::Forward(subnet, host)));
             }
             observed.insert(Object::Link(object));
-            for found in addr::list(&mut self.route, info.index)?.iter().filter(|a| a.index == info.index && !is_automatic(a)) {
+            for found in addr::list(&mut self.route, info.index)?.iter().filter(|a| a.index == info.index && is_ours(a, scope)) {
                 observed.insert(Object::Addr(name, found.addr.cidr));
             }
             for entry in neigh::list(&mut self.route, info.index)? {
@@ -144,9 +144,14 @@ impl Kernel {
     }
 }
 
-/// Did the kernel itself put the address there? Every IPv6 link gets a link-local one.
-fn is_automatic(info: &addr::AddrInfo) -> bool {
-    Family::of(info.addr.cidr.addr) == Family::V6 && info.link_scope
+/// Does an address on a link of ours count as ours? Of IPv4 those in a pod network: what somebody else put there beside
+/// stays. Of IPv6 all but the link-local one that the kernel itself gives (specification, section 5.1).
+fn is_ours(info: &addr::AddrInfo, scope: &Scope) -> bool {
+    let ip = info.addr.cidr.addr;
+    match Family::of(ip) {
+        Family::V4 => scope.networks.iter().chain(&scope.retired).any(|network| network.contains(ip)),
+        Family::V6 => !info.link_scope,
+    }
 }
 
 pub(crate) fn to_route(info: &RouteInfo, dev: IfName) -> Route {

@@ -20,7 +20,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 13] = [
+    let tests: [(&str, fn()); 14] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -31,6 +31,7 @@ fn main() {
         ("a_go_flannelds_routes_are_adopted", a_go_flannelds_routes_are_adopted),
         ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
         ("iptables_are_written_in_one_step_and_repaired", iptables_are_written_and_repaired),
+        ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
@@ -342,6 +343,32 @@ fn a_changed_ruleset_is_seen_and_repaired() {
     assert_eq!(ops.iter().map(|op| op.object().key()).collect::<Vec<_>>(), [Key::Ruleset(Family::V4)]);
     apply(&mut kernel, &ops);
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
+}
+
+/// Upstream's TestEnsureV4AddressOnLink and TestEnsureV6AddressOnLink.
+fn of_addresses_on_the_device() {
+    let mut socket = external();
+    let mut kernel = Kernel::open().unwrap();
+    let desired = picture();
+    apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
+    for (device, texts) in
+        [("flannel.1", ["198.51.100.1/24", "10.244.9.9/32"]), ("flannel-v6.1", ["fc00:0:0:9::9/128", "2001:db8:9::9/64"])]
+    {
+        let index = link::get(&mut socket, name(device)).unwrap().unwrap().index;
+        texts.iter().for_each(|text| addr::add(&mut socket, index, text.parse().unwrap()).unwrap());
+    }
+    let ops = diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes);
+    assert_eq!(ops.len(), 3, "{ops:?}");
+    apply(&mut kernel, &ops);
+    let left = |device: &str| {
+        let mut socket = Socket::open(Protocol::Route).unwrap();
+        let index = link::get(&mut socket, name(device)).unwrap().unwrap().index;
+        let all = addr::list(&mut socket, index).unwrap();
+        let global = all.iter().filter(|a| a.index == index && !a.link_scope);
+        global.map(|a| a.addr.cidr.to_string()).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(left("flannel.1"), BTreeSet::from(["10.244.1.0/32".to_owned(), "198.51.100.1/24".to_owned()]));
+    assert_eq!(left("flannel-v6.1"), BTreeSet::from(["fc00:0:0:1::/128".to_owned()]));
 }
 
 /// Runs a program of iptables in the test's namespace.

@@ -22,7 +22,8 @@ const TARGET: usize = 32;
 
 /// Where things are in an entry (`struct ipt_entry`, `struct ip6t_entry`), which differs between the families.
 struct Layout {
-    /// Of `target_offset`; `next_offset`, `comefrom` and the counters follow. What is before it is the rule's own.
+    /// Of `target_offset`; `next_offset`, `comefrom` and the counters follow. Four bytes before it, `nfcache` is whatever the
+    /// last writer of the table put there; what is before that is the rule's own.
     target_offset: usize,
     /// Of `next_offset`.
     next_offset: usize,
@@ -97,7 +98,7 @@ fn print(entries: &[u8], layout: &Layout, chain: &str, bytes: &mut Vec<u8>) {
     }
     for (_, entry) in all.iter().filter(|(_, entry)| entry.verdict().is_some_and(|to| usize::try_from(to) == Ok(first))) {
         bytes.extend(b"jump");
-        bytes.extend(&entry.bytes[..layout.target_offset]);
+        bytes.extend(&entry.bytes[..layout.target_offset - 4]);
         bytes.extend(&entry.bytes[layout.size..entry.target]);
     }
 }
@@ -136,7 +137,7 @@ impl<'a> Entry<'a> {
     }
 
     fn print(&self, layout: &Layout, bytes: &mut Vec<u8>) {
-        bytes.extend(&self.bytes[..layout.target_offset]);
+        bytes.extend(&self.bytes[..layout.target_offset - 4]);
         bytes.extend(&self.bytes[layout.size..]);
     }
 }
