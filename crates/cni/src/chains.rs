@@ -5,6 +5,7 @@ use ::flannel::Family;
 use kernel::iptables;
 use sha2::{Digest, Sha512};
 
+use crate::lock::{self, Lock};
 use crate::protocol::CniError;
 
 /// The longest name of a chain in iptables.
@@ -31,14 +32,17 @@ pub(crate) struct Table {
     table: &'static str,
     lines: Vec<String>,
     changes: String,
+    /// What was read stays true until it is changed.
+    _lock: Lock,
 }
 
 impl Table {
     /// Reads a table.
     pub(crate) fn read(family: Family, table: &'static str) -> Result<Table, CniError> {
+        let lock = lock::host()?;
         let text = iptables::save_text(family, table)
             .map_err(|error| CniError::failed(format!("cannot read iptables' table {table}: {error}")))?;
-        Ok(Table { family, table, lines: text.lines().map(ToOwned::to_owned).collect(), changes: String::new() })
+        Ok(Table { family, table, lines: text.lines().map(ToOwned::to_owned).collect(), changes: String::new(), _lock: lock })
     }
 
     /// The same for a container's chain, if there is one; most containers have none, and then no process is started.
@@ -63,7 +67,9 @@ impl Table {
     /// Makes a shared chain be there with these rules, if it is not.
     pub(crate) fn ensure_chain(&mut self, chain: &str, rules: &[String]) {
         if !self.has_chain(chain) {
-            self.replace_chain(chain, rules);
+            // To declare it, as a container's own, would empty one that another program has made meanwhile.
+            self.changes.push_str(&format!("-N {chain}\n"));
+            rules.iter().for_each(|rule| self.append(chain, rule));
         }
     }
 

@@ -11,6 +11,7 @@ mod delegate;
 mod firewall;
 mod flannel;
 mod host_local;
+mod lock;
 mod loopback;
 mod portmap;
 pub mod protocol;

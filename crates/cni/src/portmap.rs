@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::chained::{container_address, failed, previous};
 use crate::chains::{Table, comment, name};
+use crate::lock;
 use crate::protocol::{CniError, Command, Request, array, boolean, number, object, string};
 use crate::result::CniResult;
 
@@ -153,6 +154,8 @@ fn add(request: &Request, config: &Config, result: &CniResult, family: Family) -
     }
     match config.backend {
         Backend::Nftables => {
+            // The first one makes the chains, and the rules that all share.
+            let _lock = lock::host()?;
             hostport::add(&request.container_id, container, &mappings, config.snat).map_err(failed("map the container's ports"))?;
         }
         Backend::Iptables => add_iptables(request, config, container, &mappings)?,

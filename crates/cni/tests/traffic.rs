@@ -26,7 +26,9 @@ fn main() {
     if !arguments.list {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 6] = [
+        ("calls_at_once_take_nothing_from_each_other_by_nftables", |host| calls_at_once(host, "nftables")),
+        ("calls_at_once_take_nothing_from_each_other_by_iptables", |host| calls_at_once(host, "iptables")),
         ("ports_of_the_host_lead_to_the_container_by_nftables", |host| ports_of_the_host(host, "nftables")),
         ("ports_of_the_host_lead_to_the_container_by_iptables", |host| ports_of_the_host(host, "iptables")),
         ("the_firewall_plugin_lets_containers_pass_a_dropping_policy", the_firewall_plugin_lets_containers_pass),
@@ -209,4 +211,36 @@ fn a_container_cannot_send_with_another_mac(host: &Host) {
     assert_eq!(ask(&pod, "10.1.17.1:80"), None);
     del(host, "c1", &conf);
     assert!(!host.nft().contains("c1"), "{}", host.nft());
+}
+
+fn calls_at_once(host: &Host, backend: &str) {
+    let outside = outside(host);
+    let pods: Vec<(String, Netns)> = (0..16).map(|i| (format!("c{i}"), host.pod(&format!("c{i}")))).collect();
+    let conf = &|i: usize| {
+        let mapping = json!([{ "hostPort": 8000 + i, "containerPort": 80, "protocol": "tcp" }]);
+        let mut conf = list(host, &json!({ "type": "portmap", "backend": backend, "runtimeConfig": { "portMappings": mapping } }));
+        conf[0]["ipMasq"] = true.into();
+        conf[0]["ipMasqBackend"] = backend.into();
+        conf
+    };
+    std::thread::scope(|scope| {
+        for (i, (id, pod)) in pods.iter().enumerate() {
+            scope.spawn(move || {
+                let own = add(host, id, &conf(i));
+                serve(pod, SocketAddr::new(own[0], 80));
+            });
+        }
+    });
+    for i in 0..pods.len() {
+        assert!(ask(&outside, &format!("192.0.2.1:{}", 8000 + i)).is_some(), "container {i}");
+    }
+    std::thread::scope(|scope| {
+        for (i, (id, _)) in pods.iter().enumerate() {
+            scope.spawn(move || del(host, id, &conf(i)));
+        }
+    });
+    let rules = host.nft();
+    let left: Vec<&str> = rules.lines().filter(|line| line.contains("10.1.17.") && !line.contains("10.1.17.0/24")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(!rules.contains("CNI-DN-"), "{rules}");
 }

@@ -5,6 +5,8 @@
 
 #[path = "lab/adoption.rs"]
 mod adoption;
+#[path = "lab/flags.rs"]
+mod flags;
 #[path = "lab/matrix.rs"]
 mod matrix;
 #[path = "lab/restarts.rs"]
@@ -72,7 +74,9 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 27] = [
+    let others: [(&str, Test); 29] = [
+        ("flags_do_what_they_say", flags::flags_do_what_they_say),
+        ("keys_of_the_configuration_reach_the_kernel", flags::keys_of_the_configuration_reach_the_kernel),
         ("flushed_rules_come_back_and_nothing_is_started_meanwhile", rules::flushed_rules_come_back),
         ("a_change_of_flavour_leaves_nothing_of_the_other", rules::a_change_of_flavour_leaves_nothing_of_the_other),
         ("two_daemons_share_a_host", rules::two_daemons_share_a_host),

@@ -7,6 +7,7 @@ use kernel::masquerade;
 use super::config::MasqBackend;
 use super::{attachment, failed};
 use crate::chains::{Table, comment, name};
+use crate::lock;
 use crate::protocol::{CniError, Request};
 
 fn chain(request: &Request) -> String {
@@ -15,6 +16,8 @@ fn chain(request: &Request) -> String {
 
 pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr]) -> Result<(), CniError> {
     if backend == MasqBackend::Nftables {
+        // The first one makes the chain, and the rules that all share.
+        let _lock = lock::host()?;
         return masquerade::add(&request.name, &attachment(request), addresses).map_err(failed("masquerade the container's addresses"));
     }
     let (chain, text) = (chain(request), comment(&format!("name: \"{}\" id: \"{}\"", request.name, request.container_id)));

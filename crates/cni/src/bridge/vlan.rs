@@ -5,6 +5,7 @@ use kernel::netlink::Socket;
 use serde_json::{Map, Value};
 
 use super::failed;
+use crate::lock;
 use crate::protocol::{CniError, array, boolean, number};
 
 /// The VLAN that a port has without being told.
@@ -84,6 +85,7 @@ impl Vlans {
 /// The link that holds a VLAN's gateway address, `<bridge>.<vlan>`: one end of a veth pair whose other end is a port of
 /// the bridge in that VLAN. Returns both.
 pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32) -> Result<(LinkInfo, LinkInfo), CniError> {
+    let _lock = lock::host()?;
     let mut text = format!("{}.{vlan}", bridge.name);
     text.truncate(15);
     let name = text.parse().map_err(|error| CniError::config(format!("bridge: {error}")))?;
