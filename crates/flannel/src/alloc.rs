@@ -58,20 +58,24 @@ pub fn choose(
         *stale = Some(*key);
     }
     let others = || leases.iter().map(|(key, _)| key).filter(|key| Some(**key) != *stale);
-    if admitted(previous)
-        && let Some(key) = LeaseKey::new(*previous)
-        && !others().any(|taken| taken.overlaps(&key))
-    {
-        return Ok(Choice::Create(key));
-    }
+    let before = stale.map(|key| *key.subnets()).unwrap_or_default();
     let mut subnets = PerFamily::default();
     for (family, network) in config.networks.iter() {
-        let taken = others().filter_map(|key| key.subnets().get(family).copied());
-        let free = free(network, taken.collect());
-        if free.is_empty() {
-            return Err(OutOfSubnets { network: *network });
-        }
-        subnets.set(family, free.get(random(free.len())).copied());
+        let taken: Vec<Subnet> = others().filter_map(|key| key.subnets().get(family).copied()).collect();
+        // Each family by itself: a host whose cluster gets a second family keeps what it has of the first.
+        let known = [previous.get(family), before.get(family)].into_iter().flatten();
+        let known = known.copied().find(|subnet| network.admits(*subnet) && !taken.iter().any(|taken| taken.overlaps(*subnet)));
+        let subnet = match known {
+            Some(subnet) => subnet,
+            None => {
+                let free = free(network, taken);
+                if free.is_empty() {
+                    return Err(OutOfSubnets { network: *network });
+                }
+                free[random(free.len())]
+            }
+        };
+        subnets.set(family, Some(subnet));
     }
     let key = LeaseKey::new(subnets).expect("a validated config has a network, so there is a subnet");
     Ok(Choice::Create(key))
@@ -167,6 +171,19 @@ mod tests {
     #[test]
     fn my_lease_that_the_config_forbids_is_given_back() {
         assert_eq!(pick("10.1.2.0/25@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "create 10.1.2.0/24 delete 10.1.2.0/25");
+    }
+
+    #[test]
+    fn a_second_family_leaves_the_first_as_it_was() {
+        let config =
+            Config::parse(r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#).unwrap();
+        let mut set = LeaseSet::default();
+        let key = LeaseKey::new(PerFamily { v4: "10.1.7.0/24".parse().ok(), v6: None }).unwrap();
+        let mine = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
+        set.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
+        let mut stale = None;
+        let Ok(Choice::Create(new)) = choose(&config, &set, &mine, &PerFamily::default(), &mut stale, |_| 0) else { panic!("a new lease") };
+        assert_eq!((stale, new.to_string().as_str()), (Some(key), "10.1.7.0/24,fc00:0:0:1::/64"));
     }
 
     #[test]

@@ -89,6 +89,12 @@ impl Keeper {
         let lease = Lease { key, peer: self.peer.clone() };
         let put = self.store.put_lease(&lease, etcd_lease, expected).await;
         if let Ok(true) = put {
+            // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
+            if matches!(choice, Choice::Create(_)) && self.is_younger(&key).await? {
+                tracing::info!(subnet = %key, "another host was faster with a part of this subnet; giving it back");
+                self.store.revoke(etcd_lease).await;
+                return Ok(None);
+            }
             return Ok(Some(Held { key, etcd_lease }));
         }
         // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
@@ -99,6 +105,14 @@ impl Keeper {
         }
         self.store.revoke(etcd_lease).await;
         put.map(|_| None).map_err(AcquireError::from)
+    }
+
+    /// Does a lease that was just created overlap an older one?
+    async fn is_younger(&self, key: &LeaseKey) -> Result<bool, AcquireError> {
+        let now = self.store.snapshot().await?;
+        let Some(mine) = now.entries.iter().find(|entry| entry.key == *key) else { return Ok(true) };
+        let older = |entry: &&crate::store::Entry| entry.key != *key && entry.create_revision < mine.create_revision;
+        Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
     }
 
     /// Renews the lease for ever, and acquires it again whenever `lost` says that it is gone. What is held is

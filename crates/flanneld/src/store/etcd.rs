@@ -78,6 +78,8 @@ pub struct Entry {
     pub key: LeaseKey,
     /// The owner; `None` if the value cannot be read.
     pub peer: Option<Peer>,
+    /// The revision at which the key was made: of two leases, this tells which is older.
+    pub create_revision: i64,
     /// The key's revision, by which a change is made conditional.
     pub mod_revision: i64,
     /// The etcd lease on it; 0 for a reservation, which never expires.
@@ -200,7 +202,7 @@ impl Store {
             Ok(peer) => (Some(peer), None),
             Err(error) => (None, Some(error)),
         };
-        let entry = Entry { key, peer, mod_revision: kv.mod_revision, lease: kv.lease };
+        let entry = Entry { key, peer, create_revision: kv.create_revision, mod_revision: kv.mod_revision, lease: kv.lease };
         (Some(entry), problem.map(|error| unreadable(error.to_string())))
     }
 
