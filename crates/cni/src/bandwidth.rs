@@ -66,7 +66,9 @@ fn limits(request: &Request) -> Result<Limits, CniError> {
 
 /// The name of the intermediate link: a prefix, and as much of a digest as a name takes.
 fn ifb(request: &Request) -> IfName {
-    let digest = Sha512::digest(format!("{}{}{}", request.name, request.container_id, request.ifname));
+    // The usual interface has upstream's name for it, so that its plugin and ours can undo what the other did.
+    let ifname = if request.ifname == "eth0" { "" } else { &request.ifname };
+    let digest = Sha512::digest(format!("{}{}{ifname}", request.name, request.container_id));
     let mut name = format!("bwp{}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     name.truncate(15);
     name.parse().expect("it has 15 bytes, none of them special")
@@ -133,6 +135,9 @@ fn add(request: &Request) -> Result<CniResult, CniError> {
 
 fn check(request: &Request) -> Result<(), CniError> {
     let (limits, _) = (limits(request)?, previous(request)?);
+    if limits == Limits::default() {
+        return Ok(());
+    }
     let netns = open_netns(request)?;
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
     let veth = host_end(&mut host, request, &netns)?;

@@ -490,7 +490,9 @@ fn check(request: &Request, config: &Config) -> Result<(), CniError> {
             return Err(CniError::failed(format!("{} is gone from {ifname} in the container", ip.address)));
         }
     }
-    for wanted in &want.routes {
+    // Of other tables than the main one nothing was read.
+    let in_main = |route: &&Route| route.more.get("table").and_then(Value::as_u64).is_none_or(|table| table == 0 || table == 254);
+    for wanted in want.routes.iter().filter(in_main) {
         if !routes.iter().any(|have| have.dst == wanted.dst && wanted.gw.is_none_or(|gw| have.via == Some(gw))) {
             return Err(CniError::failed(format!("the route to {} is gone from the container", wanted.dst)));
         }

@@ -32,9 +32,9 @@ pub(crate) fn container_address(result: &CniResult, request: &Request, family: F
     result.ips.iter().find(|ip| Family::of(ip.address.addr) == family && is_container(ip.interface)).map(|ip| ip.address)
 }
 
-/// The address alone.
-pub(crate) fn addresses(result: &CniResult, request: &Request) -> Vec<IpAddr> {
-    Family::ALL.into_iter().filter_map(|family| container_address(result, request, family)).map(|cidr| cidr.addr).collect()
+/// All addresses of a result.
+pub(crate) fn addresses(result: &CniResult) -> Vec<IpAddr> {
+    result.ips.iter().map(|ip| ip.address.addr).collect()
 }
 
 /// The attachment's interface name.

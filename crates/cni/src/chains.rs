@@ -3,9 +3,10 @@
 
 use ::flannel::Family;
 use kernel::iptables;
+use kernel::lock::Lock;
 use sha2::{Digest, Sha512};
 
-use crate::lock::{self, Lock};
+use crate::lock;
 use crate::protocol::CniError;
 
 /// The longest name of a chain in iptables.
@@ -24,6 +25,16 @@ pub(crate) fn comment(text: &str) -> String {
     let mut text = text.to_owned();
     text.truncate(255);
     format!("-m comment --comment \"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+/// A chain's name that the configuration gives.
+pub(crate) fn given_name<'a>(field: &str, name: &'a str) -> Result<&'a str, CniError> {
+    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-')) && !name.starts_with('-');
+    let taken = ["INPUT", "OUTPUT", "FORWARD", "PREROUTING", "POSTROUTING", "ACCEPT", "DROP", "RETURN"].contains(&name);
+    if name.is_empty() || name.len() > NAME || !plain || taken {
+        return Err(CniError::config(format!("{field}: {name:?} is no name for a chain: 1 to {NAME} letters, digits, _ and -")));
+    }
+    Ok(name)
 }
 
 /// A table as `iptables-save` prints it.
@@ -50,6 +61,10 @@ impl Table {
         if !iptables::may_have_chain(family, table, chain) {
             return Ok(None);
         }
+        if !iptables::has_programs(family) {
+            // What is not there cannot have made a chain of ours: somebody else's tables are in use.
+            return Ok(None);
+        }
         Table::read(family, table).map(|found| found.has_chain(chain).then_some(found))
     }
 
@@ -70,7 +85,11 @@ impl Table {
             // To declare it, as a container's own, would empty one that another program has made meanwhile.
             self.changes.push_str(&format!("-N {chain}\n"));
             rules.iter().for_each(|rule| self.append(chain, rule));
+            return;
         }
+        // Somebody may have emptied it.
+        let have = self.rules(chain);
+        rules.iter().filter(|rule| !have.contains(rule)).for_each(|rule| self.append(chain, rule));
     }
 
     /// Makes a container's chain have these rules.

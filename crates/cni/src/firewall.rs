@@ -3,12 +3,12 @@
 
 use std::net::IpAddr;
 
-use ::flannel::Family;
+use ::flannel::{Family, IfName};
+use kernel::link;
 use kernel::netlink::{Protocol, Socket};
-use kernel::{link, route};
 
 use crate::chained::{addresses, failed, previous, previous_if_any};
-use crate::chains::{Table, comment};
+use crate::chains::{Table, comment, given_name};
 use crate::protocol::{CniError, Command, Request, string};
 use crate::result::CniResult;
 
@@ -45,8 +45,9 @@ impl Config {
             other => return Err(CniError::config(format!("backend: {other:?} is neither \"iptables\" nor \"firewalld\""))),
         }
         let admin_chain = string(conf, "iptablesAdminChainName")?.filter(|name| !name.is_empty()).unwrap_or("CNI-ADMIN");
-        if admin_chain == FORWARD || admin_chain.len() > 28 || admin_chain.contains(|c: char| !c.is_ascii_graphic()) {
-            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is no name for a chain of its own")));
+        let admin_chain = given_name("iptablesAdminChainName", admin_chain)?;
+        if [FORWARD, STAGE_1, STAGE_2].contains(&admin_chain) {
+            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is another chain of this plugin's")));
         }
         let policy = match string(conf, "ingressPolicy")?.unwrap_or_default() {
             "" | "open" => Policy::Open,
@@ -65,26 +66,21 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => {
             let result = previous(request)?;
-            for ip in addresses(&result, request) {
-                add(&config, ip)?;
+            let added = addresses(&result).iter().try_for_each(|ip| add(&config, &result, *ip));
+            if added.is_err() {
+                // The error that led here is the one to report.
+                let _ = remove(&result);
             }
-            Ok(Some(result))
+            added.map(|()| Some(result))
         }
         Command::Del => {
             // Without a result nobody knows whose rules would go.
             let Some(result) = previous_if_any(request)? else { return Ok(None) };
-            for ip in addresses(&result, request) {
-                if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", FORWARD)? {
-                    let rules = rules(ip);
-                    table.remove_rules(FORWARD, |rule| rules.iter().any(|ours| ours == rule));
-                    table.write()?;
-                }
-            }
-            Ok(None)
+            remove(&result).map(|()| None)
         }
         Command::Check => {
             let result = previous(request)?;
-            for ip in addresses(&result, request) {
+            for ip in addresses(&result) {
                 let table = Table::read_if_chain(Family::of(ip), "filter", FORWARD)?;
                 let there = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
                 if !rules(ip).iter().all(there) {
@@ -103,14 +99,25 @@ fn rules(ip: IpAddr) -> [String; 2] {
     [format!("-d {net} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"), format!("-s {net} -j ACCEPT")]
 }
 
-fn add(config: &Config, ip: IpAddr) -> Result<(), CniError> {
+fn remove(result: &CniResult) -> Result<(), CniError> {
+    for ip in addresses(result) {
+        if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", FORWARD)? {
+            let rules = rules(ip);
+            table.remove_rules(FORWARD, |rule| rules.iter().any(|ours| ours == rule));
+            table.write()?;
+        }
+    }
+    Ok(())
+}
+
+fn add(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), CniError> {
     let mut table = Table::read(Family::of(ip), "filter")?;
     table.ensure_chain(&config.admin_chain, &[]);
     table.ensure_chain(FORWARD, &[]);
     table.ensure_jump("FORWARD", &format!("{} -j {FORWARD}", comment("CNI firewall plugin rules")), true);
     table.ensure_jump(FORWARD, &format!("{} -j {}", comment("CNI firewall plugin admin overrides"), config.admin_chain), true);
     if config.policy != Policy::Open {
-        isolate(&mut table, config.policy, ip)?;
+        isolate(&mut table, config.policy, result)?;
     }
     for rule in rules(ip) {
         if !table.rules(FORWARD).contains(&rule) {
@@ -121,11 +128,13 @@ fn add(config: &Config, ip: IpAddr) -> Result<(), CniError> {
 }
 
 /// Two stages, as Docker has them: what leaves a bridge goes to the second, which drops what enters another one.
-fn isolate(table: &mut Table, policy: Policy, ip: IpAddr) -> Result<(), CniError> {
+fn isolate(table: &mut Table, policy: Policy, result: &CniResult) -> Result<(), CniError> {
+    let missing = || CniError::config("ingressPolicy: it needs a result whose first interface is the bridge");
+    let bridge: IfName =
+        result.interfaces.first().filter(|first| first.sandbox.is_empty()).and_then(|first| first.name.parse().ok()).ok_or_else(missing)?;
     let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-    let oif = route::reach(&mut socket, ip).map_err(failed(format!("find the way to {ip}")))?.oif;
-    let bridge = link::get_index(&mut socket, oif).map_err(failed("read the bridge"))?;
-    let bridge = bridge.ok_or_else(|| CniError::failed(format!("the interface to {ip} is gone")))?.name;
+    let found = link::get(&mut socket, bridge).map_err(failed("read the bridge"))?;
+    found.filter(|link| link.kind == "bridge").ok_or_else(missing)?;
     let text = |policies: &str| comment(&format!("CNI firewall plugin rules (ingressPolicy: {policies})"));
     let (both, own) = (text("same-bridge|isolated"), text(if policy == Policy::Isolated { "isolated" } else { "same-bridge" }));
     for chain in [STAGE_1, STAGE_2] {

@@ -306,7 +306,7 @@ impl Store {
             if !self.reserve(ip, owner)? {
                 return Err(CniError::failed(format!("requested IP address {ip} is not available in range set {}", describe(set))));
             }
-            self.remember_last(index, ip)?;
+            self.remember_last(index, ip);
             return Ok((ip, range));
         }
         if let Some(entry) = self.entries()?.iter().find(|entry| owner.holds(&entry.content) && of(entry.address).is_some()) {
@@ -319,7 +319,7 @@ impl Store {
         let last: Option<IpAddr> = fs::read_to_string(self.last(index)).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
             if range.gateway != Some(ip) && self.reserve(ip, owner)? {
-                self.remember_last(index, ip)?;
+                self.remember_last(index, ip);
                 return Ok((ip, range));
             }
         }
@@ -332,11 +332,9 @@ impl Store {
     }
 
     /// Only a hint where to go on: half of it is as good as none, so it is written in place and leaves no temporary file
-    /// when we are killed.
-    fn remember_last(&self, index: usize, ip: IpAddr) -> Result<(), CniError> {
-        let file = self.last(index);
-        fs::write(&file, ip.to_string())
-            .map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", file.display())))
+    /// when we are killed; and without it the address is reserved all the same.
+    fn remember_last(&self, index: usize, ip: IpAddr) {
+        let _ = fs::write(self.last(index), ip.to_string());
     }
 
     /// Creates the address's file with its owner in it, in one step; false if it is taken.

@@ -10,7 +10,7 @@ use kernel::{conntrack, link, route, sysctl};
 use serde_json::Value;
 
 use crate::chained::{container_address, failed, previous};
-use crate::chains::{Table, comment, name};
+use crate::chains::{Table, comment, given_name, name};
 use crate::lock;
 use crate::protocol::{CniError, Command, Request, array, boolean, number, object, string};
 use crate::result::CniResult;
@@ -43,7 +43,9 @@ struct Config {
 impl Config {
     fn new(request: &Request) -> Result<Config, CniError> {
         let conf = &request.conf;
-        let set_mark_chain = string(conf, "externalSetMarkChain")?.map(ToOwned::to_owned);
+        let set_mark_chain = string(conf, "externalSetMarkChain")?
+            .map(|name| given_name("externalSetMarkChain", name).map(ToOwned::to_owned))
+            .transpose()?;
         let mark = number(conf, "markMasqBit")?;
         if set_mark_chain.is_some() && mark.is_some() {
             return Err(CniError::config("markMasqBit, externalSetMarkChain: give one of them"));
@@ -100,13 +102,7 @@ fn mappings(request: &Request) -> Result<Vec<Mapping>, CniError> {
         };
         let host_ip = string(map, "hostIP")?.filter(|text| !text.is_empty());
         let host_ip = host_ip.map(|text| text.parse::<IpAddr>().map_err(|_| bad(format!("hostIP: {text:?} is no address")))).transpose()?;
-        Ok(Mapping {
-            protocol,
-            host_port: port("hostPort")?,
-            container_port: port("containerPort")?,
-            // An unspecified address means any of both families.
-            host_ip: host_ip.filter(|ip| !ip.is_unspecified()),
-        })
+        Ok(Mapping { protocol, host_port: port("hostPort")?, container_port: port("containerPort")?, host_ip })
     };
     list.iter().map(read).collect()
 }
@@ -119,8 +115,6 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             if config.mappings.is_empty() {
                 return Ok(Some(result));
             }
-            // Rules of an earlier ADD of this container, which was never undone.
-            hostport::remove(&request.container_id).map_err(failed("remove old port mappings"))?;
             let added = Family::ALL.into_iter().try_for_each(|family| add(request, &config, &result, family));
             if added.is_err() {
                 // The error that led here is the one to report.
@@ -216,7 +210,7 @@ fn add_iptables(request: &Request, config: &Config, container: Cidr, mappings: &
     let mut rules = Vec::new();
     for mapping in mappings {
         let protocol = protocol_name(mapping.protocol);
-        let host = mapping.host_ip.map_or(String::new(), |ip| format!("-d {ip} "));
+        let host = mapping.host_ip.filter(|ip| !ip.is_unspecified()).map_or(String::new(), |ip| format!("-d {ip} "));
         let port = format!("-p {protocol} -m {protocol} --dport {}", mapping.host_port);
         rules.extend(sources.iter().map(|source| format!("-s {source} {host}{port} -j {set_mark}")));
         let to = match container.addr {

@@ -214,6 +214,8 @@ fn change(netns: &Netns, name: IfName, config: &Config) -> Result<LinkInfo, CniE
 fn restore(request: &Request) -> Result<(), CniError> {
     let file = backup(Path::new(string(&request.conf, "dataDir")?.unwrap_or("/run/cni/tuning")), request);
     let Ok(text) = fs::read_to_string(&file) else { return Ok(()) };
+    // Whatever comes of it: an interface that is gone needs nothing.
+    remove_file(&file)?;
     if let (Some(path), Ok(Value::Object(before))) = (request.netns.as_deref(), serde_json::from_str(&text))
         && let Ok(netns) = Netns::open(path)
     {
@@ -233,7 +235,7 @@ fn restore(request: &Request) -> Result<(), CniError> {
             })?;
         }
     }
-    remove_file(&file)
+    Ok(())
 }
 
 fn check(request: &Request, config: &Config) -> Result<(), CniError> {
@@ -242,7 +244,8 @@ fn check(request: &Request, config: &Config) -> Result<(), CniError> {
     let wrong = |what: &str| CniError::failed(format!("{name}: {what} is not as it was set"));
     in_container(&netns, |socket| {
         for (path, value) in &config.sysctls {
-            if sysctl::read(path).ok().flatten().as_ref() != Some(value) {
+            let have = sysctl::read(path).ok().flatten().unwrap_or_default();
+            if !have.split_whitespace().eq(value.split_whitespace()) {
                 return Err(CniError::failed(format!("sysctl: {path} is not {value}")));
             }
         }

@@ -394,11 +394,6 @@ impl Observed {
         }
     }
 
-    /// Forgets the objects that `keep` refuses.
-    pub fn retain(&mut self, mut keep: impl FnMut(&Object) -> bool) {
-        self.objects.retain(|_, object| keep(object));
-    }
-
     /// The object at this key.
     pub fn get(&self, key: &Key) -> Option<&Object> {
         self.objects.get(key)

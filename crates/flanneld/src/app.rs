@@ -12,7 +12,7 @@ use flannel::{Backend, Config, Family, Mac, Node, PerFamily, Picture};
 use kernel::iptables::Installed;
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::{RunArgs, Secret};
+use crate::cli::RunArgs;
 use crate::http::Http;
 use crate::keeper::{AcquireError, Keeper};
 use crate::kernel_thread::KernelThread;
@@ -42,7 +42,7 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let ready = Ready::default();
     let starting = ready.guard("this node's lease and devices");
     let syncing = ready.guard("the first complete list of leases");
-    let store = Store::new(&access(args)?)?;
+    let store = Store::new(&access(args))?;
     let (ask, asks) = mpsc::channel(4);
     if args.healthz_port > 0 {
         tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), ask.clone()).await?.serve());
@@ -67,7 +67,13 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let traffic = traffic(args, &config);
     let earlier = subnet_file.previous_networks();
     // The file and the routes have the same life: neither survives a reboot.
-    let adopt = config.networks.iter().any(|(_, network)| earlier.contains(&network.network));
+    let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && !subnet_file.is_ours();
+    let plain_routes = match &config.backend {
+        BackendConfig::HostGw => true,
+        BackendConfig::Vxlan(vxlan) => vxlan.direct_routing,
+        _ => false,
+    };
+    let adopt = was_here && plain_routes;
     let picture = Picture::new(config, node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
     if let Some(command) = picture.post_startup() {
         run_command(&kernel, "Backend.PostStartupCommand", command).await?;
@@ -91,20 +97,23 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 /// How the store is reached.
-fn access(args: &RunArgs) -> anyhow::Result<Access> {
+fn access(args: &RunArgs) -> Access {
     let login = match (&args.etcd_username, &args.etcd_password) {
-        (Some(name), password) => Some((name.clone(), password.clone().unwrap_or(Secret(String::new())))),
+        (Some(name), Some(password)) => Some((name.clone(), password.clone())),
         (None, None) => None,
-        (None, Some(_)) => bail!("--etcd-password is given without --etcd-username"),
+        _ => {
+            tracing::warn!("--etcd-username and --etcd-password: only one of them is given, so neither is used");
+            None
+        }
     };
-    Ok(Access {
+    Access {
         endpoints: args.etcd_endpoints.clone(),
         prefix: args.etcd_prefix.clone(),
         ca: args.etcd_cafile.clone(),
         cert: args.etcd_certfile.clone(),
         key: args.etcd_keyfile.clone(),
         login,
-    })
+    }
 }
 
 /// The network configuration. An absent store or configuration is waited for; one that cannot be used is an error.
@@ -179,9 +188,9 @@ async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow:
     {
         tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
     }
-    if config.backend == BackendConfig::HostGw && node.public != node.addrs {
+    if config.backend == BackendConfig::HostGw && node.public.v4 != node.addrs.v4 {
         bail!(
-            "--public-ip, --public-ipv6: {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
+            "--public-ip: {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
             list(&node.public),
             node.ext
         );

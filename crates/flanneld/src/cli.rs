@@ -176,7 +176,7 @@ impl Cli {
         let mut args: Vec<String> = args.into_iter().collect();
         let mut complaints = Vec::new();
         if args.first().is_none_or(|first| first.starts_with('-')) {
-            args = args.iter().map(|arg| go_spelling(arg)).collect();
+            args = without_nothing(args.iter().map(|arg| go_spelling(arg)).collect());
             let given = |flag: &str| {
                 args.iter().any(|arg| arg.strip_prefix("--").is_some_and(|arg| arg == flag || arg.starts_with(&format!("{flag}="))))
             };
@@ -214,6 +214,29 @@ fn parse(args: &[String]) -> Result<Cli, clap::Error> {
     });
     let matches = command.try_get_matches_from(std::iter::once("flanneld").chain(args.iter().map(String::as_str)))?;
     Cli::from_arg_matches(&matches)
+}
+
+/// Leaves out flags without a default that are given nothing (`--public-ip=`), as an unset variable of a unit file makes
+/// them: to Go that is as good as not given.
+fn without_nothing(args: Vec<String>) -> Vec<String> {
+    let command = RunArgs::augment_args(clap::Command::new("flanneld"));
+    let optional = |flag: &str| {
+        let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag));
+        arg.is_some_and(|arg| arg.get_default_values().is_empty())
+    };
+    let mut kept = Vec::new();
+    let mut rest = args.into_iter().peekable();
+    while let Some(arg) = rest.next() {
+        let flag = arg.strip_prefix("--").unwrap_or_default();
+        if flag.strip_suffix('=').is_some_and(optional) {
+            continue;
+        }
+        if optional(flag) && rest.next_if(String::is_empty).is_some() {
+            continue;
+        }
+        kept.push(arg);
+    }
+    kept
 }
 
 /// `-name` and `-name=value` as `--name…`; single letters stay.
@@ -338,6 +361,14 @@ mod tests {
             assert_eq!(read(&[], &[(&variable, value)]).unwrap().run.complaints, Vec::<String>::new(), "{variable}");
         }
         assert_eq!(command.get_arguments().filter(|arg| arg.get_long().is_some()).count(), rows.len(), "a flag that upstream has not");
+    }
+
+    #[test]
+    fn a_flag_that_is_given_nothing_is_not_given() {
+        let args = ["--public-ip=", "--iface=", "--iface-can-reach", "", "-etcd-cafile=", "--etcd-username=", "--ip-masq"];
+        let run = read(&args, &[("FLANNELD_IFACE", "eth7")]).unwrap().run;
+        assert_eq!((run.public_ip, run.iface_can_reach, run.etcd_cafile, run.etcd_username), (None, None, None, None));
+        assert_eq!((run.iface, run.ip_masq), (vec!["eth7".to_owned()], true));
     }
 
     #[test]

@@ -14,6 +14,8 @@ type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 pub struct KernelThread {
     jobs: mpsc::Sender<Job>,
     port: u32,
+    /// What was said to be unreadable last, so that it is not said each time.
+    said: std::cell::RefCell<Option<String>>,
 }
 
 impl KernelThread {
@@ -34,7 +36,7 @@ impl KernelThread {
             .name("kernel".to_owned())
             .spawn(work)
             .map_err(|error| NetlinkError::Socket("start its thread", error))?;
-        Ok(KernelThread { jobs, port })
+        Ok(KernelThread { jobs, port, said: std::cell::RefCell::new(None) })
     }
 
     /// The netlink port of the thread's socket.
@@ -61,7 +63,13 @@ impl KernelThread {
     /// # Errors
     /// When the kernel refuses to be read.
     pub async fn observe(&self, scope: Scope) -> Result<Observed, NetlinkError> {
-        self.call(move |kernel| kernel.observe(&scope)).await
+        let (observed, trouble) = self.call(move |kernel| (kernel.observe(&scope), kernel.take_trouble())).await;
+        if trouble != self.said.replace(trouble.clone())
+            && let Some(trouble) = trouble
+        {
+            tracing::warn!("cannot read {trouble}; the rest is not affected");
+        }
+        observed
     }
 
     /// Executes operations and returns them with their outcomes.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::Context;
-use flannel::desired::{Key, Owner, ROUTE_PROTOCOL, Scope};
+use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::iptables::Variant;
 use flannel::{Family, LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
@@ -111,15 +111,8 @@ impl Reconciler {
         let scope = picture.scope();
         let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
         let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
-        let mut reading = if adopt { picture.scope_with_adoption() } else { scope };
-        let mut observed = kernel.observe(reading.clone()).await.context("cannot read the kernel's state")?;
-        let is_own = |object: &Object| matches!(object, Object::Route(route) if route.protocol == ROUTE_PROTOCOL);
-        if observed.iter().any(|(_, object)| is_own(object))
-            && let Some(adopt) = reading.adopt.take()
-        {
-            // Not Go's flanneld ran here last but ours, which leaves no such routes: they are the operator's.
-            observed.retain(|object| !matches!(object, Object::Route(route) if adopt.has_route(route)));
-        }
+        let reading = if adopt { picture.scope_with_adoption() } else { scope };
+        let observed = kernel.observe(reading).await.context("cannot read the kernel's state")?;
         let mut reconciler = Reconciler {
             picture,
             observed,
@@ -128,7 +121,7 @@ impl Reconciler {
             failures: BTreeMap::new(),
             read_at: Instant::now() + AUDIT,
             subnet_file,
-            adopting: reading.adopt.is_some(),
+            adopting: adopt,
             resync: None,
             file_is_stale: false,
             repaired: BTreeMap::new(),
@@ -137,8 +130,10 @@ impl Reconciler {
         reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
         let legacy = reconciler.picture.desired().iter().any(|(key, _)| matches!(key, Key::Iptables(_, Variant::Legacy)));
         reconciler.resync = legacy.then(|| (Instant::now() + resync, resync));
-        // A sysctl that cannot be written (a read-only /proc/sys) is shown and tried again, but stops nothing.
-        let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !matches!(key, Key::Sysctl(_)));
+        // A sysctl that cannot be written (a read-only /proc/sys), and rules that iptables does not take now (another holds
+        // its lock), are shown and tried again, but stop nothing.
+        let can_wait = |key: &&Key| matches!(key, Key::Sysctl(_) | Key::Iptables(..));
+        let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !can_wait(key));
         let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
         anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
         reconciler.subnet_file.write(&reconciler.picture)?;
@@ -357,6 +352,7 @@ impl Reconciler {
                     .insert(op.object().key(), Failure { error: OpError { errno: 0, text }, attempts: *times, due: now + FIGHT.1 / 2 });
             }
         }
+        ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
         for op in ops.iter().take(LOGGED) {
             tracing::info!(op = %one_line(op), "putting right what {what}");
         }

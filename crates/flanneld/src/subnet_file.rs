@@ -26,7 +26,24 @@ impl SubnetFile {
         let networks = picture.config().networks.iter().map(|(_, network)| network.network).collect();
         let env =
             SubnetEnv { networks, subnets: *picture.own().subnets(), mtu: picture.backend().mtu(picture.node()), ip_masq: self.ip_masq };
-        write_atomically(&self.path, &env.render()).with_context(|| format!("cannot write --subnet-file {}", self.path.display()))
+        let written = replace(&self.path, &env.render(), |file| self.sign(file));
+        written.with_context(|| format!("cannot write --subnet-file {}", self.path.display()))
+    }
+
+    /// Was the file written by this program? A Go flanneld that ran since has put another in its place.
+    pub fn is_ours(&self) -> bool {
+        let signature = std::fs::metadata(&self.path).map(|meta| signature(&meta));
+        signature.is_ok_and(|now| std::fs::read_to_string(self.marker()).is_ok_and(|ours| ours == now))
+    }
+
+    /// Notes which file this program is about to put in place.
+    fn sign(&self, file: &std::fs::File) -> anyhow::Result<()> {
+        write_atomically(&self.marker(), &signature(&file.metadata()?))
+    }
+
+    fn marker(&self) -> PathBuf {
+        let name = self.path.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
+        self.path.with_file_name(format!(".{name}.writer"))
     }
 
     /// The pod networks that the file of a previous run names.
@@ -40,11 +57,22 @@ impl SubnetFile {
     }
 }
 
+/// What tells a file from another that is put in its place.
+fn signature(meta: &std::fs::Metadata) -> String {
+    use std::os::unix::fs::MetadataExt;
+    format!("{} {}.{:09}\n", meta.ino(), meta.mtime(), meta.mtime_nsec())
+}
+
 /// Makes a file have this text, mode 0644, in one step: a temporary file beside it, fsync, rename.
 ///
 /// # Errors
 /// When it cannot be written; then the old one stands.
 pub fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
+    replace(path, text, |_| Ok(()))
+}
+
+/// The same, with a look at the new file before it is put in place.
+fn replace(path: &Path, text: &str, look: impl FnOnce(&std::fs::File) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory)?;
     let name = path.file_name().context("it names no file")?.to_string_lossy();
@@ -55,11 +83,12 @@ pub fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
         file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
+        look(&file)?;
         std::fs::rename(&temporary, path)?;
-        std::fs::File::open(directory)?.sync_all()
+        anyhow::Ok(std::fs::File::open(directory)?.sync_all()?)
     })();
     if written.is_err() {
         let _ = std::fs::remove_file(&temporary);
     }
-    Ok(written?)
+    written
 }

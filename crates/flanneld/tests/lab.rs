@@ -733,7 +733,6 @@ fn bad_flags_are_refused(_: &Path) {
         (vec!["--etcd-endpoints=ftp://127.0.0.1:2379"], "an endpoint looks like"),
         (vec!["--etcd-cafile=/nowhere.pem"], "--etcd-cafile /nowhere.pem: No such file"),
         (vec!["--etcd-certfile=/nowhere.pem"], "--etcd-certfile /nowhere.pem: it needs --etcd-keyfile"),
-        (vec!["--etcd-password=hush"], "--etcd-password is given without --etcd-username"),
         (vec!["--healthz-port=x"], "--healthz-port"),
         (vec!["--kube-subnet-mgr"], "--kube-subnet-mgr is not supported"),
         (vec!["--subnet-lease-renew-margin=1440"], "--subnet-lease-renew-margin"),

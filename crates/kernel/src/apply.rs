@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use flannel::desired::{Key, Link, LinkKind, Object};
-use flannel::traffic::iptables::Iptables;
+use flannel::traffic::iptables::{Iptables, Variant};
 use flannel::{IfName, Op, OpError, Outcome, Subnet};
 
 use crate::netlink::{Batch, NetlinkError};
@@ -85,6 +85,10 @@ impl Kernel {
                 if self.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() {
                     return Ok(());
                 }
+                if found.kind == LinkKind::Other("tun".to_owned()) {
+                    let message = format!("{} is another process's, perhaps a second flanneld's with the udp backend", found.name);
+                    return Err(NetlinkError::Refused { errno: libc::EBUSY, message });
+                }
                 link::delete(&mut self.route, found.name)
             }
             Op::Set(Object::Forward(subnet, host)) => self.forward(*subnet, Some(*host)),
@@ -121,7 +125,7 @@ impl Kernel {
     fn start_tunnel(&mut self, wanted: &Link, local: IpAddr, port: u16) -> Result<(), NetlinkError> {
         let there = link::get(&mut self.route, wanted.name)?.is_some();
         let same = |tunnel: &Tunnel| (tunnel.name, tunnel.local, tunnel.port) == (wanted.name, local, port);
-        if there && self.tunnel.as_ref().is_some_and(same) {
+        if there && self.tunnel.as_ref().is_some_and(|tunnel| same(tunnel) && tunnel.is_running()) {
             return Ok(());
         }
         // Where packets go outlives the device.
@@ -139,9 +143,11 @@ impl Kernel {
     }
 
     fn set_iptables(&mut self, rules: &Iptables) -> Result<(), NetlinkError> {
-        self.netfilter()?;
-        let Kernel { netfilter: Some(netfilter), iptables, networks, .. } = self else { return Ok(()) };
-        crate::iptables::set(netfilter, iptables, rules, networks)
+        if rules.variant == Variant::Nft {
+            self.netfilter()?;
+        }
+        let Kernel { netfilter, iptables, networks, .. } = self;
+        crate::iptables::set(netfilter.as_mut(), iptables, rules, networks)
     }
 
     fn index(&mut self, name: IfName) -> Result<u32, NetlinkError> {

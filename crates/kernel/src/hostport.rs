@@ -25,7 +25,7 @@ pub struct Mapping {
     pub host_port: u16,
     /// The container's port.
     pub container_port: u16,
-    /// The address of the host that it is limited to.
+    /// The address of the host that it is limited to; an unspecified one limits it to its family.
     pub host_ip: Option<IpAddr>,
 }
 
@@ -85,7 +85,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     let single = |ip: IpAddr| Subnet::new(ip, Family::of(ip).bits()).expect("a whole address is a prefix");
     for mapping in mappings {
         rule(&mut batch, HOSTPORTS, id, &|list| {
-            if let Some(ip) = mapping.host_ip {
+            if let Some(ip) = mapping.host_ip.filter(|ip| !ip.is_unspecified()) {
                 nft::encode_matches(list, &[Match::Destination { net: single(ip), not: false }]);
             }
             nft::encode_port(list, mapping.protocol, mapping.host_port);
@@ -102,10 +102,11 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     if snat == Snat::Local && family == Family::V4 {
         sources.push("127.0.0.1/32".parse().expect("it is a prefix"));
     }
-    for source in sources {
+    for (source, mapping) in sources.iter().flat_map(|source| mappings.iter().map(move |mapping| (*source, mapping))) {
         rule(&mut batch, MASQUERADING, id, &|list| {
-            // Only what came by a mapping: pods that speak to each other keep their addresses.
-            nft::encode_translated(list);
+            // Only what came by this mapping: pods that speak to each other keep their addresses, and so do clients of a
+            // service, whose destination somebody else translated.
+            nft::encode_translated(list, mapping.protocol, mapping.host_port);
             let matches = vec![Match::Source { net: source, not: false }, to];
             nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
         });
@@ -113,16 +114,21 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     socket.transaction(nft::SUBSYSTEM, batch)
 }
 
+/// A comment as the kernel keeps it: 127 bytes of it.
+fn cut(id: &str) -> &str {
+    id.get(..127).unwrap_or(id)
+}
+
 /// Removes a container's mappings of both families. That there are none is success.
 ///
 /// # Errors
 /// What the kernel answers.
 pub fn remove(id: &str) -> Result<(), NetlinkError> {
-    let mut socket = Socket::open(Protocol::Netfilter)?;
+    let Some(mut socket) = nft::open()? else { return Ok(()) };
     for family in Family::ALL {
         let proto = [crate::addr::family_number(family), 0, 0, 0];
         let mut rules = nft::handles(&mut socket, proto, TABLE)?;
-        rules.retain(|rule| rule.comment == id);
+        rules.retain(|rule| rule.comment == cut(id));
         nft::delete_handles(&mut socket, proto, TABLE, &rules)?;
     }
     Ok(())
@@ -135,5 +141,5 @@ pub fn remove(id: &str) -> Result<(), NetlinkError> {
 pub fn count(id: &str, family: Family) -> Result<usize, NetlinkError> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let rules = nft::handles(&mut socket, [crate::addr::family_number(family), 0, 0, 0], TABLE)?;
-    Ok(rules.iter().filter(|rule| rule.comment == id && rule.chain == HOSTPORTS).count())
+    Ok(rules.iter().filter(|rule| rule.comment == cut(id) && rule.chain == HOSTPORTS).count())
 }

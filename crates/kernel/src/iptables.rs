@@ -67,7 +67,7 @@ struct Fingerprint(Vec<u8>);
 
 /// Our chains in one packet filter.
 pub(crate) fn observe(
-    netfilter: &mut Socket,
+    netfilter: Option<&mut Socket>,
     cache: &mut Cache,
     family: Family,
     variant: Variant,
@@ -77,10 +77,15 @@ pub(crate) fn observe(
     Ok(Iptables::read(family, variant, &saved, networks))
 }
 
-fn saved(netfilter: &mut Socket, cache: &mut Cache, family: Family, variant: Variant) -> Result<Chains, NetlinkError> {
-    let now = match variant {
-        Variant::Nft => fingerprint(netfilter, family)?,
-        Variant::Legacy => Fingerprint(legacy::fingerprint(family)?),
+fn saved(netfilter: Option<&mut Socket>, cache: &mut Cache, family: Family, variant: Variant) -> Result<Chains, NetlinkError> {
+    let now = match (variant, netfilter) {
+        (Variant::Nft, None) => Fingerprint::default(),
+        (Variant::Nft, Some(netfilter)) => match fingerprint(netfilter, family) {
+            // A kernel without nf_tables holds no rules.
+            Err(error) if matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL)) => Fingerprint::default(),
+            other => other?,
+        },
+        (Variant::Legacy, _) => Fingerprint(legacy::fingerprint(family)?),
     };
     if let Some((before, saved)) = cache.0.get(&(family, variant))
         && *before == now
@@ -96,8 +101,10 @@ fn saved(netfilter: &mut Socket, cache: &mut Cache, family: Family, variant: Var
 }
 
 /// Makes our chains be as wanted; with no chains, gone.
-pub(crate) fn set(netfilter: &mut Socket, cache: &mut Cache, wanted: &Iptables, networks: &[Subnet]) -> Result<(), NetlinkError> {
+pub(crate) fn set(netfilter: Option<&mut Socket>, cache: &mut Cache, wanted: &Iptables, networks: &[Subnet]) -> Result<(), NetlinkError> {
     let (family, variant) = (wanted.family, wanted.variant);
+    // Another flanneld on this host, or a plugin, may be at the same chains.
+    let _lock = crate::lock::lock().map_err(|error| NetlinkError::Socket("lock the namespace", error))?;
     let saved = saved(netfilter, cache, family, variant)?;
     let text = restore(wanted, &saved, networks);
     if text.is_empty() {
@@ -106,8 +113,8 @@ pub(crate) fn set(netfilter: &mut Socket, cache: &mut Cache, wanted: &Iptables, 
     cache.0.remove(&(family, variant));
     let mut command = program(family, variant, "restore")?;
     command.arg("--noflush");
-    if variant == Variant::Legacy {
-        // Another program may hold the lock; the other objects are not to wait long for it.
+    if variant == Variant::Legacy && installed(family).is_some_and(|found| found.random_fully) {
+        // Both came with release 1.6.2. Another program may hold the lock; the other objects are not to wait long for it.
         command.arg("--wait=2");
     }
     run(&mut command, &text).map(drop)
@@ -136,6 +143,11 @@ pub fn may_have_chain(family: Family, table: &str, chain: &str) -> bool {
     in_nf_tables.unwrap_or(true) || legacy::tables(family).iter().any(|name| name == table)
 }
 
+/// Are there programs of iptables for a family?
+pub fn has_programs(family: Family) -> bool {
+    plain(family, "save").is_ok() && plain(family, "restore").is_ok()
+}
+
 fn plain(family: Family, verb: &str) -> Result<Command, NetlinkError> {
     let name = format!("{}-{verb}", stem(family));
     let missing = || NetlinkError::Refused { errno: libc::ENOENT, message: format!("there is no {name} on this host: install iptables") };
@@ -144,6 +156,11 @@ fn plain(family: Family, verb: &str) -> Result<Command, NetlinkError> {
 
 fn save(family: Family, variant: Variant, table: &str) -> Result<Chains, NetlinkError> {
     let text = run(program(family, variant, "save")?.args(["-t", table]), "")?;
+    // It ends well when it could not read the table: somebody has put there what only nft understands.
+    if text.contains("is incompatible, use 'nft' tool") {
+        let message = format!("table {table} has rules that {} cannot read; set EnableNFTables to true", stem(family));
+        return Err(NetlinkError::Refused { errno: libc::EOPNOTSUPP, message });
+    }
     Ok(parse_save(table, &text))
 }
 

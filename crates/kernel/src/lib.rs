@@ -13,6 +13,7 @@ pub mod conntrack;
 pub mod hostport;
 pub mod iptables;
 pub mod link;
+pub mod lock;
 pub mod masquerade;
 pub mod monitor;
 pub mod neigh;
@@ -49,6 +50,8 @@ pub struct Kernel {
     tunnel: Option<tunnel::Tunnel>,
     /// Peers for which the extension's commands were run.
     extension: BTreeMap<flannel::LeaseKey, flannel::backend::extension::ExtensionPeer>,
+    /// What could not be read, and is not vital.
+    trouble: Option<String>,
     /// Interface indexes, valid during one call: they change when somebody creates a link anew.
     indexes: BTreeMap<IfName, u32>,
 }
@@ -66,6 +69,7 @@ impl Kernel {
             networks: Vec::new(),
             tunnel: None,
             extension: BTreeMap::new(),
+            trouble: None,
             indexes: BTreeMap::new(),
         })
     }
@@ -73,6 +77,11 @@ impl Kernel {
     /// The netlink port of the route socket: notifications that carry it are echoes of our own changes.
     pub fn port(&self) -> u32 {
         self.route.port()
+    }
+
+    /// What the last [`Kernel::observe`] could not read and left out, in words.
+    pub fn take_trouble(&mut self) -> Option<String> {
+        self.trouble.take()
     }
 
     fn netfilter(&mut self) -> Result<&mut Socket, NetlinkError> {

@@ -76,7 +76,7 @@ pub fn retain(network: &str, attachments: &[String]) -> Result<(), NetlinkError>
 }
 
 fn delete(wanted: impl Fn(&str) -> bool) -> Result<(), NetlinkError> {
-    let mut socket = Socket::open(Protocol::Netfilter)?;
+    let Some(mut socket) = nft::open()? else { return Ok(()) };
     let mut rules = nft::handles(&mut socket, INET, NAME)?;
     rules.retain(|rule| rule.chain == CHECKS && wanted(&rule.comment));
     nft::delete_handles(&mut socket, INET, NAME, &rules)

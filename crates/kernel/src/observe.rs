@@ -26,7 +26,7 @@ impl Kernel {
         for info in links.iter().filter(|link| scope.links.contains(&link.name)) {
             let name = info.name;
             let mut object = link::to_object(info, name_of);
-            if let Some(tunnel) = self.tunnel.as_ref().filter(|tunnel| tunnel.name == name && info.kind == "tun") {
+            if let Some(tunnel) = self.tunnel.as_ref().filter(|tunnel| tunnel.name == name && info.kind == "tun" && tunnel.is_running()) {
                 object.kind = LinkKind::Udp { local: tunnel.local, port: tunnel.port };
                 tunnel.entries().into_iter().for_each(|(subnet, host)| observed.insert(Object::Forward(subnet, host)));
             }
@@ -76,13 +76,15 @@ impl Kernel {
             self.networks = [scope.networks.as_slice(), scope.retired.as_slice()].concat();
         }
         for (family, variant) in scope.iptables.iter().flat_map(|family| Variant::ALL.map(|variant| (*family, variant))) {
-            if self.netfilter().is_err() && variant == Variant::Nft {
+            if variant == Variant::Nft && self.netfilter().is_err() {
                 continue;
             }
-            self.netfilter()?;
-            let Kernel { netfilter: Some(netfilter), iptables, networks, .. } = self else { continue };
-            let found = crate::iptables::observe(netfilter, iptables, family, variant, networks)?;
-            found.into_iter().for_each(|rules| observed.insert(Object::Iptables(rules)));
+            let Kernel { netfilter, iptables, networks, .. } = self;
+            match crate::iptables::observe(netfilter.as_mut(), iptables, family, variant, networks) {
+                Ok(found) => found.into_iter().for_each(|rules| observed.insert(Object::Iptables(rules))),
+                // What cannot be read is as it was, as far as is known; nothing else is to suffer from it.
+                Err(error) => self.trouble = Some(format!("{family} rules of iptables-{variant}: {error}")),
+            }
         }
         Ok(observed)
     }

@@ -66,6 +66,11 @@ impl Tunnel {
         Ok(Tunnel { name, local, port, table, own, threads, stop: Some(stop) })
     }
 
+    /// Are packets carried in both directions? A thread ends when somebody deletes the device.
+    pub(crate) fn is_running(&self) -> bool {
+        !self.threads.iter().any(std::thread::JoinHandle::is_finished)
+    }
+
     /// Packets for `subnet` go to `host`, or nowhere.
     pub(crate) fn set(&self, subnet: Subnet, host: Option<IpAddr>) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
@@ -160,7 +165,8 @@ fn send_all(
         let verdict = outbound(&mut buffer[..length], &table.read().unwrap_or_else(PoisonError::into_inner), own);
         match verdict {
             Verdict::Send(host) => ready.push((at, length, SocketAddrV4::new(host, port))),
-            Verdict::Answer(answer) => device.write_all(&answer)?,
+            // An answer that cannot be given is missed by its asker alone.
+            Verdict::Answer(answer) => drop(device.write_all(&answer)),
             Verdict::Deliver | Verdict::Drop => {}
         }
     }
@@ -174,8 +180,11 @@ fn deliver_all(mut device: &File, socket: &UdpSocket, buffers: &mut [Vec<u8>]) -
     let lengths = sys::receive_many(socket.as_fd(), buffers)?;
     for (buffer, length) in buffers.iter_mut().zip(lengths) {
         let packet = buffer.get_mut(..length).unwrap_or_default();
-        if inbound(packet) == Verdict::Deliver {
-            device.write_all(packet)?;
+        if inbound(packet) == Verdict::Deliver
+            && let Err(error) = device.write_all(packet)
+            && error.raw_os_error() == Some(libc::EBADFD)
+        {
+            return Err(error);
         }
     }
     Ok(())

@@ -20,7 +20,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 14] = [
+    let tests: [(&str, fn()); 15] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -32,6 +32,7 @@ fn main() {
         ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
         ("iptables_are_written_in_one_step_and_repaired", iptables_are_written_and_repaired),
         ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
+        ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
@@ -343,6 +344,30 @@ fn a_changed_ruleset_is_seen_and_repaired() {
     assert_eq!(ops.iter().map(|op| op.object().key()).collect::<Vec<_>>(), [Key::Ruleset(Family::V4)]);
     apply(&mut kernel, &ops);
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
+}
+
+fn a_table_that_iptables_cannot_read() {
+    let nft = |script: &str| {
+        let status = std::process::Command::new("nft").arg(script).status().expect("nft is installed by `cargo xtask test`");
+        assert!(status.success(), "{script}");
+    };
+    // A set is not in iptables' words; its programs say so, and end well.
+    nft("add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; }");
+    nft("add set ip filter s { type ipv4_addr; }; add rule ip filter FORWARD ip saddr @s accept");
+    let mut desired = Desired::default();
+    desired.set_part(Owner::Node, rules_in(Flavour::Iptables(Variant::Nft)));
+    let mut kernel = Kernel::open().unwrap();
+    let mut said = Vec::new();
+    for _ in 0..5 {
+        let observed = kernel.observe(&scope()).unwrap();
+        said.extend(kernel.take_trouble());
+        kernel.apply(&diff(&desired, &observed, Prune::Yes));
+    }
+    assert!(said.iter().any(|text| text.contains("cannot read")), "{said:?}");
+    let output = std::process::Command::new("nft").args(["list", "chain", "ip", "filter", "FORWARD"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.matches("jump FLANNEL-FWD").count() <= 1, "{text}");
+    assert!(text.contains("@s accept"), "{text}");
 }
 
 /// Upstream's TestEnsureV4AddressOnLink and TestEnsureV6AddressOnLink.

@@ -86,9 +86,9 @@ impl Vlans {
 /// the bridge in that VLAN. Returns both.
 pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32) -> Result<(LinkInfo, LinkInfo), CniError> {
     let _lock = lock::host()?;
-    let mut text = format!("{}.{vlan}", bridge.name);
-    text.truncate(15);
-    let name = text.parse().map_err(|error| CniError::config(format!("bridge: {error}")))?;
+    // Cut, the names of two VLANs might be one.
+    let name =
+        format!("{}.{vlan}", bridge.name).parse().map_err(|error| CniError::config(format!("bridge: with a VLAN's number {error}")))?;
     let read = |host: &mut Socket, index: u32| {
         let found = link::get_index(host, index).map_err(failed("read the VLAN's links"))?;
         found.ok_or_else(|| CniError::failed(format!("a link of {name} was deleted at once")))
@@ -107,9 +107,9 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
     let port = read(host, holder.link)?;
     if port.master != bridge.index {
         link::enslave(host, port.index, bridge.index, PortConfig::default()).map_err(failed(format!("make {} a port", port.name)))?;
-        let vlans = Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false };
-        vlans.set_port(host, &port)?;
     }
+    // Also of one that was there: who made it may have been killed before this.
+    Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false }.set_port(host, &port)?;
     if !holder.up {
         link::set_up(host, holder.index, true).map_err(failed(format!("set {name} up")))?;
     }

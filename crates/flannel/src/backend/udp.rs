@@ -1,6 +1,7 @@
 //! udp: packets are carried by this process itself, each as the payload of one UDP datagram (specification, section
 //! 5.3). What happens to a packet is decided here; the device and the socket are the kernel crate's.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -41,34 +42,35 @@ pub(super) fn peer_objects(subnet: Subnet, public: IpAddr) -> Result<Vec<Object>
     }
 }
 
-/// Which host has which subnet. Subnets do not overlap: leases never do.
+/// Which host has which subnet: by length, longest first, because a hostile lease may lie within another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Table(BTreeMap<u32, (Subnet, Ipv4Addr)>);
+pub struct Table(BTreeMap<Reverse<u8>, BTreeMap<Subnet, Ipv4Addr>>);
 
 impl Table {
     /// Packets for `subnet` go to `host`.
     pub fn insert(&mut self, subnet: Subnet, host: Ipv4Addr) {
-        if let IpAddr::V4(network) = subnet.network() {
-            self.0.insert(network.to_bits(), (subnet, host));
-        }
+        self.0.entry(Reverse(subnet.prefix_len())).or_default().insert(subnet, host);
     }
 
     /// Packets for `subnet` go nowhere.
     pub fn remove(&mut self, subnet: Subnet) {
-        if let IpAddr::V4(network) = subnet.network() {
-            self.0.remove(&network.to_bits());
+        let length = Reverse(subnet.prefix_len());
+        if let Some(subnets) = self.0.get_mut(&length) {
+            subnets.remove(&subnet);
+            if subnets.is_empty() {
+                self.0.remove(&length);
+            }
         }
     }
 
     /// The host that has an address.
     pub fn host(&self, ip: Ipv4Addr) -> Option<Ipv4Addr> {
-        let (_, (subnet, host)) = self.0.range(..=ip.to_bits()).next_back()?;
-        subnet.contains(IpAddr::V4(ip)).then_some(*host)
+        self.0.iter().find_map(|(Reverse(length), subnets)| subnets.get(&Subnet::new(IpAddr::V4(ip), *length).ok()?).copied())
     }
 
     /// All entries.
     pub fn iter(&self) -> impl Iterator<Item = (Subnet, Ipv4Addr)> {
-        self.0.values().copied()
+        self.0.values().flatten().map(|(subnet, host)| (*subnet, *host))
     }
 }
 
@@ -222,6 +224,18 @@ mod tests {
         }
         assert_eq!(inbound(&mut packet([10, 244, 2, 1], 1, 6)), Verdict::Drop);
         assert_eq!(outbound(&mut packet([10, 244, 2, 1], 0, 6), &table(), OWN), Verdict::Drop);
+    }
+
+    #[test]
+    fn a_lease_within_another_takes_its_own_addresses_only() {
+        let mut table = table();
+        table.insert("10.244.2.128/28".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 9));
+        table.insert("10.244.2.0/25".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 8));
+        let host = |table: &Table, last| table.host(Ipv4Addr::new(10, 244, 2, last)).map(|ip| ip.octets()[3]);
+        assert_eq!([1, 130, 200].map(|last| host(&table, last)), [Some(8), Some(9), Some(2)]);
+        table.remove("10.244.2.0/25".parse().unwrap());
+        assert_eq!([1, 130, 200].map(|last| host(&table, last)), [Some(2), Some(9), Some(2)]);
+        assert_eq!(table.iter().count(), 3);
     }
 
     #[test]

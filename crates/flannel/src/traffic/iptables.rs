@@ -112,13 +112,7 @@ impl Iptables {
     pub fn read(family: Family, variant: Variant, saved: &[(Place, Saved)], networks: &[Subnet]) -> Option<Iptables> {
         let mut chains = Vec::new();
         for (place, saved) in saved {
-            let mut rules: Vec<String> = Vec::new();
-            for rule in saved.rules.iter().filter(|rule| is_ours(rule, networks)) {
-                // Another flanneld's copy of a rule that names no network counts as ours.
-                if named(rule).next().is_some() || !rules.contains(rule) {
-                    rules.push(rule.clone());
-                }
-            }
+            let rules = own_rules(saved, networks);
             let foreign_only =
                 rules.iter().all(|rule| named(rule).next().is_none()) && saved.rules.iter().any(|rule| !is_ours(rule, networks));
             if (saved.exists || !saved.jumps.is_empty()) && !foreign_only {
@@ -176,12 +170,15 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
             let want = wanted.chains.iter().find(|chain| chain.place == *place);
             let foreign: Vec<&String> = saved.rules.iter().filter(|rule| !is_ours(rule, networks)).collect();
             match want {
-                Some(want) if saved.exists && saved.jumps == want.jumps && rules_of(saved, networks) == want.rules => {}
+                Some(want) if saved.exists && saved.jumps == want.jumps && own_rules(saved, networks) == want.rules => {}
                 Some(want) => {
                     // Declaring a chain empties it, or creates it.
                     lines.push_str(&format!(":{chain} - [0:0]\n"));
-                    foreign.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
-                    want.rules.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
+                    // What names no network is everybody's, and goes first for everybody.
+                    let (named, common): (Vec<&String>, Vec<&String>) = want.rules.iter().partition(|rule| names_a_network(rule));
+                    for rule in common.into_iter().chain(foreign.iter().copied()).chain(named) {
+                        lines.push_str(&format!("-A {chain} {rule}\n"));
+                    }
                     // One good jump stays where it is; its place among other rules is the operator's.
                     let keep = want.jumps.first().filter(|jump| saved.jumps.contains(jump));
                     let mut kept = false;
@@ -197,6 +194,8 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
                 }
                 None if !foreign.is_empty() => {
                     lines.push_str(&format!(":{chain} - [0:0]\n"));
+                    let common = own_rules(saved, networks).into_iter().filter(|rule| !names_a_network(rule));
+                    common.for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
                     foreign.iter().for_each(|rule| lines.push_str(&format!("-A {chain} {rule}\n")));
                 }
                 None => {
@@ -214,8 +213,19 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
     text
 }
 
-fn rules_of(saved: &Saved, networks: &[Subnet]) -> Vec<String> {
-    saved.rules.iter().filter(|rule| is_ours(rule, networks)).cloned().collect()
+/// The rules of a chain that are ours. Of one that names no network each flanneld has the same; one copy counts for all.
+fn own_rules(saved: &Saved, networks: &[Subnet]) -> Vec<String> {
+    let mut rules: Vec<String> = Vec::new();
+    for rule in saved.rules.iter().filter(|rule| is_ours(rule, networks)) {
+        if names_a_network(rule) || !rules.contains(rule) {
+            rules.push(rule.clone());
+        }
+    }
+    rules
+}
+
+fn names_a_network(rule: &str) -> bool {
+    named(rule).next().is_some()
 }
 
 /// The networks that a rule names, multicast left out.
@@ -388,6 +398,38 @@ COMMIT
         assert_eq!(restore(&want, &saved, &networks()), "");
         let gone = restore(&Iptables { chains: Vec::new(), ..read }, &saved, &networks());
         assert!(gone.contains("-F FLANNEL-POSTRTG\n-X FLANNEL-POSTRTG\n") && gone.contains("-D FORWARD -m comment"), "{gone}");
+    }
+
+    #[test]
+    fn two_flannelds_come_to_rest() {
+        let theirs = {
+            let networks = PerFamily { v4: "10.7.0.0/16".parse().ok(), v6: None };
+            let mine = PerFamily { v4: "10.7.1.0/24".parse().ok(), v6: None };
+            Iptables::new(&rulesets(ALL, &networks, &mine)[0], Variant::Nft)
+        };
+        let their_networks = vec!["10.7.0.0/16".parse().unwrap()];
+        // What a restore makes of a table, as iptables-save would print it.
+        let apply = |wanted: &Iptables, networks: &[Subnet], saved: &[(Place, Saved)]| {
+            let text = restore(wanted, saved, networks);
+            let nat: String = text.split("*filter").next().unwrap_or_default().to_owned();
+            let filter = text.strip_prefix(&nat).unwrap_or_default().to_owned();
+            let kept = |table: &str, place: Place| {
+                saved
+                    .iter()
+                    .filter(|(p, _)| p.table() == table && *p == place)
+                    .flat_map(|(_, s)| s.jumps.clone())
+                    .map(|j| format!("-A {} {j}\n", place.base()))
+                    .collect::<String>()
+            };
+            [parse_save("nat", &(kept("nat", Place::Masquerade) + &nat)), parse_save("filter", &(kept("filter", Place::Forward) + &filter))]
+                .concat()
+        };
+        let first = apply(&wanted(ALL), &networks(), &nothing());
+        let second = apply(&theirs, &their_networks, &first);
+        assert_eq!(restore(&wanted(ALL), &second, &networks()), "", "the first is content with what the second made");
+        assert_eq!(restore(&theirs, &second, &their_networks), "");
+        let marks = second[0].1.rules.iter().filter(|rule| rule.contains("--mark")).count();
+        assert_eq!((marks, second[0].1.rules.len()), (1, 11));
     }
 
     #[test]

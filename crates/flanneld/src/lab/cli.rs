@@ -129,6 +129,8 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
             exec::tell(listener, &places);
         }
         if args.etcd.is_some() {
+            // A daemon whose lease is deleted acquires another.
+            (0..args.hosts).try_for_each(|host| lab.stop_daemon(host, true).map(drop))?;
             lab.with_store(async |store| store.delete_everything().await)?;
         }
     }

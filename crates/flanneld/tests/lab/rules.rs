@@ -150,7 +150,8 @@ pub(crate) fn two_daemons_share_a_host(root: &Path) {
     let now = shell(one, "iptables-save -c | grep FLANNEL | grep -v '^\\[0:0\\]'");
     std::thread::sleep(Duration::from_millis(500));
     assert!(!now.is_empty());
-    assert!(lab.hosts[0].state().unwrap()["objects"]["failed"].as_array().unwrap().is_empty());
+    let failed = lab.hosts[0].state().unwrap()["objects"]["failed"].clone();
+    assert_eq!(failed, json!([]));
     shell(one, "iptables -F FLANNEL-FWD");
     eventually("the rules of both again", || rules().contains("-s 10.244.0.0/16 -m") && rules().contains("-s 10.99.0.0/16 -m"));
     for mut child in children {

@@ -11,7 +11,7 @@ use super::{
     REG_1, REG_VERDICT, RULE_CHAIN, SUBSYSTEM, TABLE, VERDICT_CHAIN, VERDICT_CODE, be, comment, encode_hook, expression, find, kind,
     octets,
 };
-use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, str_in};
+use crate::netlink::{Batch, Body, CREATE, NetlinkError, Protocol, Socket, str_in};
 
 const RULE_HANDLE: u16 = 3;
 pub(crate) const RULE_USERDATA: u16 = 7;
@@ -34,6 +34,18 @@ pub(crate) struct Handle {
     pub(crate) comment: String,
 }
 
+/// A socket for what may be there; `None` in a kernel without nf_tables, where nothing is.
+pub(crate) fn open() -> Result<Option<Socket>, NetlinkError> {
+    match Socket::open(Protocol::Netfilter) {
+        Err(error) if is_without_nf_tables(&error) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+fn is_without_nf_tables(error: &NetlinkError) -> bool {
+    matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL))
+}
+
 /// The rules of a table; none if there is no such table. `proto` is the `nfgenmsg` that names the family.
 pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Result<Vec<Handle>, NetlinkError> {
     let only = |body: &mut Body<'_>| {
@@ -53,7 +65,7 @@ pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Resul
         })
     };
     match socket.dump(kind(GETRULE), only, read) {
-        Err(error) if error.is_not_found() => Ok(Vec::new()),
+        Err(error) if error.is_not_found() || is_without_nf_tables(&error) => Ok(Vec::new()),
         other => other,
     }
 }
@@ -63,14 +75,21 @@ pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, r
     if rules.is_empty() {
         return Ok(());
     }
-    let mut batch = Batch::new();
-    for rule in rules {
-        batch.message(kind(DELRULE), 0, |body| {
-            body.bytes(&proto).attr_str(TABLE, table).attr_str(RULE_CHAIN, &rule.chain).attr(RULE_HANDLE, &rule.handle);
-        });
-    }
-    match socket.transaction(SUBSYSTEM, batch) {
-        Err(error) if error.is_not_found() => Ok(()),
+    let delete = |socket: &mut Socket, rules: &[Handle]| {
+        let mut batch = Batch::new();
+        for rule in rules {
+            batch.message(kind(DELRULE), 0, |body| {
+                body.bytes(&proto).attr_str(TABLE, table).attr_str(RULE_CHAIN, &rule.chain).attr(RULE_HANDLE, &rule.handle);
+            });
+        }
+        socket.transaction(SUBSYSTEM, batch)
+    };
+    match delete(socket, rules) {
+        // One that somebody else just deleted keeps the others: each by itself, then.
+        Err(error) if error.is_not_found() => rules.iter().try_for_each(|rule| match delete(socket, std::slice::from_ref(rule)) {
+            Err(error) if error.is_not_found() => Ok(()),
+            other => other,
+        }),
         other => other,
     }
 }
@@ -191,9 +210,17 @@ pub(crate) fn encode_dnat(list: &mut Body<'_>, to: IpAddr, port: u16) {
     });
 }
 
-/// The connection's destination was translated (`ct status dnat`).
-pub(crate) fn encode_translated(list: &mut Body<'_>) {
+/// The connection's destination was translated from this port (`ct status dnat`, `ct original proto-dst`).
+pub(crate) fn encode_translated(list: &mut Body<'_>, protocol: u8, port: u16) {
     const CT_STATUS: u32 = 2;
+    const CT_PROTO_DST: u32 = 12;
+    const ORIGINAL: u8 = 0;
+    meta(list, META_L4PROTO);
+    compare(list, CMP_EQ, &[protocol]);
+    expression(list, "ct", |ct| {
+        be(be(ct, 1, REG_1), 2, CT_PROTO_DST).attr(3, &[ORIGINAL]);
+    });
+    compare(list, CMP_EQ, &port.to_be_bytes());
     expression(list, "ct", |ct| {
         be(be(ct, 1, REG_1), 2, CT_STATUS);
     });
