@@ -20,7 +20,7 @@ fuzz_target!(|input: (bool, String, Vec<u8>)| {
     let node = Node { ext: "eth0".parse().expect("a name"), mtu: 1500, addrs, public: addrs, routes: vec![("0.0.0.0/1".parse().expect("a prefix"), true)] };
     let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None });
     let own: Subnet = "10.244.1.0/24".parse().expect("a prefix");
-    let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true };
+    let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: flannel::traffic::Flavour::Nftables };
     let own_key = LeaseKey::new(PerFamily { v4: Some(own), v6: None }).expect("a subnet");
     let mut picture = Picture::new(config, node, backend, traffic, own_key);
     let key = key.unwrap_or_else(|| LeaseKey::new(PerFamily { v4: "10.244.7.0/24".parse().ok(), v6: None }).expect("a subnet"));

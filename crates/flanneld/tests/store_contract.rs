@@ -428,6 +428,24 @@ fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
         assert_eq!(keys.len(), 30);
         let full = keeper("192.0.2.250").acquire(&none).await.unwrap_err();
         assert!(full.to_string().contains("out of subnets"), "{full}");
+
+        // With both families, leases that share an IPv4 subnet are two keys, both of which the store creates.
+        let text = r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.24.0","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
+        let config = flannel::Config::parse(text).unwrap();
+        let store = Store::plain(&format!("http://{STORE}"), "/dual").unwrap();
+        let mut racers = tokio::task::JoinSet::new();
+        for i in 0..12 {
+            let keeper = Keeper {
+                store: store.clone(),
+                config: config.clone(),
+                peer: lease(0, &format!("192.0.2.{}", 100 + i)).peer,
+                margin: Duration::from_secs(60),
+            };
+            racers.spawn(async move { keeper.acquire(&PerFamily::default()).await.unwrap().key });
+        }
+        let keys: Vec<LeaseKey> = racers.join_all().await;
+        let overlaps = keys.iter().enumerate().filter(|(at, key)| keys[..*at].iter().any(|other| other.overlaps(key))).count();
+        assert_eq!(overlaps, 0, "{keys:?}");
     });
 }
 
