@@ -54,7 +54,7 @@ pub struct Config {
     pub backend: BackendConfig,
 }
 
-/// One family's pod network and how it is cut into subnets.
+/// One family's pod network and how it is cut into subnets: where those are assigned (Kubernetes), as one whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     /// The whole pod network.
@@ -152,10 +152,23 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], which names the field and the fix. A value that is merely unknown to us is no error.
     pub fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::read(text, Subnets::Leased)
+    }
+
+    /// The same where others say which subnet each host has, as in Kubernetes: `SubnetLen`, `SubnetMin` and `SubnetMax`
+    /// mean nothing there and are not looked at.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn parse_assigned(text: &str) -> Result<Config, ConfigError> {
+        Config::read(text, Subnets::Assigned)
+    }
+
+    fn read(text: &str, subnets: Subnets) -> Result<Config, ConfigError> {
         let fields = Fields::parse(text).map_err(ConfigError::Json)?;
         let mut networks = PerFamily::default();
         for family in Family::ALL {
-            networks.set(family, network(&fields, family)?);
+            networks.set(family, network(&fields, family, subnets)?);
         }
         if networks.is_empty() {
             return Err(invalid("EnableIPv4", "both EnableIPv4 and EnableIPv6 are false: enable one".to_owned()));
@@ -175,6 +188,15 @@ impl Config {
     pub fn network(&self, family: Family) -> Option<Subnet> {
         self.networks.get(family).map(|network| network.network)
     }
+}
+
+/// Who says which subnet a host has?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Subnets {
+    /// Hosts choose by themselves, within limits.
+    Leased,
+    /// Somebody else does.
+    Assigned,
 }
 
 /// The names of one family's keys: the families differ in data, not in code.
@@ -205,7 +227,7 @@ const V6: Keys = Keys {
     limits: (126, 124, 62, 64),
 };
 
-fn network(fields: &Fields, family: Family) -> Result<Option<Network>, ConfigError> {
+fn network(fields: &Fields, family: Family, subnets: Subnets) -> Result<Option<Network>, ConfigError> {
     let keys = match family {
         Family::V4 => V4,
         Family::V6 => V6,
@@ -215,7 +237,11 @@ fn network(fields: &Fields, family: Family) -> Result<Option<Network>, ConfigErr
         return Ok(None);
     }
     // A null is an absent value for the IPv6 addresses and an error for all others: upstream's decoders differ so.
-    for field in [keys.network, keys.min, keys.max] {
+    let given = match subnets {
+        Subnets::Leased => &[keys.network, keys.min, keys.max][..],
+        Subnets::Assigned => &[keys.network],
+    };
+    for field in given.iter().copied() {
         let tolerated = family == Family::V6 && field != keys.network;
         if fields.is_null(&field.to_lowercase()) && !tolerated {
             return Err(invalid(field, "null is no value: leave the field out or give it one".to_owned()));
@@ -227,6 +253,9 @@ fn network(fields: &Fields, family: Family) -> Result<Option<Network>, ConfigErr
     let network: Subnet = text.parse().map_err(|error: NetError| invalid(keys.network, error.to_string()))?;
     if network.family() != family {
         return Err(invalid(keys.network, format!("{network} is no {family} network")));
+    }
+    if subnets == Subnets::Assigned {
+        return Ok(Some(Network { network, subnet_len: network.prefix_len(), min: network.network(), max: network.network() }));
     }
 
     let (longest, longest_network, usual_network, usual_len) = keys.limits;
@@ -407,6 +436,14 @@ mod tests {
             r#"{"Network":"10.3.0.0/16","network":"10.4.0.0/16","Backend":{"Type":"alloc"}}"#,
             expect!["10.4.0.0/16 /24 10.4.1.0..10.4.255.0; Alloc"],
         );
+    }
+
+    #[test]
+    fn where_subnets_are_assigned_their_limits_are_not_looked_at() {
+        let text = r#"{"Network":"10.3.0.0/29","SubnetLen":99,"SubnetMin":"x","SubnetMax":null,"Backend":{"Type":"alloc"}}"#;
+        assert!(Config::parse(text).is_err());
+        assert_eq!(Config::parse_assigned(text).unwrap().network(Family::V4), "10.3.0.0/29".parse().ok());
+        assert!(Config::parse_assigned(r#"{"SubnetLen":24}"#).is_err(), "a network there must be");
     }
 
     #[test]

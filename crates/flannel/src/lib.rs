@@ -6,6 +6,7 @@
 //! feeds it) and `cni` (which reads `subnet.env`).
 
 pub mod alloc;
+pub mod annotations;
 pub mod backend;
 pub mod config;
 pub mod desired;

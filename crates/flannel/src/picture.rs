@@ -126,7 +126,10 @@ impl Picture {
 
     /// The same, with the plain routes that a Go flanneld may have left on this host.
     pub fn scope_with_adoption(&self) -> Scope {
-        let subnets = self.config.networks.iter().map(|(_, network)| (network.network, network.subnet_len)).collect();
+        let own = |family| self.own.subnets().get(family).map(|own| own.prefix_len());
+        let networks = self.config.networks.iter().map(|(family, network)| (network.network, own(family)));
+        // All hosts' subnets are of the size of this one's.
+        let subnets = networks.filter_map(|(network, len)| Some((network, len?))).collect();
         Scope { adopt: Some(Adopt { dev: self.node.ext, subnets }), ..self.scope() }
     }
 

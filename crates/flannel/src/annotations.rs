@@ -1,0 +1,452 @@
+//! The Kubernetes form of a lease: annotations and pod CIDRs of a Node, read tolerantly and written to the byte
+//! (specification, sections 4.2 to 4.4). Other implementations compare these texts.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use serde_json::value::RawValue;
+use thiserror::Error;
+
+use crate::config::{BackendConfig, Config};
+use crate::json::compact;
+use crate::lease::{LeaseKey, Peer};
+use crate::net::{Family, PerFamily, Subnet};
+
+/// Annotations by their whole keys.
+pub type Annotations = BTreeMap<String, String>;
+
+/// What of a Node cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum NodeError {
+    /// `--kube-annotation-prefix` is no prefix.
+    #[error(
+        "--kube-annotation-prefix: {0:?} is no prefix of annotations: it looks like flannel.alpha.coreos.com or example.com/net, in lower case, with a dot before the slash"
+    )]
+    Prefix(String),
+    /// An annotation has a value that cannot be used.
+    #[error("annotation {key}: {problem}")]
+    Annotation {
+        /// Its whole key.
+        key: String,
+        /// What is wrong with its value.
+        problem: String,
+    },
+    /// Nobody assigned a pod CIDR.
+    #[error(
+        "it has no spec.podCIDR: start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr, or set the field by hand"
+    )]
+    NoPodCidr,
+    /// There is a pod CIDR, but none of a family that the network config enables.
+    #[error(
+        "spec.podCIDRs {0} has no {1} subnet, which the network config enables: the cluster CIDR of kube-controller-manager must have one"
+    )]
+    NoFamily(String, Family),
+    /// A pod CIDR is no subnet, or there are too many.
+    #[error("spec.podCIDRs: {0}")]
+    BadPodCidr(String),
+    /// The pod CIDR is no part of the pod network.
+    #[error("its pod CIDR {0} lies outside the pod network {1}: {field} of the network config must contain kube-controller-manager's --cluster-cidr", field = if .1.family() == Family::V4 { "Network" } else { "IPv6Network" })]
+    Outside(Subnet, Subnet),
+}
+
+/// The keys of our annotations.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys(String);
+
+/// The names of one family's annotations: the families differ in data, not in code.
+struct Names {
+    data: &'static str,
+    public: &'static str,
+    overwrite: &'static str,
+    node: &'static str,
+}
+
+fn names(family: Family) -> Names {
+    match family {
+        Family::V4 => Names { data: "backend-data", public: "public-ip", overwrite: "public-ip-overwrite", node: "node-public-ip" },
+        Family::V6 => {
+            Names { data: "backend-v6-data", public: "public-ipv6", overwrite: "public-ipv6-overwrite", node: "node-public-ipv6" }
+        }
+    }
+}
+
+const TYPE: &str = "backend-type";
+const MANAGED: &str = "kube-subnet-manager";
+
+impl Keys {
+    /// Keys with the prefix of `--kube-annotation-prefix`: one without a slash gets one, and one that ends neither in
+    /// a slash nor in a dash a dash.
+    ///
+    /// # Errors
+    /// [`NodeError::Prefix`].
+    pub fn new(prefix: &str) -> Result<Keys, NodeError> {
+        let bad = || NodeError::Prefix(prefix.to_owned());
+        let mut text = prefix.to_owned();
+        if !text.contains('/') {
+            text.push('/');
+        }
+        if !text.ends_with(['/', '-']) {
+            text.push('-');
+        }
+        let (domain, rest) = text.split_once('/').ok_or_else(bad)?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.' | '_');
+        let label = |label: &str| {
+            let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+            label.starts_with(alphanumeric) && label.ends_with(alphanumeric) && label.chars().all(|c| alphanumeric(c) || c == '-')
+        };
+        let fqdn = domain.contains('.') && domain.split('.').all(label);
+        let suffix = rest.is_empty() || rest.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()) && rest.chars().all(plain);
+        if fqdn && suffix { Ok(Keys(text)) } else { Err(bad()) }
+    }
+
+    /// Is this one of our annotations?
+    pub fn is_ours(&self, key: &str) -> bool {
+        key.starts_with(&self.0)
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.0)
+    }
+
+    fn get<'a>(&self, annotations: &'a Annotations, name: &str) -> Option<&'a str> {
+        annotations.get(&self.key(name)).map(String::as_str)
+    }
+
+    fn address(&self, annotations: &Annotations, name: &str, family: Family) -> Result<Option<IpAddr>, NodeError> {
+        let Some(text) = self.get(annotations, name).filter(|text| !text.is_empty()) else { return Ok(None) };
+        let ip: Option<IpAddr> = text.parse().ok().filter(|ip| Family::of(*ip) == family);
+        let problem = || format!("{text:?} is no {family} address");
+        let ip = ip.ok_or_else(|| NodeError::Annotation { key: self.key(name), problem: problem() })?;
+        Ok(Some(ip).filter(|ip| *ip != family.unspecified()))
+    }
+
+    /// Does flannel manage the Node with these annotations?
+    pub fn is_managed(&self, annotations: &Annotations) -> bool {
+        self.get(annotations, MANAGED) == Some("true")
+    }
+
+    /// What the flanneld of a Node has published; `None` if none manages it.
+    ///
+    /// # Errors
+    /// [`NodeError::Annotation`].
+    pub fn peer(&self, annotations: &Annotations) -> Result<Option<Peer>, NodeError> {
+        if !self.is_managed(annotations) {
+            return Ok(None);
+        }
+        let mut peer = Peer { backend_type: self.get(annotations, TYPE).unwrap_or_default().into(), ..Peer::default() };
+        for family in Family::ALL {
+            let names = names(family);
+            peer.public.set(family, self.address(annotations, names.public, family)?);
+            let Some(text) = self.get(annotations, names.data).filter(|text| !text.is_empty()) else { continue };
+            let raw: &RawValue = serde_json::from_str(text)
+                .map_err(|error| NodeError::Annotation { key: self.key(names.data), problem: format!("it is no JSON: {error}") })?;
+            peer.backend_data.set(family, compact(raw).filter(|data| &**data != "null"));
+        }
+        Ok(Some(peer))
+    }
+
+    /// What the operator wants published instead of `--public-ip` and `--public-ipv6`.
+    ///
+    /// # Errors
+    /// [`NodeError::Annotation`].
+    pub fn node_public(&self, annotations: &Annotations) -> Result<PerFamily<IpAddr>, NodeError> {
+        let mut public = PerFamily::default();
+        for family in Family::ALL {
+            public.set(family, self.address(annotations, names(family).node, family)?);
+        }
+        Ok(public)
+    }
+
+    /// The annotations by which this node publishes `peer`, given those that its Node has: the operator's overwrites
+    /// among them replace an address. Only what differs need be written.
+    ///
+    /// # Errors
+    /// [`NodeError::Annotation`], of an overwrite.
+    pub fn wanted(&self, current: &Annotations, backend: &BackendConfig, peer: &Peer) -> Result<Annotations, NodeError> {
+        let mut wanted = Annotations::from([(self.key(TYPE), peer.backend_type.to_string()), (self.key(MANAGED), "true".to_owned())]);
+        for family in Family::ALL {
+            let has_data = peer.backend_data.get(family).is_some();
+            let published = match (backend, family) {
+                (BackendConfig::Vxlan(_), _) => has_data,
+                // Peers of upstream's read the IPv4 pair of every node, 0.0.0.0 if there is no IPv4.
+                (_, Family::V4) => true,
+                (BackendConfig::HostGw | BackendConfig::Extension(_), Family::V6) => peer.public.v6.is_some(),
+                (_, Family::V6) => false,
+            };
+            if !published {
+                continue;
+            }
+            let names = names(family);
+            let address = match self.address(current, names.overwrite, family)? {
+                Some(overwrite) => overwrite,
+                None => peer.public.get(family).copied().unwrap_or(family.unspecified()),
+            };
+            wanted.insert(self.key(names.public), address.to_string());
+            let data = peer.backend_data.get(family).map_or("null", |data| data);
+            wanted.insert(self.key(names.data), data.to_owned());
+        }
+        Ok(wanted)
+    }
+}
+
+/// The subnets of a Node, from `spec.podCIDRs`, or `spec.podCIDR` where that is empty.
+///
+/// # Errors
+/// [`NodeError::NoPodCidr`] and [`NodeError::BadPodCidr`].
+pub fn pod_cidrs(pod_cidr: &str, pod_cidrs: &[String]) -> Result<PerFamily<Subnet>, NodeError> {
+    let one = [pod_cidr.to_owned()];
+    let texts = if pod_cidrs.is_empty() { &one[..] } else { pod_cidrs };
+    if texts.len() > 2 {
+        return Err(NodeError::BadPodCidr(format!("there are {}; a Node has at most one a family", texts.len())));
+    }
+    let mut subnets = PerFamily::default();
+    for text in texts.iter().filter(|text| !text.is_empty()) {
+        let subnet: Subnet = text.parse().map_err(|error: crate::net::NetError| NodeError::BadPodCidr(error.to_string()))?;
+        // The first of a family counts.
+        if subnets.get(subnet.family()).is_none() {
+            subnets.set(subnet.family(), Some(subnet));
+        }
+    }
+    if subnets.is_empty() { Err(NodeError::NoPodCidr) } else { Ok(subnets) }
+}
+
+/// The lease of a Node with these subnets: those of the families that the configuration enables.
+///
+/// # Errors
+/// [`NodeError::NoFamily`] if none of an enabled family is there.
+pub fn lease_key(config: &Config, subnets: &PerFamily<Subnet>) -> Result<LeaseKey, NodeError> {
+    let mut enabled = PerFamily::default();
+    for (family, _) in config.networks.iter() {
+        enabled.set(family, subnets.get(family).copied());
+    }
+    LeaseKey::new(enabled).ok_or_else(|| {
+        let family = if config.networks.v4.is_some() { Family::V4 } else { Family::V6 };
+        NodeError::NoFamily(list(subnets), family)
+    })
+}
+
+/// This node's own lease: a subnet of every enabled family, each inside the pod network.
+///
+/// # Errors
+/// [`NodeError::NoFamily`] and [`NodeError::Outside`].
+pub fn own_lease_key(config: &Config, subnets: &PerFamily<Subnet>) -> Result<LeaseKey, NodeError> {
+    for (family, network) in config.networks.iter() {
+        let subnet = *subnets.get(family).ok_or_else(|| NodeError::NoFamily(list(subnets), family))?;
+        if !network.network.covers(subnet) {
+            return Err(NodeError::Outside(subnet, network.network));
+        }
+    }
+    lease_key(config, subnets)
+}
+
+fn list(subnets: &PerFamily<Subnet>) -> String {
+    subnets.iter().map(|(_, subnet)| subnet.to_string()).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    const PREFIX: &str = "flannel.alpha.coreos.com";
+
+    #[test]
+    fn prefixes_are_upstreams() {
+        for (prefix, key) in [
+            (PREFIX, "flannel.alpha.coreos.com/backend-type"),
+            ("flannel.alpha.coreos.com/", "flannel.alpha.coreos.com/backend-type"),
+            ("org.com/9", "org.com/9-backend-type"),
+            ("org.com/9-", "org.com/9-backend-type"),
+            ("org.com/a_b.c", "org.com/a_b.c-backend-type"),
+        ] {
+            assert_eq!(Keys::new(prefix).unwrap().key(TYPE), key);
+        }
+        for prefix in ["org", "org/", "org.COM", "org.com/PREFIX", "org.com/a/b", "", "/", ".com/", "org..com/", "org.com/-x", "a b.com"] {
+            assert_eq!(Keys::new(prefix), Err(NodeError::Prefix(prefix.to_owned())), "{prefix}");
+        }
+    }
+
+    fn annotations(pairs: &[(&str, &str)]) -> Annotations {
+        pairs.iter().map(|(name, value)| (format!("{PREFIX}/{name}"), (*value).to_owned())).collect()
+    }
+
+    /// What a node publishes, one annotation a line.
+    #[track_caller]
+    fn check(config: &str, peer: Peer, current: &[(&str, &str)], want: Expect) {
+        let config = Config::parse_assigned(config).unwrap();
+        let keys = Keys::new(PREFIX).unwrap();
+        match keys.wanted(&annotations(current), &config.backend, &peer) {
+            Err(error) => want.assert_eq(&format!("error: {error}")),
+            Ok(wanted) => {
+                // What is written is read back as it was, but for what an operator overwrote.
+                if current.is_empty() {
+                    assert_eq!(keys.peer(&wanted).unwrap(), Some(peer));
+                }
+                let lines: Vec<String> = wanted.iter().map(|(key, value)| format!("{}={value}\n", &key[PREFIX.len() + 1..])).collect();
+                want.assert_eq(&lines.concat());
+            }
+        }
+    }
+
+    fn vxlan(v6: bool) -> Peer {
+        let data = |mac: &str| Some(format!("{{\"VNI\":1,\"VtepMAC\":\"{mac}\"}}").into());
+        Peer {
+            public: PerFamily { v4: "192.0.2.1".parse().ok(), v6: v6.then(|| "2001:db8::1".parse().unwrap()) },
+            backend_type: "vxlan".into(),
+            backend_data: PerFamily { v4: data("0e:00:00:00:00:01"), v6: if v6 { data("0e:00:00:00:06:01") } else { None } },
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_upstreams_form_to_the_byte() {
+        let v4 = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        check(
+            v4,
+            vxlan(false),
+            &[],
+            expect![[r#"
+            backend-data={"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}
+            backend-type=vxlan
+            kube-subnet-manager=true
+            public-ip=192.0.2.1
+        "#]],
+        );
+        let dual = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"vxlan"}}"#;
+        check(
+            dual,
+            vxlan(true),
+            &[],
+            expect![[r#"
+            backend-data={"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}
+            backend-type=vxlan
+            backend-v6-data={"VNI":1,"VtepMAC":"0e:00:00:00:06:01"}
+            kube-subnet-manager=true
+            public-ip=192.0.2.1
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+        // A dual-stack host with an IPv4 network has an IPv6 address that nobody needs to know.
+        let v6 = Peer { public: vxlan(true).public, ..vxlan(false) };
+        let host_gw = |public| Peer { public, backend_type: "host-gw".into(), ..Peer::default() };
+        check(
+            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#,
+            host_gw(v6.public),
+            &[],
+            expect![[r#"
+            backend-data=null
+            backend-type=host-gw
+            backend-v6-data=null
+            kube-subnet-manager=true
+            public-ip=192.0.2.1
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+        let only_v6 = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
+        check(
+            only_v6,
+            host_gw(PerFamily { v4: None, ..v6.public }),
+            &[],
+            expect![[r#"
+            backend-data=null
+            backend-type=host-gw
+            backend-v6-data=null
+            kube-subnet-manager=true
+            public-ip=0.0.0.0
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+        let only_v6 = only_v6.replace("host-gw", "vxlan");
+        let peer = Peer {
+            public: PerFamily { v4: None, ..vxlan(true).public },
+            backend_data: PerFamily { v4: None, ..vxlan(true).backend_data },
+            ..vxlan(true)
+        };
+        check(
+            &only_v6,
+            peer,
+            &[],
+            expect![[r#"
+            backend-type=vxlan
+            backend-v6-data={"VNI":1,"VtepMAC":"0e:00:00:00:06:01"}
+            kube-subnet-manager=true
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+        let udp = Peer { public: vxlan(false).public, ..Peer::default() };
+        check(
+            r#"{"Network":"10.244.0.0/16"}"#,
+            udp,
+            &[],
+            expect![[r#"
+            backend-data=null
+            backend-type=
+            kube-subnet-manager=true
+            public-ip=192.0.2.1
+        "#]],
+        );
+    }
+
+    #[test]
+    fn an_operator_may_overwrite_what_is_published() {
+        let v4 = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        check(
+            v4,
+            vxlan(false),
+            &[("public-ip-overwrite", "203.0.113.9"), ("public-ip", "192.0.2.1")],
+            expect![[r#"
+            backend-data={"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}
+            backend-type=vxlan
+            kube-subnet-manager=true
+            public-ip=203.0.113.9
+        "#]],
+        );
+        check(
+            v4,
+            vxlan(false),
+            &[("public-ip-overwrite", "somewhere")],
+            expect![[r#"error: annotation flannel.alpha.coreos.com/public-ip-overwrite: "somewhere" is no IPv4 address"#]],
+        );
+    }
+
+    #[test]
+    fn one_bad_annotation_is_named() {
+        let keys = Keys::new(PREFIX).unwrap();
+        let peer = |pairs: &[(&str, &str)]| keys.peer(&annotations(pairs)).map_err(|error| error.to_string());
+        assert_eq!(peer(&[("public-ip", "nonsense")]), Ok(None), "nobody manages it");
+        let managed = ("kube-subnet-manager", "true");
+        assert_eq!(
+            peer(&[managed, ("public-ip", "fd00::1")]).unwrap_err(),
+            "annotation flannel.alpha.coreos.com/public-ip: \"fd00::1\" is no IPv4 address"
+        );
+        let error = peer(&[managed, ("backend-data", "{\"VNI\":")]).unwrap_err();
+        assert!(error.starts_with("annotation flannel.alpha.coreos.com/backend-data: it is no JSON: "), "{error}");
+        let only_one_family = peer(&[managed, ("public-ipv6", "fd00::1"), ("backend-type", "host-gw"), ("backend-v6-data", "null")]);
+        let public = PerFamily { v4: None, v6: "fd00::1".parse().ok() };
+        assert_eq!(only_one_family, Ok(Some(Peer { public, backend_type: "host-gw".into(), ..Peer::default() })));
+    }
+
+    #[test]
+    fn subnets_of_a_node() {
+        let of = |one: &str, many: &[&str]| {
+            let many: Vec<String> = many.iter().map(ToString::to_string).collect();
+            pod_cidrs(one, &many).map(|subnets| list(&subnets)).map_err(|error| error.to_string())
+        };
+        assert_eq!(of("10.244.1.0/24", &[]).unwrap(), "10.244.1.0/24");
+        assert_eq!(of("10.244.1.0/24", &["fc00:0:0:1::/64", "10.244.1.0/24"]).unwrap(), "10.244.1.0/24,fc00:0:0:1::/64");
+        assert!(of("", &[]).unwrap_err().starts_with("it has no spec.podCIDR: start kube-controller-manager with"));
+        assert!(of("x", &[]).unwrap_err().starts_with("spec.podCIDRs: "));
+        assert!(of("", &["10.1.0.0/24", "10.2.0.0/24", "10.3.0.0/24"]).is_err());
+    }
+
+    #[test]
+    fn the_own_lease_lies_in_the_pod_network_in_every_family() {
+        let config = Config::parse_assigned(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#).unwrap();
+        let key = |v4: &str, v6: &str| own_lease_key(&config, &PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() });
+        assert_eq!(key("10.244.1.0/24", "fc00:0:0:1::/64").unwrap().to_string(), "10.244.1.0/24,fc00:0:0:1::/64");
+        assert!(matches!(key("10.244.1.0/24", ""), Err(NodeError::NoFamily(_, Family::V6))));
+        assert_eq!(
+            key("10.1.1.0/24", "fc00:0:0:1::/64").unwrap_err().to_string(),
+            "its pod CIDR 10.1.1.0/24 lies outside the pod network 10.244.0.0/16: Network of the network config must contain kube-controller-manager's --cluster-cidr"
+        );
+    }
+}
