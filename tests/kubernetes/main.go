@@ -1,4 +1,5 @@
-// The programs of a Kubernetes control plane in one file, for the tests: called by the name of its first argument.
+// The programs of a Kubernetes control plane in one file, for the tests and for `flanneld lab --kube`: its first argument
+// says which one it is.
 package main
 
 import (
@@ -17,7 +18,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: kubernetes etcd|kube-apiserver|kube-controller-manager|kubectl ARGUMENTS")
+		fmt.Fprintln(os.Stderr, "usage: kubernetes etcd|kube-apiserver|kube-controller-manager|kubectl|certificates ARGUMENTS")
 		os.Exit(2)
 	}
 	os.Args = os.Args[1:]
@@ -30,6 +31,11 @@ func main() {
 		os.Exit(cli.Run(controllers.NewControllerManagerCommand()))
 	case "kubectl":
 		os.Exit(cli.Run(kubectl.NewDefaultKubectlCommand()))
+	case "certificates":
+		if err := certificates(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, "kubernetes certificates:", err)
+			os.Exit(1)
+		}
 	default:
 		fmt.Fprintln(os.Stderr, "kubernetes: there is no program", os.Args[0])
 		os.Exit(2)

@@ -13,6 +13,7 @@ cargo xtask VERB
   test [FILTER]    install what the tests need, then check formatting, lints and docs and run every test
   dist             build what is installed, in target/dist: flanneld, and the CNI plugin statically linked under its names
   bench [ARGS]     measure, side by side with the kernel's own cost; prints a table (see docs/performance.md)
+  kubernetes       build the Kubernetes control plane that the tests and `flanneld lab --kube` use (ten minutes, once)
   fuzz [SECONDS]   run every fuzz target for so many seconds (default 30); needs a nightly toolchain";
 
 fn main() -> ExitCode {
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         "test" => test(rest),
         "dist" => dist().map(drop),
         "bench" => bench(rest),
+        "kubernetes" => kubernetes().map(|program| println!("{}", program.display())),
         "fuzz" => fuzz(rest),
         _ => Err(anyhow::anyhow!("{HELP}")),
     };
@@ -54,6 +56,7 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     let etcd_3_5 = etcd_3_5()?;
     let etcd_3_6 = etcd_3_6()?;
     let reference = reference_plugins()?;
+    let kubernetes = kubernetes()?;
     if filter.is_empty() {
         cargo(&["fmt", "--all", "--check"], &[])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
@@ -62,7 +65,8 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     let etcd_3_4 = find("etcd").context("etcd is not in PATH although etcd-server is installed")?;
     let etcdctl_3_4 = find("etcdctl").context("etcdctl is not in PATH although etcd-client is installed")?;
     let (server, client) = (etcd_3_5.join("etcd"), etcd_3_5.join("etcdctl"));
-    let env: [(&str, &OsStr); 7] = [
+    let env: [(&str, &OsStr); 8] = [
+        ("FLANNEL_KUBERNETES", kubernetes.as_os_str()),
         ("FLANNEL_REFERENCE_PLUGINS", reference.as_os_str()),
         ("FLANNEL_ETCD_3_6", etcd_3_6.as_os_str()),
         ("FLANNEL_ETCD_3_4", etcd_3_4.as_os_str()),
@@ -174,6 +178,21 @@ fn etcd_3_6() -> anyhow::Result<PathBuf> {
     let version = text.lines().find_map(|line| line.split_once("etcd/server/v3 ")).context("go.mod names no etcd")?.1.trim();
     let program = cache()?.join(format!("etcd-{version}"));
     go_build(&source, &[("etcd 3.6", ".", &program)])?;
+    Ok(program)
+}
+
+/// The programs of a Kubernetes control plane, built from their Go modules on first use.
+fn kubernetes() -> anyhow::Result<PathBuf> {
+    let source = std::env::current_dir()?.join("tests/kubernetes");
+    let text = std::fs::read_to_string(source.join("go.mod"))?;
+    let version = text.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes ")).context("go.mod names no kubernetes")?;
+    // Another source makes another program.
+    let mut hasher = std::hash::DefaultHasher::new();
+    for file in ["go.mod", "go.sum", "main.go", "certificates.go"] {
+        std::hash::Hasher::write(&mut hasher, &std::fs::read(source.join(file))?);
+    }
+    let program = cache()?.join(format!("kubernetes-{version}-{:08x}", std::hash::Hasher::finish(&hasher) >> 32));
+    go_build(&source, &[(&format!("Kubernetes {version} (ten minutes on two cores, once)"), ".", &program)])?;
     Ok(program)
 }
 

@@ -239,7 +239,7 @@ fn latencies(lab: &Lab, leases: Vec<Lease>) -> Vec<Duration> {
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let store =
-                runtime.block_on(async { flanneld::store::Store::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap() });
+                runtime.block_on(async { flanneld::store::Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap() });
             let mut all = Vec::new();
             for lease in leases {
                 let dst = lease.key.subnets().v4.unwrap();

@@ -1,5 +1,6 @@
 //! Builds the daemon's parts in order and runs them: the only module that knows all others.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -8,21 +9,22 @@ use flannel::backend::extension::Command;
 use flannel::config::BackendConfig;
 use flannel::node::Wanted;
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Backend, Config, Family, Mac, Node, PerFamily, Picture};
+use flannel::{Backend, Config, Family, Mac, Node, Peer, PerFamily, Picture};
 use kernel::iptables::Installed;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cli::RunArgs;
 use crate::http::Http;
-use crate::keeper::{AcquireError, Keeper};
 use crate::kernel_thread::KernelThread;
-use crate::ready::Ready;
+use crate::notice::{Notice, Notices};
+use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler};
-use crate::store::{Access, Store, StoreError};
+use crate::state::State;
+use crate::store::{Access, Claim, Etcd, Kube, Link, Obstacle, Store, kube};
 use crate::subnet_file::SubnetFile;
 
-/// How long to wait before the store is asked again for what it did not give.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How long to wait before the store is asked again for what it did not give: doubling from the first to the second.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 
 /// Runs the daemon until `stop` is ready. Forwarding is left in place at the end.
 ///
@@ -42,16 +44,47 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let ready = Ready::default();
     let starting = ready.guard("this node's lease and devices");
     let syncing = ready.guard("the first complete list of leases");
-    let store = Store::new(&access(args))?;
     let (ask, asks) = mpsc::channel(4);
     if args.healthz_port > 0 {
         tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), ask.clone()).await?.serve());
     }
+    // The daemon keeps one sender of questions, so that the loop does not end where there is no health server.
+    let _ask = ask;
+    let (notices, told) = Notices::new();
+    let parts = Parts { ready, starting, syncing, notices, asks };
+    if !args.kube_subnet_mgr {
+        return node_daemon(args, Etcd::new(&access(args))?, parts).await;
+    }
+    let access = kube::Access::new(args, |name| std::env::var(name).ok())?;
+    let store = persist(&parts.starting, &parts.notices, async || Kube::connect(&access, parts.ready.clone()).await).await?;
+    tokio::spawn(store.clone().post_all(told));
+    let ended = node_daemon(args, store.clone(), parts).await;
+    if let Err(error) = &ended {
+        store.post_last(Notice::warning("FlannelFailed", format!("{error:#}"))).await;
+    }
+    ended
+}
+
+/// What is there before the store is.
+struct Parts {
+    ready: Ready,
+    /// Until this node is set up.
+    starting: Guard,
+    /// Until it has seen all others.
+    syncing: Guard,
+    notices: Notices,
+    asks: mpsc::Receiver<oneshot::Sender<State>>,
+}
+
+async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow::Result<()> {
+    let Parts { ready, starting, syncing, notices, asks } = parts;
     let kernel = KernelThread::start()?;
-    let config = config(&store).await?;
-    let node = node(args, &kernel, &config).await?;
+    let config = persist(&starting, &notices, async || store.config().await).await?;
+    let public = persist(&starting, &notices, async || store.node_public().await).await?;
+    let node = node(args, &public, &kernel, &config).await?;
     tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
-    let macs = vtep_macs(&store, &kernel, &config, &node).await?;
+    let macs = vtep_macs(&kernel, &config, &node, async || persist(&starting, &notices, async || store.published(node.public).await).await)
+        .await?;
     let mut backend = Backend::new(&config, &node, macs);
     if let BackendConfig::Extension(extension) = &config.backend
         && let Some(command) = flannel::backend::extension::pre_startup(extension)
@@ -59,10 +92,14 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
         backend = backend.with_output(&run_command(&kernel, "Backend.PreStartupCommand", command).await?);
     }
     let subnet_file = SubnetFile { path: args.subnet_file.clone(), ip_masq: args.ip_masq };
-    let margin = Duration::from_secs(args.subnet_lease_renew_margin * 60);
-    let keeper = Keeper { store: store.clone(), config: config.clone(), peer: backend.own_peer(&config, &node), margin };
-    let held = acquire(&keeper, &subnet_file.previous()).await?;
-    tracing::info!(subnet = %held.key, reservation = held.etcd_lease == 0, "acquired the lease");
+    let claim = Claim {
+        config: config.clone(),
+        peer: backend.own_peer(&config, &node),
+        previous: subnet_file.previous(),
+        margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
+    };
+    let held = persist(&starting, &notices, async || store.acquire(&claim).await).await?;
+    tracing::info!(subnet = %held.key, "acquired the lease");
 
     let traffic = traffic(args, &config);
     let earlier = subnet_file.previous_networks();
@@ -74,12 +111,12 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
         _ => false,
     };
     let adopt = was_here && plain_routes;
-    let picture = Picture::new(config, node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
+    let picture = Picture::new(config.clone(), node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
     if let Some(command) = picture.post_startup() {
         run_command(&kernel, "Backend.PostStartupCommand", command).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, adopt, syncing).await?;
+    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, adopt, syncing, notices.clone()).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);
     notify_ready();
@@ -88,15 +125,37 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let (lose, lost) = mpsc::channel(1);
     let (publish_connected, connected) = watch::channel(false);
     let (tell, events) = mpsc::channel(16);
-    tokio::spawn(keeper.run(publish_held, lost));
-    tokio::spawn(async move { store.follow(tell, publish_connected).await });
-    // The daemon keeps one sender of questions, so that the loop does not end where there is no health server.
-    let _ask = ask;
+    tokio::spawn(store.clone().keep(claim, publish_held, lost));
+    tokio::spawn(store.follow(config, tell, Link::new(publish_connected, ready, notices)));
     reconciler.run(Inputs { events, held, lost: lose, connected, asks }).await?;
     bail!("a part of the daemon ended unexpectedly")
 }
 
-/// How the store is reached.
+/// Asks until there is an answer. What is in the way is told once, and on `/readyz` for as long as it lasts.
+async fn persist<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, Obstacle>) -> anyhow::Result<T> {
+    let mut said = String::new();
+    let mut wait = ASK_AGAIN.0;
+    loop {
+        match ask().await {
+            Ok(answer) => {
+                guard.say("");
+                return Ok(answer);
+            }
+            Err(Obstacle::Lasting(error)) => return Err(error),
+            Err(Obstacle::Passing(notice)) if notice.text != said => {
+                tracing::warn!("waiting: {}", notice.text);
+                guard.say(&notice.text);
+                said.clone_from(&notice.text);
+                notices.put(notice);
+            }
+            Err(Obstacle::Passing(_)) => {}
+        }
+        tokio::time::sleep(wait.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
+        wait = (wait * 2).min(ASK_AGAIN.1);
+    }
+}
+
+/// How etcd is reached.
 fn access(args: &RunArgs) -> Access {
     let login = match (&args.etcd_username, &args.etcd_password) {
         (Some(name), Some(password)) => Some((name.clone(), password.clone())),
@@ -113,27 +172,6 @@ fn access(args: &RunArgs) -> Access {
         cert: args.etcd_certfile.clone(),
         key: args.etcd_keyfile.clone(),
         login,
-    }
-}
-
-/// The network configuration. An absent store or configuration is waited for; one that cannot be used is an error.
-async fn config(store: &Store) -> anyhow::Result<Config> {
-    let mut said = String::new();
-    loop {
-        let problem = match store.config().await {
-            Ok(Some(text)) => {
-                let text = String::from_utf8(text).with_context(|| format!("{} in etcd is no UTF-8 text", store.config_key()))?;
-                let config = Config::parse(&text).with_context(|| format!("{} in etcd cannot be used", store.config_key()))?;
-                return Ok(config);
-            }
-            Ok(None) => format!("there is no network config in etcd yet: put one at {}", store.config_key()),
-            Err(error) => error.to_string(),
-        };
-        if problem != said {
-            tracing::warn!("waiting: {problem}");
-            said = problem;
-        }
-        tokio::time::sleep(ASK_AGAIN).await;
     }
 }
 
@@ -169,7 +207,7 @@ fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
     traffic
 }
 
-async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
+async fn node(args: &RunArgs, stored: &PerFamily<IpAddr>, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
     let target = args.iface_can_reach;
     let facts = kernel.call(move |kernel| {
         let reach = target.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
@@ -180,7 +218,7 @@ async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow:
         iface: args.iface.clone(),
         iface_regex: args.iface_regex.clone(),
         can_reach,
-        public: PerFamily { v4: args.public_ip, v6: args.public_ipv6 },
+        public: PerFamily { v4: stored.v4.or(args.public_ip), v6: stored.v6.or(args.public_ipv6) },
     };
     let node = Node::choose(&interfaces, &routes, &wanted, config)?;
     if let BackendConfig::Vxlan(vxlan) = &config.backend
@@ -200,7 +238,12 @@ async fn node(args: &RunArgs, kernel: &KernelThread, config: &Config) -> anyhow:
 
 /// The link-layer addresses of this host's VTEPs: that of the device that is there, else that of the lease that this
 /// host published before (peers know it), else a random one.
-async fn vtep_macs(store: &Store, kernel: &KernelThread, config: &Config, node: &Node) -> anyhow::Result<PerFamily<Mac>> {
+async fn vtep_macs(
+    kernel: &KernelThread,
+    config: &Config,
+    node: &Node,
+    published: impl AsyncFn() -> anyhow::Result<Option<Peer>>,
+) -> anyhow::Result<PerFamily<Mac>> {
     let mut macs = PerFamily::default();
     let BackendConfig::Vxlan(vxlan) = &config.backend else { return Ok(macs) };
     for (family, _) in config.networks.iter() {
@@ -214,42 +257,18 @@ async fn vtep_macs(store: &Store, kernel: &KernelThread, config: &Config, node: 
             .filter(|mac| mac.is_unicast());
         let mac = match device {
             Some(mac) => mac,
-            None => match published_mac(store, node, family).await {
-                Some(mac) => mac,
-                None => Mac::local(std::array::from_fn(|_| fastrand::u8(..))),
-            },
+            None => {
+                let before = published().await?.filter(|peer| &*peer.backend_type == "vxlan");
+                let known = before.and_then(|peer| flannel::backend::vtep_mac(&peer, family).ok());
+                known.unwrap_or_else(|| Mac::local(std::array::from_fn(|_| fastrand::u8(..))))
+            }
         };
         macs.set(family, Some(mac));
     }
     Ok(macs)
 }
 
-async fn published_mac(store: &Store, node: &Node, family: Family) -> Option<Mac> {
-    let snapshot = store.snapshot().await.ok()?;
-    let mut peers = snapshot.entries.iter().filter_map(|entry| entry.peer.as_ref());
-    let own = peers.find(|peer| flannel::alloc::is_mine(&peer.public, &node.public) && &*peer.backend_type == "vxlan")?;
-    flannel::backend::vtep_mac(own, family).ok()
-}
-
-/// Acquires the lease. A store that does not answer is waited for; a full network is an error.
-async fn acquire(keeper: &Keeper, previous: &PerFamily<flannel::Subnet>) -> anyhow::Result<crate::keeper::Held> {
-    let mut said = String::new();
-    loop {
-        match keeper.acquire(previous).await {
-            Ok(held) => return Ok(held),
-            Err(error @ (AcquireError::Store(StoreError::Unreachable { .. }) | AcquireError::Races)) => {
-                if error.to_string() != said {
-                    said = error.to_string();
-                    tracing::warn!("waiting for a lease: {said}");
-                }
-                tokio::time::sleep(ASK_AGAIN).await;
-            }
-            Err(error) => return Err(error).context("cannot acquire a lease"),
-        }
-    }
-}
-
-fn list(addrs: &PerFamily<std::net::IpAddr>) -> String {
+fn list(addrs: &PerFamily<IpAddr>) -> String {
     addrs.iter().map(|(_, ip)| ip.to_string()).collect::<Vec<_>>().join(",")
 }
 

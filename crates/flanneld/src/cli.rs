@@ -114,23 +114,23 @@ pub struct RunArgs {
     /// Port for /healthz, /readyz and /state; 0 for none
     #[arg(long, default_value_t = 0, value_name = "PORT", value_parser = port, allow_negative_numbers = true)]
     pub healthz_port: u16,
-    /// Keep leases in Kubernetes' Node objects instead of etcd (not supported yet)
+    /// Keep leases in Kubernetes' Node objects instead of etcd; NODE_NAME names this host's
     #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
     pub kube_subnet_mgr: bool,
-    /// With --kube-subnet-mgr: the API server
-    #[arg(long, value_name = "URL", hide_short_help = true)]
+    /// With --kube-subnet-mgr: the API server [default: a pod's own cluster]
+    #[arg(long, value_name = "URL")]
     pub kube_api_url: Option<String>,
     /// With --kube-subnet-mgr: prefix of the annotations
-    #[arg(long, default_value = "flannel.alpha.coreos.com", value_name = "PREFIX", hide_short_help = true)]
+    #[arg(long, default_value = "flannel.alpha.coreos.com", value_name = "PREFIX")]
     pub kube_annotation_prefix: String,
-    /// With --kube-subnet-mgr: how to reach the API server
-    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    /// With --kube-subnet-mgr: how to reach the API server [default: a pod's service account]
+    #[arg(long, value_name = "FILE")]
     pub kubeconfig_file: Option<PathBuf>,
     /// With --kube-subnet-mgr: the network configuration
-    #[arg(long, default_value = "/etc/kube-flannel/net-conf.json", value_name = "FILE", hide_short_help = true)]
+    #[arg(long, default_value = "/etc/kube-flannel/net-conf.json", value_name = "FILE")]
     pub net_config_path: PathBuf,
-    /// With --kube-subnet-mgr: set the Node's condition NetworkUnavailable
-    #[arg(long, default_value = "true", value_name = "BOOL", action = ArgAction::Set, hide_short_help = true)]
+    /// With --kube-subnet-mgr: set the Node's condition NetworkUnavailable to false once pods reach each other
+    #[arg(long, default_value = "true", value_name = "BOOL", action = ArgAction::Set)]
     pub set_node_network_unavailable: bool,
     /// Verbosity of the log: 0 changes of state, 1 and more also how they came about
     #[arg(long, short = 'v', default_value_t = 0, value_name = "LEVEL", allow_negative_numbers = true)]
@@ -195,12 +195,6 @@ impl Cli {
             args = inherited.into_iter().chain(args).collect();
         }
         let mut cli = parse(&args)?;
-        if cli.command.is_none() && cli.run.kube_subnet_mgr {
-            return Err(clap::Error::raw(
-                clap::error::ErrorKind::InvalidValue,
-                "--kube-subnet-mgr is not supported by this flanneld yet: start without it, with leases in etcd\n",
-            ));
-        }
         cli.run.complaints = complaints;
         Ok(cli)
     }
@@ -301,13 +295,6 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_supported_yet_says_so() {
-        let error = read(&["-kube-subnet-mgr"], &[]).unwrap_err();
-        assert!(error.contains("--kube-subnet-mgr is not supported by this flanneld yet"), "{error}");
-        assert!(read(&["-kube-subnet-mgr=false", "--kube-api-url=x", "--net-config-path", "/x"], &[]).is_ok());
-    }
-
-    #[test]
     fn every_flag_of_upstream_is_there_with_its_default() {
         // Section 1.1 of the specification, row by row: the flag, a value, and what it is without one.
         let rows = [
@@ -327,7 +314,7 @@ mod tests {
             ("subnet-lease-renew-margin", "1439", "60"),
             ("ip-masq", "true", "false"),
             ("ip-masq-fully-random-disable", "true", "false"),
-            ("kube-subnet-mgr", "false", "false"),
+            ("kube-subnet-mgr", "true", "false"),
             ("kube-api-url", "https://k", ""),
             ("kube-annotation-prefix", "p", "flannel.alpha.coreos.com"),
             ("kubeconfig-file", "/k", ""),
@@ -350,7 +337,7 @@ mod tests {
             }
             if value.parse::<bool>().is_err() {
                 assert!(read(&[&format!("-{flag}"), value], &[]).is_ok(), "-{flag} {value}");
-            } else if flag != "kube-subnet-mgr" {
+            } else {
                 assert!(read(&[&format!("--{flag}")], &[]).is_ok(), "--{flag}");
                 assert!(read(&[&format!("--{flag}"), value], &[]).is_err(), "--{flag} {value}: to Go, {value} would end the flags");
             }

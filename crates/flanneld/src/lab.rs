@@ -6,6 +6,7 @@
 
 pub mod cli;
 mod exec;
+pub mod kubernetes;
 mod outside;
 pub mod packet;
 pub mod ping;
@@ -26,7 +27,7 @@ use kernel::{addr, link, process, route, sysctl};
 use serde_json::{Value, json};
 
 use crate::cli::Secret;
-use crate::store::{Access, Store};
+use crate::store::{Access, Etcd};
 
 /// Where the store listens, in every lab.
 pub const STORE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254)), 2379);
@@ -66,6 +67,8 @@ pub enum StoreKind {
     Etcd(PathBuf),
     /// A store outside, reached through a forwarder: its host and port.
     Outside(String),
+    /// Kubernetes, by the program that has all its parts (`tests/kubernetes`).
+    Kubernetes(PathBuf),
 }
 
 /// What an etcd that does not trust everybody needs, as files in PEM form.
@@ -102,6 +105,8 @@ pub struct Plan {
     pub secure: Option<Secure>,
     /// Variables for the daemons and plugins.
     pub env: Vec<(String, String)>,
+    /// More flags for a lab's API server.
+    pub api_flags: Vec<String>,
 }
 
 impl Plan {
@@ -131,6 +136,7 @@ impl Plan {
             plugin: program.to_owned(),
             secure: None,
             env: Vec::new(),
+            api_flags: Vec::new(),
         }
     }
 }
@@ -155,7 +161,7 @@ pub struct Lab {
     root: PathBuf,
     /// The namespace of the switch or router, in which the store is too.
     pub middle: Netns,
-    store: Option<Child>,
+    store: Vec<Child>,
     /// The hosts; the first is `h1`.
     pub hosts: Vec<Host>,
     pods: usize,
@@ -238,7 +244,7 @@ impl Lab {
             let network = (i - 1) % networks;
             hosts.push(make_host(root, &middle, i, network, families).with_context(|| format!("cannot make host h{i}"))?);
         }
-        Ok(Lab { plan, root: root.to_owned(), middle, store: None, hosts, pods: 0 })
+        Ok(Lab { plan, root: root.to_owned(), middle, store: Vec::new(), hosts, pods: 0 })
     }
 
     /// Starts the store, or starts it again with the data that it had.
@@ -278,12 +284,13 @@ impl Lab {
                 outside::forward(&self.middle, target)?;
                 return Ok(());
             }
+            StoreKind::Kubernetes(program) => return self.start_kubernetes(&program.clone()),
         };
         let child = self.middle.run(|| spawn(&mut command, &log))?.with_context(|| format!("cannot start {:?}", command.get_program()))?;
-        self.store = Some(child);
+        self.store.push(child);
         let end = Instant::now() + PATIENCE;
         while self.middle.run(|| TcpStream::connect(STORE))?.is_err() {
-            if let Some(status) = self.store.as_mut().map(Child::try_wait).transpose()?.flatten() {
+            if let Some(status) = self.store.last_mut().map(Child::try_wait).transpose()?.flatten() {
                 bail!("the store ended with {status}:\n{}", tail(&log));
             }
             ensure!(Instant::now() < end, "the store does not listen on {STORE}:\n{}", tail(&log));
@@ -319,7 +326,7 @@ impl Lab {
     /// # Errors
     /// When it cannot be waited for.
     pub fn kill_store(&mut self) -> anyhow::Result<()> {
-        if let Some(mut store) = self.store.take() {
+        for mut store in self.store.drain(..) {
             store.kill()?;
             store.wait()?;
         }
@@ -332,6 +339,9 @@ impl Lab {
     /// When the store refuses.
     pub fn put_config(&self) -> anyhow::Result<()> {
         let text = self.plan.config.to_string();
+        if matches!(self.plan.store, StoreKind::Kubernetes(_)) {
+            return crate::subnet_file::write_atomically(&self.net_conf(), &text);
+        }
         self.with_store(async |store| store.put_config(&text).await)?;
         Ok(())
     }
@@ -340,11 +350,11 @@ impl Lab {
     ///
     /// # Errors
     /// What the function returns, after the store had time to come up.
-    pub fn with_store<T, E: Into<anyhow::Error>>(&self, f: impl AsyncFn(&Store) -> Result<T, E>) -> anyhow::Result<T> {
+    pub fn with_store<T, E: Into<anyhow::Error>>(&self, f: impl AsyncFn(&Etcd) -> Result<T, E>) -> anyhow::Result<T> {
         let work = || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let store = Store::new(&self.access())?;
+                let store = Etcd::new(&self.access())?;
                 let end = Instant::now() + PATIENCE;
                 loop {
                     match f(&store).await {
@@ -365,20 +375,24 @@ impl Lab {
     /// When the program cannot be started.
     pub fn start_daemon(&mut self, host: usize, more: &[&str]) -> anyhow::Result<()> {
         let access = self.access();
-        let host = &mut self.hosts[host];
         let mut command = Command::new(&self.plan.program);
-        command.arg(format!("--etcd-prefix={}", access.prefix));
-        command.arg(format!("--etcd-endpoints={}", access.endpoints)).arg(format!("--subnet-file={}", host.subnet_file().display()));
+        // What the operator's own environment says is not meant for the lab.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FLANNELD_")) {
+            command.env_remove(name);
+        }
+        if matches!(self.plan.store, StoreKind::Kubernetes(_)) {
+            self.kubernetes_flags(host, &mut command);
+        } else {
+            command.arg(format!("--etcd-prefix={}", access.prefix)).arg(format!("--etcd-endpoints={}", access.endpoints));
+        }
+        let host = &mut self.hosts[host];
+        command.arg(format!("--subnet-file={}", host.subnet_file().display()));
         for (flag, file) in [("--etcd-cafile", &access.ca), ("--etcd-certfile", &access.cert), ("--etcd-keyfile", &access.key)] {
             file.iter().for_each(|file| {
                 command.arg(flag).arg(file);
             });
         }
         command.args(["--ip-masq", "--healthz-ip=127.0.0.1"]).arg(format!("--healthz-port={}", HEALTH.port())).args(more);
-        // What the operator's own environment says is not meant for the lab.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FLANNELD_")) {
-            command.env_remove(name);
-        }
         if let Some((name, password)) = &access.login {
             command.env("FLANNELD_ETCD_USERNAME", name).env("FLANNELD_ETCD_PASSWORD", &password.0);
         }
@@ -524,7 +538,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         // They would be killed at the end of the process in any case; a test process has several labs.
-        for child in self.hosts.iter_mut().filter_map(|host| host.daemon.as_mut()).chain(self.store.as_mut()) {
+        for child in self.hosts.iter_mut().filter_map(|host| host.daemon.as_mut()).chain(self.store.iter_mut()) {
             let _ = child.kill();
             let _ = child.wait();
         }

@@ -85,7 +85,12 @@ fn log(verbosity: i32) {
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // What the libraries beneath have to say matters from the third level on.
     let libraries = if verbosity > 3 { level } else { tracing::Level::WARN };
-    let ours = Targets::new().with_default(libraries).with_targets(["flanneld", "flannel", "kernel", "cni"].map(|name| (name, level)));
+    // The client of Kubernetes warns of what we report ourselves, at length.
+    let kube = if verbosity > 3 { level } else { tracing::Level::ERROR };
+    let ours = Targets::new()
+        .with_default(libraries)
+        .with_target("kube_client", kube)
+        .with_targets(["flanneld", "flannel", "kernel", "cni"].map(|name| (name, level)));
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)

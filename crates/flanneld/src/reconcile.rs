@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::Context;
+use flannel::alloc::is_mine;
 use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::iptables::Variant;
@@ -13,10 +14,11 @@ use kernel::{Changed, Monitor};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::keeper::{Held, is_held};
 use crate::kernel_thread::{KernelThread, News, listen};
+use crate::notice::Notices;
 use crate::ready::Guard;
 use crate::state;
+use crate::store::Held;
 use crate::subnet_file::SubnetFile;
 
 /// How often the whole kernel is read as the audit of our memory of it. Notifications tell sooner of nearly everything;
@@ -91,6 +93,7 @@ pub struct Reconciler {
     repaired: BTreeMap<Key, (Instant, u32)>,
     /// Until the first complete list of leases is in the kernel.
     syncing: Option<Guard>,
+    notices: Notices,
 }
 
 impl Reconciler {
@@ -107,6 +110,7 @@ impl Reconciler {
         resync: Duration,
         adopt: bool,
         syncing: Guard,
+        notices: Notices,
     ) -> anyhow::Result<Reconciler> {
         let scope = picture.scope();
         let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
@@ -126,6 +130,7 @@ impl Reconciler {
             file_is_stale: false,
             repaired: BTreeMap::new(),
             syncing: Some(syncing),
+            notices,
         };
         reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
         let legacy = reconciler.picture.desired().iter().any(|(key, _)| matches!(key, Key::Iptables(_, Variant::Legacy)));
@@ -209,7 +214,9 @@ impl Reconciler {
             }
         }
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
-        if (leases.contains(&own) || listed) && complete && !is_held(self.picture.leases(), &own, &self.picture.node().public) {
+        let published = inputs.held.borrow().published;
+        let is_held = self.picture.leases().get(&own).is_some_and(|peer| is_mine(&peer.public, &published));
+        if (leases.contains(&own) || listed) && complete && !is_held {
             // A full channel means that it has been told.
             let _ = inputs.lost.try_send(());
         }
@@ -348,6 +355,7 @@ impl Reconciler {
             if *times > FIGHT.0 {
                 let text = format!("somebody undoes it again and again: {}", one_line(op));
                 tracing::warn!(object = %op.object().key(), times, "somebody undoes what this daemon sets; leaving it for a while");
+                self.notices.tell("Fight", format!("{text}; it is left for {} s", FIGHT.1.as_secs() / 2));
                 self.failures
                     .insert(op.object().key(), Failure { error: OpError { errno: 0, text }, attempts: *times, due: now + FIGHT.1 / 2 });
             }
@@ -382,6 +390,7 @@ impl Reconciler {
                     let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
                     if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
                         tracing::warn!(object = %key, %error, "the kernel refuses; it is tried again, others are not affected");
+                        self.notices.tell("KernelRefused", format!("{key}: {error}"));
                     }
                     let wait = RETRY.0.saturating_mul(1 << attempts.min(10).saturating_sub(1)).min(RETRY.1);
                     self.failures.insert(key, Failure { error, attempts, due: Instant::now() + wait });
@@ -396,10 +405,12 @@ impl Reconciler {
             let refused = leases.iter().filter(|key| self.picture.refusals().contains_key(key)).count();
             tracing::info!(leases = leases.len(), refused, operations, millis, "leases changed");
         }
+        let mut unreachable = Vec::new();
         for key in leases.iter().filter(|key| **key != self.picture.own()) {
             let refusals = self.picture.refusals().get(key).map_or(&[][..], Vec::as_slice);
             for reason in refusals {
                 tracing::warn!(peer = %key, %reason, "no route to this peer");
+                unreachable.push(format!("{key}: {reason}"));
             }
             if leases.len() > LOGGED {
                 continue;
@@ -412,6 +423,11 @@ impl Reconciler {
                 }
                 Some(_) => {}
             }
+        }
+        // One notice for all of a change: a wrong configuration has as many as there are peers.
+        if let [first, rest @ ..] = unreachable.as_slice() {
+            let more = if rest.is_empty() { String::new() } else { format!(", and {} more", rest.len()) };
+            self.notices.tell("PeerUnreachable", format!("no route to the pods of {first}{more}"));
         }
     }
 

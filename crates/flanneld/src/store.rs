@@ -1,8 +1,125 @@
-//! Where leases are kept. One store so far, [`etcd`] (which the embedded server speaks as well), so there is no trait:
-//! it comes with the second one.
+//! Where leases are kept: what the daemon needs of such a place, and the two that there are, [`Etcd`] (which the embedded
+//! server speaks as well) and [`Kube`].
 
 mod connect;
 pub mod etcd;
+pub mod kube;
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
+use tokio::sync::{mpsc, watch};
 
 pub use self::connect::Access;
-pub use self::etcd::{Entry, Snapshot, Store, StoreError};
+pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
+pub use self::kube::Kube;
+use crate::notice::{Notice, Notices};
+use crate::ready::{Guard, Ready};
+
+/// The wait before a store is followed anew doubles from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// After this long without the store a node is not called ready any more: it does not hear of new peers.
+const STALE: Duration = Duration::from_secs(60);
+
+/// Why a store does not give what it was asked for.
+#[derive(Debug)]
+pub enum Obstacle {
+    /// It may pass: it is worth asking again.
+    Passing(Notice),
+    /// Nothing will change by waiting.
+    Lasting(anyhow::Error),
+}
+
+/// What this node wants a lease for.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// The network configuration.
+    pub config: Config,
+    /// What this node publishes.
+    pub peer: Peer,
+    /// The subnets that it had last time.
+    pub previous: PerFamily<Subnet>,
+    /// How long before its end the lease is renewed, where leases end.
+    pub margin: Duration,
+}
+
+/// A lease that this node holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The leased subnets.
+    pub key: LeaseKey,
+    /// The addresses that are published with it: an operator may have overwritten this node's own.
+    pub published: PerFamily<IpAddr>,
+    /// The etcd lease on the key; 0 for one that needs no renewal.
+    pub etcd_lease: i64,
+}
+
+/// A place where leases are kept. Clones are handles to the same.
+pub trait Store: Clone + Send + Sync + 'static {
+    /// The network configuration.
+    fn config(&self) -> impl Future<Output = Result<Config, Obstacle>> + Send;
+
+    /// The addresses that shall be published instead of those of the command line.
+    fn node_public(&self) -> impl Future<Output = Result<PerFamily<IpAddr>, Obstacle>> + Send;
+
+    /// What this node, which publishes `public`, published before.
+    fn published(&self, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, Obstacle>> + Send;
+
+    /// Acquires a lease.
+    fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<Held, Obstacle>> + Send;
+
+    /// Keeps the lease for ever, and acquires it again whenever it is gone, which `lost` may tell as well. What is held
+    /// is published in `held`.
+    fn keep(self, claim: Claim, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) -> impl Future<Output = ()> + Send;
+
+    /// Follows the leases and sends every list and every event, in order, until the receiver is gone.
+    fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, link: Link) -> impl Future<Output = ()> + Send;
+}
+
+/// Whether a store is being followed, and the waits between two tries.
+#[derive(Debug)]
+pub struct Link {
+    connected: watch::Sender<bool>,
+    ready: Ready,
+    notices: Notices,
+    wait: Duration,
+    /// Since when it is not followed, and what was said of that last.
+    away: (Instant, String),
+    stale: Option<Guard>,
+}
+
+impl Link {
+    /// A link that is not there yet.
+    pub fn new(connected: watch::Sender<bool>, ready: Ready, notices: Notices) -> Link {
+        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), stale: None }
+    }
+
+    /// The store is being followed. True if it was not before.
+    pub fn up(&mut self) -> bool {
+        self.wait = BACKOFF.0;
+        self.stale = None;
+        !self.connected.send_replace(true)
+    }
+
+    /// The store is not followed any more: says so, and waits before it is tried again.
+    pub async fn down(&mut self, reason: String) {
+        let was_connected = self.connected.send_replace(false);
+        if was_connected {
+            self.away.0 = Instant::now();
+        }
+        if was_connected || reason != self.away.1 {
+            tracing::warn!(%reason, "the store is not followed; routes stay as they are until it is again");
+            self.away.1.clone_from(&reason);
+        }
+        if self.away.0.elapsed() > STALE {
+            let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store, which was lost"));
+            guard.say(&reason);
+            self.notices.tell("StoreUnreachable", format!("leases are not followed, routes stay as they are: {reason}"));
+        }
+        // Jitter, so that a cluster does not come back to a restarted store as one.
+        let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(self.wait.as_millis()).unwrap_or(0) / 2));
+        tokio::time::sleep(self.wait + jitter).await;
+        self.wait = (self.wait * 2).min(BACKOFF.1);
+    }
+}

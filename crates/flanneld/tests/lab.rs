@@ -266,7 +266,7 @@ fn a_thousand_leases(root: &Path, store: StoreKind, how: How) {
                     for lease in &leases {
                         store.put_lease(lease, 0, 0).await?;
                     }
-                    Ok::<(), flanneld::store::StoreError>(())
+                    Ok::<(), flanneld::store::EtcdError>(())
                 })
                 .unwrap(),
         };
@@ -295,7 +295,7 @@ fn a_thousand_leases(root: &Path, store: StoreKind, how: How) {
             for entry in store.snapshot().await?.entries.iter().filter(|entry| wanted.contains(&entry.key.to_string())) {
                 store.delete_lease(&entry.key, entry.mod_revision).await?;
             }
-            Ok::<(), flanneld::store::StoreError>(())
+            Ok::<(), flanneld::store::EtcdError>(())
         })
         .unwrap();
         lab.wait_state(0, "no peers", |state| state["store"]["leases"] == 1).unwrap();
@@ -337,7 +337,7 @@ fn at_once(root: &Path, plan: Plan, trials: usize) {
             for entry in store.snapshot().await?.entries {
                 store.delete_lease(&entry.key, entry.mod_revision).await?;
             }
-            Ok::<(), flanneld::store::StoreError>(())
+            Ok::<(), flanneld::store::EtcdError>(())
         })
         .unwrap();
     }

@@ -18,9 +18,11 @@ use flanneld::etcd::request_op::Request as Op;
 use flanneld::etcd::watch_client::WatchClient;
 use flanneld::etcd::watch_request::RequestUnion;
 use flanneld::etcd::*;
-use flanneld::keeper::Keeper;
 use flanneld::lab::{Lab, Plan, STORE, isolate};
-use flanneld::store::Store;
+use flanneld::notice::Notices;
+use flanneld::ready::Ready;
+use flanneld::store::etcd::Keeper;
+use flanneld::store::{Claim, Etcd, Link, Store};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
@@ -286,12 +288,12 @@ fn a_lease_takes_its_keys_along(lab: &mut Lab) {
         assert_eq!(events[1].prev_kv.clone().unwrap().lease, 4711);
     });
     // The client's renewal of a lease that is there, and of one that is not.
-    lab.with_store(async |store: &Store| {
+    lab.with_store(async |store: &Etcd| {
         let id = store.grant(Duration::from_secs(100)).await?;
         assert_eq!(store.keep_alive(id).await?, Some(Duration::from_secs(100)));
         store.revoke(id).await;
         assert_eq!(store.keep_alive(id).await?, None);
-        Ok::<(), flanneld::store::StoreError>(())
+        Ok::<(), flanneld::store::EtcdError>(())
     })
     .unwrap();
 }
@@ -329,9 +331,13 @@ fn lease(i: u8, public: &str) -> Lease {
     Lease { key, peer: Peer { public: PerFamily { v4: public.parse().ok(), v6: None }, backend_type: "host-gw".into(), ..Peer::default() } }
 }
 
+fn claim(config: &flannel::Config, public: &str) -> Claim {
+    Claim { config: config.clone(), peer: lease(0, public).peer, previous: PerFamily::default(), margin: Duration::from_secs(60) }
+}
+
 fn following_tells_lists_and_changes(lab: &mut Lab) {
     with(lab, async |channel| {
-        let store = Store::plain(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
+        let store = Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
         let revision = |snapshot: &flanneld::store::Snapshot, lease: &Lease| {
             snapshot.entries.iter().find(|e| e.key == lease.key).map_or(0, |e| e.mod_revision)
         };
@@ -345,7 +351,9 @@ fn following_tells_lists_and_changes(lab: &mut Lab) {
         let (tell, mut events) = mpsc::channel(16);
         let (publish, mut connected) = watch::channel(false);
         let follower = store.clone();
-        let following = tokio::spawn(async move { follower.follow(tell, publish).await });
+        let config = flannel::Config::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
+        let link = Link::new(publish, Ready::default(), Notices::new().0);
+        let following = tokio::spawn(follower.follow(config, tell, link));
         let unreadable = lease(9, "192.0.2.9").key;
         assert_eq!(
             events.recv().await.unwrap(),
@@ -379,15 +387,10 @@ fn following_tells_lists_and_changes(lab: &mut Lab) {
 
 fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
     with(lab, async |channel| {
-        let store = Store::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
+        let store = Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
         let config =
             flannel::Config::parse(r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.30.0","Backend":{"Type":"host-gw"}}"#).unwrap();
-        let keeper = |public: &str| Keeper {
-            store: store.clone(),
-            config: config.clone(),
-            peer: lease(0, public).peer,
-            margin: Duration::from_secs(60),
-        };
+        let keeper = |public: &str| Keeper { store: store.clone(), claim: claim(&config, public) };
         let none = PerFamily::default();
         let wanted = PerFamily { v4: "10.244.7.0/24".parse().ok(), v6: None };
         let first = keeper("192.0.2.1").acquire(&wanted).await.unwrap();
@@ -432,15 +435,10 @@ fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
         // With both families, leases that share an IPv4 subnet are two keys, both of which the store creates.
         let text = r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.24.0","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
         let config = flannel::Config::parse(text).unwrap();
-        let store = Store::plain(&format!("http://{STORE}"), "/dual").unwrap();
+        let store = Etcd::plain(&format!("http://{STORE}"), "/dual").unwrap();
         let mut racers = tokio::task::JoinSet::new();
         for i in 0..12 {
-            let keeper = Keeper {
-                store: store.clone(),
-                config: config.clone(),
-                peer: lease(0, &format!("192.0.2.{}", 100 + i)).peer,
-                margin: Duration::from_secs(60),
-            };
+            let keeper = Keeper { store: store.clone(), claim: claim(&config, &format!("192.0.2.{}", 100 + i)) };
             racers.spawn(async move { keeper.acquire(&PerFamily::default()).await.unwrap().key });
         }
         let keys: Vec<LeaseKey> = racers.join_all().await;

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::show::{Report, show};
-use super::{Lab, Plan, PodFamily, StoreKind, Topology, exec, isolate, outside};
+use super::{Lab, Plan, PodFamily, StoreKind, Topology, exec, isolate, kubernetes, outside};
 
 /// What `flanneld lab` is told.
 #[derive(Debug, Clone, Args)]
@@ -27,6 +27,9 @@ pub struct LabArgs {
     /// Use the etcd at this address instead of an embedded store; the lab writes below a /flannel-lab/ prefix of its own, which it deletes at its end
     #[arg(long, value_name = "URL")]
     pub etcd: Option<String>,
+    /// Keep leases in a real Kubernetes API server, started in the lab; `cargo xtask kubernetes` builds it once
+    #[arg(long, conflicts_with = "etcd")]
+    pub kube: bool,
     /// Stay up and print how to enter each host and pod
     #[arg(long)]
     pub keep: bool,
@@ -86,6 +89,7 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
         ensure!(matches!(backend.as_str(), "host-gw" | "vxlan"), "--backend {backend}: the lab shows host-gw and vxlan");
     }
     let store = match &args.etcd {
+        None if args.kube => StoreKind::Kubernetes(kubernetes::program()?),
         None => StoreKind::Embedded,
         Some(url) => StoreKind::Outside(
             url.strip_prefix("http://")

@@ -11,7 +11,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status};
 
-use super::StoreError;
+use super::EtcdError;
 use crate::cli::Secret;
 use crate::etcd::AuthenticateRequest;
 use crate::etcd::auth_client::AuthClient;
@@ -75,12 +75,12 @@ pub(super) struct Endpoints {
 
 impl Endpoints {
     /// Reads the comma list and the files. Nothing is connected yet.
-    pub(super) fn new(access: &Access) -> Result<Endpoints, StoreError> {
+    pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
         let tls = tls(access)?;
         let mut channels = Vec::new();
         let mut names = Vec::new();
         for text in access.endpoints.split(',') {
-            let bad = |problem: String| StoreError::Endpoint(text.to_owned(), problem);
+            let bad = |problem: String| EtcdError::Endpoint(text.to_owned(), problem);
             // Without a scheme, the files say whether it is TLS.
             let scheme = if access.cert.is_some() || access.ca.is_some() { "https" } else { "http" };
             let url = if text.contains("://") { text.to_owned() } else { format!("{scheme}://{text}") };
@@ -143,9 +143,9 @@ impl Endpoints {
     }
 }
 
-fn tls(access: &Access) -> Result<ClientTlsConfig, StoreError> {
+fn tls(access: &Access) -> Result<ClientTlsConfig, EtcdError> {
     let read = |flag: &'static str, path: &PathBuf| {
-        std::fs::read(path).map_err(|error| StoreError::File(flag, path.display().to_string(), error.to_string()))
+        std::fs::read(path).map_err(|error| EtcdError::File(flag, path.display().to_string(), error.to_string()))
     };
     let mut tls = ClientTlsConfig::new();
     match &access.ca {
@@ -158,10 +158,10 @@ fn tls(access: &Access) -> Result<ClientTlsConfig, StoreError> {
         }
         (None, None) => {}
         (Some(path), None) => {
-            return Err(StoreError::File("--etcd-certfile", path.display().to_string(), "it needs --etcd-keyfile".to_owned()));
+            return Err(EtcdError::File("--etcd-certfile", path.display().to_string(), "it needs --etcd-keyfile".to_owned()));
         }
         (None, Some(path)) => {
-            return Err(StoreError::File("--etcd-keyfile", path.display().to_string(), "it needs --etcd-certfile".to_owned()));
+            return Err(EtcdError::File("--etcd-keyfile", path.display().to_string(), "it needs --etcd-certfile".to_owned()));
         }
     }
     Ok(tls)

@@ -1,18 +1,24 @@
 //! The etcd client: configuration, leases, and the watch whose every end is a fresh snapshot.
 
+mod keeper;
+
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use anyhow::Context;
 use flannel::wire::{self, WireError};
-use flannel::{Lease, LeaseKey, Peer, StoreEvent};
+use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
+pub use self::keeper::{AcquireError, Keeper};
 use super::connect::{Access, Connection, Endpoints, describe};
+use super::{Claim, Held, Link, Obstacle, Store};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::etcd::event::EventType;
 use crate::etcd::kv_client::KvClient;
@@ -24,17 +30,16 @@ use crate::etcd::{
     Compare, DeleteRangeRequest, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, PutRequest, RangeRequest,
     RequestOp, TxnRequest, WatchCreateRequest, WatchRequest, prefix_end,
 };
+use crate::notice::Notice;
 
 /// How long an endpoint may take to answer before the next one is asked.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The wait before the watch is begun anew doubles from the first to the second.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Unreadable entries of which it is remembered that they were reported.
 const REPORTED: usize = 1_000;
 
 /// What a store could not do.
 #[derive(Debug, Clone, Error)]
-pub enum StoreError {
+pub enum EtcdError {
     /// `--etcd-endpoints` cannot be used.
     #[error("--etcd-endpoints: {0:?}: {1}")]
     Endpoint(String, String),
@@ -61,7 +66,7 @@ pub enum StoreError {
 
 /// A client of the store. Clones share connections.
 #[derive(Debug, Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Etcd(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -103,22 +108,22 @@ struct Unreadable {
     reason: String,
 }
 
-impl Store {
+impl Etcd {
     /// A client of the store. Nothing is connected yet. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// [`StoreError::Endpoint`] and [`StoreError::File`].
-    pub fn new(access: &Access) -> Result<Store, StoreError> {
+    /// [`EtcdError::Endpoint`] and [`EtcdError::File`].
+    pub fn new(access: &Access) -> Result<Etcd, EtcdError> {
         let prefix = access.prefix.trim_end_matches('/').to_owned();
-        Ok(Store(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix })))
+        Ok(Etcd(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix })))
     }
 
     /// A client of a store that wants neither TLS nor a password.
     ///
     /// # Errors
-    /// [`StoreError::Endpoint`].
-    pub fn plain(endpoints: &str, prefix: &str) -> Result<Store, StoreError> {
-        Store::new(&Access { endpoints: endpoints.to_owned(), prefix: prefix.to_owned(), ..Access::default() })
+    /// [`EtcdError::Endpoint`].
+    pub fn plain(endpoints: &str, prefix: &str) -> Result<Etcd, EtcdError> {
+        Etcd::new(&Access { endpoints: endpoints.to_owned(), prefix: prefix.to_owned(), ..Access::default() })
     }
 
     /// The key of the network configuration.
@@ -138,7 +143,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub async fn config(&self) -> Result<Option<Vec<u8>>, StoreError> {
+    pub async fn config(&self) -> Result<Option<Vec<u8>>, EtcdError> {
         let request = RangeRequest { key: self.config_key().into_bytes(), ..RangeRequest::default() };
         let answer = self.call("read the network config", |channel| range(channel, request.clone())).await?;
         Ok(answer.kvs.into_iter().next().map(|kv| kv.value))
@@ -148,7 +153,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked or refuses.
-    pub async fn put_config(&self, text: &str) -> Result<(), StoreError> {
+    pub async fn put_config(&self, text: &str) -> Result<(), EtcdError> {
         let request = PutRequest { key: self.config_key().into_bytes(), value: text.as_bytes().to_vec(), ..PutRequest::default() };
         self.call("write the network config", |channel| put(channel, request.clone())).await.map(drop)
     }
@@ -157,7 +162,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked or refuses.
-    pub async fn delete_everything(&self) -> Result<(), StoreError> {
+    pub async fn delete_everything(&self) -> Result<(), EtcdError> {
         let key = format!("{}/", self.0.prefix).into_bytes();
         let request = DeleteRangeRequest { range_end: prefix_end(&key), key, ..DeleteRangeRequest::default() };
         let ask = |channel| {
@@ -171,7 +176,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub async fn snapshot(&self) -> Result<Snapshot, StoreError> {
+    pub async fn snapshot(&self) -> Result<Snapshot, EtcdError> {
         let key = self.subnets().into_bytes();
         let request = RangeRequest { range_end: prefix_end(&key), key, ..RangeRequest::default() };
         let answer = self.call("read the leases", |channel| range(channel, request.clone())).await?;
@@ -210,7 +215,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked or refuses.
-    pub async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
+    pub async fn grant(&self, ttl: Duration) -> Result<i64, EtcdError> {
         let request = LeaseGrantRequest { ttl: i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX), id: 0 };
         self.call("grant a lease", |channel| async move { LeaseClient::new(channel).lease_grant(request).await })
             .await
@@ -229,7 +234,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked.
-    pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, StoreError> {
+    pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, EtcdError> {
         let ask = |channel: Connection| async move {
             let requests = tokio_stream::once(LeaseKeepAliveRequest { id });
             let mut answers = LeaseClient::new(channel).lease_keep_alive(requests).await?.into_inner();
@@ -243,7 +248,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked or refuses.
-    pub async fn put_lease(&self, lease: &Lease, etcd_lease: i64, expected: i64) -> Result<bool, StoreError> {
+    pub async fn put_lease(&self, lease: &Lease, etcd_lease: i64, expected: i64) -> Result<bool, EtcdError> {
         let key = self.lease_key(&lease.key).into_bytes();
         let put = PutRequest { key: key.clone(), value: wire::value(&lease.peer).into_bytes(), lease: etcd_lease, ..PutRequest::default() };
         self.conditional("write the lease", key, expected, Op::RequestPut(put)).await
@@ -253,13 +258,13 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be asked or refuses.
-    pub async fn delete_lease(&self, key: &LeaseKey, expected: i64) -> Result<bool, StoreError> {
+    pub async fn delete_lease(&self, key: &LeaseKey, expected: i64) -> Result<bool, EtcdError> {
         let key = self.lease_key(key).into_bytes();
         let delete = DeleteRangeRequest { key: key.clone(), ..DeleteRangeRequest::default() };
         self.conditional("delete a lease", key, expected, Op::RequestDeleteRange(delete)).await
     }
 
-    async fn conditional(&self, act: &'static str, key: Vec<u8>, expected: i64, op: Op) -> Result<bool, StoreError> {
+    async fn conditional(&self, act: &'static str, key: Vec<u8>, expected: i64, op: Op) -> Result<bool, EtcdError> {
         let target_union = Some(TargetUnion::ModRevision(expected));
         let compare =
             Compare { result: CompareResult::Equal.into(), target: CompareTarget::Mod.into(), key, range_end: Vec::new(), target_union };
@@ -273,7 +278,7 @@ impl Store {
 
     /// Asks the endpoint that answered last, then the others in turn. One whose token is too old is asked again with a
     /// new one.
-    async fn call<T, F, A>(&self, act: &'static str, ask: F) -> Result<T, StoreError>
+    async fn call<T, F, A>(&self, act: &'static str, ask: F) -> Result<T, EtcdError>
     where
         F: Fn(Connection) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
@@ -297,49 +302,22 @@ impl Store {
             let elsewhere =
                 matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal);
             if !elsewhere {
-                return Err(StoreError::Refused { act, message: status.message().to_owned() });
+                return Err(EtcdError::Refused { act, message: status.message().to_owned() });
             }
             last = describe(&status);
             tries -= 1;
             // Another task may have moved on already.
             let _ = current.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
         }
-        Err(StoreError::Unreachable { endpoints: endpoints.names.join(","), last })
-    }
-
-    /// Follows the leases and sends every list and every event, in order, until the receiver is gone. `connected`
-    /// tells whether the store is being followed right now.
-    ///
-    /// However the watch ends (compaction, cancellation, a lost connection or leader), a fresh snapshot follows, so
-    /// that nothing that happened in between is missed, and nothing is believed gone that was not seen gone.
-    pub async fn follow(&self, events: mpsc::Sender<Vec<StoreEvent>>, connected: watch::Sender<bool>) {
-        let mut reported = BTreeSet::new();
-        let mut wait = BACKOFF.0;
-        let mut said = String::new();
-        loop {
-            let outcome = self.snapshot_and_watch(&events, &connected, &mut reported, &mut wait).await;
-            if events.is_closed() {
-                return;
-            }
-            let was_connected = connected.send_replace(false);
-            if was_connected || outcome != said {
-                tracing::warn!(reason = %outcome, "the store is not followed; routes stay as they are until it is again");
-                said = outcome;
-            }
-            // Jitter, so that a cluster does not come back to a restarted store as one.
-            let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(wait.as_millis()).unwrap_or(0) / 2));
-            tokio::time::sleep(wait + jitter).await;
-            wait = (wait * 2).min(BACKOFF.1);
-        }
+        Err(EtcdError::Unreachable { endpoints: endpoints.names.join(","), last })
     }
 
     /// One snapshot and the watch from its revision on. Returns why it ended.
     async fn snapshot_and_watch(
         &self,
         events: &mpsc::Sender<Vec<StoreEvent>>,
-        connected: &watch::Sender<bool>,
+        link: &mut Link,
         reported: &mut BTreeSet<(String, i64)>,
-        wait: &mut Duration,
     ) -> String {
         let snapshot = match self.snapshot().await {
             Ok(snapshot) => snapshot,
@@ -393,8 +371,7 @@ impl Store {
                 };
                 return format!("the store cancelled the watch: {}{compacted}", answer.cancel_reason);
             }
-            *wait = BACKOFF.0;
-            if !connected.send_replace(true) {
+            if link.up() {
                 tracing::info!(revision, "following the store");
             }
             let mut news = Vec::with_capacity(answer.events.len());
@@ -413,6 +390,67 @@ impl Store {
             if !news.is_empty() && events.send(news).await.is_err() {
                 return "nobody listens".to_owned();
             }
+        }
+    }
+}
+
+impl Store for Etcd {
+    async fn config(&self) -> Result<Config, Obstacle> {
+        let key = self.config_key();
+        match Etcd::config(self).await {
+            Ok(Some(text)) => {
+                let text = String::from_utf8(text).with_context(|| format!("{key} in etcd is no UTF-8 text"));
+                let config = text.and_then(|text| Config::parse(&text).with_context(|| format!("{key} in etcd cannot be used")));
+                config.map_err(Obstacle::Lasting)
+            }
+            Ok(None) => {
+                let text = format!("there is no network config in etcd yet: put one at {key}");
+                Err(Obstacle::Passing(Notice::warning("NoNetworkConfig", text)))
+            }
+            Err(error) => Err(Obstacle::Passing(Notice::warning("StoreUnreachable", error.to_string()))),
+        }
+    }
+
+    async fn node_public(&self) -> Result<PerFamily<IpAddr>, Obstacle> {
+        Ok(PerFamily::default())
+    }
+
+    async fn published(&self, public: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
+        let snapshot = self.snapshot().await.map_err(AcquireError::from)?;
+        let mut peers = snapshot.entries.into_iter().filter_map(|entry| entry.peer);
+        Ok(peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)))
+    }
+
+    async fn acquire(&self, claim: &Claim) -> Result<Held, Obstacle> {
+        let keeper = Keeper { store: self.clone(), claim: claim.clone() };
+        Ok(keeper.acquire(&claim.previous).await?)
+    }
+
+    async fn keep(self, claim: Claim, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) {
+        Keeper { store: self, claim }.run(held, lost).await;
+    }
+
+    /// However the watch ends (compaction, cancellation, a lost connection or leader), a fresh snapshot follows, so
+    /// that nothing that happened in between is missed, and nothing is believed gone that was not seen gone.
+    async fn follow(self, _: Config, events: mpsc::Sender<Vec<StoreEvent>>, mut link: Link) {
+        let mut reported = BTreeSet::new();
+        loop {
+            let outcome = self.snapshot_and_watch(&events, &mut link, &mut reported).await;
+            if events.is_closed() {
+                return;
+            }
+            link.down(outcome).await;
+        }
+    }
+}
+
+impl From<AcquireError> for Obstacle {
+    fn from(error: AcquireError) -> Obstacle {
+        match error {
+            AcquireError::Store(EtcdError::Unreachable { .. }) | AcquireError::Races => {
+                Obstacle::Passing(Notice::warning("NoLease", error.to_string()))
+            }
+            error => Obstacle::Lasting(anyhow::Error::new(error).context("cannot acquire a lease")),
         }
     }
 }

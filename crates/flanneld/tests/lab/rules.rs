@@ -111,7 +111,7 @@ pub(crate) fn two_daemons_share_a_host(root: &Path) {
     lab.middle
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { flanneld::store::Store::new(&access).unwrap().put_config(&config).await.unwrap() });
+            runtime.block_on(async { flanneld::store::Etcd::new(&access).unwrap().put_config(&config).await.unwrap() });
         })
         .unwrap();
     let mut children = Vec::new();

@@ -1,16 +1,16 @@
-//! Keeps this node's lease: acquires it, renews it before its end, and acquires it again when it was lost. The data
+//! Keeps this node's lease in etcd: acquires it, renews it before its end, and acquires it again when it was lost. The data
 //! path stays as it is meanwhile.
 
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use flannel::alloc::{self, Choice, OutOfSubnets};
 use flannel::renewal::{LEASE_TTL, Renewal, Step};
-use flannel::{Config, Lease, LeaseKey, LeaseSet, Peer, PerFamily, StoreEvent, Subnet};
+use flannel::{Lease, LeaseKey, LeaseSet, PerFamily, StoreEvent, Subnet};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 
-use crate::store::{Snapshot, Store, StoreError};
+use super::{Entry, Etcd, EtcdError, Snapshot};
+use crate::store::{Claim, Held};
 
 /// How often a lost race for a subnet is tried again before it is an error.
 const TRIES: u32 = 20;
@@ -20,7 +20,7 @@ const TRIES: u32 = 20;
 pub enum AcquireError {
     /// The store cannot be asked or refuses.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] EtcdError),
     /// No subnet is free.
     #[error(transparent)]
     Full(#[from] OutOfSubnets),
@@ -29,26 +29,13 @@ pub enum AcquireError {
     Races,
 }
 
-/// A lease that this node holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Held {
-    /// The leased subnets.
-    pub key: LeaseKey,
-    /// The etcd lease on the key; 0 for a reservation, which needs no renewal.
-    pub etcd_lease: i64,
-}
-
 /// What it takes to acquire a lease.
 #[derive(Debug, Clone)]
 pub struct Keeper {
     /// The store.
-    pub store: Store,
-    /// The network configuration.
-    pub config: Config,
-    /// What this node publishes.
-    pub peer: Peer,
-    /// How long before its end the lease is renewed.
-    pub margin: Duration,
+    pub store: Etcd,
+    /// What the lease is for.
+    pub claim: Claim,
 }
 
 impl Keeper {
@@ -73,7 +60,10 @@ impl Keeper {
     async fn try_acquire(&self, previous: &PerFamily<Subnet>) -> Result<Option<Held>, AcquireError> {
         let snapshot = self.store.snapshot().await?;
         let mut stale = None;
-        let choice = alloc::choose(&self.config, &lease_set(&snapshot), &self.peer.public, previous, &mut stale, |n| fastrand::usize(..n))?;
+        let Claim { config, peer, .. } = &self.claim;
+        let leases = lease_set(&snapshot);
+        let choice = alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?;
+        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
             tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
@@ -86,7 +76,7 @@ impl Keeper {
             Choice::Create(key) => (key, 0, false),
         };
         let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
-        let lease = Lease { key, peer: self.peer.clone() };
+        let lease = Lease { key, peer: peer.clone() };
         let put = self.store.put_lease(&lease, etcd_lease, expected).await;
         if let Ok(true) = put {
             // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
@@ -95,13 +85,13 @@ impl Keeper {
                 self.store.revoke(etcd_lease).await;
                 return Ok(None);
             }
-            return Ok(Some(Held { key, etcd_lease }));
+            return Ok(Some(held(key, etcd_lease)));
         }
         // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
         // revision already. To revoke the etcd lease then would delete the key.
         let now = self.store.snapshot().await?;
         if etcd_lease != 0 && now.entries.iter().any(|entry| entry.key == key && entry.lease == etcd_lease) {
-            return Ok(Some(Held { key, etcd_lease }));
+            return Ok(Some(held(key, etcd_lease)));
         }
         self.store.revoke(etcd_lease).await;
         put.map(|_| None).map_err(AcquireError::from)
@@ -111,7 +101,7 @@ impl Keeper {
     async fn is_younger(&self, key: &LeaseKey) -> Result<bool, AcquireError> {
         let now = self.store.snapshot().await?;
         let Some(mine) = now.entries.iter().find(|entry| entry.key == *key) else { return Ok(true) };
-        let older = |entry: &&crate::store::Entry| entry.key != *key && entry.create_revision < mine.create_revision;
+        let older = |entry: &&Entry| entry.key != *key && entry.create_revision < mine.create_revision;
         Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
     }
 
@@ -119,7 +109,7 @@ impl Keeper {
     /// published in `held`.
     pub async fn run(self, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         let mut current = *held.borrow();
-        let mut renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.margin);
+        let mut renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.claim.margin);
         loop {
             let due = match renewal.poll(Instant::now()) {
                 Step::Wait(at) => Some(at),
@@ -155,7 +145,7 @@ impl Keeper {
             if is_lost {
                 tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
                 current = self.reacquire(&current).await;
-                renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.margin);
+                renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.claim.margin);
                 held.send_replace(current);
             }
         }
@@ -188,9 +178,4 @@ fn lease_set(snapshot: &Snapshot) -> LeaseSet {
         set.fold(StoreEvent::Apply(Lease { key: entry.key, peer: entry.peer.clone().unwrap_or_default() }));
     }
     set
-}
-
-/// Does this lease, as the store has it, still belong to the node that publishes `mine`?
-pub fn is_held(leases: &LeaseSet, key: &LeaseKey, mine: &PerFamily<IpAddr>) -> bool {
-    leases.get(key).is_some_and(|peer| alloc::is_mine(&peer.public, mine))
 }

@@ -1,0 +1,247 @@
+//! The control plane of a lab in Kubernetes mode: a real API server with its etcd, the controllers that give Nodes their
+//! pod CIDRs, our own manifest, a Node for each host, and the service account's token for the daemons, which have no
+//! other right.
+
+use std::io::Write;
+use std::net::{IpAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{Families, Lab, PATIENCE, STORE, spawn, tail};
+
+/// What people apply, and what the lab applies.
+const MANIFEST: &str = include_str!("../../../../deploy/kubernetes/kube-flannel.yml");
+/// The API server's port; etcd is on the loopback address beside it.
+const PORT: u16 = 6443;
+/// How long the daemons' token is good for. A lab is not kept up longer.
+const TOKEN: &str = "24h";
+/// The token of whoever may do everything.
+const ADMIN: &str = "admin";
+
+/// Where the program is looked for that has all of Kubernetes' parts: where `cargo xtask test` puts it.
+pub(super) fn program() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("FLANNEL_KUBERNETES") {
+        return Ok(path.into());
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
+    let folder = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("flannel-tests");
+    let built = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let built = built.filter(|entry| entry.file_name().to_string_lossy().starts_with("kubernetes-v"));
+    let newest = built.max_by_key(|entry| entry.metadata().and_then(|meta| meta.modified()).ok());
+    newest
+        .map(|entry| entry.path())
+        .context("--kube needs a Kubernetes control plane: `cargo xtask kubernetes` builds one (in about ten minutes, once)")
+}
+
+impl Lab {
+    /// Starts the control plane, or starts it again with the data that it had.
+    pub(super) fn start_kubernetes(&mut self, program: &Path) -> anyhow::Result<()> {
+        let folder = self.kubernetes();
+        let is_new = !folder.join("ca.crt").exists();
+        if is_new {
+            self.prepare_kubernetes(program, &folder)?;
+        }
+        let file = |name: &str| folder.join(name).display().to_string();
+        let families = Families::of(&self.plan.config);
+        let address = STORE.ip();
+        let (mut services, mut pods, mut masks) = (Vec::new(), Vec::new(), Vec::new());
+        if families.v4 {
+            services.push("10.96.0.0/16");
+            pods.push(self.plan.config["Network"].as_str().unwrap_or_default());
+            masks.push("--node-cidr-mask-size-ipv4=24");
+        }
+        if families.v6 {
+            services.push("fd00:96::/112");
+            pods.push(self.plan.config["IPv6Network"].as_str().unwrap_or_default());
+            masks.push("--node-cidr-mask-size-ipv6=64");
+        }
+        let etcd = "http://127.0.0.1:2379";
+        let programs: [(&str, Vec<String>); 3] = [
+            (
+                "etcd",
+                vec![
+                    format!("--data-dir={}", file("etcd")),
+                    "--unsafe-no-fsync".into(),
+                    format!("--listen-client-urls={etcd}"),
+                    format!("--advertise-client-urls={etcd}"),
+                    "--listen-peer-urls=http://127.0.0.1:2380".into(),
+                    "--log-level=warn".into(),
+                ],
+            ),
+            (
+                "kube-apiserver",
+                vec![
+                    format!("--etcd-servers={etcd}"),
+                    format!("--bind-address={address}"),
+                    format!("--secure-port={PORT}"),
+                    format!("--advertise-address={address}"),
+                    format!("--tls-cert-file={}", file("apiserver.crt")),
+                    format!("--tls-private-key-file={}", file("apiserver.key")),
+                    format!("--token-auth-file={}", file("tokens.csv")),
+                    "--authorization-mode=RBAC".into(),
+                    "--service-account-issuer=https://kubernetes.default.svc".into(),
+                    format!("--service-account-key-file={}", file("sa.key")),
+                    format!("--service-account-signing-key-file={}", file("sa.key")),
+                    format!("--service-cluster-ip-range={}", services.join(",")),
+                    "--endpoint-reconciler-type=none".into(),
+                    "--enable-priority-and-fairness=false".into(),
+                    "--allow-privileged=true".into(),
+                    "--profiling=false".into(),
+                ],
+            ),
+            (
+                "kube-controller-manager",
+                [
+                    format!("--kubeconfig={}", file("admin.kubeconfig")),
+                    "--leader-elect=false".into(),
+                    "--secure-port=0".into(),
+                    "--controllers=node-ipam-controller".into(),
+                    "--allocate-node-cidrs=true".into(),
+                    format!("--cluster-cidr={}", pods.join(",")),
+                    "--profiling=false".into(),
+                ]
+                .into_iter()
+                .chain(masks.iter().map(ToString::to_string))
+                .collect(),
+            ),
+        ];
+        for (name, args) in programs {
+            let log = self.root.join(format!("{name}.log"));
+            let mut command = Command::new(program);
+            command.arg(name).args(args).args(self.plan.api_flags.iter().filter(|_| name == "kube-apiserver"));
+            let child = self.middle.run(|| spawn(&mut command, &log))?.with_context(|| format!("cannot start {}", program.display()))?;
+            self.store.push(child);
+        }
+        self.wait_for_api()?;
+        if is_new {
+            self.kubectl(&["apply", "--validate=strict", "-f", "-"], MANIFEST).context("cannot apply our own manifest")?;
+            self.make_nodes()?;
+            self.renew_token(TOKEN)?;
+        }
+        Ok(())
+    }
+
+    /// The control plane's files: certificates, data, the token of the daemons.
+    pub fn kubernetes(&self) -> PathBuf {
+        self.root.join("kubernetes")
+    }
+
+    fn prepare_kubernetes(&self, program: &Path, folder: &Path) -> anyhow::Result<()> {
+        std::fs::create_dir_all(folder)?;
+        let mut made = Command::new(program);
+        made.arg("certificates").arg(folder).arg(STORE.ip().to_string()).args(["127.0.0.1", "10.96.0.1", "fd00:96::1"]);
+        let made = made.output().with_context(|| format!("cannot start {}", program.display()))?;
+        ensure!(made.status.success(), "cannot make certificates: {}", String::from_utf8_lossy(&made.stderr));
+        std::fs::write(folder.join("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
+        for (name, user) in [("admin", json!({ "token": ADMIN })), ("flannel", json!({ "tokenFile": folder.join("token") }))] {
+            let config = json!({
+                "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+                "clusters": [{ "name": "lab", "cluster": { "server": self.api_url(), "certificate-authority": folder.join("ca.crt") } }],
+                "users": [{ "name": name, "user": user }],
+                "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": name } }],
+            });
+            std::fs::write(folder.join(format!("{name}.kubeconfig")), config.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Where the API server is.
+    pub fn api_url(&self) -> String {
+        format!("https://{}:{PORT}", STORE.ip())
+    }
+
+    fn wait_for_api(&mut self) -> anyhow::Result<()> {
+        let end = Instant::now() + 4 * PATIENCE;
+        loop {
+            // kubectl is slow to start, so it is not asked before somebody listens.
+            let listens = self.middle.run(|| TcpStream::connect((STORE.ip(), PORT)))?.is_ok();
+            if listens && self.kubectl(&["get", "--raw", "/readyz"], "").is_ok() {
+                return Ok(());
+            }
+            for (child, name) in self.store.iter_mut().zip(["etcd", "kube-apiserver", "kube-controller-manager"]) {
+                if let Some(status) = child.try_wait()? {
+                    bail!("{name} ended with {status}:\n{}", tail(&self.root.join(format!("{name}.log"))));
+                }
+            }
+            ensure!(Instant::now() < end, "the API server is not ready:\n{}", tail(&self.root.join("kube-apiserver.log")));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+
+    /// A Node for each host, as a kubelet would register it.
+    fn make_nodes(&self) -> anyhow::Result<()> {
+        let items: Vec<Value> = self.hosts.iter().map(|host| node(&host.name)).collect();
+        self.kubectl(&["apply", "-f", "-"], &json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string())?;
+        Ok(())
+    }
+
+    /// Writes a new token of the service account where the daemons read it.
+    ///
+    /// # Errors
+    /// When the API server gives none.
+    pub fn renew_token(&self, life: &str) -> anyhow::Result<()> {
+        let token = self.kubectl(&["create", "token", "flannel", "-n", "kube-flannel", "--duration", life], "")?;
+        crate::subnet_file::write_atomically(&self.kubernetes().join("token"), token.trim())
+    }
+
+    /// Runs kubectl with all rights and returns what it prints.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn kubectl(&self, args: &[&str], stdin: &str) -> anyhow::Result<String> {
+        let super::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let folder = self.kubernetes();
+        let mut command = Command::new(program);
+        command.arg("kubectl").args(args).arg("--kubeconfig").arg(folder.join("admin.kubeconfig")).env("HOME", &folder);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child: Child = self.middle.run(|| command.spawn())?.with_context(|| format!("cannot start {}", program.display()))?;
+        child.stdin.take().context("kubectl has no input")?.write_all(stdin.as_bytes())?;
+        let output = child.wait_with_output()?;
+        let says = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "kubectl {}: {}", args.join(" "), says.trim());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The subnets that a host's Node was assigned.
+    ///
+    /// # Errors
+    /// When there are none within a while.
+    pub fn pod_cidrs(&self, host: usize) -> anyhow::Result<String> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let cidrs = self.kubectl(&["get", "node", &self.hosts[host].name, "-o", "jsonpath={.spec.podCIDRs[*]}"], "")?;
+            if !cidrs.is_empty() {
+                return Ok(cidrs.replace(' ', ","));
+            }
+            ensure!(Instant::now() < end, "no pod CIDR is assigned:\n{}", tail(&self.root.join("kube-controller-manager.log")));
+        }
+    }
+
+    /// The flags and variables by which a host's daemon uses Kubernetes.
+    pub(super) fn kubernetes_flags(&self, host: usize, command: &mut Command) {
+        let folder = self.kubernetes();
+        command.arg("--kube-subnet-mgr").arg(format!("--kubeconfig-file={}", folder.join("flannel.kubeconfig").display()));
+        command.arg(format!("--net-config-path={}", self.net_conf().display()));
+        command.env("NODE_NAME", &self.hosts[host].name);
+    }
+
+    /// The file that stands for the ConfigMap.
+    pub fn net_conf(&self) -> PathBuf {
+        self.root.join("net-conf.json")
+    }
+
+    /// Where the API server listens.
+    pub fn api_address(&self) -> (IpAddr, u16) {
+        (STORE.ip(), PORT)
+    }
+}
+
+/// A Node that nobody has told anything of.
+pub fn node(name: &str) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "labels": { "kubernetes.io/os": "linux", "kubernetes.io/hostname": name } } })
+}

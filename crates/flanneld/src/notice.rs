@@ -1,0 +1,46 @@
+//! What an operator must know beyond the log: where there is a place for it (Kubernetes' Events) it is put there.
+
+use tokio::sync::mpsc;
+
+/// Notices that may wait. A store that does not take them in time costs notices, never the daemon.
+const WAITING: usize = 64;
+
+/// One thing to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// What kind of thing, in CamelCase, for machines.
+    pub reason: &'static str,
+    /// What is wrong and what would help, in one line.
+    pub text: String,
+    /// Does it want an operator's attention?
+    pub warning: bool,
+}
+
+impl Notice {
+    /// A warning.
+    pub fn warning(reason: &'static str, text: impl Into<String>) -> Notice {
+        Notice { reason, text: text.into(), warning: true }
+    }
+}
+
+/// Where notices are put. Clones lead to the same place.
+#[derive(Debug, Clone)]
+pub struct Notices(mpsc::Sender<Notice>);
+
+impl Notices {
+    /// A place, and what comes out of it.
+    pub fn new() -> (Notices, mpsc::Receiver<Notice>) {
+        let (put, taken) = mpsc::channel(WAITING);
+        (Notices(put), taken)
+    }
+
+    /// Warns.
+    pub fn tell(&self, reason: &'static str, text: String) {
+        self.put(Notice::warning(reason, text));
+    }
+
+    /// Puts a notice. Where nobody takes it, the log has said it.
+    pub fn put(&self, notice: Notice) {
+        let _ = self.0.try_send(notice);
+    }
+}

@@ -1,0 +1,223 @@
+//! Follows the Nodes: a list, then the watch behind it. A watch that ends is gone on with where it ended; a list follows
+//! when the server has forgotten that place (410 Gone). Only metadata is asked for, so that neither a list nor a
+//! heartbeat costs what a whole Node does.
+
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use flannel::StoreEvent;
+use futures_util::StreamExt;
+use kube::core::WatchEvent;
+use tokio::sync::mpsc;
+
+use super::Kube;
+use super::api::{ApiError, Changes, From, NodeObject, Part};
+use super::table::Table;
+use crate::store::Link;
+
+/// Nodes of a page of a list: of metadata, and of whole Nodes, which are large.
+const PAGE: (u32, u32) = (500, 200);
+/// Up to this many Nodes are read one by one; more are read as a list.
+const ONE_BY_ONE: usize = 16;
+/// A watch that says nothing for so long, not even a bookmark (the server sends one a minute), is begun anew: the
+/// other end may be gone without a word.
+const SILENCE: Duration = Duration::from_secs(130);
+/// A server that ends each watch at once is not asked more often than this.
+const AT_LEAST: Duration = Duration::from_secs(1);
+/// Events that wait together are one change.
+const TOGETHER: usize = 512;
+/// What a bookmark says at the end of a list that came as events.
+const LIST_ENDS: &str = "k8s.io/initial-events-end";
+
+/// How far this node has followed.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) table: Table,
+    /// Everything up to this resource version has been heard; `None`: a list is due.
+    version: Option<String>,
+    /// Can the server send a list as events?
+    streams: bool,
+}
+
+impl Place {
+    pub(super) fn new(table: Table) -> Place {
+        Place { table, version: None, streams: true }
+    }
+}
+
+impl Kube {
+    /// Follows until it cannot go on, and returns why.
+    pub(super) async fn turn(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> String {
+        match self.list_and_watch(place, events, link).await {
+            Ok(()) => "all Nodes are listed anew".to_owned(),
+            Err(error) => {
+                if error.is_gone() {
+                    place.version = None;
+                }
+                error.to_string()
+            }
+        }
+    }
+
+    /// Ends without an error when a new list is needed.
+    async fn list_and_watch(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> Result<(), ApiError> {
+        let mut first = None;
+        if place.version.is_none() {
+            let nodes = if place.streams {
+                match self.list_by_stream(place).await {
+                    Ok((nodes, stream)) => {
+                        first = Some(stream);
+                        nodes
+                    }
+                    // A server before 1.32, or one where it is switched off, does not know the parameters.
+                    Err(ApiError::Refused { code: 400 | 422 | 403, .. }) => {
+                        place.streams = false;
+                        self.list_by_pages(place).await?
+                    }
+                    Err(error) => return Err(error),
+                }
+            } else {
+                self.list_by_pages(place).await?
+            };
+            self.learn(&mut place.table, &nodes).await?;
+            let list = place.table.list(&nodes);
+            self.look_after_own(&mut place.table);
+            if events.send(list).await.is_err() {
+                return Ok(());
+            }
+        }
+        loop {
+            let began = Instant::now();
+            let version = place.version.clone().unwrap_or_default();
+            let stream = match first.take() {
+                Some(stream) => stream,
+                None => self.api().watch(From::Version(&version)).await?,
+            };
+            let mut chunks = pin!(stream.ready_chunks(TOGETHER));
+            if link.up() {
+                tracing::info!(version, "following the Nodes");
+            }
+            while let Ok(Some(chunk)) = tokio::time::timeout(SILENCE, chunks.next()).await {
+                if self.take_in(place, chunk, events).await? {
+                    place.version = None;
+                    return Ok(());
+                }
+            }
+            tokio::time::sleep(AT_LEAST.saturating_sub(began.elapsed())).await;
+        }
+    }
+
+    /// What is there, as the server lists it by events, and the stream that goes on behind it.
+    async fn list_by_stream(&self, place: &mut Place) -> Result<(Vec<NodeObject>, Changes), ApiError> {
+        let mut stream = self.api().watch(From::List).await?;
+        let mut nodes = Vec::new();
+        loop {
+            match tokio::time::timeout(SILENCE, stream.next()).await {
+                Ok(Some(event)) => match event? {
+                    WatchEvent::Added(node) | WatchEvent::Modified(node) => nodes.push(node),
+                    WatchEvent::Deleted(_) => {}
+                    WatchEvent::Bookmark(bookmark) if bookmark.metadata.annotations.get(LIST_ENDS).is_some_and(|value| value == "true") => {
+                        place.version = Some(bookmark.metadata.resource_version);
+                        return Ok((nodes, stream));
+                    }
+                    WatchEvent::Bookmark(_) => {}
+                    WatchEvent::Error(status) => return Err(refused(status.code, status.message)),
+                },
+                Ok(None) => return Err(refused(0, "the list ended before it was complete".to_owned())),
+                Err(_) => return Err(refused(0, "the list is not sent".to_owned())),
+            }
+        }
+    }
+
+    async fn list_by_pages(&self, place: &mut Place) -> Result<Vec<NodeObject>, ApiError> {
+        let (nodes, version) = self.pages(Part::Metadata, PAGE.0).await?;
+        place.version = Some(version);
+        Ok(nodes)
+    }
+
+    /// All Nodes, and the resource version at which they were so.
+    async fn pages(&self, part: Part, limit: u32) -> Result<(Vec<NodeObject>, String), ApiError> {
+        let (mut nodes, mut next) = (Vec::new(), String::new());
+        loop {
+            let page = self.api().page(part, limit, &next).await?;
+            nodes.extend(page.items);
+            next = page.metadata.next;
+            if next.is_empty() {
+                return Ok((nodes, page.metadata.resource_version));
+            }
+        }
+    }
+
+    /// Reads the whole of those Nodes whose pod CIDRs are not known yet.
+    async fn learn(&self, table: &mut Table, nodes: &[NodeObject]) -> Result<(), ApiError> {
+        let unknown: Vec<&NodeObject> = nodes.iter().filter(|node| table.wants(node)).collect();
+        if unknown.len() > ONE_BY_ONE {
+            for node in self.pages(Part::Whole, PAGE.1).await?.0 {
+                table.learn(&node);
+            }
+            return Ok(());
+        }
+        let names: Vec<String> = unknown.iter().map(|node| node.metadata.name.clone()).collect();
+        for name in names {
+            // One that is gone by now is told of by the watch.
+            if let Some(node) = self.api().node(&name).await? {
+                table.learn(&node);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes events in. True if all must be listed anew.
+    async fn take_in(
+        &self,
+        place: &mut Place,
+        chunk: Vec<Result<WatchEvent<NodeObject>, ApiError>>,
+        events: &mpsc::Sender<Vec<StoreEvent>>,
+    ) -> Result<bool, ApiError> {
+        let mut again = false;
+        let mut news = Vec::new();
+        let mut outcome = Ok(());
+        for event in chunk {
+            let version = match event {
+                Ok(WatchEvent::Added(node) | WatchEvent::Modified(node)) => {
+                    if let Err(error) = self.learn(&mut place.table, std::slice::from_ref(&node)).await {
+                        outcome = Err(error);
+                        break;
+                    }
+                    place.table.apply(&node, &mut news);
+                    node.metadata.resource_version
+                }
+                Ok(WatchEvent::Deleted(node)) => {
+                    again |= place.table.delete(&node.metadata.name, &mut news);
+                    node.metadata.resource_version
+                }
+                Ok(WatchEvent::Bookmark(bookmark)) => bookmark.metadata.resource_version,
+                Ok(WatchEvent::Error(status)) => {
+                    outcome = Err(refused(status.code, status.message));
+                    break;
+                }
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            };
+            place.version = Some(version);
+        }
+        self.look_after_own(&mut place.table);
+        // What was heard before an error counts.
+        if !news.is_empty() && events.send(news).await.is_err() {
+            return Ok(true);
+        }
+        outcome.map(|()| again)
+    }
+
+    fn look_after_own(&self, table: &mut Table) {
+        if table.take_own_changed() {
+            self.own_changed().notify_one();
+        }
+    }
+}
+
+fn refused(code: u16, message: String) -> ApiError {
+    ApiError::Refused { act: "go on with the watch of the Nodes", code, message }
+}

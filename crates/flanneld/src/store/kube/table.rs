@@ -1,0 +1,300 @@
+//! Nodes in, [`StoreEvent`]s out: which Node has which lease. Pure; `follow` feeds it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flannel::annotations::{self, Annotations, Keys, NodeError};
+use flannel::{Config, Lease, LeaseKey, PerFamily, StoreEvent, Subnet};
+
+use super::api::NodeObject;
+
+/// Problems of which it is remembered that they were reported.
+const REPORTED: usize = 1_000;
+
+/// What is known of the Nodes.
+#[derive(Debug)]
+pub(super) struct Table {
+    keys: Keys,
+    config: Config,
+    own: String,
+    nodes: BTreeMap<String, Known>,
+    /// Subnets that were read, by the uid of their Node, until it is taken in.
+    learned: BTreeMap<String, PerFamily<Subnet>>,
+    /// Which Node has a lease.
+    owners: BTreeMap<LeaseKey, String>,
+    /// Leases that more than one Node claims.
+    contested: BTreeSet<LeaseKey>,
+    /// What of this node's own Node was seen last: its uid and our annotations.
+    own_seen: Option<(String, Annotations)>,
+    own_changed: bool,
+    reported: BTreeSet<(String, String)>,
+}
+
+/// A Node. Its pod CIDRs never change: the API server admits them once.
+#[derive(Debug, Clone, Default)]
+struct Known {
+    uid: String,
+    subnets: Option<PerFamily<Subnet>>,
+    lease: Option<LeaseKey>,
+}
+
+impl Table {
+    pub(super) fn new(keys: Keys, config: Config, own: String) -> Table {
+        Table {
+            keys,
+            config,
+            own,
+            nodes: BTreeMap::new(),
+            learned: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            contested: BTreeSet::new(),
+            own_seen: None,
+            own_changed: false,
+            reported: BTreeSet::new(),
+        }
+    }
+
+    /// Must the whole of this Node be read? Only when flannel manages it, and once.
+    pub(super) fn wants(&self, node: &NodeObject) -> bool {
+        let known = self.nodes.get(&node.metadata.name).filter(|known| known.uid == node.metadata.uid);
+        let has_subnets = known.is_some_and(|known| known.subnets.is_some()) || self.learned.contains_key(&node.metadata.uid);
+        !has_subnets && self.keys.is_managed(&node.metadata.annotations)
+    }
+
+    /// Notes the subnets of a whole Node, before it is taken in.
+    pub(super) fn learn(&mut self, node: &NodeObject) {
+        match annotations::pod_cidrs(&node.spec.pod_cidr, &node.spec.pod_cidrs) {
+            Ok(subnets) => drop(self.learned.insert(node.metadata.uid.clone(), subnets)),
+            Err(NodeError::NoPodCidr) => {}
+            Err(error) => self.report(&node.metadata.name, &error.to_string()),
+        }
+    }
+
+    /// Takes in a complete list, as one: `Init` to `InitDone`.
+    pub(super) fn list(&mut self, nodes: &[NodeObject]) -> Vec<StoreEvent> {
+        let named: BTreeSet<&str> = nodes.iter().map(|node| node.metadata.name.as_str()).collect();
+        self.nodes.retain(|name, _| named.contains(name.as_str()));
+        self.owners.retain(|_, name| named.contains(name.as_str()));
+        self.contested.clear();
+        if !named.contains(self.own.as_str()) {
+            self.own_seen = None;
+            self.own_changed = true;
+        }
+        let mut events = vec![StoreEvent::Init];
+        for node in nodes {
+            self.apply(node, &mut events);
+        }
+        events.push(StoreEvent::InitDone);
+        self.learned.clear();
+        events
+    }
+
+    /// Takes in that a Node is there, as it is now.
+    pub(super) fn apply(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>) {
+        let name = &node.metadata.name;
+        self.look_at_own(node);
+        let before = self.nodes.get(name).cloned().unwrap_or_default();
+        if !before.uid.is_empty() && before.uid != node.metadata.uid {
+            // Deleted and made again, and only the latter was seen.
+            self.delete(name, events);
+        }
+        let known = self.nodes.entry(name.clone()).or_default();
+        known.uid.clone_from(&node.metadata.uid);
+        known.subnets = known.subnets.or_else(|| self.learned.remove(&node.metadata.uid));
+        let peer = match self.keys.peer(&node.metadata.annotations) {
+            // Somebody took its annotations away: its own flanneld writes them again, and pods do not wait for that.
+            Ok(None) => return events.extend(known.lease.map(StoreEvent::Keep)),
+            Ok(Some(peer)) => Ok(peer),
+            Err(error) => Err(error.to_string()),
+        };
+        let Some(subnets) = known.subnets else {
+            return self.report(name, &NodeError::NoPodCidr.to_string());
+        };
+        let key = match annotations::lease_key(&self.config, &subnets) {
+            Ok(key) => key,
+            Err(error) => return self.report(name, &error.to_string()),
+        };
+        let owner = self.owners.entry(key).or_insert_with(|| name.clone());
+        if owner != name {
+            let text = format!("its pod CIDR {key} is Node {owner}'s too, which was there before: delete one of the two Nodes");
+            self.contested.insert(key);
+            return self.report(name, &text);
+        }
+        known.lease = Some(key);
+        match peer {
+            Ok(peer) => events.push(StoreEvent::Apply(Lease { key, peer })),
+            Err(text) => {
+                events.push(StoreEvent::Keep(key));
+                self.report(name, &text);
+            }
+        }
+    }
+
+    /// Takes in that a Node is gone. True if another claims its lease: then all must be listed anew.
+    pub(super) fn delete(&mut self, name: &str, events: &mut Vec<StoreEvent>) -> bool {
+        if name == self.own {
+            self.own_seen = None;
+            self.own_changed = true;
+        }
+        let Some(key) = self.nodes.remove(name).and_then(|known| known.lease) else { return false };
+        self.owners.remove(&key);
+        events.push(StoreEvent::Delete(key));
+        self.contested.remove(&key)
+    }
+
+    /// Did this node's own Node change in what we write there, since this was asked last?
+    pub(super) fn take_own_changed(&mut self) -> bool {
+        std::mem::take(&mut self.own_changed)
+    }
+
+    fn look_at_own(&mut self, node: &NodeObject) {
+        if node.metadata.name != self.own {
+            return;
+        }
+        let ours = node.metadata.annotations.iter().filter(|(key, _)| self.keys.is_ours(key));
+        let now = (node.metadata.uid.clone(), ours.map(|(key, value)| (key.clone(), value.clone())).collect());
+        if self.own_seen.as_ref() != Some(&now) {
+            self.own_seen = Some(now);
+            self.own_changed = true;
+        }
+    }
+
+    /// Says once of each problem that its Node is skipped.
+    fn report(&mut self, name: &str, text: &str) {
+        if self.reported.len() < REPORTED && self.reported.insert((name.to_owned(), text.to_owned())) {
+            tracing::warn!(node = name, reason = text, "skipping what this Node says; the others are not affected");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::api::{Metadata, Spec};
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    fn table() -> Table {
+        let config = Config::parse_assigned(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#).unwrap();
+        Table::new(Keys::new("flannel.alpha.coreos.com").unwrap(), config, "own".to_owned())
+    }
+
+    /// A Node as "name uid podCIDR public-ip"; with `-` for a public IP nobody manages it.
+    fn node(text: &str) -> NodeObject {
+        let [name, uid, cidr, ip] = text.split(' ').collect::<Vec<_>>()[..] else { panic!("{text}") };
+        let pairs = [("kube-subnet-manager", "true"), ("public-ip", ip), ("backend-type", "host-gw"), ("backend-data", "null")];
+        let annotations = pairs.iter().map(|(key, value)| (format!("flannel.alpha.coreos.com/{key}"), (*value).to_owned()));
+        let annotations = if ip == "-" { BTreeMap::new() } else { annotations.collect() };
+        let metadata = Metadata { name: name.to_owned(), uid: uid.to_owned(), annotations, ..Metadata::default() };
+        NodeObject { metadata, spec: Spec { pod_cidr: cidr.to_owned(), pod_cidrs: Vec::new() } }
+    }
+
+    fn text(events: &[StoreEvent]) -> String {
+        let one = |event: &StoreEvent| match event {
+            StoreEvent::Apply(lease) => format!("apply {} {}", lease.key, lease.peer.public.v4.unwrap()),
+            StoreEvent::Keep(key) => format!("keep {key}"),
+            StoreEvent::Delete(key) => format!("delete {key}"),
+            StoreEvent::Init => "init".to_owned(),
+            StoreEvent::InitDone => "done".to_owned(),
+        };
+        events.iter().map(one).collect::<Vec<_>>().join("; ")
+    }
+
+    fn list(table: &mut Table, nodes: &[&str]) -> String {
+        let nodes: Vec<NodeObject> = nodes.iter().map(|text| node(text)).collect();
+        for node in nodes.iter().filter(|node| table.wants(node)).cloned().collect::<Vec<_>>() {
+            table.learn(&node);
+        }
+        text(&table.list(&nodes))
+    }
+
+    /// Lines: `+` a Node that is there now, `-` one that is gone.
+    #[track_caller]
+    fn check(table: &mut Table, lines: &[&str], want: Expect) {
+        let mut events = Vec::new();
+        let mut again = false;
+        for line in lines {
+            match line.split_at(1) {
+                ("+", text) => {
+                    let node = node(text);
+                    if table.wants(&node) {
+                        table.learn(&node);
+                    }
+                    table.apply(&node, &mut events);
+                }
+                (_, name) => again |= table.delete(name, &mut events),
+            }
+        }
+        want.assert_eq(&format!("{}{}", text(&events), if again { " (list again)" } else { "" }));
+    }
+
+    #[test]
+    fn a_list_and_its_changes() {
+        let mut table = table();
+        assert_eq!(
+            list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2", "new 3  -"]),
+            "init; apply 10.244.0.0/24 192.0.2.1; apply 10.244.1.0/24 192.0.2.2; done"
+        );
+        check(&mut table, &["+new 3 10.244.2.0/24 192.0.2.3"], expect!["apply 10.244.2.0/24 192.0.2.3"]);
+        check(&mut table, &["+b 2 10.244.1.0/24 192.0.2.22"], expect!["apply 10.244.1.0/24 192.0.2.22"]);
+        check(&mut table, &["-b", "-never"], expect!["delete 10.244.1.0/24"]);
+        check(&mut table, &["+c 9 10.244.1.0/24 192.0.2.9"], expect!["apply 10.244.1.0/24 192.0.2.9"]);
+        // Made again under its name, with another pod CIDR; its end was not seen.
+        check(&mut table, &["+new 4 10.244.7.0/24 192.0.2.3"], expect!["delete 10.244.2.0/24; apply 10.244.7.0/24 192.0.2.3"]);
+    }
+
+    #[test]
+    fn the_whole_of_a_node_is_read_once() {
+        let mut table = table();
+        assert!(!table.wants(&node("b 2 10.244.1.0/24 -")), "nobody manages it");
+        assert!(table.wants(&node("b 2 10.244.1.0/24 192.0.2.2")));
+        list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2"]);
+        assert!(!table.wants(&node("b 2  192.0.2.3")));
+        assert!(table.wants(&node("b 3  192.0.2.3")), "another Node of that name");
+        // A list of metadata alone is enough then.
+        assert_eq!(list(&mut table, &["b 2  192.0.2.2"]), "init; apply 10.244.1.0/24 192.0.2.2; done");
+    }
+
+    #[test]
+    fn what_cannot_be_read_keeps_what_was_known() {
+        let mut table = table();
+        list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2", "c 3 10.244.3.0/24 192.0.2.3"]);
+        check(&mut table, &["+b 2  nonsense"], expect!["keep 10.244.1.0/24"]);
+        check(&mut table, &["+c 3  -"], expect!["keep 10.244.3.0/24"]);
+        assert_eq!(list(&mut table, &["b 2  nonsense", "c 3  -"]), "init; keep 10.244.1.0/24; keep 10.244.3.0/24; done");
+        check(&mut table, &["+d 4 fd00::/64 192.0.2.4", "+e 5 x 192.0.2.5"], expect![""]);
+    }
+
+    #[test]
+    fn of_two_nodes_with_one_subnet_the_first_has_it() {
+        let mut table = table();
+        list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2"]);
+        check(&mut table, &["+thief 3 10.244.1.0/24 192.0.2.66"], expect![""]);
+        check(&mut table, &["-thief"], expect![""]);
+        check(&mut table, &["+thief 3 10.244.1.0/24 192.0.2.66", "-b"], expect!["delete 10.244.1.0/24 (list again)"]);
+        assert_eq!(list(&mut table, &["thief 3 10.244.1.0/24 192.0.2.66"]), "init; apply 10.244.1.0/24 192.0.2.66; done");
+    }
+
+    #[test]
+    fn changes_of_the_own_node_are_noticed_and_heartbeats_are_not() {
+        let mut table = table();
+        list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2"]);
+        assert!(table.take_own_changed());
+        check(
+            &mut table,
+            &["+own 1  192.0.2.1", "+b 2  192.0.2.9"],
+            expect!["apply 10.244.0.0/24 192.0.2.1; apply 10.244.1.0/24 192.0.2.9"],
+        );
+        assert!(!table.take_own_changed());
+        for line in ["+own 1  192.0.2.7", "+own 1  -", "-own", "+own 5  -"] {
+            check_silently(&mut table, line);
+            assert!(table.take_own_changed(), "{line}");
+        }
+    }
+
+    fn check_silently(table: &mut Table, line: &str) {
+        let mut events = Vec::new();
+        match line.split_at(1) {
+            ("+", text) => table.apply(&node(text), &mut events),
+            (_, name) => drop(table.delete(name, &mut events)),
+        }
+    }
+}
