@@ -12,21 +12,26 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 )
 
-// certificates FOLDER ADDRESS…: writes ca.crt, apiserver.crt and apiserver.key for an API server at these addresses, and
-// sa.key, which signs the tokens of service accounts.
+// certificates HOURS FOLDER ADDRESS...: writes ca.crt, apiserver.crt and apiserver.key for an API server at these addresses,
+// good from so many hours ahead, and sa.key, which signs the tokens of service accounts.
 func certificates(args []string) error {
-	if len(args) < 2 {
-		return fmt.Errorf("usage: kubernetes certificates FOLDER ADDRESS...")
+	if len(args) < 3 {
+		return fmt.Errorf("usage: kubernetes certificates HOURS FOLDER ADDRESS...")
 	}
-	folder := args[0]
+	hours, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	folder := args[1]
 	template := func(name string, serial int64) *x509.Certificate {
 		return &x509.Certificate{
 			SerialNumber: big.NewInt(serial),
 			Subject:      pkix.Name{CommonName: name},
-			NotBefore:    time.Now().Add(-time.Hour),
+			NotBefore:    time.Now().Add(time.Duration(hours)*time.Hour - time.Minute),
 			NotAfter:     time.Now().Add(24 * time.Hour * 365),
 		}
 	}
@@ -35,7 +40,7 @@ func certificates(args []string) error {
 	server := template("kube-apiserver", 2)
 	server.KeyUsage, server.ExtKeyUsage = x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 	server.DNSNames = []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"}
-	for _, address := range args[1:] {
+	for _, address := range args[2:] {
 		server.IPAddresses = append(server.IPAddresses, net.ParseIP(address))
 	}
 	keys := make([]*ecdsa.PrivateKey, 3)
@@ -67,6 +72,10 @@ func certificates(args []string) error {
 		return err
 	}
 	for i, name := range []string{"apiserver.key", "sa.key"} {
+		// The tokens that there are stay good.
+		if _, err := os.Stat(filepath.Join(folder, name)); err == nil && name == "sa.key" {
+			continue
+		}
 		bytes, err := x509.MarshalECPrivateKey(keys[i+1])
 		if err := write(name, "EC PRIVATE KEY", bytes, err); err != nil {
 			return err

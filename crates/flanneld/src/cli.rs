@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::docker_opts::DockerOptsArgs;
 use crate::embedded::StoreArgs;
+use crate::install_cni::InstallCniArgs;
 use crate::lab::cli::LabArgs;
 
 /// Pod network for containers: every host leases a subnet, every pod reaches every other
@@ -44,6 +45,8 @@ pub enum Command {
     Lab(LabArgs),
     /// Write options for a Docker daemon from subnet.env; also when called as mk-docker-opts.sh
     DockerOpts(DockerOptsArgs),
+    /// Put the CNI plugins and their list where container runtimes look, each in one step
+    InstallCni(InstallCniArgs),
     /// Print the version
     Version,
 }

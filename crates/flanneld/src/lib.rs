@@ -7,6 +7,7 @@ pub mod docker_opts;
 pub mod embedded;
 pub mod etcd;
 pub mod http;
+pub mod install_cni;
 pub mod kernel_thread;
 pub mod lab;
 pub mod notice;

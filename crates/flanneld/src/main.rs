@@ -4,8 +4,8 @@
 use std::process::ExitCode;
 
 use flanneld::cli::{Cli, Command};
-use flanneld::{app, docker_opts, embedded, lab};
-use tracing_subscriber::filter::Targets;
+use flanneld::{app, docker_opts, embedded, install_cni, lab};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -16,6 +16,9 @@ fn main() -> ExitCode {
         return cni::main(plugin);
     }
     let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if install_cni::called_as(std::env::args_os().next()) {
+        return finish(install_cni::copy(&args));
+    }
     if docker_opts::called_as(std::env::args_os().next()) {
         args.insert(0, "docker-opts".to_owned());
     }
@@ -50,11 +53,16 @@ fn main() -> ExitCode {
         // The lab makes its namespaces before there is a second thread, so it starts no runtime here.
         Some(Command::Lab(args)) => return lab::cli::main(args),
         Some(Command::DockerOpts(args)) => docker_opts::run(&args),
+        Some(Command::InstallCni(args)) => install_cni::run(&args),
         Some(Command::Version) => {
             println!("{}", version());
             Ok(())
         }
     };
+    finish(outcome)
+}
+
+fn finish(outcome: anyhow::Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -85,8 +93,8 @@ fn log(verbosity: i32) {
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // What the libraries beneath have to say matters from the third level on.
     let libraries = if verbosity > 3 { level } else { tracing::Level::WARN };
-    // The client of Kubernetes warns of what we report ourselves, at length.
-    let kube = if verbosity > 3 { level } else { tracing::Level::ERROR };
+    // The client of Kubernetes tells at length what we report ourselves.
+    let kube = if verbosity > 3 { LevelFilter::from_level(level) } else { LevelFilter::OFF };
     let ours = Targets::new()
         .with_default(libraries)
         .with_target("kube_client", kube)

@@ -86,18 +86,21 @@ pub struct Link {
     wait: Duration,
     /// Since when it is not followed, and what was said of that last.
     away: (Instant, String),
+    /// Was it ever followed?
+    was_up: bool,
     stale: Option<Guard>,
 }
 
 impl Link {
     /// A link that is not there yet.
     pub fn new(connected: watch::Sender<bool>, ready: Ready, notices: Notices) -> Link {
-        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), stale: None }
+        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), was_up: false, stale: None }
     }
 
     /// The store is being followed. True if it was not before.
     pub fn up(&mut self) -> bool {
         self.wait = BACKOFF.0;
+        self.was_up = true;
         self.stale = None;
         !self.connected.send_replace(true)
     }
@@ -112,8 +115,8 @@ impl Link {
             tracing::warn!(%reason, "the store is not followed; routes stay as they are until it is again");
             self.away.1.clone_from(&reason);
         }
-        if self.away.0.elapsed() > STALE {
-            let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store, which was lost"));
+        if !self.was_up || self.away.0.elapsed() > STALE {
+            let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store"));
             guard.say(&reason);
             self.notices.tell("StoreUnreachable", format!("leases are not followed, routes stay as they are: {reason}"));
         }

@@ -5,6 +5,10 @@
 
 #[path = "lab/adoption.rs"]
 mod adoption;
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/containers.rs"]
+mod containers;
 #[path = "lab/flags.rs"]
 mod flags;
 #[path = "lab/matrix.rs"]
@@ -24,22 +28,21 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use flannel::desired::{Key, Scope};
-use flannel::{Family, Lease, LeaseKey, Object, Observed, Op, Peer, PerFamily};
+use cluster::{PROGRAM, eventually, observe, ping_all_from, ping_during, routes};
+use flannel::desired::Key;
+use flannel::{Lease, LeaseKey, Object, Op, Peer, PerFamily};
 use flanneld::etcd::request_op::Request;
 use flanneld::etcd::{CompactionRequest, Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient};
-use flanneld::lab::ping::{Pinger, ping_all};
+use flanneld::lab::ping::ping_all;
 use flanneld::lab::{Lab, Plan, Pod, PodFamily, STORE, StoreKind, isolate};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
 
 type Test = fn(&Path);
 type StoreTest = fn(&Path, StoreKind);
@@ -126,72 +129,6 @@ fn start(root: &Path, hosts: usize, backend: &str, store: StoreKind) -> Lab {
     let mut lab = Lab::start(plan(hosts, backend, store), root).unwrap();
     lab.settle().unwrap();
     lab
-}
-
-/// What of flannel is in a host's kernel.
-fn observe(netns: &Netns) -> Observed {
-    let scope = Scope {
-        links: vec!["flannel.1".parse().unwrap()],
-        sysctls: Vec::new(),
-        rulesets: vec![Family::V4],
-        iptables: Vec::new(),
-        retired: Vec::new(),
-        adopt: None,
-        networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
-    };
-    netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
-}
-
-fn routes(observed: &Observed) -> BTreeSet<String> {
-    observed.iter().filter_map(|(_, object)| if let Object::Route(route) = object { Some(route.dst.to_string()) } else { None }).collect()
-}
-
-/// Waits for something; what is waited for is named in the failure.
-#[track_caller]
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !done() {
-        assert!(Instant::now() < end, "{what}: not within 20 s");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Pings a target each millisecond while `f` runs; returns how many requests were sent and how many lost.
-fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize, usize) {
-    let stop = AtomicBool::new(false);
-    let ping = || {
-        from.run(|| {
-            let pinger = Pinger::open().unwrap();
-            let mut open = BTreeSet::new();
-            let mut sent = 0;
-            while !stop.load(Ordering::Relaxed) && sent < u16::MAX {
-                pinger.send(to, sent).unwrap();
-                open.insert(sent);
-                sent += 1;
-                let next = Instant::now() + Duration::from_millis(1);
-                while let Some((_, sequence)) = pinger.receive(next.saturating_duration_since(Instant::now())).unwrap() {
-                    open.remove(&sequence);
-                }
-            }
-            let end = Instant::now() + Duration::from_secs(2);
-            while let Some((_, sequence)) = pinger.receive(end.saturating_duration_since(Instant::now())).unwrap() {
-                open.remove(&sequence);
-                if open.is_empty() {
-                    break;
-                }
-            }
-            (usize::from(sent), open.len())
-        })
-        .unwrap()
-    };
-    std::thread::scope(|scope| {
-        let pinging = scope.spawn(ping);
-        f();
-        // Long enough that what follows from the last act is seen as well.
-        std::thread::sleep(Duration::from_millis(200));
-        stop.store(true, Ordering::Relaxed);
-        pinging.join().unwrap()
-    })
 }
 
 fn pods_reach_each_other_and_the_outside(root: &Path, store: StoreKind) {
@@ -371,11 +308,6 @@ fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
         lab.wait_state(0, "the store", |state| state["store"]["connected"] == true).unwrap();
     });
     assert_eq!(lost, 0, "of {sent}");
-}
-
-fn ping_all_from(pod: &Pod, targets: &[IpAddr]) {
-    let answered = pod.netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
-    assert_eq!(answered.len(), targets.len(), "{answered:?}");
 }
 
 fn a_lost_lease_is_acquired_again(root: &Path, store: StoreKind) {
@@ -612,24 +544,6 @@ fn two_hundred_pods_at_once(root: &Path) {
     after.remove("cni0");
     assert_eq!(after, before, "no link is left but the bridge");
     assert_eq!(files(&lab.hosts[0].directory.join("cni")), BTreeSet::from(["last_reserved_ip.0".to_owned(), "lock".to_owned()]));
-}
-
-fn links(netns: &Netns) -> BTreeSet<String> {
-    netns
-        .run(|| link::list(&mut Socket::open(Protocol::Route).unwrap()).unwrap().iter().map(|link| link.name.to_string()).collect())
-        .unwrap()
-}
-
-fn files(directory: &Path) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            found.extend(files(&entry.path()));
-        } else {
-            found.insert(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    found
 }
 
 fn a_killed_plugin_leaves_nothing(root: &Path) {
@@ -1016,4 +930,22 @@ fn what_expires_and_what_is_compacted(root: &Path, store: StoreKind) {
     eventually("what happened meanwhile is known, and what is compacted", || !there(13) && there(14) && there(15) && there(16));
     delete(&lab, 14);
     eventually("and what follows", || !there(14));
+}
+
+fn links(netns: &Netns) -> BTreeSet<String> {
+    netns
+        .run(|| link::list(&mut Socket::open(Protocol::Route).unwrap()).unwrap().iter().map(|link| link.name.to_string()).collect())
+        .unwrap()
+}
+
+fn files(directory: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            found.extend(files(&entry.path()));
+        } else {
+            found.insert(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    found
 }

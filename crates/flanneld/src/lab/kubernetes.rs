@@ -133,19 +133,49 @@ impl Lab {
 
     fn prepare_kubernetes(&self, program: &Path, folder: &Path) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder)?;
-        let mut made = Command::new(program);
-        made.arg("certificates").arg(folder).arg(STORE.ip().to_string()).args(["127.0.0.1", "10.96.0.1", "fd00:96::1"]);
-        let made = made.output().with_context(|| format!("cannot start {}", program.display()))?;
-        ensure!(made.status.success(), "cannot make certificates: {}", String::from_utf8_lossy(&made.stderr));
+        certificates(program, folder, 0)?;
         std::fs::write(folder.join("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
         for (name, user) in [("admin", json!({ "token": ADMIN })), ("flannel", json!({ "tokenFile": folder.join("token") }))] {
+            // Daemons check the server. The lab's own tools need not: tests make its certificate a bad one.
+            let cluster = match name {
+                "admin" => json!({ "server": self.api_url(), "insecure-skip-tls-verify": true }),
+                _ => json!({ "server": self.api_url(), "certificate-authority": folder.join("ca.crt") }),
+            };
             let config = json!({
                 "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-                "clusters": [{ "name": "lab", "cluster": { "server": self.api_url(), "certificate-authority": folder.join("ca.crt") } }],
+                "clusters": [{ "name": "lab", "cluster": cluster }],
                 "users": [{ "name": name, "user": user }],
                 "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": name } }],
             });
             std::fs::write(folder.join(format!("{name}.kubeconfig")), config.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Ends the controllers: nobody assigns pod CIDRs any more.
+    ///
+    /// # Errors
+    /// When they cannot be waited for.
+    pub fn stop_controllers(&mut self) -> anyhow::Result<()> {
+        let mut controllers = self.store.pop().context("the control plane is not running")?;
+        controllers.kill()?;
+        controllers.wait()?;
+        Ok(())
+    }
+
+    /// New certificates for the API server's next start, good from so many hours ahead. Those of another authority, unless
+    /// they are not good yet: then the daemons are told of the authority.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn new_certificates(&self, hours: u32) -> anyhow::Result<()> {
+        let super::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let folder = self.kubernetes();
+        let known = std::fs::read(folder.join("ca.crt"))?;
+        certificates(program, &folder, hours)?;
+        if hours == 0 {
+            std::fs::copy(folder.join("ca.crt"), folder.join("other-ca.crt"))?;
+            std::fs::write(folder.join("ca.crt"), known)?;
         }
         Ok(())
     }
@@ -239,6 +269,18 @@ impl Lab {
     pub fn api_address(&self) -> (IpAddr, u16) {
         (STORE.ip(), PORT)
     }
+}
+
+fn certificates(program: &Path, folder: &Path, hours: u32) -> anyhow::Result<()> {
+    let mut command = Command::new(program);
+    command.args(["certificates", &hours.to_string()]).arg(folder).arg(STORE.ip().to_string()).args([
+        "127.0.0.1",
+        "10.96.0.1",
+        "fd00:96::1",
+    ]);
+    let made = command.output().with_context(|| format!("cannot start {}", program.display()))?;
+    ensure!(made.status.success(), "cannot make certificates: {}", String::from_utf8_lossy(&made.stderr));
+    Ok(())
 }
 
 /// A Node that nobody has told anything of.

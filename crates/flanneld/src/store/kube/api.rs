@@ -73,7 +73,9 @@ fn tls_advice(text: &str) -> &'static str {
         _ if says(&["NotValidYet", "not valid yet", "Expired", "expired"]) => {
             "; compare this host's clock with the dates of the API server's certificate"
         }
-        _ if says(&["UnknownIssuer"]) => "; its certificate is signed by another authority than the one that flanneld was given",
+        _ if says(&["UnknownIssuer", "BadSignature"]) => {
+            "; its certificate is signed by another authority than the one that flanneld was given"
+        }
         _ => "",
     }
 }
@@ -268,6 +270,9 @@ impl Api {
     fn error(&self, act: &'static str, error: kube::Error) -> ApiError {
         match error {
             kube::Error::Api(status) => ApiError::Refused { act, code: status.code, message: status.message },
+            // The outermost says nothing.
+            kube::Error::Service(error) => self.unreachable(error.as_ref()),
+            kube::Error::HyperError(error) => self.unreachable(&error),
             other => self.unreachable(&other),
         }
     }
@@ -284,5 +289,7 @@ fn chain(error: &dyn Error) -> String {
         }
         cause = error.source();
     }
-    texts.join(": ")
+    let text = texts.join(": ");
+    // The time is in it: a problem that stays the same is told once.
+    text.split(": verification time").next().unwrap_or(&text).to_owned()
 }

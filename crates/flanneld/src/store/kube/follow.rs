@@ -19,8 +19,9 @@ use crate::store::Link;
 const PAGE: (u32, u32) = (500, 200);
 /// Up to this many Nodes are read one by one; more are read as a list.
 const ONE_BY_ONE: usize = 16;
-/// A watch that says nothing for so long, not even a bookmark (the server sends one a minute), is begun anew: the
-/// other end may be gone without a word.
+/// A watch that says nothing for so long, not even a bookmark (the server sends one a minute), is given up, and all is
+/// listed anew: the other end may be gone without a word, or was restored from a backup and knows only earlier versions,
+/// about which it is silent.
 const SILENCE: Duration = Duration::from_secs(130);
 /// A server that ends each watch at once is not asked more often than this.
 const AT_LEAST: Duration = Duration::from_secs(1);
@@ -49,7 +50,7 @@ impl Kube {
     /// Follows until it cannot go on, and returns why.
     pub(super) async fn turn(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> String {
         match self.list_and_watch(place, events, link).await {
-            Ok(()) => "all Nodes are listed anew".to_owned(),
+            Ok(why) => why.to_owned(),
             Err(error) => {
                 if error.is_gone() {
                     place.version = None;
@@ -59,8 +60,13 @@ impl Kube {
         }
     }
 
-    /// Ends without an error when a new list is needed.
-    async fn list_and_watch(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> Result<(), ApiError> {
+    /// Ends without an error when a new list is needed, and says why.
+    async fn list_and_watch(
+        &self,
+        place: &mut Place,
+        events: &mpsc::Sender<Vec<StoreEvent>>,
+        link: &mut Link,
+    ) -> Result<&'static str, ApiError> {
         let mut first = None;
         if place.version.is_none() {
             let nodes = if place.streams {
@@ -70,7 +76,7 @@ impl Kube {
                         nodes
                     }
                     // A server before 1.32, or one where it is switched off, does not know the parameters.
-                    Err(ApiError::Refused { code: 400 | 422 | 403, .. }) => {
+                    Err(ApiError::Refused { code: 400 | 422, .. }) => {
                         place.streams = false;
                         self.list_by_pages(place).await?
                     }
@@ -83,7 +89,7 @@ impl Kube {
             let list = place.table.list(&nodes);
             self.look_after_own(&mut place.table);
             if events.send(list).await.is_err() {
-                return Ok(());
+                return Ok("nobody listens");
             }
         }
         loop {
@@ -97,10 +103,18 @@ impl Kube {
             if link.up() {
                 tracing::info!(version, "following the Nodes");
             }
-            while let Ok(Some(chunk)) = tokio::time::timeout(SILENCE, chunks.next()).await {
+            loop {
+                let chunk = match tokio::time::timeout(SILENCE, chunks.next()).await {
+                    Ok(Some(chunk)) => chunk,
+                    Ok(None) => break,
+                    Err(_) => {
+                        place.version = None;
+                        return Ok("the API server said nothing for two minutes: listing all Nodes anew");
+                    }
+                };
                 if self.take_in(place, chunk, events).await? {
                     place.version = None;
-                    return Ok(());
+                    return Ok("another Node claims the subnet of one that is gone: listing all Nodes anew");
                 }
             }
             tokio::time::sleep(AT_LEAST.saturating_sub(began.elapsed())).await;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flannel::annotations::{self, Annotations, Keys, NodeError};
-use flannel::{Config, Lease, LeaseKey, PerFamily, StoreEvent, Subnet};
+use flannel::{Config, Family, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 
 use super::api::NodeObject;
 
@@ -35,6 +35,8 @@ struct Known {
     uid: String,
     subnets: Option<PerFamily<Subnet>>,
     lease: Option<LeaseKey>,
+    /// What it published last.
+    peer: Peer,
 }
 
 impl Table {
@@ -103,7 +105,7 @@ impl Table {
         let peer = match self.keys.peer(&node.metadata.annotations) {
             // Somebody took its annotations away: its own flanneld writes them again, and pods do not wait for that.
             Ok(None) => return events.extend(known.lease.map(StoreEvent::Keep)),
-            Ok(Some(peer)) => Ok(peer),
+            Ok(Some(peer)) => Ok(merge(peer, &known.peer)),
             Err(error) => Err(error.to_string()),
         };
         let Some(subnets) = known.subnets else {
@@ -121,7 +123,10 @@ impl Table {
         }
         known.lease = Some(key);
         match peer {
-            Ok(peer) => events.push(StoreEvent::Apply(Lease { key, peer })),
+            Ok(peer) => {
+                known.peer.clone_from(&peer);
+                events.push(StoreEvent::Apply(Lease { key, peer }));
+            }
             Err(text) => {
                 events.push(StoreEvent::Keep(key));
                 self.report(name, &text);
@@ -164,6 +169,21 @@ impl Table {
             tracing::warn!(node = name, reason = text, "skipping what this Node says; the others are not affected");
         }
     }
+}
+
+/// What a Node says now; a family of which it says nothing any more is as it was. No flanneld takes an annotation back, so
+/// somebody else did, and its flanneld will write it again.
+fn merge(mut now: Peer, before: &Peer) -> Peer {
+    if now.backend_type == before.backend_type {
+        for family in Family::ALL {
+            if now.public.get(family).is_some() {
+                continue;
+            }
+            now.public.set(family, before.public.get(family).copied());
+            now.backend_data.set(family, before.backend_data.get(family).cloned());
+        }
+    }
+    now
 }
 
 #[cfg(test)]
@@ -259,6 +279,8 @@ mod tests {
         list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2", "c 3 10.244.3.0/24 192.0.2.3"]);
         check(&mut table, &["+b 2  nonsense"], expect!["keep 10.244.1.0/24"]);
         check(&mut table, &["+c 3  -"], expect!["keep 10.244.3.0/24"]);
+        // An address alone is gone.
+        check(&mut table, &["+b 2  "], expect!["apply 10.244.1.0/24 192.0.2.2"]);
         assert_eq!(list(&mut table, &["b 2  nonsense", "c 3  -"]), "init; keep 10.244.1.0/24; keep 10.244.3.0/24; done");
         check(&mut table, &["+d 4 fd00::/64 192.0.2.4", "+e 5 x 192.0.2.5"], expect![""]);
     }

@@ -1,0 +1,176 @@
+//! `flanneld install-cni`: puts the CNI plugins and their list where container runtimes look, each file in one step, so
+//! that a runtime never reads half of one. Needs no shell. Called `install-conf`, as in upstream's image, it copies one
+//! file in the same way.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use serde_json::Value;
+
+use crate::subnet_file::write_atomically;
+
+/// The program of all plugins, under its own name.
+const PROGRAM: &str = "flannel-cni";
+
+/// What `flanneld install-cni` is told.
+#[derive(Debug, Clone, Args)]
+pub struct InstallCniArgs {
+    /// Where runtimes look for plugins
+    #[arg(long, default_value = "/opt/cni/bin", value_name = "FOLDER")]
+    pub bin_dir: PathBuf,
+    /// The program of our plugins [default: flannel-cni beside this program]
+    #[arg(long, value_name = "FILE")]
+    pub plugin: Option<PathBuf>,
+    /// The list of plugins to install
+    #[arg(long, default_value = "/etc/kube-flannel/cni-conf.json", value_name = "FILE")]
+    pub conf: PathBuf,
+    /// Where runtimes look for it
+    #[arg(long, default_value = "/etc/cni/net.d/10-flannel.conflist", value_name = "FILE")]
+    pub conf_target: PathBuf,
+    /// Install the plugins alone
+    #[arg(long)]
+    pub skip_conf: bool,
+    /// Put ours in the place of plugins of others, too (bridge, host-local, portmap, …); `flannel` is replaced in any case
+    #[arg(long)]
+    pub replace: bool,
+}
+
+/// Installs.
+///
+/// # Errors
+/// What cannot be read or written, or is no list of plugins; then the files that were there stand.
+pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
+    // The list last: who finds it finds its plugins.
+    install_plugins(args)?;
+    if args.skip_conf {
+        return Ok(());
+    }
+    let text = fs::read_to_string(&args.conf).with_context(|| format!("cannot read --conf {}", args.conf.display()))?;
+    check_list(&text).with_context(|| format!("--conf {} (key cni-conf.json of ConfigMap kube-flannel-cfg)", args.conf.display()))?;
+    let target = &args.conf_target;
+    if fs::read_to_string(target).is_ok_and(|now| now == text) {
+        println!("{} is as it should be", target.display());
+        return Ok(());
+    }
+    write_atomically(target, &text).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
+    println!("wrote {}", target.display());
+    Ok(())
+}
+
+/// Is this what a runtime can use? To install anything else would take the network from a node that has one.
+fn check_list(text: &str) -> anyhow::Result<()> {
+    let list: Value = serde_json::from_str(text).context("it is no JSON")?;
+    ensure!(list["name"].is_string(), "name: there is none");
+    let plugins = list["plugins"].as_array().context("plugins: there is no list of them")?;
+    ensure!(!plugins.is_empty(), "plugins: the list is empty");
+    for (at, plugin) in plugins.iter().enumerate() {
+        ensure!(plugin["type"].is_string(), "plugins[{at}].type: there is none");
+    }
+    Ok(())
+}
+
+fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
+    let source = match &args.plugin {
+        Some(path) => path.clone(),
+        None => std::env::current_exe().context("cannot tell where this program is")?.with_file_name(PROGRAM),
+    };
+    let program = fs::read(&source).with_context(|| format!("cannot read --plugin {}", source.display()))?;
+    let folder = &args.bin_dir;
+    fs::create_dir_all(folder).with_context(|| format!("cannot make --bin-dir {}", folder.display()))?;
+    let main = folder.join(PROGRAM);
+    // What was installed by an earlier run is one file under many names.
+    let earlier = fs::metadata(&main).ok();
+    let is_ours = |path: &Path, meta: &fs::Metadata| {
+        let same_file = earlier.as_ref().is_some_and(|earlier| (earlier.dev(), earlier.ino()) == (meta.dev(), meta.ino()));
+        same_file || meta.len() == program.len() as u64 && fs::read(path).is_ok_and(|bytes| bytes == program)
+    };
+    let (mut left, mut stays) = (Vec::new(), Vec::new());
+    let mut wanted = Vec::new();
+    for name in cni::NAMES {
+        let path = folder.join(name);
+        match fs::metadata(&path) {
+            Ok(meta) if !is_ours(&path, &meta) && name != "flannel" && !args.replace => left.push(name),
+            Ok(_) | Err(_) => wanted.push(name),
+        }
+    }
+    if fs::read(&main).is_ok_and(|bytes| bytes == program) {
+        let now = fs::metadata(&main)?;
+        wanted.retain(|name| {
+            let same = fs::metadata(folder.join(name)).is_ok_and(|meta| (meta.dev(), meta.ino()) == (now.dev(), now.ino()));
+            if same {
+                stays.push(*name);
+            }
+            !same
+        });
+    } else {
+        let temporary = folder.join(format!(".{PROGRAM}.{}", std::process::id()));
+        let written = (|| {
+            let mut file = File::create(&temporary)?;
+            file.write_all(&program)?;
+            file.set_permissions(fs::Permissions::from_mode(0o755))?;
+            file.sync_all()?;
+            fs::rename(&temporary, &main)
+        })();
+        if let Err(error) = written {
+            let _ = fs::remove_file(&temporary);
+            return Err(error).with_context(|| format!("cannot write {}", main.display()));
+        }
+    }
+    for name in &wanted {
+        let (path, temporary) = (folder.join(name), folder.join(format!(".{name}.{}", std::process::id())));
+        let _ = fs::remove_file(&temporary);
+        let linked = fs::hard_link(&main, &temporary).and_then(|()| fs::rename(&temporary, &path));
+        linked.with_context(|| format!("cannot install {}", path.display()))?;
+    }
+    File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))?;
+    let say = |what: &str, names: &[&str]| {
+        if !names.is_empty() {
+            println!("{}: {what} {}", folder.display(), names.join(" "));
+        }
+    };
+    say("installed", &wanted);
+    say("as they should be:", &stays);
+    say("left as they are, because they are programs of others (see --replace):", &left);
+    Ok(())
+}
+
+/// Is this program called by the name that upstream's image has for copying a file?
+pub fn called_as(program: Option<OsString>) -> bool {
+    program.is_some_and(|path| Path::new(&path).file_name().is_some_and(|name| name == "install-conf"))
+}
+
+/// Copies a file in one step, with the mode that it has.
+///
+/// # Errors
+/// When there are not two arguments, or when the file cannot be copied; then the old one stands.
+pub fn copy(args: &[String]) -> anyhow::Result<()> {
+    let [source, target] = args else { anyhow::bail!("usage: install-conf SOURCE TARGET") };
+    let text = fs::read_to_string(source).with_context(|| format!("cannot read {source}"))?;
+    let mode = fs::metadata(source)?.permissions();
+    write_atomically(Path::new(target), &text).with_context(|| format!("cannot write {target}"))?;
+    fs::set_permissions(target, mode).with_context(|| format!("cannot set the mode of {target}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_that_no_runtime_could_use_is_refused() {
+        for (text, want) in [
+            ("{", "it is no JSON"),
+            ("{}", "name: there is none"),
+            (r#"{"name":"x"}"#, "plugins: there is no list of them"),
+            (r#"{"name":"x","plugins":[]}"#, "plugins: the list is empty"),
+            (r#"{"name":"x","plugins":[{"type":"flannel"},{}]}"#, "plugins[1].type: there is none"),
+        ] {
+            assert_eq!(check_list(text).unwrap_err().to_string(), want);
+        }
+        assert!(check_list(r#"{"name":"cbr0","plugins":[{"type":"flannel"}]}"#).is_ok());
+    }
+}

@@ -1,0 +1,113 @@
+//! Kubernetes as the store, with a real API server: clusters in namespaces whose daemons have the service account's token
+//! and nothing more. One `main` instead of the usual harness, because namespaces are entered while the process has one
+//! thread.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "kube/follow.rs"]
+mod follow;
+#[path = "kube/join.rs"]
+mod join;
+#[path = "kube/refusals.rs"]
+mod refusals;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use cluster::PROGRAM;
+use flanneld::lab::kubernetes::node;
+use flanneld::lab::{Lab, Plan, PodFamily, StoreKind, isolate};
+use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
+
+type Test = fn(&Path);
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
+    let mut trials = Vec::new();
+    let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
+        let root = scratch.join(name.replace([' ', ':', ','], "-"));
+        trials.push(Trial::test(name, move || {
+            test(&root);
+            let _ = std::fs::remove_dir_all(&root);
+            Ok(())
+        }));
+    };
+    for backend in ["host-gw", "vxlan"] {
+        for (name, family) in [("v4", PodFamily::V4), ("v6", PodFamily::V6), ("dual", PodFamily::Dual)] {
+            add(format!("three_hosts_join: {backend} {name}"), Box::new(move |root| join::three_hosts_join(root, backend, family)));
+        }
+    }
+    let tests: [(&str, Test); 9] = [
+        ("annotations_are_kept_as_they_should_be", join::annotations_are_kept),
+        ("a_node_that_is_made_again_gets_its_new_subnet", join::a_node_that_is_made_again),
+        ("what_happens_to_nodes_is_followed", follow::what_happens_to_nodes),
+        ("a_minute_without_the_api_server_costs_nothing", follow::a_minute_without_the_api_server),
+        ("a_rotated_token_is_taken_up", follow::a_rotated_token),
+        ("a_server_without_streaming_lists_is_followed_too", follow::without_streaming_lists),
+        ("each_missing_right_is_named_and_waited_out", refusals::each_missing_right),
+        ("what_is_in_the_way_of_a_lease_is_named_and_waited_out", refusals::what_is_in_the_way),
+        ("what_cannot_be_waited_out_ends_with_the_fix", refusals::what_cannot_be_waited_out),
+    ];
+    for (name, test) in tests {
+        add(name.to_owned(), Box::new(test));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn plan(hosts: usize, backend: &str, family: PodFamily) -> Plan {
+    let program = std::env::var_os("FLANNEL_KUBERNETES").map(PathBuf::from).filter(|path| path.is_file());
+    let program = program.expect("FLANNEL_KUBERNETES names no program: run the tests by `cargo xtask test`, which builds what they need");
+    Plan { store: StoreKind::Kubernetes(program), ..Plan::new(hosts, &json!({ "Type": backend }), Path::new(PROGRAM)).family(family) }
+}
+
+fn start(root: &Path, hosts: usize, backend: &str, family: PodFamily) -> Lab {
+    let mut lab = Lab::start(plan(hosts, backend, family), root).unwrap();
+    lab.settle().unwrap();
+    lab
+}
+
+/// A field of an object, by kubectl's JSONPath.
+fn field(lab: &Lab, object: &str, path: &str) -> String {
+    lab.kubectl(&["get", object, "-o", &format!("jsonpath={{{path}}}")], "").unwrap()
+}
+
+/// Our annotations of a Node, without their prefix.
+fn annotations(lab: &Lab, node: &str) -> BTreeMap<String, String> {
+    let text = field(lab, &format!("node/{node}"), ".metadata.annotations");
+    let all: BTreeMap<String, String> = if text.is_empty() { BTreeMap::new() } else { serde_json::from_str(&text).unwrap() };
+    all.into_iter().filter_map(|(key, value)| Some((key.strip_prefix("flannel.alpha.coreos.com/")?.to_owned(), value))).collect()
+}
+
+fn annotate(lab: &Lab, node: &str, pairs: &[&str]) {
+    let pairs: Vec<String> = pairs.iter().map(|pair| format!("flannel.alpha.coreos.com/{pair}")).collect();
+    let mut args = vec!["annotate", "--overwrite", "node", node];
+    args.extend(pairs.iter().map(String::as_str));
+    lab.kubectl(&args, "").unwrap();
+}
+
+/// A Node as a Go flanneld annotates it, with pod CIDRs that somebody assigned by hand.
+fn go_node(name: &str, cidrs: &[&str], annotations: &[(&str, &str)]) -> Value {
+    let mut node = node(name);
+    node["spec"] = json!({ "podCIDR": cidrs[0], "podCIDRs": cidrs });
+    for (key, value) in [("kube-subnet-manager", "true")].iter().chain(annotations) {
+        node["metadata"]["annotations"][format!("flannel.alpha.coreos.com/{key}")] = (*value).into();
+    }
+    node
+}
+
+fn create(lab: &Lab, objects: &[Value]) {
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+    lab.kubectl(&["create", "-f", "-"], &list.to_string()).unwrap();
+}
+
+/// Events of a host's Node: reason and message.
+fn events(lab: &Lab, host: &str) -> Vec<(String, String)> {
+    let text = lab.kubectl(&["get", "events", "--field-selector", &format!("involvedObject.name={host}"), "-o", "json"], "").unwrap();
+    let list: Value = serde_json::from_str(&text).unwrap();
+    let one = |event: &Value| (event["reason"].as_str().unwrap().to_owned(), event["message"].as_str().unwrap().to_owned());
+    list["items"].as_array().unwrap().iter().map(one).collect()
+}

@@ -1,0 +1,86 @@
+//! What tests of whole clusters share.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use flannel::desired::Scope;
+use flannel::{Family, Object, Observed};
+use flanneld::lab::Pod;
+use flanneld::lab::ping::{Pinger, ping_all};
+use kernel::Kernel;
+use kernel::netns::Netns;
+
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
+
+/// Waits for something; what is waited for is named in the failure.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "{what}: not within 20 s");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Pings a target each millisecond while `f` runs; returns how many requests were sent and how many lost.
+pub(crate) fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize, usize) {
+    let stop = AtomicBool::new(false);
+    let ping = || {
+        from.run(|| {
+            let pinger = Pinger::open().unwrap();
+            let mut open = BTreeSet::new();
+            let mut sent = 0;
+            while !stop.load(Ordering::Relaxed) && sent < u16::MAX {
+                pinger.send(to, sent).unwrap();
+                open.insert(sent);
+                sent += 1;
+                let next = Instant::now() + Duration::from_millis(1);
+                while let Some((_, sequence)) = pinger.receive(next.saturating_duration_since(Instant::now())).unwrap() {
+                    open.remove(&sequence);
+                }
+            }
+            let end = Instant::now() + Duration::from_secs(2);
+            while let Some((_, sequence)) = pinger.receive(end.saturating_duration_since(Instant::now())).unwrap() {
+                open.remove(&sequence);
+                if open.is_empty() {
+                    break;
+                }
+            }
+            (usize::from(sent), open.len())
+        })
+        .unwrap()
+    };
+    std::thread::scope(|scope| {
+        let pinging = scope.spawn(ping);
+        f();
+        // Long enough that what follows from the last act is seen as well.
+        std::thread::sleep(Duration::from_millis(200));
+        stop.store(true, Ordering::Relaxed);
+        pinging.join().unwrap()
+    })
+}
+
+/// What of flannel is in a host's kernel.
+pub(crate) fn observe(netns: &Netns) -> Observed {
+    let scope = Scope {
+        links: vec!["flannel.1".parse().unwrap()],
+        sysctls: Vec::new(),
+        rulesets: vec![Family::V4],
+        iptables: Vec::new(),
+        retired: Vec::new(),
+        adopt: None,
+        networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
+    };
+    netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
+}
+
+pub(crate) fn routes(observed: &Observed) -> BTreeSet<String> {
+    observed.iter().filter_map(|(_, object)| if let Object::Route(route) = object { Some(route.dst.to_string()) } else { None }).collect()
+}
+
+pub(crate) fn ping_all_from(pod: &Pod, targets: &[IpAddr]) {
+    let answered = pod.netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
+    assert_eq!(answered.len(), targets.len(), "{answered:?}");
+}
