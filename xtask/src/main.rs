@@ -12,6 +12,7 @@ cargo xtask VERB
 
   test [FILTER]    install what the tests need, then check formatting, lints and docs and run every test
   dist             build what is installed, in target/dist: flanneld, and the CNI plugin statically linked under its names
+  image            build the container image from nothing but this checkout: target/image/flannel.tar, for `ctr image import`
   bench [ARGS]     measure, side by side with the kernel's own cost; prints a table (see docs/performance.md)
   kubernetes       build the Kubernetes control plane that the tests and `flanneld lab --kube` use (ten minutes, once)
   fuzz [SECONDS]   run every fuzz target for so many seconds (default 30); needs a nightly toolchain";
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let done = match verb {
         "test" => test(rest),
         "dist" => dist().map(drop),
+        "image" => image().map(|file| println!("{}", file.display())),
         "bench" => bench(rest),
         "kubernetes" => kubernetes().map(|program| println!("{}", program.display())),
         "fuzz" => fuzz(rest),
@@ -54,9 +56,12 @@ const PACKAGES: [(&str, &str); 11] = [
 fn test(filter: &[String]) -> anyhow::Result<()> {
     install_packages()?;
     let etcd_3_5 = etcd_3_5()?;
-    let etcd_3_6 = etcd_3_6()?;
+    let etcd_3_6 = go_program("etcd-3.6", "go.etcd.io/etcd/server/v3", ".")?;
     let reference = reference_plugins()?;
     let kubernetes = kubernetes()?;
+    let old_kubernetes = go_program("kubernetes-1.28", "k8s.io/kubernetes", ".")?;
+    let helm = go_program("helm", "helm.sh/helm/v4", "helm.sh/helm/v4/cmd/helm")?;
+    let image = image()?;
     if filter.is_empty() {
         cargo(&["fmt", "--all", "--check"], &[])?;
         cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
@@ -65,7 +70,10 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
     let etcd_3_4 = find("etcd").context("etcd is not in PATH although etcd-server is installed")?;
     let etcdctl_3_4 = find("etcdctl").context("etcdctl is not in PATH although etcd-client is installed")?;
     let (server, client) = (etcd_3_5.join("etcd"), etcd_3_5.join("etcdctl"));
-    let env: [(&str, &OsStr); 8] = [
+    let env: [(&str, &OsStr); 11] = [
+        ("FLANNEL_IMAGE", image.as_os_str()),
+        ("FLANNEL_KUBERNETES_1_28", old_kubernetes.as_os_str()),
+        ("FLANNEL_HELM", helm.as_os_str()),
         ("FLANNEL_KUBERNETES", kubernetes.as_os_str()),
         ("FLANNEL_REFERENCE_PLUGINS", reference.as_os_str()),
         ("FLANNEL_ETCD_3_6", etcd_3_6.as_os_str()),
@@ -83,12 +91,11 @@ fn test(filter: &[String]) -> anyhow::Result<()> {
 /// Builds the programs as they are installed and returns their folder. The plugin is started for each pod, so it is
 /// linked statically: there is nothing to load. The daemon is not, because glibc resolves names by loaded modules.
 fn dist() -> anyhow::Result<PathBuf> {
-    let (host, folder) = (host()?, std::env::current_dir()?.join("target/dist"));
+    let folder = std::env::current_dir()?.join("target/dist");
     cargo(&["build", "--release", "--quiet", "-p", "flanneld"], &[])?;
-    let plugin = ["build", "--release", "--quiet", "-p", "cni", "--target", &host];
-    cargo(&plugin, &[("RUSTFLAGS", "-C target-feature=+crt-static".as_ref())])?;
+    let plugin = build_static("cni")?.join("flannel-cni");
     std::fs::create_dir_all(&folder)?;
-    for (from, name) in [("target/release/flanneld".into(), "flanneld"), (format!("target/{host}/release/flannel-cni"), "flannel-cni")] {
+    for (from, name) in [("target/release/flanneld".into(), "flanneld"), (plugin.display().to_string(), "flannel-cni")] {
         std::fs::copy(&from, folder.join(name)).with_context(|| format!("cannot copy {from}"))?;
     }
     for name in ["flannel", "bridge", "host-local", "loopback", "portmap", "bandwidth", "firewall", "tuning"] {
@@ -98,6 +105,50 @@ fn dist() -> anyhow::Result<PathBuf> {
     }
     println!("{}", folder.display());
     Ok(folder)
+}
+
+/// Builds a package's programs with all that they need in them, and returns their folder.
+fn build_static(package: &str) -> anyhow::Result<PathBuf> {
+    let host = host()?;
+    let args = ["build", "--release", "--quiet", "-p", package, "--target", &host];
+    cargo(&args, &[("RUSTFLAGS", "-C target-feature=+crt-static".as_ref())])?;
+    Ok(std::env::current_dir()?.join("target").join(host).join("release"))
+}
+
+/// Builds the container image and returns its archive. Nothing is fetched: it begins with an empty file system. The
+/// daemon is static here too; of names it resolves what DNS and /etc/hosts tell, which glibc has built in.
+fn image() -> anyhow::Result<PathBuf> {
+    let folder = std::env::current_dir()?.join("target/image");
+    let bin = folder.join("rootfs/opt/bin");
+    let _ = std::fs::remove_dir_all(folder.join("rootfs"));
+    std::fs::create_dir_all(&bin)?;
+    for (package, program) in [("flanneld", "flanneld"), ("cni", "flannel-cni")] {
+        std::fs::copy(build_static(package)?.join(program), bin.join(program)).with_context(|| format!("cannot copy {program}"))?;
+        // Names of functions are a sixth of it, and of no use where there is no debugger.
+        run(Command::new("strip").arg("--strip-all").arg(bin.join(program)))?;
+    }
+    for name in ["install-conf", "mk-docker-opts.sh"] {
+        std::os::unix::fs::symlink("flanneld", bin.join(name))?;
+    }
+    let (tag, archive) = (format!("localhost/flannel:{}", env!("CARGO_PKG_VERSION")), folder.join("flannel.tar"));
+    let _ = std::fs::remove_file(&archive);
+    // A store of its own, so that no image of the machine's is touched.
+    let store = std::env::temp_dir().join(format!("flannel-image-{}", std::process::id()));
+    let podman = |args: &[&OsStr]| {
+        let mut command = Command::new("podman");
+        command.arg("--root").arg(store.join("root")).arg("--runroot").arg(store.join("run")).arg("--tmpdir").arg(store.join("tmp"));
+        command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]).args(args).stdout(std::process::Stdio::null());
+        run(&mut command)
+    };
+    let file = Path::new("deploy/image/Containerfile");
+    let built =
+        podman(&["build".as_ref(), "--quiet".as_ref(), "--tag".as_ref(), tag.as_ref(), "--file".as_ref(), file.as_ref(), folder.as_ref()])
+            .and_then(|()| podman(&["save".as_ref(), "--quiet".as_ref(), "--output".as_ref(), archive.as_ref(), tag.as_ref()]));
+    let _ = std::fs::remove_dir_all(&store);
+    built.context("podman cannot build the image")?;
+    let size = std::fs::metadata(&archive)?.len();
+    ensure!(size < 20_000_000, "the image has {size} bytes: it must stay under 20 MB");
+    Ok(archive)
 }
 
 fn bench(args: &[String]) -> anyhow::Result<()> {
@@ -171,56 +222,63 @@ fn etcd_3_5() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// etcd 3.6, built from its Go module on first use. What takes minutes to build is kept outside the checkout.
-fn etcd_3_6() -> anyhow::Result<PathBuf> {
-    let source = std::env::current_dir()?.join("tests/etcd-3.6");
-    let text = std::fs::read_to_string(source.join("go.mod"))?;
-    let version = text.lines().find_map(|line| line.split_once("etcd/server/v3 ")).context("go.mod names no etcd")?.1.trim();
-    let program = cache()?.join(format!("etcd-{version}"));
-    go_build(&source, &[("etcd 3.6", ".", &program)])?;
+/// A program of a Go module under `tests/`, built on first use: `package` of it, and the module that says which version it
+/// is. What takes minutes to build is kept outside the checkout; another source makes another program.
+fn go_program(folder: &str, module: &str, package: &str) -> anyhow::Result<PathBuf> {
+    let source = std::env::current_dir()?.join("tests").join(folder);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&source)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    files.sort();
+    let mut hasher = std::hash::DefaultHasher::new();
+    for file in &files {
+        std::hash::Hasher::write(&mut hasher, &std::fs::read(file)?);
+    }
+    let version = go_version(&source, module)?;
+    let program = cache()?.join(format!("{folder}-{version}-{:08x}", std::hash::Hasher::finish(&hasher) >> 32));
+    go_build(&source, &version, &[(&format!("{folder} {version}"), package, &program)])?;
     Ok(program)
 }
 
-/// The programs of a Kubernetes control plane, built from their Go modules on first use.
-fn kubernetes() -> anyhow::Result<PathBuf> {
-    let source = std::env::current_dir()?.join("tests/kubernetes");
+/// The version of a module that a `go.mod` requires.
+fn go_version(source: &Path, module: &str) -> anyhow::Result<String> {
     let text = std::fs::read_to_string(source.join("go.mod"))?;
-    let version = text.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes ")).context("go.mod names no kubernetes")?;
-    // Another source makes another program.
-    let mut hasher = std::hash::DefaultHasher::new();
-    for file in ["go.mod", "go.sum", "main.go", "certificates.go"] {
-        std::hash::Hasher::write(&mut hasher, &std::fs::read(source.join(file))?);
-    }
-    let program = cache()?.join(format!("kubernetes-{version}-{:08x}", std::hash::Hasher::finish(&hasher) >> 32));
-    go_build(&source, &[(&format!("Kubernetes {version} (ten minutes on two cores, once)"), ".", &program)])?;
-    Ok(program)
+    let mut words = text.lines().map(|line| line.trim_start_matches("require ").split_whitespace());
+    let version = words.find_map(|mut words| (words.next() == Some(module)).then(|| words.next()).flatten().map(ToOwned::to_owned));
+    version.with_context(|| format!("{}/go.mod requires no {module}", source.display()))
+}
+
+/// The programs of a Kubernetes cluster: the current minor, and the control plane of the oldest that builds so.
+fn kubernetes() -> anyhow::Result<PathBuf> {
+    go_program("kubernetes", "k8s.io/kubernetes", ".")
 }
 
 /// The reference CNI plugins that ours are compared with, built from their Go module on first use.
 fn reference_plugins() -> anyhow::Result<PathBuf> {
     let module = "github.com/containernetworking/plugins";
     let source = std::env::current_dir()?.join("tests/cni-plugins");
-    let text = std::fs::read_to_string(source.join("go.mod"))?;
-    let version = text.lines().find_map(|line| line.split_once(&format!("{module} "))).context("go.mod names no plugins")?.1;
-    let version = version.split_whitespace().next().context("go.mod names no version")?;
+    let version = go_version(&source, module)?;
     let folder = cache()?.join(format!("cni-plugins-{version}"));
     std::fs::create_dir_all(&folder)?;
     let plugins = ["main/bridge", "main/loopback", "ipam/host-local", "meta/portmap", "meta/bandwidth", "meta/firewall", "meta/tuning"];
     let names = plugins
         .map(|plugin| (plugin, format!("{module}/plugins/{plugin}"), folder.join(Path::new(plugin).file_name().unwrap_or_default())));
     let wanted: Vec<(&str, &str, &Path)> = names.iter().map(|(name, package, file)| (*name, package.as_str(), file.as_path())).collect();
-    go_build(&source, &wanted)?;
+    go_build(&source, &version, &wanted)?;
     Ok(folder)
 }
 
 /// Builds what of name, package and file is not there yet.
-fn go_build(source: &Path, wanted: &[(&str, &str, &Path)]) -> anyhow::Result<()> {
+fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> anyhow::Result<()> {
+    // Without these Kubernetes' programs do not know which version they are.
+    let mut numbers = version.trim_start_matches('v').split('.');
+    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    let known = "k8s.io/component-base/version.git";
+    let flags = format!("-ldflags=-s -w -X {known}Version={version} -X {known}Major={major} -X {known}Minor={minor}");
     for (name, package, file) in wanted.iter().filter(|(_, _, file)| !file.is_file()) {
         println!("building {name} with Go");
         // Under another name first: a build that is interrupted leaves no program.
         let unfinished = file.with_extension(std::process::id().to_string());
         run(Command::new(go()?)
-            .args(["build", "-trimpath", "-ldflags=-s -w", "-o"])
+            .args(["build", "-trimpath", &flags, "-o"])
             .arg(&unfinished)
             .arg(package)
             .env("CGO_ENABLED", "0")

@@ -131,9 +131,11 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     bail!("a part of the daemon ended unexpectedly")
 }
 
-/// Asks until there is an answer. What is in the way is told once, and on `/readyz` for as long as it lasts.
+/// Asks until there is an answer. What is in the way is logged once, is on `/readyz` for as long as it lasts, and becomes a
+/// notice if it is still there the next time: a Node that waits a moment for its pod CIDR is nobody's concern.
 async fn persist<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, Obstacle>) -> anyhow::Result<T> {
     let mut said = String::new();
+    let mut untold = None;
     let mut wait = ASK_AGAIN.0;
     loop {
         match ask().await {
@@ -146,9 +148,9 @@ async fn persist<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Res
                 tracing::warn!("waiting: {}", notice.text);
                 guard.say(&notice.text);
                 said.clone_from(&notice.text);
-                notices.put(notice);
+                untold = Some(notice);
             }
-            Err(Obstacle::Passing(_)) => {}
+            Err(Obstacle::Passing(_)) => untold.take().into_iter().for_each(|notice| notices.put(notice)),
         }
         tokio::time::sleep(wait.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
         wait = (wait * 2).min(ASK_AGAIN.1);

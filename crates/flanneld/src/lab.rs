@@ -105,8 +105,8 @@ pub struct Plan {
     pub secure: Option<Secure>,
     /// Variables for the daemons and plugins.
     pub env: Vec<(String, String)>,
-    /// More flags for a lab's API server.
-    pub api_flags: Vec<String>,
+    /// More flags for programs of a lab's Kubernetes: the program and a flag.
+    pub kubernetes_flags: Vec<(&'static str, String)>,
 }
 
 impl Plan {
@@ -136,7 +136,7 @@ impl Plan {
             plugin: program.to_owned(),
             secure: None,
             env: Vec::new(),
-            api_flags: Vec::new(),
+            kubernetes_flags: Vec::new(),
         }
     }
 }

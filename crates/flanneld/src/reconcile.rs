@@ -390,7 +390,10 @@ impl Reconciler {
                     let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
                     if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
                         tracing::warn!(object = %key, %error, "the kernel refuses; it is tried again, others are not affected");
-                        self.notices.tell("KernelRefused", format!("{key}: {error}"));
+                        // A container's /proc/sys is read-only as a rule, and nothing depends on ours.
+                        if !matches!(key, Key::Sysctl(_)) {
+                            self.notices.tell("KernelRefused", format!("{key}: {error}"));
+                        }
                     }
                     let wait = RETRY.0.saturating_mul(1 << attempts.min(10).saturating_sub(1)).min(RETRY.1);
                     self.failures.insert(key, Failure { error, attempts, due: Instant::now() + wait });

@@ -6,10 +6,14 @@
 
 #[path = "support/cluster.rs"]
 mod cluster;
+#[path = "support/containers.rs"]
+mod containers;
 #[path = "kube/follow.rs"]
 mod follow;
 #[path = "kube/join.rs"]
 mod join;
+#[path = "kube/nodes.rs"]
+mod nodes;
 #[path = "kube/refusals.rs"]
 mod refusals;
 
@@ -38,13 +42,18 @@ fn main() {
     };
     for backend in ["host-gw", "vxlan"] {
         for (name, family) in [("v4", PodFamily::V4), ("v6", PodFamily::V6), ("dual", PodFamily::Dual)] {
-            add(format!("three_hosts_join: {backend} {name}"), Box::new(move |root| join::three_hosts_join(root, backend, family)));
+            let test = move |root: &Path| join::three_hosts_join(root, backend, family, Version::Current);
+            add(format!("three_hosts_join: {backend} {name}"), Box::new(test));
         }
     }
-    let tests: [(&str, Test); 9] = [
+    let old = Version::Oldest;
+    add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
+    add("1.28: what_happens_to_nodes_is_followed".to_owned(), Box::new(move |root| follow::what_happens_to_nodes(root, old)));
+    let tests: [(&str, Test); 10] = [
+        ("kubelets_run_our_daemonset", nodes::kubelets_run_our_daemonset),
         ("annotations_are_kept_as_they_should_be", join::annotations_are_kept),
         ("a_node_that_is_made_again_gets_its_new_subnet", join::a_node_that_is_made_again),
-        ("what_happens_to_nodes_is_followed", follow::what_happens_to_nodes),
+        ("what_happens_to_nodes_is_followed", |root| follow::what_happens_to_nodes(root, Version::Current)),
         ("a_minute_without_the_api_server_costs_nothing", follow::a_minute_without_the_api_server),
         ("a_rotated_token_is_taken_up", follow::a_rotated_token),
         ("a_server_without_streaming_lists_is_followed_too", follow::without_streaming_lists),
@@ -58,14 +67,31 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn plan(hosts: usize, backend: &str, family: PodFamily) -> Plan {
-    let program = std::env::var_os("FLANNEL_KUBERNETES").map(PathBuf::from).filter(|path| path.is_file());
-    let program = program.expect("FLANNEL_KUBERNETES names no program: run the tests by `cargo xtask test`, which builds what they need");
+/// Which Kubernetes.
+#[derive(Debug, Clone, Copy)]
+enum Version {
+    /// The current minor.
+    Current,
+    /// The oldest that builds as a Go module: it knows neither streaming lists nor much else that is new.
+    Oldest,
+}
+
+/// What `cargo xtask test` builds and names in the environment.
+fn tool(variable: &str) -> PathBuf {
+    let path = std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_file());
+    path.unwrap_or_else(|| panic!("{variable} names no file: run the tests by `cargo xtask test`, which builds what they need"))
+}
+
+fn plan(hosts: usize, backend: &str, family: PodFamily, version: Version) -> Plan {
+    let program = match version {
+        Version::Current => tool("FLANNEL_KUBERNETES"),
+        Version::Oldest => tool("FLANNEL_KUBERNETES_1_28"),
+    };
     Plan { store: StoreKind::Kubernetes(program), ..Plan::new(hosts, &json!({ "Type": backend }), Path::new(PROGRAM)).family(family) }
 }
 
-fn start(root: &Path, hosts: usize, backend: &str, family: PodFamily) -> Lab {
-    let mut lab = Lab::start(plan(hosts, backend, family), root).unwrap();
+fn start(root: &Path, hosts: usize, backend: &str, family: PodFamily, version: Version) -> Lab {
+    let mut lab = Lab::start(plan(hosts, backend, family, version), root).unwrap();
     lab.settle().unwrap();
     lab
 }
@@ -108,6 +134,7 @@ fn create(lab: &Lab, objects: &[Value]) {
 fn events(lab: &Lab, host: &str) -> Vec<(String, String)> {
     let text = lab.kubectl(&["get", "events", "--field-selector", &format!("involvedObject.name={host}"), "-o", "json"], "").unwrap();
     let list: Value = serde_json::from_str(&text).unwrap();
-    let one = |event: &Value| (event["reason"].as_str().unwrap().to_owned(), event["message"].as_str().unwrap().to_owned());
+    let one =
+        |event: &Value| (event["reason"].as_str().unwrap_or_default().to_owned(), event["message"].as_str().unwrap_or_default().to_owned());
     list["items"].as_array().unwrap().iter().map(one).collect()
 }

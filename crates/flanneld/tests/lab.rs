@@ -284,7 +284,7 @@ fn at_once(root: &Path, plan: Plan, trials: usize) {
 fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
     let mut lab = start(root, 2, "vxlan", store);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
     let gone = leases("vxlan").remove(0);
     lab.with_store(async |store| store.put_lease(&gone, 0, 0).await).unwrap();
     lab.wait_state(0, "the third host", |state| state["peers"]["programmed"] == 2).unwrap();
@@ -313,7 +313,7 @@ fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
 fn a_lost_lease_is_acquired_again(root: &Path, store: StoreKind) {
     let mut lab = start(root, 2, "vxlan", store);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
     let netns = Netns::open(&pods[1].path).unwrap();
     let subnet = lab.hosts[0].subnet.clone();
     let own = |store: &flanneld::store::Snapshot| {
@@ -414,7 +414,7 @@ fn a_daemon_that_restarts_costs_no_reply(root: &Path) {
     for backend in ["host-gw", "vxlan"] {
         let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
         let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-        ping_all_from(&pods[0], &[pods[1].address]);
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
         let netns = Netns::open(&pods[0].path).unwrap();
         let before = observe(&lab.hosts[0].netns);
         let (sent, lost) = ping_during(&netns, pods[1].address, || {
@@ -836,7 +836,7 @@ fn the_extension_runs_commands(root: &Path) {
         let mut lab = Lab::start(plan, &root.join(name)).unwrap();
         lab.settle().unwrap();
         let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-        ping_all_from(&pods[0], &[pods[1].address]);
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
         let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
         let data = snapshot.entries[0].peer.as_ref().unwrap().backend_data.v4.clone();
         assert_eq!(data.as_deref(), Some("\"data of here\""), "{name}");
@@ -863,12 +863,12 @@ fn a_deleted_tun_device_comes_back(root: &Path) {
     let mut lab = Lab::start(plan, root).unwrap();
     lab.settle().unwrap();
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
     let mut ip = Command::new("ip");
     let deleted = lab.hosts[0].netns.run(|| ip.args(["link", "delete", "flannel0"]).status()).unwrap().unwrap();
     assert!(deleted.success());
-    ping_all_from(&pods[0], &[pods[1].address]);
-    ping_all_from(&pods[1], &[pods[0].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    ping_all_from(&pods[1].netns, &[pods[0].address]);
     // A lease of udp names no backend (section 0, point 4), and is followed when it moves to another host.
     let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
     assert!(snapshot.entries.iter().all(|entry| entry.peer.as_ref().unwrap().backend_type.is_empty()));

@@ -103,6 +103,8 @@ impl Lab {
                     "--controllers=node-ipam-controller".into(),
                     "--allocate-node-cidrs=true".into(),
                     format!("--cluster-cidr={}", pods.join(",")),
+                    format!("--root-ca-file={}", file("ca.crt")),
+                    format!("--service-account-private-key-file={}", file("sa.key")),
                     "--profiling=false".into(),
                 ]
                 .into_iter()
@@ -113,7 +115,8 @@ impl Lab {
         for (name, args) in programs {
             let log = self.root.join(format!("{name}.log"));
             let mut command = Command::new(program);
-            command.arg(name).args(args).args(self.plan.api_flags.iter().filter(|_| name == "kube-apiserver"));
+            let more = self.plan.kubernetes_flags.iter().filter(|(program, _)| *program == name).map(|(_, flag)| flag);
+            command.arg(name).args(args).args(more);
             let child = self.middle.run(|| spawn(&mut command, &log))?.with_context(|| format!("cannot start {}", program.display()))?;
             self.store.push(child);
         }
@@ -207,6 +210,10 @@ impl Lab {
     fn make_nodes(&self) -> anyhow::Result<()> {
         let items: Vec<Value> = self.hosts.iter().map(|host| node(&host.name)).collect();
         self.kubectl(&["apply", "-f", "-"], &json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string())?;
+        let end = Instant::now() + PATIENCE;
+        while self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].spec.podCIDR}"], "")?.split_whitespace().count() < self.hosts.len() {
+            ensure!(Instant::now() < end, "no pod CIDRs are assigned:\n{}", tail(&self.root.join("kube-controller-manager.log")));
+        }
         Ok(())
     }
 

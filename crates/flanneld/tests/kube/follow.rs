@@ -12,7 +12,7 @@ use flanneld::lab::{Lab, PodFamily};
 use kernel::netns::Netns;
 
 use crate::cluster::{eventually, observe, ping_all_from, ping_during, routes};
-use crate::{annotate, annotations, create, events, go_node, plan, start};
+use crate::{Version, annotate, annotations, create, events, go_node, plan, start};
 
 const CIDRS: [[&str; 2]; 4] = [
     ["10.244.100.0/24", "fd00:244:0:100::/64"],
@@ -54,8 +54,8 @@ fn has(lab: &Lab, words: &[&str]) -> bool {
     entries(lab).iter().any(|line| words.iter().all(|word| line.contains(word)))
 }
 
-pub(crate) fn what_happens_to_nodes(root: &Path) {
-    let mut lab = start(root, 1, "vxlan", PodFamily::Dual);
+pub(crate) fn what_happens_to_nodes(root: &Path, version: Version) {
+    let mut lab = start(root, 1, "vxlan", PodFamily::Dual, version);
     create(&lab, &[vxlan_node(0), vxlan_node(1)]);
     lab.wait_state(0, "two peers", |state| state["peers"]["programmed"] == 2).unwrap();
     assert!(has(&lab, &["02:00:00:00:04:10", "dst 10.0.0.100"]) && has(&lab, &["02:00:00:00:06:11", "dst fd00:10::101"]));
@@ -124,9 +124,9 @@ fn nft(netns: &Netns, script: &str) {
 }
 
 pub(crate) fn a_minute_without_the_api_server(root: &Path) {
-    let mut lab = start(root, 2, "vxlan", PodFamily::Dual);
+    let mut lab = start(root, 2, "vxlan", PodFamily::Dual, Version::Current);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &pods[1].addresses);
+    ping_all_from(&pods[0].netns, &pods[1].addresses);
     create(&lab, &[vxlan_node(0), vxlan_node(1)]);
     lab.wait_state(0, "three peers", |state| state["peers"]["programmed"] == 3).unwrap();
     lab.wait_state(1, "three peers", |state| state["peers"]["programmed"] == 3).unwrap();
@@ -175,7 +175,7 @@ pub(crate) fn a_minute_without_the_api_server(root: &Path) {
 }
 
 pub(crate) fn a_rotated_token(root: &Path) {
-    let mut lab = crate::Lab::wire(plan(1, "vxlan", PodFamily::V4), root).unwrap();
+    let mut lab = crate::Lab::wire(plan(1, "vxlan", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     // A token that ends with a Secret that it is bound to.
@@ -210,8 +210,8 @@ pub(crate) fn a_rotated_token(root: &Path) {
 }
 
 pub(crate) fn without_streaming_lists(root: &Path) {
-    let mut plan = plan(1, "vxlan", PodFamily::Dual);
-    plan.api_flags.push("--feature-gates=WatchList=false".to_owned());
+    let mut plan = plan(1, "vxlan", PodFamily::Dual, Version::Current);
+    plan.kubernetes_flags.push(("kube-apiserver", "--feature-gates=WatchList=false".to_owned()));
     let mut lab = Lab::wire(plan, root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();

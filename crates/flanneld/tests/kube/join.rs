@@ -9,20 +9,20 @@ use kernel::link;
 use kernel::netlink::{Protocol, Socket};
 
 use crate::cluster::{eventually, ping_all_from, ping_during};
-use crate::{annotate, annotations, events, field, start};
+use crate::{Version, annotate, annotations, events, field, start};
 
 fn mac(netns: &kernel::netns::Netns, name: &str) -> String {
     let found = netns.run(|| link::get(&mut Socket::open(Protocol::Route).unwrap(), name.parse().unwrap()).unwrap()).unwrap();
     found.and_then(|link| link.mac).unwrap().to_string()
 }
 
-pub(crate) fn three_hosts_join(root: &Path, backend: &str, family: PodFamily) {
-    let mut lab = start(root, 3, backend, family);
+pub(crate) fn three_hosts_join(root: &Path, backend: &str, family: PodFamily, version: Version) {
+    let mut lab = start(root, 3, backend, family, version);
     let pods: Vec<Pod> = (0..3).map(|host| lab.add_pod(host).unwrap()).collect();
     for pod in &pods {
         let others: Vec<IpAddr> = pods.iter().filter(|other| other.name != pod.name).flat_map(|other| other.addresses.clone()).collect();
         assert_eq!(others.len(), if family == PodFamily::Dual { 4 } else { 2 });
-        ping_all_from(pod, &others);
+        ping_all_from(&pod.netns, &others);
     }
     let (v4, v6) = (family != PodFamily::V6, family != PodFamily::V4);
     for (i, host) in lab.hosts.iter().enumerate() {
@@ -54,9 +54,9 @@ pub(crate) fn three_hosts_join(root: &Path, backend: &str, family: PodFamily) {
 }
 
 pub(crate) fn annotations_are_kept(root: &Path) {
-    let mut lab = start(root, 2, "vxlan", PodFamily::Dual);
+    let mut lab = start(root, 2, "vxlan", PodFamily::Dual, Version::Current);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &pods[1].addresses);
+    ping_all_from(&pods[0].netns, &pods[1].addresses);
     let before = annotations(&lab, "h2");
     let netns = kernel::netns::Netns::open(&pods[0].path).unwrap();
     let to = pods[1].address;
@@ -102,14 +102,14 @@ pub(crate) fn annotations_are_kept(root: &Path) {
     let mut want = before;
     want.insert("node-public-ip".to_owned(), "10.0.0.2".to_owned());
     assert_eq!(annotations(&lab, "h2"), want, "the same MACs; and the annotation goes before the flag");
-    ping_all_from(&pods[0], &pods[1].addresses);
+    ping_all_from(&pods[0].netns, &pods[1].addresses);
     let subnets: BTreeSet<String> = lab.pod_cidrs(1).unwrap().split(',').map(ToOwned::to_owned).collect();
     let env = std::fs::read_to_string(&file).unwrap();
     assert!(subnets.iter().all(|subnet| env.contains(&subnet.replace(".0/", ".1/").replace("::/", "::1/"))), "{env}");
 }
 
 pub(crate) fn a_node_that_is_made_again(root: &Path) {
-    let mut lab = start(root, 2, "vxlan", PodFamily::V4);
+    let mut lab = start(root, 2, "vxlan", PodFamily::V4, Version::Current);
     let before = lab.pod_cidrs(0).unwrap();
     lab.kubectl(&["delete", "node", "h1"], "").unwrap();
     lab.wait_state(1, "no peer", |state| state["peers"]["programmed"] == 0).unwrap();
@@ -136,6 +136,6 @@ pub(crate) fn a_node_that_is_made_again(root: &Path) {
         field(&lab, "node/h1", ".status.conditions[?(@.type==\"NetworkUnavailable\")].status") == "False"
     });
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
-    ping_all_from(&pods[1], &[pods[0].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    ping_all_from(&pods[1].netns, &[pods[0].address]);
 }

@@ -8,10 +8,10 @@ use flanneld::lab::{Lab, PodFamily};
 use serde_json::json;
 
 use crate::cluster::{PROGRAM, eventually};
-use crate::{annotate, events, plan};
+use crate::{Version, annotate, events, plan};
 
 fn wire(root: &Path) -> Lab {
-    let mut lab = Lab::wire(plan(1, "vxlan", PodFamily::V4), root).unwrap();
+    let mut lab = Lab::wire(plan(1, "vxlan", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     lab

@@ -159,7 +159,7 @@ pub(crate) fn a_go_node_is_taken_over(root: &Path) {
         );
         std::fs::write(lab.hosts[0].subnet_file(), &env).unwrap();
         let pods: Vec<Pod> = [0, 1].map(|host| lab.add_pod(host).unwrap()).into();
-        ping_all_from(&pods[0], &pods[1].addresses);
+        ping_all_from(&pods[0].netns, &pods[1].addresses);
 
         let before = snapshot(&lab.hosts[0].netns);
         for target in [0, 1] {
@@ -201,7 +201,7 @@ pub(crate) fn a_go_node_is_taken_over(root: &Path) {
         let running = snapshot(&lab.hosts[0].netns);
         lab.stop_daemon(0, false).unwrap();
         assert_eq!(snapshot(&lab.hosts[0].netns), running, "{backend}");
-        ping_all_from(&pods[0], &pods[1].addresses);
+        ping_all_from(&pods[0].netns, &pods[1].addresses);
     }
 }
 

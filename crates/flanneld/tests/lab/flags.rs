@@ -100,5 +100,5 @@ pub(crate) fn keys_of_the_configuration_reach_the_kernel(root: &Path) {
         lab.hosts.iter().map(|host| host.state().unwrap()["subnet"].as_str().unwrap().to_owned()).collect();
     assert_eq!(subnets, ["10.244.8.0/26", "10.244.8.64/26"].map(ToOwned::to_owned).into());
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
 }

@@ -17,7 +17,7 @@ pub(crate) fn a_hundred_restarts(root: &Path) {
     for backend in ["host-gw", "vxlan"] {
         let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
         let pods: Vec<Pod> = [0, 1].map(|host| lab.add_pod(host).unwrap()).into();
-        ping_all_from(&pods[0], &[pods[1].address]);
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
         // What anybody changes in the host's kernel from now on.
         let scope =
             Scope { links: vec!["flannel.1".parse().unwrap()], networks: vec!["10.244.0.0/16".parse().unwrap()], ..Scope::default() };

@@ -91,7 +91,7 @@ pub(crate) fn a_change_of_flavour_leaves_nothing_of_the_other(root: &Path) {
             lab.start_daemon(host, &[]).unwrap();
         }
         lab.settle().unwrap();
-        ping_all_from(&pods[0], &[pods[1].address]);
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
         for host in &lab.hosts {
             let tables = || shell(&host.netns, "nft list tables").contains("flannel-ipv4");
             let chains = || shell(&host.netns, "iptables -S; iptables -t nat -S; ip6tables -S; ip6tables -t nat -S").contains("FLANNEL");

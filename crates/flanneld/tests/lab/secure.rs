@@ -50,7 +50,7 @@ pub(crate) fn tls_and_a_password(root: &Path, store: StoreKind, version: &str) {
     }
     lab.settle().unwrap();
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
 
     // From now on etcd wants a password as well.
     let etcdctl = tool(if version == "etcd 3.4" { "FLANNEL_ETCDCTL_3_4" } else { "FLANNEL_ETCDCTL_3_5" });
@@ -76,7 +76,7 @@ pub(crate) fn tls_and_a_password(root: &Path, store: StoreKind, version: &str) {
         lab.start_daemon(host, &[]).unwrap();
     }
     lab.settle().unwrap();
-    ping_all_from(&pods[0], &[pods[1].address]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
     // A store that restarts has forgotten its tokens: the daemons log in again.
     lab.kill_store().unwrap();
     lab.start_store().unwrap();

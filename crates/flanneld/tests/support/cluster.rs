@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use flannel::desired::Scope;
 use flannel::{Family, Object, Observed};
-use flanneld::lab::Pod;
 use flanneld::lab::ping::{Pinger, ping_all};
 use kernel::Kernel;
 use kernel::netns::Netns;
@@ -80,7 +79,8 @@ pub(crate) fn routes(observed: &Observed) -> BTreeSet<String> {
     observed.iter().filter_map(|(_, object)| if let Object::Route(route) = object { Some(route.dst.to_string()) } else { None }).collect()
 }
 
-pub(crate) fn ping_all_from(pod: &Pod, targets: &[IpAddr]) {
-    let answered = pod.netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
+#[track_caller]
+pub(crate) fn ping_all_from(netns: &Netns, targets: &[IpAddr]) {
+    let answered = netns.run(|| ping_all(targets, Duration::from_secs(5))).unwrap().unwrap();
     assert_eq!(answered.len(), targets.len(), "{answered:?}");
 }

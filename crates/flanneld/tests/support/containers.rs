@@ -20,7 +20,8 @@ impl Sandbox {
     pub(crate) fn new() -> Sandbox {
         let mut command = Command::new("unshare");
         // A folder of its own for what has a fixed place.
-        let script = "mount -t tmpfs none /opt; mount -t tmpfs none /run; mkdir -p /opt/cni/bin; echo up; exec sleep infinity";
+        let script =
+            "for d in /opt /run /var/lib /var/log; do mount -t tmpfs none $d; done; mkdir -p /opt/cni/bin; echo up; exec sleep infinity";
         command.args(["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "sh", "-c", script]);
         process::die_with_parent(&mut command);
         let mut unshare = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();

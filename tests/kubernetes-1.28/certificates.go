@@ -1,0 +1,1 @@
+../kubernetes/certificates.go
