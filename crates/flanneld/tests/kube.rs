@@ -12,6 +12,8 @@ mod containers;
 mod follow;
 #[path = "kube/join.rs"]
 mod join;
+#[path = "kube/manifests.rs"]
+mod manifests;
 #[path = "kube/nodes.rs"]
 mod nodes;
 #[path = "kube/refusals.rs"]
@@ -49,7 +51,12 @@ fn main() {
     let old = Version::Oldest;
     add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
     add("1.28: what_happens_to_nodes_is_followed".to_owned(), Box::new(move |root| follow::what_happens_to_nodes(root, old)));
-    let tests: [(&str, Test); 10] = [
+    let tests: [(&str, Test); 15] = [
+        ("ours_over_upstreams_is_an_upgrade", manifests::ours_over_upstreams_is_an_upgrade),
+        ("the_chart_renders_the_same_objects", manifests::the_chart_renders_the_same_objects),
+        ("the_image_has_all_it_needs", manifests::the_image_has_all_it_needs),
+        ("readers_never_see_half_of_what_is_installed", manifests::readers_never_see_half_of_what_is_installed),
+        ("the_lab_shows_kubernetes", the_lab_shows_kubernetes),
         ("kubelets_run_our_daemonset", nodes::kubelets_run_our_daemonset),
         ("annotations_are_kept_as_they_should_be", join::annotations_are_kept),
         ("a_node_that_is_made_again_gets_its_new_subnet", join::a_node_that_is_made_again),
@@ -65,6 +72,15 @@ fn main() {
         add(name.to_owned(), Box::new(test));
     }
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn the_lab_shows_kubernetes(_: &Path) {
+    let output = std::process::Command::new(PROGRAM).args(["lab", "--kube", "--family", "dual", "--json"]).output().unwrap();
+    let shown: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    assert!(output.status.success() && shown["ok"] == true, "{shown} {}", String::from_utf8_lossy(&output.stderr));
+    let backends: Vec<&str> = shown["runs"].as_array().unwrap().iter().map(|run| run["backend"].as_str().unwrap()).collect();
+    assert_eq!(backends, ["host-gw", "vxlan"]);
+    assert_eq!(shown["runs"][0]["hosts"][1]["subnet"], "10.244.1.0/24,fd00:244:0:1::/64", "as the controller manager assigns");
 }
 
 /// Which Kubernetes.

@@ -211,7 +211,8 @@ impl Lab {
         let items: Vec<Value> = self.hosts.iter().map(|host| node(&host.name)).collect();
         self.kubectl(&["apply", "-f", "-"], &json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string())?;
         let end = Instant::now() + PATIENCE;
-        while self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].spec.podCIDR}"], "")?.split_whitespace().count() < self.hosts.len() {
+        while self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].spec.podCIDR}"], "")?.split_whitespace().count() < self.hosts.len()
+        {
             ensure!(Instant::now() < end, "no pod CIDRs are assigned:\n{}", tail(&self.root.join("kube-controller-manager.log")));
         }
         Ok(())

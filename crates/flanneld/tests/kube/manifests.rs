@@ -1,0 +1,313 @@
+//! What people apply: our manifest over upstream's, the kustomization, the chart; and what is in the image.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use flannel::Config;
+use flanneld::lab::{Lab, PodFamily};
+use serde_json::{Value, json};
+
+use crate::cluster::{PROGRAM, eventually};
+use crate::containers::Sandbox;
+use crate::{Version, plan, tool};
+
+const UPSTREAM: &str = include_str!("upstream.yml");
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy").canonicalize().unwrap()
+}
+
+fn lab(root: &Path) -> Lab {
+    let mut lab = Lab::wire(plan(1, "vxlan", PodFamily::V4, Version::Current), root).unwrap();
+    lab.start_store().unwrap();
+    lab
+}
+
+/// Objects by kind and name, without what the server adds for each by itself.
+fn objects(lab: &Lab, names: &[&str]) -> BTreeMap<String, Value> {
+    let mut args = vec!["-n", "kube-flannel", "get", "-o", "json"];
+    args.extend(names);
+    let list: Value = serde_json::from_str(&lab.kubectl(&args, "").unwrap()).unwrap();
+    let items = list["items"].as_array().cloned().unwrap_or_else(|| vec![list.clone()]);
+    items
+        .into_iter()
+        .map(|item| (format!("{}/{}", item["kind"].as_str().unwrap(), item["metadata"]["name"].as_str().unwrap()), item))
+        .collect()
+}
+
+/// What the server would make of objects, by kind and name.
+fn dry(lab: &Lab, text: &str) -> BTreeMap<String, Value> {
+    let args = ["-n", "kube-flannel", "apply", "--dry-run=server", "--validate=strict", "-o", "json", "-f", "-"];
+    let list: Value = serde_json::from_str(&lab.kubectl(&args, text).unwrap()).unwrap();
+    let mut objects = BTreeMap::new();
+    for item in list["items"].as_array().unwrap() {
+        let name = format!("{}/{}", item["kind"].as_str().unwrap(), item["metadata"]["name"].as_str().unwrap());
+        let mut kept = item.clone();
+        for field in ["metadata", "status"] {
+            kept.as_object_mut().unwrap().remove(field);
+        }
+        kept["labels"] = item["metadata"]["labels"].clone();
+        objects.insert(name, kept);
+    }
+    objects
+}
+
+pub(crate) fn ours_over_upstreams_is_an_upgrade(root: &Path) {
+    let lab = lab(root);
+    // The lab has applied ours already.
+    lab.kubectl(&["delete", "namespace", "kube-flannel", "--wait=false"], "").unwrap();
+    lab.kubectl(&["delete", "clusterrole,clusterrolebinding", "flannel"], "").unwrap();
+    // Nobody finalizes namespaces here.
+    lab.kubectl(
+        &["replace", "--raw", "/api/v1/namespaces/kube-flannel/finalize", "-f", "-"],
+        r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"kube-flannel"},"spec":{"finalizers":[]}}"#,
+    )
+    .unwrap();
+    for object in ["daemonset/kube-flannel-ds", "configmap/kube-flannel-cfg", "serviceaccount/flannel"] {
+        let _ = lab.kubectl(&["-n", "kube-flannel", "delete", object], "");
+    }
+    eventually("the namespace is gone", || lab.kubectl(&["get", "namespace", "kube-flannel"], "").is_err());
+    lab.kubectl(&["apply", "--validate=strict", "-f", "-"], UPSTREAM).unwrap();
+    let kinds = ["daemonset,configmap,serviceaccount,clusterrole/flannel,clusterrolebinding/flannel"];
+    let kinds: Vec<&str> = kinds[0].split(',').collect();
+    let get = |kind: &str| objects(&lab, &[kind]);
+    let before: Vec<BTreeMap<String, Value>> = kinds.iter().map(|kind| get(kind)).collect();
+    let manifest = std::fs::read_to_string(deploy().join("kubernetes/kube-flannel.yml")).unwrap();
+    let said = lab.kubectl(&["apply", "--validate=strict", "-f", "-"], &manifest).unwrap();
+    assert!(!said.contains("created"), "{said}");
+    let after: Vec<BTreeMap<String, Value>> = kinds.iter().map(|kind| get(kind)).collect();
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+        for (name, object) in after {
+            assert_eq!(object["metadata"]["uid"], before[name]["metadata"]["uid"], "{name} is the same one");
+        }
+    }
+    assert_eq!(after[0].keys().collect::<Vec<_>>(), ["DaemonSet/kube-flannel-ds"]);
+    let spec = &after[0]["DaemonSet/kube-flannel-ds"]["spec"]["template"]["spec"];
+    let names = |list: &Value| list.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(&spec["initContainers"]), ["install-cni"], "upstream's are gone");
+    assert_eq!(names(&spec["containers"][0]["env"]), ["NODE_NAME", "POD_NAME", "POD_NAMESPACE"]);
+    assert!(!spec.to_string().contains("example.invalid"), "{spec}");
+    assert_eq!(spec["containers"][0]["securityContext"]["capabilities"], json!({ "drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"] }));
+    let volumes = |spec: &Value| names(&spec["volumes"]);
+    assert_eq!(volumes(spec), volumes(&before[0]["DaemonSet/kube-flannel-ds"]["spec"]["template"]["spec"]));
+    let config = after[1]["ConfigMap/kube-flannel-cfg"]["data"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(config, ["cni-conf.json", "net-conf.json"]);
+    // The kustomization is the same, and there is a way back.
+    let said = lab.kubectl(&["apply", "-k", deploy().join("kubernetes").to_str().unwrap()], "").unwrap();
+    assert!(said.lines().all(|line| line.ends_with("unchanged")), "{said}");
+    lab.kubectl(&["apply", "--validate=strict", "-f", "-"], UPSTREAM).unwrap();
+    let back = get("daemonset");
+    assert_eq!(
+        names(&back["DaemonSet/kube-flannel-ds"]["spec"]["template"]["spec"]["initContainers"]),
+        ["install-cni-plugin", "install-cni"]
+    );
+}
+
+pub(crate) fn the_chart_renders_the_same_objects(root: &Path) {
+    let lab = lab(root);
+    let render = |sets: &[&str]| {
+        let mut command = Command::new(tool("FLANNEL_HELM"));
+        command.args(["template", "flannel", "-n", "kube-flannel"]).arg(deploy().join("helm/flannel"));
+        for set in sets {
+            command.args(["--set", set]);
+        }
+        for folder in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+            command.env(folder, root.join("helm"));
+        }
+        let output = command.output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let objects = |sets: &[&str]| {
+        let (done, text) = render(sets);
+        assert!(done, "{text}");
+        dry(&lab, &text)
+    };
+    // As the values are, it is the manifest: but for one toleration, which upstream's chart has too, and spaces in JSON.
+    let mut ours = dry(&lab, &std::fs::read_to_string(deploy().join("kubernetes/kube-flannel.yml")).unwrap());
+    let mut chart = objects(&[]);
+    ours.remove("Namespace/kube-flannel");
+    let daemonset = "DaemonSet/kube-flannel-ds";
+    let tolerations = &mut chart.get_mut(daemonset).unwrap()["spec"]["template"]["spec"]["tolerations"];
+    assert_eq!(tolerations.as_array_mut().unwrap().pop().unwrap(), json!({ "effect": "NoExecute", "operator": "Exists" }));
+    for set in [&mut ours, &mut chart] {
+        let data = &mut set.get_mut("ConfigMap/kube-flannel-cfg").unwrap()["data"];
+        for key in ["cni-conf.json", "net-conf.json"] {
+            data[key] = serde_json::from_str(data[key].as_str().unwrap()).unwrap();
+        }
+    }
+    assert_eq!(chart, ours);
+
+    let net_conf = |sets: &[&str]| objects(sets)["ConfigMap/kube-flannel-cfg"]["data"]["net-conf.json"].as_str().unwrap().to_owned();
+    let all = [
+        "podCidrv6=fd00:244::/48",
+        "flannel.backendPort=4789",
+        "flannel.mtu=1400",
+        "flannel.vni=7",
+        "flannel.GBP=true",
+        "flannel.directRouting=true",
+        "flannel.enableNFTables=false",
+    ];
+    let want = json!({ "Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:244::/48", "EnableNFTables": false,
+        "Backend": { "Type": "vxlan", "Port": 4789, "MTU": 1400, "VNI": 7, "GBP": true, "DirectRouting": true } });
+    let text = net_conf(&all);
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), want);
+    assert!(Config::parse_assigned(&text).is_ok());
+    let only_v6 = net_conf(&["podCidr=", "podCidrv6=fd00:244::/48", "flannel.backend=host-gw"]);
+    assert!(Config::parse_assigned(&only_v6).unwrap().networks.v4.is_none(), "{only_v6}");
+    let bare = objects(&[
+        "flannel.healthz.port=0",
+        "flannel.skipCNIConfigInstallation=true",
+        "flannel.replacePlugins=true",
+        "flannel.nodeSelector.pool=a",
+        "flannel.image.tag=9",
+        "flannel.cniBinDir=/x/bin",
+    ]);
+    let spec = &bare[daemonset]["spec"]["template"]["spec"];
+    let container = &spec["containers"][0];
+    assert!(
+        container["args"] == json!(["--ip-masq", "--kube-subnet-mgr"])
+            && container["livenessProbe"].is_null()
+            && container["ports"].is_null(),
+        "{container}"
+    );
+    assert_eq!(spec["initContainers"][0]["command"], json!(["/opt/bin/flanneld", "install-cni", "--skip-conf", "--replace"]));
+    assert_eq!((&spec["nodeSelector"], &container["image"]), (&json!({ "pool": "a" }), &json!("localhost/flannel:9")));
+    assert!(!spec.to_string().contains("/etc/cni/net.d") && spec.to_string().contains("/x/bin"));
+    let (done, text) = render(&["netpol.enabled=true"]);
+    assert!(!done && text.contains("this chart has no network policies yet"), "{text}");
+}
+
+/// A folder with the image's files.
+fn unpacked(root: &Path) -> PathBuf {
+    let (archive, files) = (root.join("archive"), root.join("files"));
+    std::fs::create_dir_all(&archive).unwrap();
+    std::fs::create_dir_all(&files).unwrap();
+    let untar =
+        |file: &Path, folder: &Path| assert!(Command::new("tar").arg("-xf").arg(file).arg("-C").arg(folder).status().unwrap().success());
+    untar(&tool("FLANNEL_IMAGE"), &archive);
+    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(archive.join("manifest.json")).unwrap()).unwrap();
+    for layer in manifest[0]["Layers"].as_array().unwrap() {
+        untar(&archive.join(layer.as_str().unwrap()), &files);
+    }
+    files
+}
+
+pub(crate) fn the_image_has_all_it_needs(root: &Path) {
+    assert!(std::fs::metadata(tool("FLANNEL_IMAGE")).unwrap().len() < 20_000_000);
+    let files = unpacked(root);
+    let bin = files.join("opt/bin");
+    // It starts where there is nothing else.
+    let sandbox = Sandbox::new();
+    let middle = PathBuf::from("/proc/self/ns/net");
+    let said = sandbox.run(
+        &middle,
+        &format!(
+            "chroot {} /opt/bin/flanneld --version 2>&1; chroot {} /opt/bin/flanneld install-cni --help",
+            files.display(),
+            files.display()
+        ),
+    );
+    assert!(said.starts_with("flanneld ") && said.contains("--bin-dir"), "{said}");
+    for (name, want) in [("install-conf", "usage: install-conf SOURCE TARGET"), ("mk-docker-opts.sh", "subnet.env")] {
+        let output = Command::new(bin.join(name)).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains(want), "{name}: {said}");
+    }
+    let (source, target) = (root.join("source"), root.join("target"));
+    std::fs::write(&source, "{}").unwrap();
+    assert!(Command::new(bin.join("install-conf")).args([&source, &target]).status().unwrap().success());
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), "{}");
+    // And what it installs is a plugin.
+    let plugins = root.join("plugins");
+    let install = ["install-cni", "--skip-conf", "--bin-dir"];
+    assert!(Command::new(bin.join("flanneld")).args(install).arg(&plugins).status().unwrap().success());
+    let version = Command::new(plugins.join("bridge")).env("CNI_COMMAND", "VERSION").output().unwrap();
+    assert!(String::from_utf8_lossy(&version.stdout).contains("supportedVersions"));
+}
+
+pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
+    use std::os::unix::fs::MetadataExt;
+    let (bin, net) = (root.join("bin"), root.join("net.d"));
+    std::fs::create_dir_all(&bin).unwrap();
+    // Plugins of others, and an older flannel.
+    std::fs::write(bin.join("bridge"), "another's").unwrap();
+    std::fs::write(bin.join("flannel"), "upstream's").unwrap();
+    let plugin = root.join("plugin");
+    let list = |text: &str| format!(r#"{{"name":"cbr0","cniVersion":"0.3.1","plugins":[{{"type":"flannel","note":"{text}"}}]}}"#);
+    let conf = root.join("conf");
+    let target = net.join("10-flannel.conflist");
+    let install = |more: &[&str]| {
+        let output = Command::new(PROGRAM)
+            .arg("install-cni")
+            .arg("--plugin")
+            .arg(&plugin)
+            .arg("--bin-dir")
+            .arg(&bin)
+            .arg("--conf")
+            .arg(&conf)
+            .arg("--conf-target")
+            .arg(&target)
+            .args(more)
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let versions: Vec<(Vec<u8>, String)> =
+        (0..2u8).map(|i| (vec![b'0' + i; 3_000_000], list(&char::from(b'0' + i).to_string().repeat(200_000)))).collect();
+    let stop = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = 0;
+            while !stop.load(Ordering::Relaxed) {
+                for entry in std::fs::read_dir(&net).into_iter().flatten().flatten() {
+                    // As libcni looks: by the end of the name.
+                    if entry.path().extension().is_some_and(|end| end == "conflist" || end == "conf" || end == "json") {
+                        let text = std::fs::read_to_string(entry.path()).unwrap();
+                        assert!(serde_json::from_str::<Value>(&text).is_ok(), "half a list of {} bytes", text.len());
+                        seen += 1;
+                    }
+                }
+                if let Ok(bytes) = std::fs::read(bin.join("host-local")) {
+                    assert!(bytes.len() == 3_000_000 && bytes.iter().all(|byte| *byte == bytes[0]), "half a program");
+                    seen += 1;
+                }
+            }
+            seen
+        });
+        for round in 0..40 {
+            let (program, text) = &versions[round % 2];
+            std::fs::write(&plugin, program).unwrap();
+            std::fs::write(&conf, text).unwrap();
+            let (done, said) = install(&[]);
+            assert!(done, "{said}");
+            assert!(said.contains("left as they are, because they are programs of others (see --replace): bridge"), "{said}");
+        }
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(seen > 10, "{seen}");
+    assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), b"another's");
+    assert_eq!(std::fs::read(bin.join("flannel")).unwrap(), versions[1].0, "flannel is replaced in any case");
+    assert!(
+        std::fs::metadata(&target).unwrap().mode() & 0o777 == 0o644
+            && std::fs::metadata(bin.join("portmap")).unwrap().mode() & 0o777 == 0o755
+    );
+    // Nothing to do: nothing is written.
+    let before = (std::fs::metadata(&target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino());
+    let (done, said) = install(&[]);
+    assert!(done && said.contains("is as it should be"), "{said}");
+    assert_eq!(before, (std::fs::metadata(&target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino()));
+    // A broken list is refused, and the good one stands.
+    std::fs::write(&conf, r#"{"name":"cbr0","plugins":"#).unwrap();
+    let (done, said) = install(&[]);
+    assert!(!done && said.contains("key cni-conf.json of ConfigMap kube-flannel-cfg") && said.contains("it is no JSON"), "{said}");
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), versions[1].1);
+    assert!(install(&["--skip-conf", "--replace"]).0);
+    assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), versions[1].0);
+    let names: Vec<String> =
+        std::fs::read_dir(&bin).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    assert!(names.iter().all(|name| !name.starts_with('.')), "nothing temporary is left: {names:?}");
+}
