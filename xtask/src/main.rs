@@ -153,9 +153,10 @@ fn image() -> anyhow::Result<PathBuf> {
 
 fn bench(args: &[String]) -> anyhow::Result<()> {
     let plugin = dist()?.join("flannel-cni");
+    let kubernetes = kubernetes()?;
     let mut command = vec!["bench", "--quiet", "-p", "flanneld", "--bench", "bench", "--"];
     command.extend(args.iter().map(String::as_str));
-    cargo(&command, &[("FLANNEL_CNI", plugin.as_os_str())])
+    cargo(&command, &[("FLANNEL_CNI", plugin.as_os_str()), ("FLANNEL_KUBERNETES", kubernetes.as_os_str())])
 }
 
 fn fuzz(args: &[String]) -> anyhow::Result<()> {

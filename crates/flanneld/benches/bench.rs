@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 
+#[path = "bench/kube.rs"]
+mod kubernetes;
+
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,6 +27,10 @@ const NETWORK: &str = "100.64.0.0/10";
 
 fn main() {
     let quick = std::env::args().any(|arg| arg == "quick");
+    if std::env::args().any(|arg| arg == "kubernetes") {
+        let scratch = isolate(Path::new(PROGRAM)).unwrap();
+        return kubernetes(&scratch, quick);
+    }
     let plugin = plugin();
     let scratch = isolate(Path::new(PROGRAM)).unwrap();
     println!(
@@ -46,6 +53,12 @@ fn main() {
             scale(&scratch.join(format!("{backend}-{size}")), backend, *size, quick);
         }
     }
+    kubernetes(&scratch, quick);
+}
+
+fn kubernetes(scratch: &Path, quick: bool) {
+    let (size, minutes) = if quick { (500, 0.2) } else { (5_000, 1.0) };
+    kubernetes::run(&scratch.join("kubernetes"), size, minutes);
 }
 
 /// The plugin as it is installed, statically linked.
@@ -295,17 +308,16 @@ fn rss(lab: &Lab) -> f64 {
 
 /// Processor time of the first host's daemon over this time, in seconds a minute.
 fn idle(lab: &Lab, time: Duration) -> f64 {
-    let used = || {
-        let stat = std::fs::read_to_string(format!("/proc/{}/schedstat", lab.hosts[0].pid().unwrap())).unwrap();
-        let threads = std::fs::read_dir(format!("/proc/{}/task", lab.hosts[0].pid().unwrap())).unwrap();
-        assert!(!stat.is_empty());
-        let of =
-            |path: PathBuf| std::fs::read_to_string(path.join("schedstat")).unwrap().split(' ').next().unwrap().parse::<f64>().unwrap();
-        threads.map(|thread| of(thread.unwrap().path())).sum::<f64>() / 1e9
-    };
-    let before = used();
+    let before = used(lab);
     std::thread::sleep(time);
-    (used() - before) * 60.0 / time.as_secs_f64()
+    (used(lab) - before) * 60.0 / time.as_secs_f64()
+}
+
+/// Processor time of the first host's daemon so far, in seconds.
+fn used(lab: &Lab) -> f64 {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", lab.hosts[0].pid().unwrap())).unwrap();
+    let of = |path: PathBuf| std::fs::read_to_string(path.join("schedstat")).unwrap().split(' ').next().unwrap().parse::<f64>().unwrap();
+    threads.map(|thread| of(thread.unwrap().path())).sum::<f64>() / 1e9
 }
 
 fn cni(root: &Path, plugin: &Path) {
