@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "support/contract.rs"]
+mod contract;
 #[path = "support/stores.rs"]
 mod stores;
 
@@ -9,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use flannel::{Lease, LeaseKey, Peer, PerFamily, StoreEvent, wire};
+use contract::lease;
+use flannel::{Lease, LeaseKey, PerFamily, wire};
 use flanneld::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use flanneld::etcd::event::EventType;
 use flanneld::etcd::kv_client::KvClient;
@@ -19,13 +22,11 @@ use flanneld::etcd::watch_client::WatchClient;
 use flanneld::etcd::watch_request::RequestUnion;
 use flanneld::etcd::*;
 use flanneld::lab::{Lab, Plan, STORE, isolate};
-use flanneld::notice::Notices;
-use flanneld::ready::Ready;
 use flanneld::store::etcd::Keeper;
-use flanneld::store::{Claim, Etcd, Link, Store};
+use flanneld::store::{Claim, Etcd};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::json;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tonic::transport::Channel;
 use tonic::{Code, Streaming};
 
@@ -326,62 +327,51 @@ fn what_was_acknowledged_survives_a_kill(lab: &mut Lab) {
     }
 }
 
-fn lease(i: u8, public: &str) -> Lease {
-    let key = LeaseKey::new(PerFamily { v4: format!("10.244.{i}.0/24").parse().ok(), v6: None }).unwrap();
-    Lease { key, peer: Peer { public: PerFamily { v4: public.parse().ok(), v6: None }, backend_type: "host-gw".into(), ..Peer::default() } }
-}
-
 fn claim(config: &flannel::Config, public: &str) -> Claim {
     Claim { config: config.clone(), peer: lease(0, public).peer, previous: PerFamily::default(), margin: Duration::from_secs(60) }
+}
+
+/// Changes leases in etcd.
+struct Hand {
+    kv: KvClient<Channel>,
+}
+
+impl Hand {
+    async fn text(&mut self, key: &LeaseKey, value: &str) {
+        self.kv.put(put(&format!("/coreos.com/network/subnets/{}", wire::key(key)), value, 0)).await.unwrap();
+    }
+}
+
+impl contract::Hand for Hand {
+    async fn put(&mut self, lease: &Lease) {
+        self.text(&lease.key, &wire::value(&lease.peer)).await;
+    }
+
+    async fn spoil(&mut self, key: &LeaseKey) {
+        self.text(key, "{").await;
+    }
+
+    async fn delete(&mut self, key: &LeaseKey) {
+        let key = bytes(&format!("/coreos.com/network/subnets/{}", wire::key(key)));
+        self.kv.delete_range(DeleteRangeRequest { key, ..DeleteRangeRequest::default() }).await.unwrap();
+    }
+
+    async fn put_all(&mut self, leases: &[Lease]) {
+        let op = |lease: &Lease| {
+            let key = format!("/coreos.com/network/subnets/{}", wire::key(&lease.key));
+            RequestOp { request: Some(Op::RequestPut(put(&key, &wire::value(&lease.peer), 0))) }
+        };
+        self.kv.txn(TxnRequest { success: leases.iter().map(op).collect(), ..TxnRequest::default() }).await.unwrap();
+    }
 }
 
 fn following_tells_lists_and_changes(lab: &mut Lab) {
     with(lab, async |channel| {
         let store = Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
-        let revision = |snapshot: &flanneld::store::Snapshot, lease: &Lease| {
-            snapshot.entries.iter().find(|e| e.key == lease.key).map_or(0, |e| e.mod_revision)
-        };
-        let [one, two, three] = [lease(1, "192.0.2.1"), lease(2, "192.0.2.2"), lease(3, "192.0.2.3")];
-        assert!(store.put_lease(&one, 0, 0).await.unwrap());
-        assert!(!store.put_lease(&two, 0, 77).await.unwrap(), "the key does not have that revision");
-        let mut kv = KvClient::new(channel);
-        kv.put(put("/coreos.com/network/subnets/10.244.9.0-24", "{", 0)).await.unwrap();
-        kv.put(put("/coreos.com/network/subnets-not/10.244.8.0-24", "{}", 0)).await.unwrap();
-
-        let (tell, mut events) = mpsc::channel(16);
-        let (publish, mut connected) = watch::channel(false);
-        let follower = store.clone();
-        let config = flannel::Config::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
-        let link = Link::new(publish, Ready::default(), Notices::new().0);
-        let following = tokio::spawn(follower.follow(config, tell, link));
-        let unreadable = lease(9, "192.0.2.9").key;
-        assert_eq!(
-            events.recv().await.unwrap(),
-            [StoreEvent::Init, StoreEvent::Apply(one.clone()), StoreEvent::Keep(unreadable), StoreEvent::InitDone]
-        );
-        connected.wait_for(|connected| *connected).await.unwrap();
-        assert!(store.put_lease(&two, 0, 0).await.unwrap());
-        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
-        let moved = Lease { key: two.key, peer: lease(2, "192.0.2.22").peer };
-        assert!(store.put_lease(&moved, 0, revision(&store.snapshot().await.unwrap(), &two)).await.unwrap());
-        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(moved)]);
-        assert!(store.delete_lease(&one.key, revision(&store.snapshot().await.unwrap(), &one)).await.unwrap());
-        assert_eq!(events.recv().await.unwrap(), [StoreEvent::Delete(one.key)]);
-        // Many in one transaction: all of them count.
-        let op = |lease: &Lease| RequestOp {
-            request: Some(Op::RequestPut(put(
-                &format!("/coreos.com/network/subnets/{}", wire::key(&lease.key)),
-                &wire::value(&lease.peer),
-                0,
-            ))),
-        };
-        kv.txn(TxnRequest { success: vec![op(&one), op(&three)], ..TxnRequest::default() }).await.unwrap();
-        let mut got = Vec::new();
-        while got.len() < 2 {
-            got.extend(events.recv().await.unwrap());
-        }
-        assert_eq!(got, [StoreEvent::Apply(one), StoreEvent::Apply(three)]);
-        following.abort();
+        assert!(!store.put_lease(&lease(2, "192.0.2.2"), 0, 77).await.unwrap(), "the key does not have that revision");
+        let mut hand = Hand { kv: KvClient::new(channel) };
+        hand.kv.put(put("/coreos.com/network/subnets-not/10.244.8.0-24", "{}", 0)).await.unwrap();
+        contract::following_tells_lists_and_changes(store, &mut hand).await;
     });
 }
 

@@ -5,10 +5,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flannel::Object;
+use flannel::{Lease, LeaseKey, Object};
+use flanneld::cli::Cli;
 use flanneld::etcd::kv_client::KvClient;
 use flanneld::etcd::{CompactionRequest, RangeRequest};
 use flanneld::lab::{Lab, PodFamily};
+use flanneld::ready::Ready;
+use flanneld::store::{Kube, kube};
 use kernel::netns::Netns;
 
 use crate::cluster::{eventually, observe, ping_all_from, ping_during, routes};
@@ -236,4 +239,54 @@ pub(crate) fn without_streaming_lists(root: &Path) {
     assert_eq!(refused, 40);
     lab.kubectl(&["delete", "node", "m0"], "").unwrap();
     eventually("its route goes", || routes(&observe(&lab.hosts[0].netns)).len() == 39);
+}
+
+/// Changes leases as Nodes.
+struct Hand<'a>(&'a Lab);
+
+fn host_gw_node(lease: &Lease) -> serde_json::Value {
+    let public = lease.peer.public.v4.unwrap().to_string();
+    let data = [("backend-type", "host-gw"), ("public-ip", public.as_str()), ("backend-data", "null")];
+    go_node(&name(&lease.key), &[&lease.key.to_string()], &data)
+}
+
+fn name(key: &LeaseKey) -> String {
+    format!("n{}", key.to_string().replace(['.', '/'], "-"))
+}
+
+impl crate::contract::Hand for Hand<'_> {
+    async fn put(&mut self, lease: &Lease) {
+        self.0.kubectl(&["apply", "-f", "-"], &host_gw_node(lease).to_string()).unwrap();
+    }
+
+    async fn spoil(&mut self, key: &LeaseKey) {
+        let mut node = host_gw_node(&Lease { key: *key, peer: crate::contract::lease(1, "192.0.2.1").peer });
+        node["metadata"]["annotations"]["flannel.alpha.coreos.com/public-ip"] = "nonsense".into();
+        self.0.kubectl(&["apply", "-f", "-"], &node.to_string()).unwrap();
+    }
+
+    async fn delete(&mut self, key: &LeaseKey) {
+        self.0.kubectl(&["delete", "node", &name(key)], "").unwrap();
+    }
+
+    async fn put_all(&mut self, leases: &[Lease]) {
+        create(self.0, &leases.iter().map(host_gw_node).collect::<Vec<_>>());
+    }
+}
+
+/// What is promised of every store, with the daemon's own rights.
+pub(crate) fn following_tells_lists_and_changes(root: &Path) {
+    let mut lab = Lab::wire(plan(1, "host-gw", PodFamily::V4, Version::Current), root).unwrap();
+    lab.start_store().unwrap();
+    let kubeconfig = format!("--kubeconfig-file={}", lab.kubernetes().join("flannel.kubeconfig").display());
+    let args = Cli::read(["--kube-subnet-mgr".to_owned(), kubeconfig], |_| None).unwrap().run;
+    let access = kube::Access::new(&args, |name| (name == "NODE_NAME").then(|| "h1".to_owned())).unwrap();
+    let work = async || {
+        let Ok(store) = Kube::connect(&access, Ready::default()).await else { panic!("no client") };
+        let mut hand = Hand(&lab);
+        let contract = crate::contract::following_tells_lists_and_changes(store, &mut hand);
+        tokio::time::timeout(Duration::from_secs(60), contract).await.expect("the store answers");
+    };
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    lab.middle.run(|| runtime().block_on(work())).unwrap();
 }

@@ -83,15 +83,19 @@ impl Table {
         }
         let mut events = vec![StoreEvent::Init];
         for node in nodes {
-            self.apply(node, &mut events);
+            self.take(node, &mut events, true);
         }
         events.push(StoreEvent::InitDone);
         self.learned.clear();
         events
     }
 
-    /// Takes in that a Node is there, as it is now.
+    /// Takes in that a Node is there, as it is now. What says nothing new of its lease, as a heartbeat, makes no event.
     pub(super) fn apply(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>) {
+        self.take(node, events, false);
+    }
+
+    fn take(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>, listing: bool) {
         let name = &node.metadata.name;
         self.look_at_own(node);
         let before = self.nodes.get(name).cloned().unwrap_or_default();
@@ -121,8 +125,9 @@ impl Table {
             self.contested.insert(key);
             return self.report(name, &text);
         }
-        known.lease = Some(key);
+        let is_new = known.lease.replace(key) != Some(key);
         match peer {
+            Ok(peer) if !listing && !is_new && peer == known.peer => {}
             Ok(peer) => {
                 known.peer.clone_from(&peer);
                 events.push(StoreEvent::Apply(Lease { key, peer }));
@@ -280,7 +285,8 @@ mod tests {
         check(&mut table, &["+b 2  nonsense"], expect!["keep 10.244.1.0/24"]);
         check(&mut table, &["+c 3  -"], expect!["keep 10.244.3.0/24"]);
         // An address alone is gone.
-        check(&mut table, &["+b 2  "], expect!["apply 10.244.1.0/24 192.0.2.2"]);
+        check(&mut table, &["+b 2  "], expect![""]);
+        assert_eq!(list(&mut table, &["b 2  ", "c 3  -"]), "init; apply 10.244.1.0/24 192.0.2.2; keep 10.244.3.0/24; done");
         assert_eq!(list(&mut table, &["b 2  nonsense", "c 3  -"]), "init; keep 10.244.1.0/24; keep 10.244.3.0/24; done");
         check(&mut table, &["+d 4 fd00::/64 192.0.2.4", "+e 5 x 192.0.2.5"], expect![""]);
     }
@@ -300,11 +306,7 @@ mod tests {
         let mut table = table();
         list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2"]);
         assert!(table.take_own_changed());
-        check(
-            &mut table,
-            &["+own 1  192.0.2.1", "+b 2  192.0.2.9"],
-            expect!["apply 10.244.0.0/24 192.0.2.1; apply 10.244.1.0/24 192.0.2.9"],
-        );
+        check(&mut table, &["+own 1  192.0.2.1", "+b 2  192.0.2.9"], expect!["apply 10.244.1.0/24 192.0.2.9"]);
         assert!(!table.take_own_changed());
         for line in ["+own 1  192.0.2.7", "+own 1  -", "-own", "+own 5  -"] {
             check_silently(&mut table, line);

@@ -1,0 +1,59 @@
+//! What the daemon relies on, whichever the store is: one sequence of changes, and the events that must come of it.
+
+use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
+use flanneld::notice::Notices;
+use flanneld::ready::Ready;
+use flanneld::store::{Link, Store};
+use tokio::sync::{mpsc, watch};
+
+/// How a test changes what a store holds.
+pub(crate) trait Hand {
+    /// Makes this lease be there, so.
+    async fn put(&mut self, lease: &Lease);
+    /// Makes what a lease says unreadable.
+    async fn spoil(&mut self, key: &LeaseKey);
+    /// Makes a lease be gone.
+    async fn delete(&mut self, key: &LeaseKey);
+    /// The same as `put` for several, as nearly at once as the store can.
+    async fn put_all(&mut self, leases: &[Lease]);
+}
+
+pub(crate) fn lease(i: u8, public: &str) -> Lease {
+    let key = LeaseKey::new(PerFamily { v4: format!("10.244.{i}.0/24").parse().ok(), v6: None }).unwrap();
+    Lease { key, peer: Peer { public: PerFamily { v4: public.parse().ok(), v6: None }, backend_type: "host-gw".into(), ..Peer::default() } }
+}
+
+pub(crate) async fn following_tells_lists_and_changes(store: impl Store, hand: &mut impl Hand) {
+    let [one, two, three] = [lease(101, "192.0.2.1"), lease(102, "192.0.2.2"), lease(103, "192.0.2.3")];
+    let unreadable = lease(109, "192.0.2.9").key;
+    hand.put(&one).await;
+    hand.spoil(&unreadable).await;
+
+    let (tell, mut events) = mpsc::channel(16);
+    let (publish, mut connected) = watch::channel(false);
+    let config = Config::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
+    let link = Link::new(publish, Ready::default(), Notices::new().0);
+    let following = tokio::spawn(store.follow(config, tell, link));
+    let list = [StoreEvent::Init, StoreEvent::Apply(one.clone()), StoreEvent::Keep(unreadable), StoreEvent::InitDone];
+    assert_eq!(events.recv().await.unwrap(), list);
+    connected.wait_for(|connected| *connected).await.unwrap();
+    hand.put(&two).await;
+    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
+    let moved = Lease { key: two.key, peer: lease(2, "192.0.2.22").peer };
+    hand.put(&moved).await;
+    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(moved.clone())]);
+    hand.spoil(&two.key).await;
+    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Keep(two.key)], "what cannot be read keeps what was known");
+    hand.put(&two).await;
+    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
+    hand.delete(&one.key).await;
+    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Delete(one.key)]);
+    // Many at once: all of them count.
+    hand.put_all(&[one.clone(), three.clone()]).await;
+    let mut got = Vec::new();
+    while got.len() < 2 {
+        got.extend(events.recv().await.unwrap());
+    }
+    assert_eq!(got, [StoreEvent::Apply(one), StoreEvent::Apply(three)]);
+    following.abort();
+}
