@@ -94,16 +94,19 @@ fn received(lab: &Lab) -> u64 {
     links[0]["stats64"]["rx"]["bytes"].as_u64().unwrap()
 }
 
-/// What one who watches whole Nodes receives meanwhile, as Go flanneld does: bytes of JSON, without TLS.
+/// What one who watches whole Nodes receives meanwhile, as Go flanneld does: bytes of JSON, without TLS. The server ends
+/// the watch of who is slow; it is begun again from now, so what is counted is the least.
 async fn watch_whole(client: &kube::Client, bytes: &AtomicU64) {
-    let request = Request::get("/api/v1/nodes?watch=true&resourceVersion=0&timeoutSeconds=600")
-        .header("accept-encoding", "identity")
-        .body(Vec::new())
-        .unwrap();
-    let mut stream = Box::pin(client.request_stream(request).await.unwrap());
-    let mut buffer = vec![0; 65_536];
-    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
-        bytes.fetch_add(count as u64, Ordering::Relaxed);
+    loop {
+        let list: Value = client.request(Request::get("/api/v1/nodes?limit=1").body(Vec::new()).unwrap()).await.unwrap();
+        let version = list["metadata"]["resourceVersion"].as_str().unwrap();
+        let path = format!("/api/v1/nodes?watch=true&resourceVersion={version}&timeoutSeconds=600");
+        let request = Request::get(path).header("accept-encoding", "identity").body(Vec::new()).unwrap();
+        let mut stream = Box::pin(client.request_stream(request).await.unwrap());
+        let mut buffer = vec![0; 1 << 20];
+        while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+            bytes.fetch_add(count as u64, Ordering::Relaxed);
+        }
     }
 }
 
