@@ -32,6 +32,8 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 const FIGHT: (u32, Duration) = (20, Duration::from_secs(10));
 /// Leases that change together up to this number are logged one by one.
 const LOGGED: usize = 8;
+/// A list that changes more leases than this has left more memory behind than is needed again.
+const MANY: usize = 256;
 
 /// What wakes the loop.
 enum Wake {
@@ -229,6 +231,9 @@ impl Reconciler {
         self.adopting &= !complete;
         self.execute(ops).await;
         self.log(&leases, count, began);
+        if listed && leases.len() > MANY {
+            kernel::process::release_memory();
+        }
         if complete && let Some(guard) = self.syncing.take() {
             let (leases, refused, failed) = (self.picture.leases().len(), self.picture.refusals().len(), self.failures.len());
             tracing::info!(leases, refused, failed, "the store's list of leases is complete and was put into the kernel");

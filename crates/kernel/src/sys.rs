@@ -170,3 +170,12 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: the closure makes two system calls and allocates nothing, so it is sound between fork and exec.
     unsafe { command.pre_exec(die) };
 }
+
+/// Gives the allocator's free pages back (malloc_trim(3)).
+pub(crate) fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim takes no pointers and may be called at any time, from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
