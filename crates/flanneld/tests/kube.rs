@@ -50,17 +50,22 @@ fn main() {
             add(format!("three_hosts_join: {backend} {name}"), Box::new(test));
         }
     }
+    for backend in ["vxlan", "host-gw"] {
+        for (name, family) in [("v4", PodFamily::V4), ("v6", PodFamily::V6), ("dual", PodFamily::Dual)] {
+            let test = move |root: &Path| nodes::kubelets_run_our_daemonset(root, backend, family);
+            add(format!("kubelets_run_our_daemonset: {backend} {name}"), Box::new(test));
+        }
+    }
     let old = Version::Oldest;
     add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
     add("1.28: what_happens_to_nodes_is_followed".to_owned(), Box::new(move |root| follow::what_happens_to_nodes(root, old)));
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 15] = [
         ("following_tells_lists_and_changes", follow::following_tells_lists_and_changes),
         ("ours_over_upstreams_is_an_upgrade", manifests::ours_over_upstreams_is_an_upgrade),
         ("the_chart_renders_the_same_objects", manifests::the_chart_renders_the_same_objects),
         ("the_image_has_all_it_needs", manifests::the_image_has_all_it_needs),
         ("readers_never_see_half_of_what_is_installed", manifests::readers_never_see_half_of_what_is_installed),
         ("the_lab_shows_kubernetes", the_lab_shows_kubernetes),
-        ("kubelets_run_our_daemonset", nodes::kubelets_run_our_daemonset),
         ("annotations_are_kept_as_they_should_be", join::annotations_are_kept),
         ("a_node_that_is_made_again_gets_its_new_subnet", join::a_node_that_is_made_again),
         ("what_happens_to_nodes_is_followed", |root| follow::what_happens_to_nodes(root, Version::Current)),

@@ -50,8 +50,9 @@ impl Lab {
         let families = Families::of(&self.plan.config);
         let address = STORE.ip();
         let (mut services, mut pods, mut masks) = (Vec::new(), Vec::new(), Vec::new());
+        // The API server has an IPv4 address, so the first service has one too.
+        services.push("10.96.0.0/16");
         if families.v4 {
-            services.push("10.96.0.0/16");
             pods.push(self.plan.config["Network"].as_str().unwrap_or_default());
             masks.push("--node-cidr-mask-size-ipv4=24");
         }

@@ -124,6 +124,11 @@ pub(crate) fn what_is_in_the_way(root: &Path) {
     ready(&mut lab);
     lab.stop_daemon(0, true).unwrap();
 
+    // No such interface: nothing that waiting would help against.
+    lab.start_daemon(0, &["--iface=nope"]).unwrap();
+    eventually("the Event is there", || events(&lab, "h1").iter().any(|(kind, text)| kind == "FlannelFailed" && text.contains("nope")));
+    assert_eq!(lab.stop_daemon(0, false).unwrap().code(), Some(1));
+
     // The API server's certificate is of another authority, or not valid yet: the clocks differ.
     lab.kill_store().unwrap();
     lab.start_daemon(0, &[]).unwrap();
