@@ -150,6 +150,29 @@ fn cases() -> Vec<Case> {
     ] {
         cases.push(refused(&format!("host-local: {name}"), &[host_local(&ipam)]));
     }
+    // What the runtime asks for, by each way that there is; and a resolv.conf.
+    for (name, ipam, more) in [
+        (
+            "ipRanges of the runtime",
+            json!({ "ranges": null }),
+            json!({ "runtimeConfig": { "ipRanges": [[{ "subnet": "10.1.40.0/24" }]] } }),
+        ),
+        ("ips of the runtime", json!({}), json!({ "runtimeConfig": { "ips": ["10.1.17.77/24"] } })),
+        ("ips of args", json!({}), json!({ "args": { "cni": { "ips": ["10.1.17.78"] } } })),
+        (
+            "ips of both families",
+            json!({ "ranges": dual["ranges"] }),
+            json!({ "args": { "cni": { "ips": ["10.1.17.78", "fd00:17::78"] } } }),
+        ),
+        ("a resolv.conf", json!({ "resolvConf": "ROOT/resolv.conf" }), json!({})),
+    ] {
+        cases.push(life(&format!("host-local: {name}"), &[with(&host_local(&ipam), &more)]));
+    }
+    cases.push(refused(
+        "host-local: an address of no range",
+        &[with(&host_local(&json!({})), &json!({ "runtimeConfig": { "ips": ["10.9.9.9/24"] } }))],
+    ));
+    cases.push(refused("host-local: a resolv.conf that is not there", &[host_local(&json!({ "resolvConf": "ROOT/nowhere" }))]));
     // Addresses in turn, of several containers, and what is asked for by name.
     let plain = host_local(&json!({ "ranges": [[{ "subnet": "10.1.17.0/29" }]] }));
     let add = |id: &'static str, args: &'static str| Call { verb: "ADD", id, list: vec![plain.clone()], env: vec![("CNI_ARGS", args)] };
@@ -276,8 +299,10 @@ fn compare(case: &Case) {
     let reference = reference.expect("FLANNEL_REFERENCE_PLUGINS is not set: run the tests by `cargo xtask test`");
     // Both have the same path, so that it looks the same in what they say; one after the other.
     let root = Path::new("/mnt").join(case.name.replace([' ', ':', ','], "-"));
-    let theirs = life_of(case, &root, |name| reference.join(name));
-    let ours = life_of(case, &root, |_| PathBuf::from(PROGRAM));
+    let theirs = life_of(case, &root, |_, name| reference.join(name));
+    let ours = life_of(case, &root, |_, _| PathBuf::from(PROGRAM));
+    let end = theirs.last().unwrap().1.clone();
+    let refused = theirs.iter().any(|(answer, _)| answer.starts_with("error"));
     for ((step, theirs), ours) in case.calls.iter().zip(theirs).zip(ours) {
         assert_eq!(ours.0, theirs.0, "{}: what {} of {} answers; left is ours", case.name, step.verb, step.id);
         if ours.0.starts_with("error") {
@@ -297,20 +322,49 @@ fn compare(case: &Case) {
         );
         assert_eq!(ours.1.len(), theirs.1.len(), "{}: after {}: some line is there twice", case.name, step.verb);
     }
+    if !case.swaps() || refused {
+        return;
+    }
+    // Switched in the middle of a pod's life, there and back: what the one made the other checks and takes away.
+    for (who, began_by_us) in [("reference, then ours", false), ("ours, then reference", true)] {
+        let plugin = |step: usize, name: &str| if (step == 0) == began_by_us { PathBuf::from(PROGRAM) } else { reference.join(name) };
+        let life = life_of(case, &root, plugin);
+        for ((answer, _), step) in life.iter().zip(&case.calls) {
+            assert!(!answer.starts_with("error"), "{}: {who}: {}: {answer}", case.name, step.verb);
+        }
+        let last = &life.last().unwrap().1;
+        let left: Vec<_> = last.iter().filter(|line| !end.contains(line)).collect();
+        assert!(left.is_empty(), "{}: {who}: left behind: {left:#?}", case.name);
+    }
+}
+
+impl Case {
+    /// Is this the plain life of one container?
+    fn swaps(&self) -> bool {
+        let verbs: Vec<&str> = self.calls.iter().map(|call| call.verb).collect();
+        matches!(verbs[..], ["ADD", "CHECK", "DEL", "DEL"] | ["ADD", "DEL", "DEL"])
+    }
 }
 
 /// Plays a case, and returns what each call answered and what there was afterwards.
-fn life_of(case: &Case, root: &Path, plugin: impl Fn(&str) -> PathBuf) -> Vec<(String, Vec<String>)> {
+fn life_of(case: &Case, root: &Path, plugin: impl Fn(usize, &str) -> PathBuf) -> Vec<(String, Vec<String>)> {
     let _ = std::fs::remove_dir_all(root);
     std::fs::create_dir_all(root.join("bin")).unwrap();
-    for name in cni::NAMES {
-        let _ = std::os::unix::fs::symlink(plugin(name), root.join("bin").join(name));
-    }
+    std::fs::write(
+        root.join("resolv.conf"),
+        "# a remark\nnameserver 10.1.0.1\nnameserver fd00::1\nsearch a.b c.d\ndomain e.f\noptions ndots:2 rotate\n",
+    )
+    .unwrap();
     let (host, pod) = (Netns::create().unwrap(), Netns::create().unwrap());
     pod.bind(&root.join("ns")).unwrap();
     let mut seen = Vec::new();
     let mut result = Value::Null;
-    for step in &case.calls {
+    for (at, step) in case.calls.iter().enumerate() {
+        for name in cni::NAMES {
+            let link = root.join("bin").join(name);
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(plugin(at, name), link).unwrap();
+        }
         let answer = play(step, root, &host, &mut result, case.name.starts_with("protocol"));
         seen.push((answer, state(root, &host, &pod)));
     }
@@ -402,8 +456,19 @@ fn state(root: &Path, host: &Netns, pod: &Netns) -> Vec<String> {
             files.push_str(&format!("file {folder}/{}: {text}\n", file.file_name().unwrap().to_string_lossy()));
         }
     }
-    let mut lines: Vec<String> =
-        normalize(&format!("{inside}{outside}{files}")).lines().filter(|line| !is_noise(line)).map(ToOwned::to_owned).collect();
+    let text = normalize(&format!("{inside}{outside}{files}"));
+    let mut places = std::collections::BTreeMap::new();
+    // A rule's place in its chain is part of what it means.
+    let placed = |line: &str| {
+        if line.starts_with('*') {
+            places.clear();
+        }
+        let Some(chain) = line.strip_prefix("-A ").and_then(|rest| rest.split(' ').next()) else { return line.to_owned() };
+        let place = places.entry(chain.to_owned()).or_insert(0);
+        *place += 1;
+        format!("{line} (rule {place})")
+    };
+    let mut lines: Vec<String> = text.lines().map(placed).filter(|line| !is_noise(line)).collect();
     lines.sort();
     lines
 }
@@ -414,7 +479,7 @@ fn is_noise(line: &str) -> bool {
         || line.starts_with(":INPUT")
         || line.trim().is_empty()
         // Link-local addresses come when the kernel gets to it.
-        || line.contains("fe80") || line.contains("ff00::/8") || line.contains("anycast")
+        || line.contains("fe80") || line.contains("ff00::/8") && line.contains("dev ") || line.contains("anycast")
         || line.contains("dev lo") && line.contains("local ")
         // The bridge's own table of multicast groups and timers.
         || line.starts_with("qdisc noqueue")

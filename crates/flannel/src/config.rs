@@ -431,6 +431,14 @@ mod tests {
     }
 
     #[test]
+    fn ipv6_overrides_are_honoured() {
+        check(
+            r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:100::","IPv6SubnetMax":"fc00:0:0:200::","IPv6SubnetLen":56,"Backend":{"Type":"alloc"}}"#,
+            expect!["fc00::/48 /56 fc00:0:0:100::..fc00:0:0:200::; Alloc"],
+        );
+    }
+
+    #[test]
     fn the_last_duplicate_wins_whatever_its_case() {
         check(
             r#"{"Network":"10.3.0.0/16","network":"10.4.0.0/16","Backend":{"Type":"alloc"}}"#,

@@ -163,6 +163,10 @@ mod tests {
         assert_eq!(SubnetEnv::parse(TEXT).unwrap(), env());
         let v4 = SubnetEnv { networks: env().networks[..1].to_vec(), subnets: PerFamily { v6: None, ..env().subnets }, ..env() };
         assert_eq!(v4.render(), "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n");
+        let v6 = SubnetEnv { networks: env().networks[1..].to_vec(), subnets: PerFamily { v4: None, ..env().subnets }, ..env() };
+        let text = "FLANNEL_IPV6_NETWORK=fc00::/48\nFLANNEL_IPV6_SUBNET=fc00:0:0:3::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+        assert_eq!(v6.render(), text);
+        assert_eq!(SubnetEnv::parse(text).unwrap(), v6);
     }
 
     #[test]
