@@ -110,6 +110,15 @@ impl Backend {
         }
     }
 
+    /// The same on this host as it is now: its interface has another address or MTU. The VTEPs keep their addresses.
+    #[must_use]
+    pub fn moved(&self, config: &Config, node: &Node) -> Backend {
+        match (self, &config.backend) {
+            (Backend::Vxlan(now), BackendConfig::Vxlan(vxlan)) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, now.macs())),
+            _ => self.clone(),
+        }
+    }
+
     /// With what the extension's first command printed as this host's `BackendData`.
     #[must_use]
     pub fn with_output(self, output: &str) -> Backend {

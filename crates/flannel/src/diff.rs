@@ -63,13 +63,14 @@ fn replaced_link(desired: &Desired, observed: &Observed, key: &Key) -> Option<If
     }
 }
 
-/// Can `have` become `want` without being created anew? Learning can be changed in place.
+/// Can `have` become `want` without being created anew? Learning and the local address can be changed in place, the latter
+/// within its family.
 fn is_compatible(want: &Link, have: &Link) -> bool {
     match (&want.kind, &have.kind) {
         (
             LinkKind::Vxlan { vni, port, local, lower, gbp, learning: _ },
             LinkKind::Vxlan { vni: vni2, port: port2, local: local2, lower: lower2, gbp: gbp2, learning: _ },
-        ) => (vni, port, local, lower, gbp) == (vni2, port2, local2, lower2, gbp2),
+        ) => (vni, port, local.is_ipv4(), lower, gbp) == (vni2, port2, local2.is_ipv4(), lower2, gbp2),
         (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => want.kind == have.kind,
         _ => false,
     }

@@ -80,6 +80,13 @@ impl Picture {
         keys
     }
 
+    /// This host's interface has another address or MTU now: everything is painted anew.
+    pub fn set_node(&mut self, node: Node) -> Vec<Key> {
+        self.backend = self.backend.moved(&self.config, &node);
+        self.node = node;
+        self.set_own(self.own)
+    }
+
     fn paint_node(&mut self) -> Vec<Key> {
         let mut networks = PerFamily::default();
         for (family, network) in self.config.networks.iter() {

@@ -1,24 +1,23 @@
 //! Builds the daemon's parts in order and runs them: the only module that knows all others.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use flannel::backend::device_name;
 use flannel::backend::extension::Command;
 use flannel::config::BackendConfig;
-use flannel::node::Wanted;
 use flannel::traffic::{Flavour, TrafficConfig};
 use flannel::{Backend, Config, Family, Mac, Node, Peer, PerFamily, Picture};
 use kernel::iptables::Installed;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cli::RunArgs;
+use crate::facts::{Facts, list};
 use crate::http::Http;
 use crate::kernel_thread::KernelThread;
 use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
-use crate::reconcile::{Inputs, Reconciler};
+use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::state::State;
 use crate::store::{Access, Claim, Etcd, Kube, Link, Obstacle, Store, kube};
 use crate::subnet_file::SubnetFile;
@@ -81,7 +80,13 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     let kernel = KernelThread::start()?;
     let config = persist(&starting, &notices, async || store.config().await).await?;
     let public = persist(&starting, &notices, async || store.node_public().await).await?;
-    let node = node(args, &public, &kernel, &config).await?;
+    let facts = Facts::new(args, &public);
+    let node = facts.node(&kernel, &config).await?;
+    if let BackendConfig::Vxlan(vxlan) = &config.backend
+        && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
+    {
+        tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
+    }
     tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
     let macs = vtep_macs(&kernel, &config, &node, async || persist(&starting, &notices, async || store.published(node.public).await).await)
         .await?;
@@ -116,7 +121,8 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
         run_command(&kernel, "Backend.PostStartupCommand", command).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let reconciler = Reconciler::start(picture, kernel, subnet_file, resync, adopt, syncing, notices.clone()).await?;
+    let start = Start { picture, kernel, facts, subnet_file, resync, adopt, syncing, notices: notices.clone() };
+    let reconciler = Reconciler::start(start).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);
     notify_ready();
@@ -125,9 +131,10 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     let (lose, lost) = mpsc::channel(1);
     let (publish_connected, connected) = watch::channel(false);
     let (tell, events) = mpsc::channel(16);
-    tokio::spawn(store.clone().keep(claim, publish_held, lost));
+    let (publish_claim, claims) = watch::channel(claim);
+    tokio::spawn(store.clone().keep(claims, publish_held, lost));
     tokio::spawn(store.follow(config, tell, Link::new(publish_connected, ready, notices)));
-    reconciler.run(Inputs { events, held, lost: lose, connected, asks }).await?;
+    reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected, asks }).await?;
     bail!("a part of the daemon ended unexpectedly")
 }
 
@@ -209,35 +216,6 @@ fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
     traffic
 }
 
-async fn node(args: &RunArgs, stored: &PerFamily<IpAddr>, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
-    let target = args.iface_can_reach;
-    let facts = kernel.call(move |kernel| {
-        let reach = target.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
-        anyhow::Ok((kernel.interfaces()?, kernel.route_facts()?, reach))
-    });
-    let (interfaces, routes, can_reach) = facts.await.context("cannot read the kernel's interfaces and routes")?;
-    let wanted = Wanted {
-        iface: args.iface.clone(),
-        iface_regex: args.iface_regex.clone(),
-        can_reach,
-        public: PerFamily { v4: stored.v4.or(args.public_ip), v6: stored.v6.or(args.public_ipv6) },
-    };
-    let node = Node::choose(&interfaces, &routes, &wanted, config)?;
-    if let BackendConfig::Vxlan(vxlan) = &config.backend
-        && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
-    {
-        tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
-    }
-    if config.backend == BackendConfig::HostGw && node.public.v4 != node.addrs.v4 {
-        bail!(
-            "--public-ip: {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
-            list(&node.public),
-            node.ext
-        );
-    }
-    Ok(node)
-}
-
 /// The link-layer addresses of this host's VTEPs: that of the device that is there, else that of the lease that this
 /// host published before (peers know it), else a random one.
 async fn vtep_macs(
@@ -268,10 +246,6 @@ async fn vtep_macs(
         macs.set(family, Some(mac));
     }
     Ok(macs)
-}
-
-fn list(addrs: &PerFamily<IpAddr>) -> String {
-    addrs.iter().map(|(_, ip)| ip.to_string()).collect::<Vec<_>>().join(",")
 }
 
 /// Tells systemd that the node is set up (sd_notify(3)); without `NOTIFY_SOCKET` there is nobody to tell.

@@ -6,6 +6,7 @@ pub mod cli;
 pub mod docker_opts;
 pub mod embedded;
 pub mod etcd;
+pub mod facts;
 pub mod http;
 pub mod install_cni;
 pub mod kernel_thread;

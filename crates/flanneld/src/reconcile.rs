@@ -14,11 +14,12 @@ use kernel::{Changed, Monitor};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
+use crate::facts::{Facts, list};
 use crate::kernel_thread::{KernelThread, News, listen};
 use crate::notice::Notices;
 use crate::ready::Guard;
 use crate::state;
-use crate::store::Held;
+use crate::store::{Claim, Held};
 use crate::subnet_file::SubnetFile;
 
 /// How often the whole kernel is read as the audit of our memory of it. Notifications tell sooner of nearly everything;
@@ -68,16 +69,42 @@ pub struct Inputs {
     pub held: watch::Receiver<Held>,
     /// To tell the keeper that it is lost.
     pub lost: mpsc::Sender<()>,
+    /// To tell the keeper what this node publishes now.
+    pub claim: watch::Sender<Claim>,
     /// Whether the store is being followed.
     pub connected: watch::Receiver<bool>,
     /// Questions after the state.
     pub asks: mpsc::Receiver<oneshot::Sender<state::State>>,
 }
 
+/// What the loop begins with.
+#[derive(Debug)]
+pub struct Start {
+    /// What this node wants, without peers.
+    pub picture: Picture,
+    /// The way to the kernel.
+    pub kernel: KernelThread,
+    /// How this host is looked at again when its interface changes.
+    pub facts: Facts,
+    /// The file for the plugins.
+    pub subnet_file: SubnetFile,
+    /// How often rules are looked at that the kernel does not announce.
+    pub resync: Duration,
+    /// May a Go flanneld have run on this host?
+    pub adopt: bool,
+    /// Held until the first complete list of leases is in the kernel.
+    pub syncing: Guard,
+    /// Where an operator is told.
+    pub notices: Notices,
+}
+
 /// Keeps the kernel as the picture wants it.
 #[derive(Debug)]
 pub struct Reconciler {
     picture: Picture,
+    facts: Facts,
+    /// When the external interface is looked at next, and what was said of it last.
+    interface: (Option<Instant>, String),
     observed: Observed,
     kernel: KernelThread,
     news: News,
@@ -100,20 +127,12 @@ pub struct Reconciler {
 
 impl Reconciler {
     /// Reads the kernel and puts this node's own objects there: devices, addresses, rules. Notifications are
-    /// subscribed to first, so that no change falls in between. `resync` is how often rules are looked at that the kernel
-    /// does not announce; `adopt` says that a Go flanneld may have run on this host.
+    /// subscribed to first, so that no change falls in between.
     ///
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
-    pub async fn start(
-        picture: Picture,
-        kernel: KernelThread,
-        subnet_file: SubnetFile,
-        resync: Duration,
-        adopt: bool,
-        syncing: Guard,
-        notices: Notices,
-    ) -> anyhow::Result<Reconciler> {
+    pub async fn start(start: Start) -> anyhow::Result<Reconciler> {
+        let Start { picture, kernel, facts, subnet_file, resync, adopt, syncing, notices } = start;
         let scope = picture.scope();
         let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
         let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
@@ -121,6 +140,8 @@ impl Reconciler {
         let observed = kernel.observe(reading).await.context("cannot read the kernel's state")?;
         let mut reconciler = Reconciler {
             picture,
+            facts,
+            interface: (None, String::new()),
             observed,
             kernel,
             news,
@@ -157,7 +178,7 @@ impl Reconciler {
                 Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
                 Wake::Own(held) => self.on_own(held).await,
                 Wake::Kernel(changes) => self.on_kernel(changes).await,
-                Wake::Timer => self.on_timer().await,
+                Wake::Timer => self.on_timer(&inputs.claim).await,
                 Wake::Ask(reply) => {
                     let state = self.state(*inputs.connected.borrow());
                     // Who asked may have gone away.
@@ -172,7 +193,7 @@ impl Reconciler {
         let retry = self.failures.values().map(|failure| failure.due).min();
         let file = self.file_is_stale.then(|| Instant::now() + RETRY.0);
         let resync = self.resync.map(|(at, _)| at);
-        let timer = retry.into_iter().chain(file).chain(resync).fold(self.read_at, Instant::min);
+        let timer = retry.into_iter().chain(file).chain(resync).chain(self.interface.0).fold(self.read_at, Instant::min);
         let wake = tokio::select! {
             events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
             changed = inputs.held.changed() => match changed {
@@ -282,6 +303,9 @@ impl Reconciler {
                     self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut keys).await;
                 }
                 Changed::Link(_) | Changed::Everything => {
+                    if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
+                        self.interface.0 = Some(Instant::now() + SETTLE);
+                    }
                     self.read_at = self.read_at.min(Instant::now() + SETTLE);
                     // What failed for want of the link need not fail any more.
                     self.failures.values_mut().for_each(|failure| failure.due = Instant::now());
@@ -304,8 +328,37 @@ impl Reconciler {
         }
     }
 
-    async fn on_timer(&mut self) {
+    /// Looks at the external interface again. Its new address or MTU is followed; that it has none for a moment, or that
+    /// another one would be chosen now, changes nothing.
+    async fn look_at_interface(&mut self, claim: &watch::Sender<Claim>) {
+        let current = self.picture.node().clone();
+        let problem = match self.facts.node(&self.kernel, self.picture.config()).await {
+            Ok(node) if node == current => String::new(),
+            Ok(node) if node.ext == current.ext => {
+                tracing::info!(interface = %node.ext, was = %list(&current.addrs), is = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, "the interface has changed; this node's lease and devices follow");
+                let keys = self.picture.set_node(node).into_iter().collect();
+                let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
+                self.execute(ops).await;
+                self.write_file();
+                claim.send_modify(|claim| claim.peer = self.picture.own_peer());
+                String::new()
+            }
+            Ok(node) => format!("now {} would be chosen: restart flanneld to move there", node.ext),
+            Err(error) => format!("{error:#}"),
+        };
+        if problem != self.interface.1 && !problem.is_empty() {
+            tracing::warn!(interface = %current.ext, %problem, "the interface is not as it was; devices and routes stay");
+            self.notices.tell("InterfaceChanged", format!("{}: {problem}; devices and routes stay", current.ext));
+        }
+        // It may get its address back, or a default route, of which nothing is heard.
+        self.interface = (if problem.is_empty() { None } else { Some(Instant::now() + RETRY.0) }, problem);
+    }
+
+    async fn on_timer(&mut self, claim: &watch::Sender<Claim>) {
         let now = Instant::now();
+        if self.interface.0.is_some_and(|at| at <= now) {
+            self.look_at_interface(claim).await;
+        }
         if self.file_is_stale {
             self.write_file();
         }

@@ -69,9 +69,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// Acquires a lease.
     fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<Held, Obstacle>> + Send;
 
-    /// Keeps the lease for ever, and acquires it again whenever it is gone, which `lost` may tell as well. What is held
-    /// is published in `held`.
-    fn keep(self, claim: Claim, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) -> impl Future<Output = ()> + Send;
+    /// Keeps the lease for ever, writes it anew when the claim changes, and acquires it again whenever it is gone, which
+    /// `lost` may tell as well. What is held is published in `held`.
+    fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) -> impl Future<Output = ()> + Send;
 
     /// Follows the leases and sends every list and every event, in order, until the receiver is gone.
     fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, link: Link) -> impl Future<Output = ()> + Send;

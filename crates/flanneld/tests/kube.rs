@@ -59,7 +59,8 @@ fn main() {
     let old = Version::Oldest;
     add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
     add("1.28: what_happens_to_nodes_is_followed".to_owned(), Box::new(move |root| follow::what_happens_to_nodes(root, old)));
-    let tests: [(&str, Test); 15] = [
+    let tests: [(&str, Test); 16] = [
+        ("the_address_changes_and_all_follow", join::the_address_changes),
         ("following_tells_lists_and_changes", follow::following_tells_lists_and_changes),
         ("ours_over_upstreams_is_an_upgrade", manifests::ours_over_upstreams_is_an_upgrade),
         ("the_chart_renders_the_same_objects", manifests::the_chart_renders_the_same_objects),

@@ -11,6 +11,8 @@ mod cluster;
 mod containers;
 #[path = "lab/flags.rs"]
 mod flags;
+#[path = "lab/heal.rs"]
+mod heal;
 #[path = "lab/matrix.rs"]
 mod matrix;
 #[path = "lab/process.rs"]
@@ -79,7 +81,8 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 34] = [
+    let others: [(&str, Test); 35] = [
+        ("the_interface_changes_and_all_follow", heal::the_interface_changes),
         ("a_daemon_without_a_store_says_so_and_ends_well", process::a_daemon_without_a_store),
         ("all_flags_by_the_environment", process::all_flags_by_the_environment),
         ("another_endpoint_takes_over", process::another_endpoint_takes_over),

@@ -237,11 +237,12 @@ pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> 
     };
     if let Some(have) = get(socket, link.name)? {
         // The kernel takes a change of MTU and a change of what is VXLAN's own in separate requests only.
-        if have.vxlan.is_some_and(|vxlan| vxlan.learning != *learning) {
+        if have.vxlan.is_some_and(|vxlan| vxlan.learning != *learning || vxlan.local != Some(*local)) {
             socket.request(RTM_NEWLINK, 0, |body| {
                 body.bytes(&ifinfomsg(have.index, 0, 0));
                 linkinfo(body, "vxlan", |data| {
                     data.attr(IFLA_VXLAN_LEARNING, &[u8::from(*learning)]);
+                    data.attr_ip(if local.is_ipv4() { IFLA_VXLAN_LOCAL } else { IFLA_VXLAN_LOCAL6 }, *local);
                 });
             })?;
         }

@@ -54,6 +54,11 @@ impl Vxlan {
         Vxlan { config: vxlan.clone(), outer_mtu, macs }
     }
 
+    /// The link-layer addresses of this host's VTEPs.
+    pub(super) fn macs(&self) -> PerFamily<Mac> {
+        self.macs
+    }
+
     /// The MTU for pods. With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one,
     /// and while a cluster is switched those of Go nodes have that. IPv6 packets that do not fit are answered with
     /// "packet too big" by the host.

@@ -68,7 +68,8 @@ impl Interceptor for Token {
 #[derive(Debug)]
 pub(super) struct Endpoints {
     pub(super) names: Vec<String>,
-    channels: Vec<Channel>,
+    endpoints: Vec<Endpoint>,
+    channels: Mutex<Vec<Channel>>,
     token: Token,
     login: Option<(String, Secret)>,
 }
@@ -77,7 +78,7 @@ impl Endpoints {
     /// Reads the comma list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
         let tls = tls(access)?;
-        let mut channels = Vec::new();
+        let mut endpoints = Vec::new();
         let mut names = Vec::new();
         for text in access.endpoints.split(',') {
             let bad = |problem: String| EtcdError::Endpoint(text.to_owned(), problem);
@@ -98,19 +99,25 @@ impl Endpoints {
                 );
             }
             let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true).http2_keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
-            channels.push(endpoint.connect_lazy());
+            endpoints.push(endpoint);
             names.push(url);
         }
-        Ok(Endpoints { names, channels, token: Token::default(), login: access.login.clone() })
+        let channels = Mutex::new(endpoints.iter().map(Endpoint::connect_lazy).collect());
+        Ok(Endpoints { names, endpoints, channels, token: Token::default(), login: access.login.clone() })
+    }
+
+    /// Begins all connections anew: those that there are begin at an address that this host has no more.
+    pub(super) fn renew(&self) {
+        *self.channels.lock().unwrap_or_else(PoisonError::into_inner) = self.endpoints.iter().map(Endpoint::connect_lazy).collect();
     }
 
     pub(super) fn len(&self) -> usize {
-        self.channels.len()
+        self.endpoints.len()
     }
 
     /// A connection to one of the endpoints, counted round. Logs in first, where there is a user and no token.
     pub(super) async fn connection(&self, at: usize) -> Result<Connection, Status> {
-        let channel = self.channels[at % self.channels.len()].clone();
+        let channel = self.channels.lock().unwrap_or_else(PoisonError::into_inner)[at % self.endpoints.len()].clone();
         if let Some((name, password)) = self.login.as_ref().filter(|_| self.token.get().is_none()) {
             let request = AuthenticateRequest { name: name.clone(), password: password.0.clone() };
             match AuthClient::new(channel.clone()).authenticate(request).await {

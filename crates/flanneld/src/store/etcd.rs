@@ -74,6 +74,8 @@ struct Inner {
     /// The endpoint that answered last.
     current: AtomicUsize,
     prefix: String,
+    /// Counts how often this host got another address.
+    moves: watch::Sender<u32>,
 }
 
 /// A lease as it is stored.
@@ -115,7 +117,7 @@ impl Etcd {
     /// [`EtcdError::Endpoint`] and [`EtcdError::File`].
     pub fn new(access: &Access) -> Result<Etcd, EtcdError> {
         let prefix = access.prefix.trim_end_matches('/').to_owned();
-        Ok(Etcd(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix })))
+        Ok(Etcd(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix, moves: watch::channel(0).0 })))
     }
 
     /// A client of a store that wants neither TLS nor a password.
@@ -124,6 +126,12 @@ impl Etcd {
     /// [`EtcdError::Endpoint`].
     pub fn plain(endpoints: &str, prefix: &str) -> Result<Etcd, EtcdError> {
         Etcd::new(&Access { endpoints: endpoints.to_owned(), prefix: prefix.to_owned(), ..Access::default() })
+    }
+
+    /// This host has another address: what was connected from the old one is dead, though nobody says so.
+    fn reconnect(&self) {
+        self.0.endpoints.renew();
+        self.0.moves.send_modify(|count| *count += 1);
     }
 
     /// The key of the network configuration.
@@ -426,16 +434,22 @@ impl Store for Etcd {
         Ok(keeper.acquire(&claim.previous).await?)
     }
 
-    async fn keep(self, claim: Claim, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) {
-        Keeper { store: self, claim }.run(held, lost).await;
+    async fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) {
+        let claim = claims.borrow().clone();
+        Keeper { store: self, claim }.run(claims, held, lost).await;
     }
 
     /// However the watch ends (compaction, cancellation, a lost connection or leader), a fresh snapshot follows, so
     /// that nothing that happened in between is missed, and nothing is believed gone that was not seen gone.
     async fn follow(self, _: Config, events: mpsc::Sender<Vec<StoreEvent>>, mut link: Link) {
         let mut reported = BTreeSet::new();
+        let mut moves = self.0.moves.subscribe();
         loop {
-            let outcome = self.snapshot_and_watch(&events, &mut link, &mut reported).await;
+            // A turn that is given up costs nothing: the next begins with a fresh snapshot.
+            let outcome = tokio::select! {
+                outcome = self.snapshot_and_watch(&events, &mut link, &mut reported) => outcome,
+                _ = moves.changed() => "this host has another address: connecting anew".to_owned(),
+            };
             if events.is_closed() {
                 return;
             }

@@ -119,6 +119,8 @@ struct Inner {
     ready: Ready,
     /// Somebody changed this node's Node.
     own_changed: Notify,
+    /// Counts how often this host got another address.
+    moves: watch::Sender<u32>,
 }
 
 /// Why this node has no lease.
@@ -165,15 +167,14 @@ impl Kube {
     /// Flags and files that cannot be used are lasting, a server that does not answer is not.
     pub async fn connect(access: &Access, ready: Ready) -> Result<Kube, Obstacle> {
         let config = access.client_config().await.map_err(Obstacle::Lasting)?;
-        let url = config.cluster_url.to_string();
-        let client = kube::Client::try_from(config).context("cannot make a client of the API server").map_err(Obstacle::Lasting)?;
-        let api = Api::new(client, url);
+        let api = Api::new(config).context("cannot make a client of the API server").map_err(Obstacle::Lasting)?;
         let node = match &access.whoami {
             WhoAmI::Node(name) => name.clone(),
             WhoAmI::Pod { namespace, name } => api.node_of_pod(namespace, name).await?,
         };
         let access = access.clone();
-        Ok(Kube(Arc::new(Inner { api, node, access, ready, own_changed: Notify::new() })))
+        let moves = watch::channel(0).0;
+        Ok(Kube(Arc::new(Inner { api, node, access, ready, own_changed: Notify::new(), moves })))
     }
 
     fn api(&self) -> &Api {
@@ -264,7 +265,7 @@ impl Store for Kube {
         Ok(held)
     }
 
-    async fn keep(self, claim: Claim, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
+    async fn keep(self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         // The Node whose condition was set: one that is made anew has none.
         let mut conditioned = if self.0.access.set_condition { None } else { Some(String::new()) };
         let mut failed: Option<(Duration, String)> = None;
@@ -274,8 +275,18 @@ impl Store for Kube {
                 () = self.0.ready.reached(), if conditioned.is_none() && failed.is_none() => {}
                 () = self.own_changed().notified(), if failed.is_none() => {}
                 word = lost.recv() => if word.is_none() { return },
+                changed = claims.changed() => match changed {
+                    Ok(()) if claims.borrow().peer.public == held.borrow().published => {}
+                    // What was connected from the old address is dead, though nobody says so.
+                    Ok(()) => {
+                        self.api().reconnect();
+                        self.0.moves.send_modify(|count| *count += 1);
+                    }
+                    Err(_) => return,
+                },
                 () = tokio::time::sleep(failed.as_ref().map_or(RETRY.1, |(wait, _)| *wait)), if failed.is_some() => {}
             }
+            let claim = claims.borrow_and_update().clone();
             let outcome = async {
                 let (now, uid, count) = self.publish(&claim).await?;
                 let is_due = conditioned.as_ref().is_none_or(|before| self.0.access.set_condition && *before != uid);
@@ -306,7 +317,7 @@ impl Store for Kube {
             if count == 0 {
                 continue;
             }
-            tracing::info!(node = self.node(), annotations = count, "wrote this node's annotations again, which somebody had changed");
+            tracing::info!(node = self.node(), annotations = count, "wrote this node's annotations, which were not as they should be");
             if written.0.elapsed() > FIGHT.1 {
                 written = (Instant::now(), 0);
             }
@@ -324,7 +335,7 @@ impl Store for Kube {
     }
 
     async fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, mut link: Link) {
-        let mut place = Place::new(Table::new(self.keys().clone(), config, self.node().to_owned()));
+        let mut place = Place::new(Table::new(self.keys().clone(), config, self.node().to_owned()), self.0.moves.subscribe());
         loop {
             let outcome = self.turn(&mut place, &events, &mut link).await;
             if events.is_closed() {

@@ -139,3 +139,27 @@ pub(crate) fn a_node_that_is_made_again(root: &Path) {
     ping_all_from(&pods[0].netns, &[pods[1].address]);
     ping_all_from(&pods[1].netns, &[pods[0].address]);
 }
+
+pub(crate) fn the_address_changes(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", PodFamily::V4, Version::Current);
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    let script = "ip addr del 10.0.0.1/24 dev eth0; ip addr add 10.0.0.101/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0";
+    let changed = lab.hosts[0].netns.run(|| std::process::Command::new("sh").args(["-ec", script]).status()).unwrap().unwrap();
+    assert!(changed.success());
+    let began = std::time::Instant::now();
+    eventually("the annotation follows", || annotations(&lab, "h1")["public-ip"] == "10.0.0.101");
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    ping_all_from(&pods[1].netns, &[pods[0].address]);
+    assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    // And it still hears of everything.
+    crate::create(
+        &lab,
+        &[crate::go_node(
+            "n",
+            &["10.244.100.0/24"],
+            &[("backend-type", "vxlan"), ("public-ip", "10.0.0.99"), ("backend-data", r#"{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}"#)],
+        )],
+    );
+    lab.wait_state(0, "the next peer", |state| state["peers"]["programmed"] == 2).unwrap();
+}

@@ -105,10 +105,25 @@ impl Keeper {
         Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
     }
 
-    /// Renews the lease for ever, and acquires it again whenever `lost` says that it is gone. What is held is
-    /// published in `held`.
-    pub async fn run(self, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
+    /// Writes the lease again with what this node publishes now. False if it is not this node's any more.
+    async fn publish(&self, current: &Held) -> Result<bool, EtcdError> {
+        let snapshot = self.store.snapshot().await?;
+        let own = snapshot.entries.iter().find(|entry| entry.key == current.key && entry.lease == current.etcd_lease);
+        // One without an etcd lease is known by the address alone.
+        let is_own = |entry: &&Entry| {
+            current.etcd_lease != 0 || entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published))
+        };
+        let Some(own) = own.filter(is_own) else { return Ok(false) };
+        let lease = Lease { key: current.key, peer: self.claim.peer.clone() };
+        self.store.put_lease(&lease, current.etcd_lease, own.mod_revision).await
+    }
+
+    /// Renews the lease for ever, writes it anew when the claim changes, and acquires it again whenever `lost` says that
+    /// it is gone. What is held is published in `held`.
+    pub async fn run(mut self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         let mut current = *held.borrow();
+        // When what this node publishes is written again, if it is not what it should be.
+        let mut unpublished: Option<Instant> = None;
         let mut renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.claim.margin);
         loop {
             let due = match renewal.poll(Instant::now()) {
@@ -123,6 +138,37 @@ impl Keeper {
                 Some(at) => tokio::select! {
                     // A reservation has no end.
                     () = tokio::time::sleep_until(at.into()), if current.etcd_lease != 0 => continue,
+                    changed = claims.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        self.claim = claims.borrow_and_update().clone();
+                        if self.claim.peer.public != current.published {
+                            self.store.reconnect();
+                        }
+                        unpublished = Some(Instant::now());
+                        continue;
+                    }
+                    () = tokio::time::sleep_until(unpublished.unwrap_or_else(Instant::now).into()), if unpublished.is_some() => {
+                        match self.publish(&current).await {
+                            Ok(true) => {
+                                unpublished = None;
+                                current.published = self.claim.peer.public;
+                                held.send_replace(current);
+                                tracing::info!(subnet = %current.key, "wrote the lease anew, with what this host publishes now");
+                                false
+                            }
+                            Ok(false) => {
+                                unpublished = None;
+                                true
+                            }
+                            Err(error) => {
+                                tracing::warn!(subnet = %current.key, %error, "cannot write the lease anew; trying again in a second");
+                                unpublished = Some(Instant::now() + Duration::from_secs(1));
+                                false
+                            }
+                        }
+                    }
                     word = lost.recv() => match word {
                         Some(()) => true,
                         None => return,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -165,13 +166,27 @@ pub(super) type Changes = BoxStream<'static, Result<WatchEvent<NodeObject>, ApiE
 /// A client of the API server.
 #[derive(Clone)]
 pub(super) struct Api {
-    client: Client,
+    config: kube::Config,
+    client: Arc<Mutex<Client>>,
     url: String,
 }
 
 impl Api {
-    pub(super) fn new(client: Client, url: String) -> Api {
-        Api { client, url }
+    /// A client. Nothing is connected yet.
+    pub(super) fn new(config: kube::Config) -> Result<Api, kube::Error> {
+        let url = config.cluster_url.to_string();
+        Ok(Api { client: Arc::new(Mutex::new(Client::try_from(config.clone())?)), config, url })
+    }
+
+    /// Begins all connections anew: those that there are begin at an address that this host has no more.
+    pub(super) fn reconnect(&self) {
+        if let Ok(client) = Client::try_from(self.config.clone()) {
+            *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
+        }
+    }
+
+    fn client(&self) -> Client {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A Node; `None` if there is none of that name.
@@ -232,7 +247,8 @@ impl Api {
         let path = format!("/api/v1/nodes?watch=true&allowWatchBookmarks=true&timeoutSeconds={timeout}&{from}");
         let act = "watch the Nodes";
         let request = Request::get(path).header(ACCEPT, METADATA).body(Vec::new()).map_err(|error| self.unreachable(&error))?;
-        let opened = tokio::time::timeout(TIMEOUT, self.client.request_events::<NodeObject>(request)).await;
+        let client = self.client();
+        let opened = tokio::time::timeout(TIMEOUT, client.request_events::<NodeObject>(request)).await;
         let stream = opened.map_err(|_| self.silent())?.map_err(|error| self.error(act, error))?;
         let this = self.clone();
         Ok(stream.map(move |event: kube::Result<WatchEvent<NodeObject>>| event.map_err(|error| this.error(act, error))).boxed())
@@ -255,7 +271,8 @@ impl Api {
 
     async fn send<T: DeserializeOwned>(&self, act: &'static str, request: http::Result<Request<Vec<u8>>>) -> Result<T, ApiError> {
         let request = request.map_err(|error| self.unreachable(&error))?;
-        let answer = tokio::time::timeout(TIMEOUT, self.client.request(request)).await;
+        let client = self.client();
+        let answer = tokio::time::timeout(TIMEOUT, client.request(request)).await;
         answer.map_err(|_| self.silent())?.map_err(|error| self.error(act, error))
     }
 

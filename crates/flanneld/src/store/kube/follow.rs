@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use flannel::StoreEvent;
 use futures_util::StreamExt;
 use kube::core::WatchEvent;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::Kube;
 use super::api::{ApiError, Changes, From, NodeObject, Part};
@@ -38,11 +38,13 @@ pub(super) struct Place {
     version: Option<String>,
     /// Can the server send a list as events?
     streams: bool,
+    /// Tells when this host has another address.
+    moves: watch::Receiver<u32>,
 }
 
 impl Place {
-    pub(super) fn new(table: Table) -> Place {
-        Place { table, version: None, streams: true }
+    pub(super) fn new(table: Table, moves: watch::Receiver<u32>) -> Place {
+        Place { table, version: None, streams: true, moves }
     }
 }
 
@@ -69,21 +71,21 @@ impl Kube {
     ) -> Result<&'static str, ApiError> {
         let mut first = None;
         if place.version.is_none() {
-            let nodes = if place.streams {
-                match self.list_by_stream(place).await {
-                    Ok((nodes, stream)) => {
+            let (nodes, version) = if place.streams {
+                match self.list_by_stream().await {
+                    Ok((nodes, version, stream)) => {
                         first = Some(stream);
-                        nodes
+                        (nodes, version)
                     }
                     // A server before 1.32, or one where it is switched off, does not know the parameters.
                     Err(ApiError::Refused { code: 400 | 422, .. }) => {
                         place.streams = false;
-                        self.list_by_pages(place).await?
+                        self.pages(Part::Metadata, PAGE.0).await?
                     }
                     Err(error) => return Err(error),
                 }
             } else {
-                self.list_by_pages(place).await?
+                self.pages(Part::Metadata, PAGE.0).await?
             };
             self.learn(&mut place.table, &nodes).await?;
             let list = place.table.list(&nodes);
@@ -91,6 +93,8 @@ impl Kube {
             if events.send(list).await.is_err() {
                 return Ok("nobody listens");
             }
+            // Only now has all of it been told.
+            place.version = Some(version);
         }
         loop {
             let began = Instant::now();
@@ -104,7 +108,12 @@ impl Kube {
                 tracing::info!(version, "following the Nodes");
             }
             loop {
-                let chunk = match tokio::time::timeout(SILENCE, chunks.next()).await {
+                // Only here may this be given up: what was taken in must be told.
+                let next = tokio::select! {
+                    next = tokio::time::timeout(SILENCE, chunks.next()) => next,
+                    _ = place.moves.changed() => return Ok("this host has another address: connecting anew"),
+                };
+                let chunk = match next {
                     Ok(Some(chunk)) => chunk,
                     Ok(None) => break,
                     Err(_) => {
@@ -122,7 +131,7 @@ impl Kube {
     }
 
     /// What is there, as the server lists it by events, and the stream that goes on behind it.
-    async fn list_by_stream(&self, place: &mut Place) -> Result<(Vec<NodeObject>, Changes), ApiError> {
+    async fn list_by_stream(&self) -> Result<(Vec<NodeObject>, String, Changes), ApiError> {
         let mut stream = self.api().watch(From::List).await?;
         let mut nodes = Vec::new();
         loop {
@@ -131,8 +140,7 @@ impl Kube {
                     WatchEvent::Added(node) | WatchEvent::Modified(node) => nodes.push(node),
                     WatchEvent::Deleted(_) => {}
                     WatchEvent::Bookmark(bookmark) if bookmark.metadata.annotations.get(LIST_ENDS).is_some_and(|value| value == "true") => {
-                        place.version = Some(bookmark.metadata.resource_version);
-                        return Ok((nodes, stream));
+                        return Ok((nodes, bookmark.metadata.resource_version, stream));
                     }
                     WatchEvent::Bookmark(_) => {}
                     WatchEvent::Error(status) => return Err(refused(status.code, status.message)),
@@ -141,12 +149,6 @@ impl Kube {
                 Err(_) => return Err(refused(0, "the list is not sent".to_owned())),
             }
         }
-    }
-
-    async fn list_by_pages(&self, place: &mut Place) -> Result<Vec<NodeObject>, ApiError> {
-        let (nodes, version) = self.pages(Part::Metadata, PAGE.0).await?;
-        place.version = Some(version);
-        Ok(nodes)
     }
 
     /// All Nodes, and the resource version at which they were so.
