@@ -1,7 +1,7 @@
 //! A Node: the prefix of its annotations, their values, its pod CIDRs. What a flanneld writes is read back the same.
 #![no_main]
 use flannel::annotations::{Keys, lease_key, own_lease_key, pod_cidrs};
-use flannel::{Config, annotations::Annotations};
+use flannel::{Config, Peer, annotations::Annotations};
 use libfuzzer_sys::fuzz_target;
 
 const NAMES: [&str; 8] =
@@ -17,10 +17,11 @@ fuzz_target!(|input: (String, Vec<(u8, String)>, String, Vec<String>)| {
         .map(|(at, value)| (format!("flannel.alpha.coreos.com/{}", NAMES[usize::from(at) % NAMES.len()]), value))
         .collect();
     let _ = keys.node_public(&annotations);
-    if let Ok(Some(peer)) = keys.peer(&annotations)
+    if let Some((peer, _)) = keys.peer(&annotations, &config, &Peer::default())
         && let Ok(wanted) = keys.wanted(&Annotations::new(), &config.backend, &peer)
     {
-        let read = keys.peer(&wanted).expect("our own text").expect("it is managed");
+        let (read, problems) = keys.peer(&wanted, &config, &Peer::default()).expect("it is managed");
+        assert!(problems.is_empty());
         assert_eq!((read.public.v4, read.backend_type), (peer.public.v4, peer.backend_type));
     }
     let Ok(subnets) = pod_cidrs(&cidr, &cidrs) else { return };

@@ -277,7 +277,8 @@ fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> any
     for (name, package, file) in wanted.iter().filter(|(_, _, file)| !file.is_file()) {
         println!("building {name} with Go");
         // Under another name first: a build that is interrupted leaves no program.
-        let unfinished = file.with_extension(std::process::id().to_string());
+        let name = file.file_name().context("a program has a name")?.to_string_lossy();
+        let unfinished = file.with_file_name(format!(".{name}.{}", std::process::id()));
         run(Command::new(go()?)
             .args(["build", "-trimpath", &flags, "-o"])
             .arg(&unfinished)

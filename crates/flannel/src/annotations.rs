@@ -115,7 +115,8 @@ impl Keys {
     fn address(&self, annotations: &Annotations, name: &str, family: Family) -> Result<Option<IpAddr>, NodeError> {
         let Some(text) = self.get(annotations, name).filter(|text| !text.is_empty()) else { return Ok(None) };
         let ip: Option<IpAddr> = text.parse().ok().filter(|ip| Family::of(*ip) == family);
-        let problem = || format!("{text:?} is no {family} address");
+        // An annotation may have 256 kB, and this goes into logs.
+        let problem = || format!("{:?} is no {family} address", text.chars().take(64).collect::<String>());
         let ip = ip.ok_or_else(|| NodeError::Annotation { key: self.key(name), problem: problem() })?;
         Ok(Some(ip).filter(|ip| *ip != family.unspecified()))
     }
@@ -125,24 +126,47 @@ impl Keys {
         self.get(annotations, MANAGED) == Some("true")
     }
 
-    /// What the flanneld of a Node has published; `None` if none manages it.
+    /// What the flanneld of a Node has published for the enabled families, and what of it cannot be read; `None` if none
+    /// manages the Node.
     ///
-    /// # Errors
-    /// [`NodeError::Annotation`].
-    pub fn peer(&self, annotations: &Annotations) -> Result<Option<Peer>, NodeError> {
+    /// What is absent, and a family that cannot be read, is as it was `before`: no flanneld takes an annotation back.
+    pub fn peer(&self, annotations: &Annotations, config: &Config, before: &Peer) -> Option<(Peer, Vec<NodeError>)> {
         if !self.is_managed(annotations) {
-            return Ok(None);
+            return None;
         }
-        let mut peer = Peer { backend_type: self.get(annotations, TYPE).unwrap_or_default().into(), ..Peer::default() };
-        for family in Family::ALL {
+        let backend_type = self.get(annotations, TYPE).map_or_else(|| before.backend_type.clone(), Into::into);
+        let mut peer = Peer { backend_type, ..Peer::default() };
+        let mut problems = Vec::new();
+        for (family, _) in config.networks.iter() {
             let names = names(family);
-            peer.public.set(family, self.address(annotations, names.public, family)?);
-            let Some(text) = self.get(annotations, names.data).filter(|text| !text.is_empty()) else { continue };
-            let raw: &RawValue = serde_json::from_str(text)
-                .map_err(|error| NodeError::Annotation { key: self.key(names.data), problem: format!("it is no JSON: {error}") })?;
-            peer.backend_data.set(family, compact(raw).filter(|data| &**data != "null"));
+            let known = (before.public.get(family).copied(), before.backend_data.get(family).cloned());
+            let said = |name| self.get(annotations, name).filter(|text| !text.is_empty());
+            let read = || {
+                let public = match said(names.public) {
+                    Some(_) => self.address(annotations, names.public, family)?,
+                    None => known.0,
+                };
+                let data = match said(names.data) {
+                    Some(text) => self.data(names.data, text)?,
+                    None => known.1.clone(),
+                };
+                Ok((public, data))
+            };
+            let (public, data) = read().unwrap_or_else(|problem| {
+                problems.push(problem);
+                known.clone()
+            });
+            peer.public.set(family, public);
+            peer.backend_data.set(family, data);
         }
-        Ok(Some(peer))
+        Some((peer, problems))
+    }
+
+    /// A backend's data; none if that is what is said.
+    fn data(&self, name: &str, text: &str) -> Result<Option<Box<str>>, NodeError> {
+        let raw: &RawValue = serde_json::from_str(text)
+            .map_err(|error| NodeError::Annotation { key: self.key(name), problem: format!("it is no JSON: {error}") })?;
+        Ok(compact(raw).filter(|data| &**data != "null"))
     }
 
     /// What the operator wants published instead of `--public-ip` and `--public-ipv6`.
@@ -280,7 +304,12 @@ mod tests {
             Ok(wanted) => {
                 // What is written is read back as it was, but for what an operator overwrote.
                 if current.is_empty() {
-                    assert_eq!(keys.peer(&wanted).unwrap(), Some(peer));
+                    let mut peer = peer;
+                    if config.networks.v6.is_none() {
+                        // Nobody needs the other family.
+                        (peer.public.v6, peer.backend_data.v6) = (None, None);
+                    }
+                    assert_eq!(keys.peer(&wanted, &config, &Peer::default()), Some((peer, Vec::new())));
                 }
                 let lines: Vec<String> = wanted.iter().map(|(key, value)| format!("{}={value}\n", &key[PREFIX.len() + 1..])).collect();
                 want.assert_eq(&lines.concat());
@@ -409,20 +438,24 @@ mod tests {
     }
 
     #[test]
-    fn one_bad_annotation_is_named() {
+    fn one_bad_annotation_costs_its_own_family_alone() {
         let keys = Keys::new(PREFIX).unwrap();
-        let peer = |pairs: &[(&str, &str)]| keys.peer(&annotations(pairs)).map_err(|error| error.to_string());
-        assert_eq!(peer(&[("public-ip", "nonsense")]), Ok(None), "nobody manages it");
+        let dual = Config::parse_assigned(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#).unwrap();
+        let v4 = Config::parse_assigned(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
+        let peer = |config: &Config, before: &Peer, pairs: &[(&str, &str)]| keys.peer(&annotations(pairs), config, before);
+        assert_eq!(peer(&dual, &Peer::default(), &[("public-ip", "nonsense")]), None, "nobody manages it");
         let managed = ("kube-subnet-manager", "true");
-        assert_eq!(
-            peer(&[managed, ("public-ip", "fd00::1")]).unwrap_err(),
-            "annotation flannel.alpha.coreos.com/public-ip: \"fd00::1\" is no IPv4 address"
-        );
-        let error = peer(&[managed, ("backend-data", "{\"VNI\":")]).unwrap_err();
-        assert!(error.starts_with("annotation flannel.alpha.coreos.com/backend-data: it is no JSON: "), "{error}");
-        let only_one_family = peer(&[managed, ("public-ipv6", "fd00::1"), ("backend-type", "host-gw"), ("backend-v6-data", "null")]);
-        let public = PerFamily { v4: None, v6: "fd00::1".parse().ok() };
-        assert_eq!(only_one_family, Ok(Some(Peer { public, backend_type: "host-gw".into(), ..Peer::default() })));
+        let (read, problems) = peer(&dual, &vxlan(true), &[managed, ("public-ip", "fd00::1"), ("public-ipv6", "fd00::7")]).unwrap();
+        assert_eq!(problems[0].to_string(), "annotation flannel.alpha.coreos.com/public-ip: \"fd00::1\" is no IPv4 address");
+        assert_eq!(read, Peer { public: PerFamily { v6: "fd00::7".parse().ok(), ..vxlan(true).public }, ..vxlan(true) });
+        let (read, problems) = peer(&dual, &vxlan(true), &[managed, ("backend-data", "{\"VNI\":")]).unwrap();
+        assert!(problems[0].to_string().starts_with("annotation flannel.alpha.coreos.com/backend-data: it is no JSON: "), "{problems:?}");
+        assert_eq!(read, vxlan(true), "what is absent is as it was");
+        // A family that is not enabled is nobody's concern.
+        assert_eq!(peer(&v4, &vxlan(false), &[managed, ("public-ipv6", "none")]), Some((vxlan(false), Vec::new())));
+        let long = "x".repeat(100_000);
+        let (_, problems) = peer(&v4, &vxlan(false), &[managed, ("public-ip", &long)]).unwrap();
+        assert!(problems[0].to_string().len() < 200);
     }
 
     #[test]

@@ -55,11 +55,12 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
         return node_daemon(args, Etcd::new(&access(args))?, parts).await;
     }
     let access = kube::Access::new(args, |name| std::env::var(name).ok())?;
-    let store = persist(&parts.starting, &parts.notices, async || Kube::connect(&access, parts.ready.clone()).await).await?;
+    let store =
+        persist(&parts.starting, &parts.notices, async || Kube::connect(&access, parts.ready.clone(), parts.notices.clone()).await).await?;
     tokio::spawn(store.clone().post_all(told));
     let ended = node_daemon(args, store.clone(), parts).await;
     if let Err(error) = &ended {
-        store.post_last(Notice::warning("FlannelFailed", format!("{error:#}"))).await;
+        store.post_last(Notice::new("FlannelFailed", format!("{error:#}"))).await;
     }
     ended
 }
@@ -88,8 +89,10 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
         tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
     }
     tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
-    let macs = vtep_macs(&kernel, &config, &node, async || persist(&starting, &notices, async || store.published(node.public).await).await)
-        .await?;
+    let macs = vtep_macs(&kernel, &config, &node, async || {
+        persist(&starting, &notices, async || store.published(&config, node.public).await).await
+    })
+    .await?;
     let mut backend = Backend::new(&config, &node, macs);
     if let BackendConfig::Extension(extension) = &config.backend
         && let Some(command) = flannel::backend::extension::pre_startup(extension)
@@ -100,6 +103,7 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     let claim = Claim {
         config: config.clone(),
         peer: backend.own_peer(&config, &node),
+        addrs: node.addrs,
         previous: subnet_file.previous(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
@@ -194,6 +198,9 @@ fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
     let wanted = !args.ip_masq_fully_random_disable;
     let mut traffic =
         TrafficConfig { masquerade: args.ip_masq, fully_random: wanted, forward: args.iptables_forward_rules, flavour: Flavour::Nftables };
+    if args.kube_subnet_mgr {
+        look_for_br_netfilter(config);
+    }
     if config.nftables || !(traffic.masquerade || traffic.forward) {
         return traffic;
     }
@@ -202,18 +209,25 @@ fn traffic(args: &RunArgs, config: &Config) -> TrafficConfig {
         Some([first, ..]) => {
             traffic.flavour = Flavour::Iptables(first.variant);
             traffic.fully_random = wanted && first.random_fully;
-            for (family, file) in [(Family::V4, "bridge-nf-call-iptables"), (Family::V6, "bridge-nf-call-ip6tables")] {
-                if config.network(family).is_some() && !std::path::Path::new("/proc/sys/net/bridge").join(file).exists() {
-                    tracing::warn!(
-                        missing = file,
-                        "br_netfilter is not loaded: what pods of one host send each other by a service's address will miss kube-proxy's rules (modprobe br_netfilter)"
-                    );
-                }
+            if !args.kube_subnet_mgr {
+                look_for_br_netfilter(config);
             }
         }
         _ => tracing::warn!("iptables is not installed: the traffic rules are written to nftables, as if EnableNFTables were true"),
     }
     traffic
+}
+
+/// Says so when packets between pods of one host pass by the host's rules.
+fn look_for_br_netfilter(config: &Config) {
+    for (family, file) in [(Family::V4, "bridge-nf-call-iptables"), (Family::V6, "bridge-nf-call-ip6tables")] {
+        if config.network(family).is_some() && !std::path::Path::new("/proc/sys/net/bridge").join(file).exists() {
+            tracing::warn!(
+                missing = file,
+                "br_netfilter is not loaded: what pods of one host send each other by a service's address will miss kube-proxy's rules (modprobe br_netfilter)"
+            );
+        }
+    }
 }
 
 /// The link-layer addresses of this host's VTEPs: that of the device that is there, else that of the lease that this

@@ -43,7 +43,7 @@ impl Facts {
         let node = Node::choose(&interfaces, &routes, &Wanted { can_reach, ..self.wanted.clone() }, config)?;
         if config.backend == BackendConfig::HostGw && node.public.v4 != node.addrs.v4 {
             bail!(
-                "--public-ip: {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
+                "--public-ip (or the annotation node-public-ip): {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",
                 list(&node.public),
                 node.ext
             );

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use crate::subnet_file::write_atomically;
+use crate::subnet_file::{replace, write_atomically};
 
 /// The program of all plugins, under its own name.
 const PROGRAM: &str = "flannel-cni";
@@ -89,43 +89,36 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
         let same_file = earlier.as_ref().is_some_and(|earlier| (earlier.dev(), earlier.ino()) == (meta.dev(), meta.ino()));
         same_file || meta.len() == program.len() as u64 && fs::read(path).is_ok_and(|bytes| bytes == program)
     };
-    let (mut left, mut stays) = (Vec::new(), Vec::new());
-    let mut wanted = Vec::new();
+    let (mut wanted, mut stays, mut left) = (Vec::new(), Vec::new(), Vec::new());
     for name in cni::NAMES {
         let path = folder.join(name);
-        match fs::metadata(&path) {
-            Ok(meta) if !is_ours(&path, &meta) && name != "flannel" && !args.replace => left.push(name),
+        // A link is somebody's own doing, wherever it leads (here it may lead nowhere: this may be a container).
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if name != "flannel" && !args.replace && (meta.is_symlink() || !is_ours(&path, &meta)) => left.push(name),
+            Ok(meta) if meta.is_file() && fs::read(&path).is_ok_and(|bytes| bytes == program) => stays.push(name),
             Ok(_) | Err(_) => wanted.push(name),
         }
     }
-    if fs::read(&main).is_ok_and(|bytes| bytes == program) {
-        let now = fs::metadata(&main)?;
-        wanted.retain(|name| {
-            let same = fs::metadata(folder.join(name)).is_ok_and(|meta| (meta.dev(), meta.ino()) == (now.dev(), now.ino()));
-            if same {
-                stays.push(*name);
-            }
-            !same
-        });
-    } else {
+    let is_current = fs::read(&main).is_ok_and(|bytes| bytes == program);
+    if !is_current || !wanted.is_empty() {
         let temporary = folder.join(format!(".{PROGRAM}.{}", std::process::id()));
         let written = (|| {
             let mut file = File::create(&temporary)?;
             file.write_all(&program)?;
             file.set_permissions(fs::Permissions::from_mode(0o755))?;
             file.sync_all()?;
+            for name in &wanted {
+                let link = folder.join(format!(".{name}.{}", std::process::id()));
+                let _ = fs::remove_file(&link);
+                fs::hard_link(&temporary, &link).and_then(|()| fs::rename(&link, folder.join(name)))?;
+            }
+            // Its own name last: by that, who is killed in between still tells what of the rest is ours.
             fs::rename(&temporary, &main)
         })();
         if let Err(error) = written {
             let _ = fs::remove_file(&temporary);
-            return Err(error).with_context(|| format!("cannot write {}", main.display()));
+            return Err(error).with_context(|| format!("cannot install the plugins in {}", folder.display()));
         }
-    }
-    for name in &wanted {
-        let (path, temporary) = (folder.join(name), folder.join(format!(".{name}.{}", std::process::id())));
-        let _ = fs::remove_file(&temporary);
-        let linked = fs::hard_link(&main, &temporary).and_then(|()| fs::rename(&temporary, &path));
-        linked.with_context(|| format!("cannot install {}", path.display()))?;
     }
     File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))?;
     let say = |what: &str, names: &[&str]| {
@@ -152,8 +145,7 @@ pub fn copy(args: &[String]) -> anyhow::Result<()> {
     let [source, target] = args else { anyhow::bail!("usage: install-conf SOURCE TARGET") };
     let text = fs::read_to_string(source).with_context(|| format!("cannot read {source}"))?;
     let mode = fs::metadata(source)?.permissions();
-    write_atomically(Path::new(target), &text).with_context(|| format!("cannot write {target}"))?;
-    fs::set_permissions(target, mode).with_context(|| format!("cannot set the mode of {target}"))
+    replace(Path::new(target), &text, |file| Ok(file.set_permissions(mode)?)).with_context(|| format!("cannot write {target}"))
 }
 
 #[cfg(test)]

@@ -321,6 +321,11 @@ impl Lab {
         }
     }
 
+    /// Variables for daemons that are started from now on.
+    pub fn set_env(&mut self, env: &[(&str, &str)]) {
+        self.plan.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+    }
+
     /// Kills the store, as a power cut would.
     ///
     /// # Errors

@@ -5,21 +5,19 @@ use tokio::sync::mpsc;
 /// Notices that may wait. A store that does not take them in time costs notices, never the daemon.
 const WAITING: usize = 64;
 
-/// One thing to know.
+/// One thing that wants an operator's attention.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
     /// What kind of thing, in CamelCase, for machines.
     pub reason: &'static str,
     /// What is wrong and what would help, in one line.
     pub text: String,
-    /// Does it want an operator's attention?
-    pub warning: bool,
 }
 
 impl Notice {
-    /// A warning.
-    pub fn warning(reason: &'static str, text: impl Into<String>) -> Notice {
-        Notice { reason, text: text.into(), warning: true }
+    /// A notice.
+    pub fn new(reason: &'static str, text: impl Into<String>) -> Notice {
+        Notice { reason, text: text.into() }
     }
 }
 
@@ -36,7 +34,7 @@ impl Notices {
 
     /// Warns.
     pub fn tell(&self, reason: &'static str, text: String) {
-        self.put(Notice::warning(reason, text));
+        self.put(Notice::new(reason, text));
     }
 
     /// Puts a notice. Where nobody takes it, the log has said it.

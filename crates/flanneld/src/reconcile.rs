@@ -103,8 +103,8 @@ pub struct Start {
 pub struct Reconciler {
     picture: Picture,
     facts: Facts,
-    /// When the external interface is looked at next, and what was said of it last.
-    interface: (Option<Instant>, String),
+    /// When the external interface is looked at next, what was said of it last, and the wait before the next look.
+    interface: (Option<Instant>, String, Duration),
     observed: Observed,
     kernel: KernelThread,
     news: News,
@@ -141,7 +141,8 @@ impl Reconciler {
         let mut reconciler = Reconciler {
             picture,
             facts,
-            interface: (None, String::new()),
+            // It may have changed while the lease was waited for.
+            interface: (Some(Instant::now()), String::new(), RETRY.0),
             observed,
             kernel,
             news,
@@ -340,7 +341,12 @@ impl Reconciler {
                 let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
                 self.execute(ops).await;
                 self.write_file();
-                claim.send_modify(|claim| claim.peer = self.picture.own_peer());
+                let (peer, addrs) = (self.picture.own_peer(), self.picture.node().addrs);
+                claim.send_if_modified(|claim| {
+                    let is_new = (&claim.peer, &claim.addrs) != (&peer, &addrs);
+                    (claim.peer, claim.addrs) = (peer, addrs);
+                    is_new
+                });
                 String::new()
             }
             Ok(node) => format!("now {} would be chosen: restart flanneld to move there", node.ext),
@@ -351,7 +357,8 @@ impl Reconciler {
             self.notices.tell("InterfaceChanged", format!("{}: {problem}; devices and routes stay", current.ext));
         }
         // It may get its address back, or a default route, of which nothing is heard.
-        self.interface = (if problem.is_empty() { None } else { Some(Instant::now() + RETRY.0) }, problem);
+        let wait = if problem == self.interface.1 { (self.interface.2 * 2).min(RETRY.1) } else { RETRY.0 };
+        self.interface = (if problem.is_empty() { None } else { Some(Instant::now() + wait) }, problem, wait);
     }
 
     async fn on_timer(&mut self, claim: &watch::Sender<Claim>) {
@@ -444,7 +451,8 @@ impl Reconciler {
                         tracing::info!(object = %key, "the kernel takes it now");
                     }
                 }
-                Err(error) => {
+                Err(mut error) => {
+                    error.text.push_str(advice(&key, error.errno));
                     let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
                     if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
                         tracing::warn!(object = %key, %error, "the kernel refuses; it is tried again, others are not affected");
@@ -535,11 +543,39 @@ impl Reconciler {
     }
 }
 
+/// What would help when the kernel lacks something. A container cannot load modules.
+fn advice(key: &Key, errno: i32) -> &'static str {
+    const EOPNOTSUPP: i32 = 95;
+    const EPROTONOSUPPORT: i32 = 93;
+    const ENOENT: i32 = 2;
+    match (key, errno) {
+        (Key::Link(_), EOPNOTSUPP) => {
+            "; this kernel has no such device, or has not loaded it: run `modprobe vxlan` on the host, or use host-gw"
+        }
+        (Key::Ruleset(_), EOPNOTSUPP | EPROTONOSUPPORT | ENOENT) => {
+            "; this kernel lacks a part of nf_tables, or has not loaded it: run `modprobe -a nf_tables nft_masq nft_ct` on the host"
+        }
+        _ => "",
+    }
+}
+
 fn one_line(op: &Op) -> String {
     match op.object() {
         Object::Ruleset(_) | Object::Iptables(_) => {
             format!("{} {}", if matches!(op, Op::Set(_)) { "set" } else { "delete" }, op.object().key())
         }
         _ => op.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_a_module_is_advised_of() {
+        let device = Key::Link("flannel.1".parse().unwrap());
+        assert!(advice(&device, 95).contains("modprobe vxlan") && advice(&device, 1).is_empty());
+        assert!(advice(&Key::Ruleset(Family::V4), 93).contains("modprobe -a nf_tables"));
     }
 }

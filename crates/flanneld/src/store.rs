@@ -19,6 +19,8 @@ use crate::ready::{Guard, Ready};
 
 /// The wait before a store is followed anew doubles from the first to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A store that was followed for less than this before it was lost again is waited for longer each time.
+const STEADY: Duration = Duration::from_secs(5);
 /// After this long without the store a node is not called ready any more: it does not hear of new peers.
 const STALE: Duration = Duration::from_secs(60);
 
@@ -38,6 +40,8 @@ pub struct Claim {
     pub config: Config,
     /// What this node publishes.
     pub peer: Peer,
+    /// The addresses of its interface, which need not be those that it publishes.
+    pub addrs: PerFamily<IpAddr>,
     /// The subnets that it had last time.
     pub previous: PerFamily<Subnet>,
     /// How long before its end the lease is renewed, where leases end.
@@ -64,7 +68,7 @@ pub trait Store: Clone + Send + Sync + 'static {
     fn node_public(&self) -> impl Future<Output = Result<PerFamily<IpAddr>, Obstacle>> + Send;
 
     /// What this node, which publishes `public`, published before.
-    fn published(&self, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, Obstacle>> + Send;
+    fn published(&self, config: &Config, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, Obstacle>> + Send;
 
     /// Acquires a lease.
     fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<Held, Obstacle>> + Send;
@@ -86,39 +90,43 @@ pub struct Link {
     wait: Duration,
     /// Since when it is not followed, and what was said of that last.
     away: (Instant, String),
-    /// Was it ever followed?
-    was_up: bool,
+    /// Since when it was followed last, if it ever was.
+    up_at: Option<Instant>,
     stale: Option<Guard>,
 }
 
 impl Link {
     /// A link that is not there yet.
     pub fn new(connected: watch::Sender<bool>, ready: Ready, notices: Notices) -> Link {
-        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), was_up: false, stale: None }
+        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), up_at: None, stale: None }
     }
 
     /// The store is being followed. True if it was not before.
     pub fn up(&mut self) -> bool {
-        self.wait = BACKOFF.0;
-        self.was_up = true;
         self.stale = None;
-        !self.connected.send_replace(true)
+        let is_new = !self.connected.send_replace(true);
+        if is_new {
+            self.up_at = Some(Instant::now());
+        }
+        is_new
     }
 
     /// The store is not followed any more: says so, and waits before it is tried again.
     pub async fn down(&mut self, reason: String) {
         let was_connected = self.connected.send_replace(false);
-        if was_connected {
+        // One that breaks as soon as it is there was as good as away.
+        if was_connected && self.up_at.is_some_and(|at| at.elapsed() > STEADY) {
             self.away.0 = Instant::now();
+            self.wait = BACKOFF.0;
         }
         if was_connected || reason != self.away.1 {
             tracing::warn!(%reason, "the store is not followed; routes stay as they are until it is again");
             self.away.1.clone_from(&reason);
         }
-        if !self.was_up || self.away.0.elapsed() > STALE {
+        if self.up_at.is_none() || self.away.0.elapsed() > STALE {
             let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store"));
             guard.say(&reason);
-            self.notices.tell("StoreUnreachable", format!("leases are not followed, routes stay as they are: {reason}"));
+            self.notices.tell("StoreNotFollowed", format!("leases are not followed, routes stay as they are: {reason}"));
         }
         // Jitter, so that a cluster does not come back to a restarted store as one.
         let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(self.wait.as_millis()).unwrap_or(0) / 2));

@@ -72,7 +72,10 @@ pub fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
 }
 
 /// The same, with a look at the new file before it is put in place.
-fn replace(path: &Path, text: &str, look: impl FnOnce(&std::fs::File) -> anyhow::Result<()>) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When it cannot be written, or the look is not content; then the old one stands.
+pub fn replace(path: &Path, text: &str, look: impl FnOnce(&std::fs::File) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(directory)?;
     let name = path.file_name().context("it names no file")?.to_string_lossy();

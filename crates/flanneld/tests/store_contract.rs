@@ -328,7 +328,13 @@ fn what_was_acknowledged_survives_a_kill(lab: &mut Lab) {
 }
 
 fn claim(config: &flannel::Config, public: &str) -> Claim {
-    Claim { config: config.clone(), peer: lease(0, public).peer, previous: PerFamily::default(), margin: Duration::from_secs(60) }
+    Claim {
+        config: config.clone(),
+        peer: lease(0, public).peer,
+        addrs: PerFamily::default(),
+        previous: PerFamily::default(),
+        margin: Duration::from_secs(60),
+    }
 }
 
 /// Changes leases in etcd.

@@ -209,7 +209,11 @@ impl<'a> Choice<'a> {
             addrs.set(family, Some(addr));
             public.set(family, self.wanted.public.get(family).copied().or(Some(addr)));
         }
-        let routes = self.routes.iter().map(|r| (r.dst, r.oif == interface.index && !r.gateway)).collect();
+        // Those to pods are ours, and no host has an address there: they come and go with the peers. Each device has one of
+        // its own for link-local addresses.
+        let to_pods = |dst: Subnet| self.config.networks.iter().any(|(_, network)| network.network.covers(dst));
+        let routes = self.routes.iter().filter(|r| !to_pods(r.dst) && !is_link_local(r.dst.network()));
+        let routes = routes.map(|r| (r.dst, r.oif == interface.index && !r.gateway)).collect();
         Ok(Node { ext: interface.name, mtu: interface.mtu, addrs, public, routes })
     }
 }

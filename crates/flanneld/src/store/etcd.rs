@@ -413,9 +413,9 @@ impl Store for Etcd {
             }
             Ok(None) => {
                 let text = format!("there is no network config in etcd yet: put one at {key}");
-                Err(Obstacle::Passing(Notice::warning("NoNetworkConfig", text)))
+                Err(Obstacle::Passing(Notice::new("NoNetworkConfig", text)))
             }
-            Err(error) => Err(Obstacle::Passing(Notice::warning("StoreUnreachable", error.to_string()))),
+            Err(error) => Err(Obstacle::Passing(Notice::new("StoreUnreachable", error.to_string()))),
         }
     }
 
@@ -423,7 +423,7 @@ impl Store for Etcd {
         Ok(PerFamily::default())
     }
 
-    async fn published(&self, public: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
+    async fn published(&self, _: &Config, public: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
         let snapshot = self.snapshot().await.map_err(AcquireError::from)?;
         let mut peers = snapshot.entries.into_iter().filter_map(|entry| entry.peer);
         Ok(peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)))
@@ -462,7 +462,7 @@ impl From<AcquireError> for Obstacle {
     fn from(error: AcquireError) -> Obstacle {
         match error {
             AcquireError::Store(EtcdError::Unreachable { .. }) | AcquireError::Races => {
-                Obstacle::Passing(Notice::warning("NoLease", error.to_string()))
+                Obstacle::Passing(Notice::new("NoLease", error.to_string()))
             }
             error => Obstacle::Lasting(anyhow::Error::new(error).context("cannot acquire a lease")),
         }

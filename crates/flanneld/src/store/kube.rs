@@ -26,8 +26,8 @@ use self::follow::Place;
 use self::table::Table;
 use super::{Claim, Held, Link, Obstacle, Store};
 use crate::cli::RunArgs;
-use crate::notice::Notice;
-use crate::ready::Ready;
+use crate::notice::{Notice, Notices};
+use crate::ready::{Guard, Ready};
 
 /// The wait before the Node is put right again after a failure doubles from the first to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
@@ -117,6 +117,7 @@ struct Inner {
     node: String,
     access: Access,
     ready: Ready,
+    notices: Notices,
     /// Somebody changed this node's Node.
     own_changed: Notify,
     /// Counts how often this host got another address.
@@ -150,7 +151,7 @@ impl Trouble {
 
 impl From<Trouble> for Obstacle {
     fn from(trouble: Trouble) -> Obstacle {
-        Obstacle::Passing(Notice::warning(trouble.reason(), trouble.to_string()))
+        Obstacle::Passing(Notice::new(trouble.reason(), trouble.to_string()))
     }
 }
 
@@ -165,7 +166,7 @@ impl Kube {
     ///
     /// # Errors
     /// Flags and files that cannot be used are lasting, a server that does not answer is not.
-    pub async fn connect(access: &Access, ready: Ready) -> Result<Kube, Obstacle> {
+    pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, Obstacle> {
         let config = access.client_config().await.map_err(Obstacle::Lasting)?;
         let api = Api::new(config).context("cannot make a client of the API server").map_err(Obstacle::Lasting)?;
         let node = match &access.whoami {
@@ -174,7 +175,7 @@ impl Kube {
         };
         let access = access.clone();
         let moves = watch::channel(0).0;
-        Ok(Kube(Arc::new(Inner { api, node, access, ready, own_changed: Notify::new(), moves })))
+        Ok(Kube(Arc::new(Inner { api, node, access, ready, notices, own_changed: Notify::new(), moves })))
     }
 
     fn api(&self) -> &Api {
@@ -210,7 +211,8 @@ impl Kube {
             .map_err(|error| self.trouble(error))?;
         let current = &node.metadata.annotations;
         let wanted = self.keys().wanted(current, &claim.config.backend, &claim.peer).map_err(|error| self.trouble(error))?;
-        let peer = self.keys().peer(&wanted).map_err(|error| self.trouble(error))?.unwrap_or_default();
+        // Our own text can be read.
+        let (peer, _) = self.keys().peer(&wanted, &claim.config, &Peer::default()).unwrap_or_default();
         let missing: Annotations = wanted.into_iter().filter(|(key, value)| current.get(key) != Some(value)).collect();
         if !missing.is_empty() {
             let patch = json!({ "metadata": { "annotations": missing } });
@@ -246,7 +248,7 @@ impl Store for Kube {
             Ok(text) => Config::parse_assigned(&text).map_err(|error| format!("--net-config-path {} ({fix}): {error}", path.display())),
             Err(error) => Err(format!("cannot read --net-config-path {} ({fix}): {error}", path.display())),
         };
-        config.map_err(|text| Obstacle::Passing(Notice::warning("BadNetworkConfig", text)))
+        config.map_err(|text| Obstacle::Passing(Notice::new("BadNetworkConfig", text)))
     }
 
     async fn node_public(&self) -> Result<PerFamily<IpAddr>, Obstacle> {
@@ -254,10 +256,10 @@ impl Store for Kube {
         Ok(self.keys().node_public(&node.metadata.annotations).map_err(|error| self.trouble(error))?)
     }
 
-    async fn published(&self, _: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
+    async fn published(&self, config: &Config, _: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
         let node = self.own_node().await?;
         // What cannot be read is written anew.
-        Ok(self.keys().peer(&node.metadata.annotations).unwrap_or_default())
+        Ok(self.keys().peer(&node.metadata.annotations, config, &Peer::default()).map(|(peer, _)| peer))
     }
 
     async fn acquire(&self, claim: &Claim) -> Result<Held, Obstacle> {
@@ -268,27 +270,30 @@ impl Store for Kube {
     async fn keep(self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         // The Node whose condition was set: one that is made anew has none.
         let mut conditioned = if self.0.access.set_condition { None } else { Some(String::new()) };
-        let mut failed: Option<(Duration, String)> = None;
+        let mut failed: Option<(Duration, String, Guard)> = None;
+        let mut addrs = claims.borrow().addrs;
         let mut written = (Instant::now(), 0);
         loop {
             tokio::select! {
                 () = self.0.ready.reached(), if conditioned.is_none() && failed.is_none() => {}
-                () = self.own_changed().notified(), if failed.is_none() => {}
+                () = self.own_changed().notified() => {}
                 word = lost.recv() => if word.is_none() { return },
-                changed = claims.changed() => match changed {
-                    Ok(()) if claims.borrow().peer.public == held.borrow().published => {}
-                    // What was connected from the old address is dead, though nobody says so.
-                    Ok(()) => {
-                        self.api().reconnect();
-                        self.0.moves.send_modify(|count| *count += 1);
-                    }
-                    Err(_) => return,
-                },
-                () = tokio::time::sleep(failed.as_ref().map_or(RETRY.1, |(wait, _)| *wait)), if failed.is_some() => {}
+                changed = claims.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(failed.as_ref().map_or(RETRY.1, |(wait, ..)| *wait)), if failed.is_some() => {}
             }
             let claim = claims.borrow_and_update().clone();
+            if std::mem::replace(&mut addrs, claim.addrs) != claim.addrs {
+                // What was connected from the old address is dead, though nobody says so.
+                self.api().reconnect();
+                self.0.moves.send_modify(|count| *count += 1);
+            }
+            let (wait, said, mut guard) = match failed.take() {
+                Some((wait, said, guard)) => (wait, said, Some(guard)),
+                None => (RETRY.0 / 2, String::new(), None),
+            };
             let outcome = async {
                 let (now, uid, count) = self.publish(&claim).await?;
+                guard = None;
                 let is_due = conditioned.as_ref().is_none_or(|before| self.0.access.set_condition && *before != uid);
                 if is_due && self.0.ready.pending().is_empty() {
                     self.set_condition().await?;
@@ -301,15 +306,16 @@ impl Store for Kube {
                 Ok(done) => done,
                 Err(trouble) => {
                     let text = trouble.to_string();
-                    let (wait, said) = failed.unwrap_or((RETRY.0 / 2, String::new()));
                     if said != text {
                         tracing::warn!(reason = %text, "cannot keep this node's Node as it should be; trying again, routes stay");
+                        self.0.notices.tell(trouble.reason(), text.clone());
                     }
-                    failed = Some(((wait * 2).min(RETRY.1), text));
+                    let guard = guard.unwrap_or_else(|| self.0.ready.guard("this node's Node"));
+                    guard.say(&text);
+                    failed = Some(((wait * 2).min(RETRY.1), text, guard));
                     continue;
                 }
             };
-            failed = None;
             let before = held.send_replace(now);
             if now.key != before.key {
                 tracing::error!(was = %before.key, is = %now.key, "this node has another pod CIDR now: pods that are running keep addresses of the old one and must be restarted");

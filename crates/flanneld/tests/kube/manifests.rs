@@ -91,8 +91,25 @@ pub(crate) fn ours_over_upstreams_is_an_upgrade(root: &Path) {
     assert_eq!(names(&spec["containers"][0]["env"]), ["NODE_NAME", "POD_NAME", "POD_NAMESPACE"]);
     assert!(!spec.to_string().contains("example.invalid"), "{spec}");
     assert_eq!(spec["containers"][0]["securityContext"]["capabilities"], json!({ "drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"] }));
-    let volumes = |spec: &Value| names(&spec["volumes"]);
-    assert_eq!(volumes(spec), volumes(&before[0]["DaemonSet/kube-flannel-ds"]["spec"]["template"]["spec"]));
+    // What an operator has around it is the same; what is ours is what the README says.
+    let theirs = &before[0]["DaemonSet/kube-flannel-ds"]["spec"]["template"]["spec"];
+    for field in ["affinity", "hostNetwork", "priorityClassName", "tolerations", "serviceAccountName"] {
+        assert_eq!(spec[field], theirs[field], "{field}");
+    }
+    for field in ["ports", "livenessProbe", "readinessProbe", "resources", "volumeMounts", "args"] {
+        assert_eq!(spec["containers"][0][field], theirs["containers"][0][field], "{field}");
+    }
+    let paths = |spec: &Value| -> Vec<(String, Value)> {
+        let one = |volume: &Value| (volume["name"].as_str().unwrap().to_owned(), volume["hostPath"]["path"].clone());
+        spec["volumes"].as_array().unwrap().iter().map(one).collect()
+    };
+    assert_eq!(paths(spec), paths(theirs));
+    assert_eq!(spec["securityContext"], json!({ "seccompProfile": { "type": "RuntimeDefault" } }));
+    for container in [&spec["containers"][0], &spec["initContainers"][0]] {
+        let context = &container["securityContext"];
+        assert_eq!((&context["readOnlyRootFilesystem"], &context["allowPrivilegeEscalation"]), (&json!(true), &json!(false)));
+        assert!(context["privileged"] != true, "{context}");
+    }
     let config = after[1]["ConfigMap/kube-flannel-cfg"]["data"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
     assert_eq!(config, ["cni-conf.json", "net-conf.json"]);
     // The kustomization is the same, and there is a way back.
@@ -112,13 +129,16 @@ pub(crate) fn the_chart_renders_the_same_objects(root: &Path) {
         let mut command = Command::new(tool("FLANNEL_HELM"));
         command.args(["template", "flannel", "-n", "kube-flannel"]).arg(deploy().join("helm/flannel"));
         for set in sets {
-            command.args(["--set", set]);
+            // A value that is a file of ours is that file's text.
+            let is_file = set.split_once('=').is_some_and(|(_, value)| value.starts_with(&*root.to_string_lossy()));
+            command.args([if is_file { "--set-file" } else { "--set" }, set]);
         }
         for folder in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(folder, root.join("helm"));
         }
         let output = command.output().unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+        let said = if output.status.success() { output.stdout } else { output.stderr };
+        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
     };
     let objects = |sets: &[&str]| {
         let (done, text) = render(sets);
@@ -176,8 +196,21 @@ pub(crate) fn the_chart_renders_the_same_objects(root: &Path) {
     assert_eq!(spec["initContainers"][0]["command"], json!(["/opt/bin/flanneld", "install-cni", "--skip-conf", "--replace"]));
     assert_eq!((&spec["nodeSelector"], &container["image"]), (&json!({ "pool": "a" }), &json!("localhost/flannel:9")));
     assert!(!spec.to_string().contains("/etc/cni/net.d") && spec.to_string().contains("/x/bin"));
-    let (done, text) = render(&["netpol.enabled=true"]);
-    assert!(!done && text.contains("this chart has no network policies yet"), "{text}");
+    let udp = objects(&["flannel.backend=udp", "flannel.healthz.livenessProbe=null"]);
+    assert_eq!(udp[daemonset]["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privileged"], true);
+    // As upstream's values file has it: a text.
+    let list = root.join("cni.json");
+    std::fs::write(&list, r#"{"name":"cbr0","plugins":[{"type":"flannel"}]}"#).unwrap();
+    let text = &objects(&[&format!("flannel.cniConf={}", list.display())])["ConfigMap/kube-flannel-cfg"]["data"]["cni-conf.json"];
+    assert_eq!(serde_json::from_str::<Value>(text.as_str().unwrap()).unwrap()["plugins"][0]["type"], "flannel");
+    for (set, want) in [
+        ("netpol.enabled=true", "this chart has no network policies yet"),
+        ("flannel.backend=wireguard", "is none of vxlan, host-gw, udp and alloc"),
+        ("flannel.image.repository=ghcr.io/flannel-io/flannel", "is upstream's image"),
+    ] {
+        let (done, text) = render(&[set]);
+        assert!(!done && text.contains(want), "{text}");
+    }
 }
 
 /// A folder with the image's files.
@@ -211,11 +244,12 @@ pub(crate) fn the_image_has_all_it_needs(root: &Path) {
         ),
     );
     assert!(said.starts_with("flanneld ") && said.contains("--bin-dir"), "{said}");
-    for (name, want) in [("install-conf", "usage: install-conf SOURCE TARGET"), ("mk-docker-opts.sh", "subnet.env")] {
-        let output = Command::new(bin.join(name)).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains(want), "{name}: {said}");
-    }
+    let said = Command::new(bin.join("install-conf")).output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stderr).contains("usage: install-conf SOURCE TARGET"));
+    std::fs::write(root.join("subnet.env"), "FLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n").unwrap();
+    let options = root.join("docker_opts.env");
+    let made = Command::new(bin.join("mk-docker-opts.sh")).arg("-f").arg(root.join("subnet.env")).arg("-d").arg(&options).status().unwrap();
+    assert!(made.success() && std::fs::read_to_string(&options).unwrap().contains("--bip=10.244.1.1/24"));
     let (source, target) = (root.join("source"), root.join("target"));
     std::fs::write(&source, "{}").unwrap();
     assert!(Command::new(bin.join("install-conf")).args([&source, &target]).status().unwrap().success());
@@ -235,6 +269,7 @@ pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
     // Plugins of others, and an older flannel.
     std::fs::write(bin.join("bridge"), "another's").unwrap();
     std::fs::write(bin.join("flannel"), "upstream's").unwrap();
+    std::os::unix::fs::symlink("/nowhere/tuning", bin.join("tuning")).unwrap();
     let plugin = root.join("plugin");
     let list = |text: &str| format!(r#"{{"name":"cbr0","cniVersion":"0.3.1","plugins":[{{"type":"flannel","note":"{text}"}}]}}"#);
     let conf = root.join("conf");
@@ -283,7 +318,7 @@ pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
             std::fs::write(&conf, text).unwrap();
             let (done, said) = install(&[]);
             assert!(done, "{said}");
-            assert!(said.contains("left as they are, because they are programs of others (see --replace): bridge"), "{said}");
+            assert!(said.contains("left as they are, because they are programs of others (see --replace): bridge tuning"), "{said}");
         }
         stop.store(true, Ordering::Relaxed);
         reader.join().unwrap()
@@ -305,6 +340,13 @@ pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
     let (done, said) = install(&[]);
     assert!(!done && said.contains("key cni-conf.json of ConfigMap kube-flannel-cfg") && said.contains("it is no JSON"), "{said}");
     assert_eq!(std::fs::read_to_string(&target).unwrap(), versions[1].1);
+    // Killed before the last step: the next run still knows what of the rest is ours.
+    std::fs::write(&plugin, &versions[0].0).unwrap();
+    std::fs::copy(&plugin, bin.join("half")).unwrap();
+    std::fs::rename(bin.join("half"), bin.join("host-local")).unwrap();
+    let (done, said) = install(&["--skip-conf"]);
+    assert!(done && !said.contains("portmap host-local") && std::fs::read(bin.join("portmap")).unwrap() == versions[0].0, "{said}");
+    std::fs::write(&plugin, &versions[1].0).unwrap();
     assert!(install(&["--skip-conf", "--replace"]).0);
     assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), versions[1].0);
     let names: Vec<String> =

@@ -68,7 +68,7 @@ pub(crate) fn each_missing_right(root: &Path) {
             annotate(&lab, "h1", &["public-ip-"]);
             lab.start_daemon(0, &[]).unwrap();
             if verb == "watch" {
-                check(&lab, "StoreUnreachable", &["cannot watch resource \"nodes\"", "apply the ClusterRole"]);
+                check(&lab, "StoreNotFollowed", &["cannot watch resource \"nodes\"", "apply the ClusterRole"]);
             } else {
                 check(&lab, "Forbidden", &[&format!("cannot {verb} resource \"{resource}\""), "apply the ClusterRole"]);
             }

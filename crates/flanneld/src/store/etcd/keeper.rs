@@ -142,8 +142,8 @@ impl Keeper {
                         if changed.is_err() {
                             return;
                         }
-                        self.claim = claims.borrow_and_update().clone();
-                        if self.claim.peer.public != current.published {
+                        let before = std::mem::replace(&mut self.claim, claims.borrow_and_update().clone());
+                        if self.claim.addrs != before.addrs {
                             self.store.reconnect();
                         }
                         unpublished = Some(Instant::now());

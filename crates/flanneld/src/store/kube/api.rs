@@ -153,7 +153,7 @@ pub(super) enum Part {
 
 /// From where a watch begins.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum From<'a> {
+pub(super) enum Since<'a> {
     /// With a list of what is there, as events, and a bookmark at its end (KEP-3157).
     List,
     /// Behind a resource version.
@@ -191,7 +191,7 @@ impl Api {
 
     /// A Node; `None` if there is none of that name.
     pub(super) async fn node(&self, name: &str) -> Result<Option<NodeObject>, ApiError> {
-        match self.ask("read this node's Node", Method::GET, &format!("/api/v1/nodes/{name}"), "", None).await {
+        match self.ask("read a Node", Method::GET, &format!("/api/v1/nodes/{name}"), "", None).await {
             Ok(node) => Ok(Some(node)),
             Err(error) if error.is(404) => Ok(None),
             Err(error) => Err(error),
@@ -226,6 +226,11 @@ impl Api {
         }
     }
 
+    /// That the server's answer is not what it should be.
+    pub(super) fn broken(&self, what: &str) -> ApiError {
+        ApiError::Unreachable { url: self.url.clone(), last: what.to_owned() }
+    }
+
     /// A page of all Nodes, at most `limit` of them, behind the page that said `next`.
     pub(super) async fn page(&self, part: Part, limit: u32, next: &str) -> Result<List, ApiError> {
         let mut path = format!("/api/v1/nodes?limit={limit}");
@@ -238,13 +243,13 @@ impl Api {
     }
 
     /// The changes of all Nodes, each with its metadata alone.
-    pub(super) async fn watch(&self, from: From<'_>) -> Result<Changes, ApiError> {
+    pub(super) async fn watch(&self, since: Since<'_>) -> Result<Changes, ApiError> {
         let timeout = fastrand::u64(WATCH.0..WATCH.1);
-        let from = match from {
-            From::List => "sendInitialEvents=true&resourceVersionMatch=NotOlderThan".to_owned(),
-            From::Version(version) => format!("resourceVersion={version}"),
+        let since = match since {
+            Since::List => "sendInitialEvents=true&resourceVersionMatch=NotOlderThan".to_owned(),
+            Since::Version(version) => format!("resourceVersion={version}"),
         };
-        let path = format!("/api/v1/nodes?watch=true&allowWatchBookmarks=true&timeoutSeconds={timeout}&{from}");
+        let path = format!("/api/v1/nodes?watch=true&allowWatchBookmarks=true&timeoutSeconds={timeout}&{since}");
         let act = "watch the Nodes";
         let request = Request::get(path).header(ACCEPT, METADATA).body(Vec::new()).map_err(|error| self.unreachable(&error))?;
         let client = self.client();

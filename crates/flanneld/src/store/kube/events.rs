@@ -85,7 +85,7 @@ fn event(node: &str, name: &str, notice: &Notice) -> Value {
         "involvedObject": { "kind": "Node", "name": node, "uid": node },
         "reason": notice.reason,
         "message": text,
-        "type": if notice.warning { "Warning" } else { "Normal" },
+        "type": "Warning",
         "source": { "component": "flanneld", "host": node },
         "reportingComponent": "flanneld",
         "reportingInstance": node,
@@ -106,11 +106,11 @@ mod tests {
 
     #[test]
     fn a_message_is_no_longer_than_the_api_admits_and_the_same_has_one_name() {
-        let notice = Notice::warning("PeerUnreachable", "é".repeat(2000));
+        let notice = Notice::new("PeerUnreachable", "é".repeat(2000));
         let event = event("n1", &name("n1", &notice), &notice);
         let message = event["message"].as_str().unwrap();
         assert!(message.len() <= LONGEST && message.ends_with('…'), "{}", message.len());
         assert_eq!(name("n1", &notice), name("n1", &notice.clone()));
-        assert_ne!(name("n1", &notice), name("n1", &Notice::warning("PeerUnreachable", "x")));
+        assert_ne!(name("n1", &notice), name("n1", &Notice::new("PeerUnreachable", "x")));
     }
 }

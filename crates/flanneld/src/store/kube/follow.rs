@@ -11,7 +11,7 @@ use kube::core::WatchEvent;
 use tokio::sync::{mpsc, watch};
 
 use super::Kube;
-use super::api::{ApiError, Changes, From, NodeObject, Part};
+use super::api::{ApiError, Changes, NodeObject, Part, Since};
 use super::table::Table;
 use crate::store::Link;
 
@@ -77,9 +77,11 @@ impl Kube {
                         first = Some(stream);
                         (nodes, version)
                     }
-                    // A server before 1.32, or one where it is switched off, does not know the parameters.
-                    Err(ApiError::Refused { code: 400 | 422, .. }) => {
-                        place.streams = false;
+                    Err(error @ ApiError::Refused { code: 401 | 403, .. }) => return Err(error),
+                    // A server before 1.32, or one where it is switched off, does not know the parameters; one whose etcd is
+                    // too old finds that out only then. Pages every server has.
+                    Err(ApiError::Refused { code, .. }) => {
+                        place.streams = !matches!(code, 400 | 422);
                         self.pages(Part::Metadata, PAGE.0).await?
                     }
                     Err(error) => return Err(error),
@@ -101,7 +103,7 @@ impl Kube {
             let version = place.version.clone().unwrap_or_default();
             let stream = match first.take() {
                 Some(stream) => stream,
-                None => self.api().watch(From::Version(&version)).await?,
+                None => self.api().watch(Since::Version(&version)).await?,
             };
             let mut chunks = pin!(stream.ready_chunks(TOGETHER));
             if link.up() {
@@ -122,7 +124,6 @@ impl Kube {
                     }
                 };
                 if self.take_in(place, chunk, events).await? {
-                    place.version = None;
                     return Ok("another Node claims the subnet of one that is gone: listing all Nodes anew");
                 }
             }
@@ -132,21 +133,21 @@ impl Kube {
 
     /// What is there, as the server lists it by events, and the stream that goes on behind it.
     async fn list_by_stream(&self) -> Result<(Vec<NodeObject>, String, Changes), ApiError> {
-        let mut stream = self.api().watch(From::List).await?;
+        let mut stream = self.api().watch(Since::List).await?;
         let mut nodes = Vec::new();
         loop {
             match tokio::time::timeout(SILENCE, stream.next()).await {
                 Ok(Some(event)) => match event? {
                     WatchEvent::Added(node) | WatchEvent::Modified(node) => nodes.push(node),
-                    WatchEvent::Deleted(_) => {}
+                    WatchEvent::Deleted(gone) => nodes.retain(|node: &NodeObject| node.metadata.name != gone.metadata.name),
                     WatchEvent::Bookmark(bookmark) if bookmark.metadata.annotations.get(LIST_ENDS).is_some_and(|value| value == "true") => {
                         return Ok((nodes, bookmark.metadata.resource_version, stream));
                     }
                     WatchEvent::Bookmark(_) => {}
                     WatchEvent::Error(status) => return Err(refused(status.code, status.message)),
                 },
-                Ok(None) => return Err(refused(0, "the list ended before it was complete".to_owned())),
-                Err(_) => return Err(refused(0, "the list is not sent".to_owned())),
+                Ok(None) => return Err(self.api().broken("its list of Nodes ended before it was complete")),
+                Err(_) => return Err(self.api().broken("its list of Nodes is not sent")),
             }
         }
     }
@@ -200,7 +201,7 @@ impl Kube {
                         outcome = Err(error);
                         break;
                     }
-                    place.table.apply(&node, &mut news);
+                    again |= place.table.apply(&node, &mut news);
                     node.metadata.resource_version
                 }
                 Ok(WatchEvent::Deleted(node)) => {
@@ -223,6 +224,10 @@ impl Kube {
         // What was heard before an error counts.
         if !news.is_empty() && events.send(news).await.is_err() {
             return Ok(true);
+        }
+        if again {
+            // Whatever else went wrong: a list puts it right.
+            place.version = None;
         }
         outcome.map(|()| again)
     }

@@ -1,14 +1,12 @@
 //! Nodes in, [`StoreEvent`]s out: which Node has which lease. Pure; `follow` feeds it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use flannel::annotations::{self, Annotations, Keys, NodeError};
-use flannel::{Config, Family, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
+use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 
 use super::api::NodeObject;
-
-/// Problems of which it is remembered that they were reported.
-const REPORTED: usize = 1_000;
 
 /// What is known of the Nodes.
 #[derive(Debug)]
@@ -17,8 +15,8 @@ pub(super) struct Table {
     config: Config,
     own: String,
     nodes: BTreeMap<String, Known>,
-    /// Subnets that were read, by the uid of their Node, until it is taken in.
-    learned: BTreeMap<String, PerFamily<Subnet>>,
+    /// What was read of a Node's subnets, by its uid, until it is taken in.
+    learned: BTreeMap<String, Result<PerFamily<Subnet>, NodeError>>,
     /// Which Node has a lease.
     owners: BTreeMap<LeaseKey, String>,
     /// Leases that more than one Node claims.
@@ -26,7 +24,6 @@ pub(super) struct Table {
     /// What of this node's own Node was seen last: its uid and our annotations.
     own_seen: Option<(String, Annotations)>,
     own_changed: bool,
-    reported: BTreeSet<(String, String)>,
 }
 
 /// A Node. Its pod CIDRs never change: the API server admits them once.
@@ -37,6 +34,8 @@ struct Known {
     lease: Option<LeaseKey>,
     /// What it published last.
     peer: Peer,
+    /// What was said to be wrong with it last: a hash of it, because others write it and it may be long.
+    said: u64,
 }
 
 impl Table {
@@ -51,7 +50,6 @@ impl Table {
             contested: BTreeSet::new(),
             own_seen: None,
             own_changed: false,
-            reported: BTreeSet::new(),
         }
     }
 
@@ -64,20 +62,18 @@ impl Table {
 
     /// Notes the subnets of a whole Node, before it is taken in.
     pub(super) fn learn(&mut self, node: &NodeObject) {
-        match annotations::pod_cidrs(&node.spec.pod_cidr, &node.spec.pod_cidrs) {
-            Ok(subnets) => drop(self.learned.insert(node.metadata.uid.clone(), subnets)),
-            Err(NodeError::NoPodCidr) => {}
-            Err(error) => self.report(&node.metadata.name, &error.to_string()),
-        }
+        let subnets = annotations::pod_cidrs(&node.spec.pod_cidr, &node.spec.pod_cidrs);
+        self.learned.insert(node.metadata.uid.clone(), subnets);
     }
 
     /// Takes in a complete list, as one: `Init` to `InitDone`.
     pub(super) fn list(&mut self, nodes: &[NodeObject]) -> Vec<StoreEvent> {
-        let named: BTreeSet<&str> = nodes.iter().map(|node| node.metadata.name.as_str()).collect();
-        self.nodes.retain(|name, _| named.contains(name.as_str()));
-        self.owners.retain(|_, name| named.contains(name.as_str()));
+        let there: BTreeMap<&str, &str> = nodes.iter().map(|node| (node.metadata.name.as_str(), node.metadata.uid.as_str())).collect();
+        // One that was made again is another Node, and has nothing of the former.
+        self.nodes.retain(|name, known| there.get(name.as_str()) == Some(&known.uid.as_str()));
+        self.owners.retain(|_, name| self.nodes.contains_key(name));
         self.contested.clear();
-        if !named.contains(self.own.as_str()) {
+        if !there.contains_key(self.own.as_str()) {
             self.own_seen = None;
             self.own_changed = true;
         }
@@ -90,52 +86,52 @@ impl Table {
         events
     }
 
-    /// Takes in that a Node is there, as it is now. What says nothing new of its lease, as a heartbeat, makes no event.
-    pub(super) fn apply(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>) {
+    /// Takes in that a Node is there, as it is now. What says nothing new of its lease, as a heartbeat, makes no event. True
+    /// if all must be listed anew.
+    pub(super) fn apply(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>) -> bool {
+        let former = self.nodes.get(&node.metadata.name).is_some_and(|known| known.uid != node.metadata.uid);
+        // Deleted and made again, and only the latter was seen.
+        let again = former && self.delete(&node.metadata.name, events);
         self.take(node, events, false);
+        again
     }
 
     fn take(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>, listing: bool) {
         let name = &node.metadata.name;
         self.look_at_own(node);
-        let before = self.nodes.get(name).cloned().unwrap_or_default();
-        if !before.uid.is_empty() && before.uid != node.metadata.uid {
-            // Deleted and made again, and only the latter was seen.
-            self.delete(name, events);
-        }
         let known = self.nodes.entry(name.clone()).or_default();
         known.uid.clone_from(&node.metadata.uid);
-        known.subnets = known.subnets.or_else(|| self.learned.remove(&node.metadata.uid));
-        let peer = match self.keys.peer(&node.metadata.annotations) {
+        let Some((peer, problems)) = self.keys.peer(&node.metadata.annotations, &self.config, &known.peer) else {
             // Somebody took its annotations away: its own flanneld writes them again, and pods do not wait for that.
-            Ok(None) => return events.extend(known.lease.map(StoreEvent::Keep)),
-            Ok(Some(peer)) => Ok(merge(peer, &known.peer)),
-            Err(error) => Err(error.to_string()),
+            return events.extend(known.lease.map(StoreEvent::Keep));
         };
+        let learned = self.learned.remove(&node.metadata.uid);
+        if let Some(Ok(subnets)) = learned {
+            known.subnets = Some(subnets);
+        }
         let Some(subnets) = known.subnets else {
-            return self.report(name, &NodeError::NoPodCidr.to_string());
+            let problem = learned.and_then(Result::err).unwrap_or(NodeError::NoPodCidr);
+            return known.report(name, &problem.to_string());
         };
         let key = match annotations::lease_key(&self.config, &subnets) {
             Ok(key) => key,
-            Err(error) => return self.report(name, &error.to_string()),
+            Err(error) => return known.report(name, &error.to_string()),
         };
         let owner = self.owners.entry(key).or_insert_with(|| name.clone());
         if owner != name {
             let text = format!("its pod CIDR {key} is Node {owner}'s too, which was there before: delete one of the two Nodes");
             self.contested.insert(key);
-            return self.report(name, &text);
+            return known.report(name, &text);
         }
+        let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        known.report(name, &texts.join("; "));
         let is_new = known.lease.replace(key) != Some(key);
-        match peer {
-            Ok(peer) if !listing && !is_new && peer == known.peer => {}
-            Ok(peer) => {
-                known.peer.clone_from(&peer);
-                events.push(StoreEvent::Apply(Lease { key, peer }));
-            }
-            Err(text) => {
-                events.push(StoreEvent::Keep(key));
-                self.report(name, &text);
-            }
+        let says_nothing = !problems.is_empty() && (peer == known.peer || peer.public.is_empty());
+        if says_nothing {
+            events.push(StoreEvent::Keep(key));
+        } else if listing || is_new || peer != known.peer {
+            known.peer.clone_from(&peer);
+            events.push(StoreEvent::Apply(Lease { key, peer }));
         }
     }
 
@@ -167,28 +163,18 @@ impl Table {
             self.own_changed = true;
         }
     }
+}
 
-    /// Says once of each problem that its Node is skipped.
+impl Known {
+    /// Says once of a problem that what this Node says is skipped; no text: there is none.
     fn report(&mut self, name: &str, text: &str) {
-        if self.reported.len() < REPORTED && self.reported.insert((name.to_owned(), text.to_owned())) {
+        let mut hasher = DefaultHasher::new();
+        text.hash(&mut hasher);
+        let said = std::mem::replace(&mut self.said, hasher.finish());
+        if said != self.said && !text.is_empty() {
             tracing::warn!(node = name, reason = text, "skipping what this Node says; the others are not affected");
         }
     }
-}
-
-/// What a Node says now; a family of which it says nothing any more is as it was. No flanneld takes an annotation back, so
-/// somebody else did, and its flanneld will write it again.
-fn merge(mut now: Peer, before: &Peer) -> Peer {
-    if now.backend_type == before.backend_type {
-        for family in Family::ALL {
-            if now.public.get(family).is_some() {
-                continue;
-            }
-            now.public.set(family, before.public.get(family).copied());
-            now.backend_data.set(family, before.backend_data.get(family).cloned());
-        }
-    }
-    now
 }
 
 #[cfg(test)]
@@ -243,7 +229,7 @@ mod tests {
                     if table.wants(&node) {
                         table.learn(&node);
                     }
-                    table.apply(&node, &mut events);
+                    again |= table.apply(&node, &mut events);
                 }
                 (_, name) => again |= table.delete(name, &mut events),
             }
@@ -299,6 +285,17 @@ mod tests {
         check(&mut table, &["-thief"], expect![""]);
         check(&mut table, &["+thief 3 10.244.1.0/24 192.0.2.66", "-b"], expect!["delete 10.244.1.0/24 (list again)"]);
         assert_eq!(list(&mut table, &["thief 3 10.244.1.0/24 192.0.2.66"]), "init; apply 10.244.1.0/24 192.0.2.66; done");
+        // While nobody watched, one was made again elsewhere, and another has what it had.
+        assert_eq!(
+            list(&mut table, &["a 5 10.244.1.0/24 192.0.2.5", "thief 9 10.244.4.0/24 192.0.2.66"]),
+            "init; apply 10.244.1.0/24 192.0.2.5; apply 10.244.4.0/24 192.0.2.66; done"
+        );
+        // The same, as the watch tells it.
+        check(
+            &mut table,
+            &["+b 8 10.244.4.0/24 192.0.2.8", "+thief 10 10.244.5.0/24 192.0.2.66"],
+            expect!["delete 10.244.4.0/24; apply 10.244.5.0/24 192.0.2.66 (list again)"],
+        );
     }
 
     #[test]
@@ -316,9 +313,9 @@ mod tests {
 
     fn check_silently(table: &mut Table, line: &str) {
         let mut events = Vec::new();
-        match line.split_at(1) {
+        let _ = match line.split_at(1) {
             ("+", text) => table.apply(&node(text), &mut events),
-            (_, name) => drop(table.delete(name, &mut events)),
-        }
+            (_, name) => table.delete(name, &mut events),
+        };
     }
 }
