@@ -81,7 +81,10 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 35] = [
+    let others: [(&str, Test); 38] = [
+        ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
+        ("udp_on_another_port", process::udp_on_another_port),
+        ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
         ("the_interface_changes_and_all_follow", heal::the_interface_changes),
         ("a_daemon_without_a_store_says_so_and_ends_well", process::a_daemon_without_a_store),
         ("all_flags_by_the_environment", process::all_flags_by_the_environment),

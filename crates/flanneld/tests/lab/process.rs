@@ -151,3 +151,45 @@ pub(crate) fn nftables_need_no_program(root: &Path) {
     let log = std::fs::read_to_string(lab.hosts[0].log()).unwrap();
     assert!(!log.contains("WARN"), "{log}");
 }
+
+pub(crate) fn alloc_leases_and_programs_nothing(root: &Path) {
+    let mut lab = wire(root, "alloc");
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    lab.with_store(async |store| store.put_lease(&leases("alloc").remove(0), 0, 0).await).unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "both leases", |state| state["store"]["leases"] == 2).unwrap();
+    let env = std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
+    assert!(env.contains("FLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1500\n"), "{env}");
+    assert!(observe(&lab.hosts[0].netns).iter().all(|(_, object)| matches!(object, flannel::Object::Ruleset(_))));
+    let own = lab.with_store(async |store| store.snapshot().await).unwrap();
+    let own = own.entries.iter().find(|entry| entry.key.to_string() == "10.244.1.0/24").unwrap().peer.clone().unwrap();
+    assert_eq!(flannel::wire::value(&own), r#"{"PublicIP":"10.0.0.1","PublicIPv6":null}"#);
+}
+
+pub(crate) fn udp_on_another_port(root: &Path) {
+    let mut plan = plan(2, "udp", StoreKind::Embedded);
+    plan.config["Backend"]["Port"] = 7777.into();
+    let mut lab = Lab::start(plan, root).unwrap();
+    lab.settle().unwrap();
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    crate::cluster::ping_all_from(&pods[0].netns, &[pods[1].address]);
+    let sockets = lab.hosts[0].netns.run(|| Command::new("cat").arg("/proc/self/net/udp").output()).unwrap().unwrap();
+    assert!(String::from_utf8_lossy(&sockets.stdout).contains(":1E61 "), "a socket at 7777");
+}
+
+pub(crate) fn a_foreign_device_of_our_name(root: &Path) {
+    let mut lab = wire(root, "vxlan");
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    let ip = |lab: &Lab, args: &[&str]| {
+        let output = lab.hosts[0].netns.run(|| Command::new("ip").args(args).output()).unwrap().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    ip(&lab, &["link", "add", "flannel.1", "type", "bridge"]);
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "its device", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
+    let device = ip(&lab, &["-d", "link", "show", "flannel.1"]);
+    assert!(device.contains("vxlan id 1 local 10.0.0.1") && !device.contains("qlen"), "ours, without a queue: {device}");
+}
