@@ -212,6 +212,10 @@ fn cases() -> Vec<Case> {
             "iptables with another mark and a condition",
             json!({ "backend": "iptables", "markMasqBit": 7, "conditionsV4": ["!", "-d", "10.0.0.0/8"] }),
         ),
+        (
+            "iptables with conditions of both families",
+            json!({ "backend": "iptables", "conditionsV4": ["-s", "192.0.2.0/24"], "conditionsV6": ["-s", "2001:db8::/32"] }),
+        ),
         ("no mappings", json!({ "backend": "iptables", "runtimeConfig": {} })),
     ] {
         let portmap = with(&json!({ "cniVersion": "1.0.0", "name": "net", "type": "portmap", "runtimeConfig": mappings }), &more);
@@ -290,6 +294,17 @@ fn cases() -> Vec<Case> {
             calls.push(Call { env: vec![(variable, value)], ..one("ADD", conf(&json!({}))) });
         }
         cases.push(Case { name: format!("protocol of {plugin}"), calls });
+        // The host's own namespace, where that is meant. (Where not, ours refuse before the work, the reference after it.)
+        let here = |more: &'static str| Call {
+            verb: "ADD",
+            id: "c1",
+            list: vec![json!({ "cniVersion": "1.0.0", "name": "net", "type": "loopback" })],
+            env: vec![("CNI_NETNS", "/proc/self/ns/net"), ("CNI_NETNS_OVERRIDE", more)],
+        };
+        let calls = vec![here("TRUE"), here("1")];
+        if plugin == "loopback" {
+            cases.push(Case { name: "protocol: the host's own namespace".to_owned(), calls });
+        }
     }
     cases
 }
