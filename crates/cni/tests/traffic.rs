@@ -172,6 +172,16 @@ fn ports_of_the_host(host: &Host, backend: &str) {
     let rules = host.nft();
     let left: Vec<&str> = rules.lines().filter(|line| line.contains("c1") || line.contains("10.1.17.2")).collect();
     assert!(left.is_empty(), "{left:?}");
+    // The next container of that port gets what a client sends that never stopped, though the kernel remembers where its
+    // flow went.
+    client.send_to(b"x", "192.0.2.1:5353").unwrap();
+    let next = host.pod("c3");
+    let address = add(host, "c3", &conf)[0];
+    assert_ne!(address, own[0]);
+    let server = next.run(|| UdpSocket::bind(SocketAddr::new(address, 53)).unwrap()).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    client.send_to(b"xyz", "192.0.2.1:5353").unwrap();
+    assert_eq!(server.recv_from(&mut buffer).unwrap().0, 3);
 }
 
 fn the_firewall_plugin_lets_containers_pass(host: &Host) {
