@@ -101,6 +101,8 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
     }
     let is_current = fs::read(&main).is_ok_and(|bytes| bytes == program);
     if !is_current || !wanted.is_empty() {
+        // All of ours stay one file: by that the next version knows them.
+        wanted.append(&mut stays);
         let temporary = folder.join(format!(".{PROGRAM}.{}", std::process::id()));
         let written = (|| {
             let mut file = File::create(&temporary)?;

@@ -3,7 +3,7 @@
 //! other right.
 
 use std::io::Write;
-use std::net::{IpAddr, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -272,11 +272,6 @@ impl Lab {
     /// The file that stands for the ConfigMap.
     pub fn net_conf(&self) -> PathBuf {
         self.root.join("net-conf.json")
-    }
-
-    /// Where the API server listens.
-    pub fn api_address(&self) -> (IpAddr, u16) {
-        (STORE.ip(), PORT)
     }
 }
 

@@ -346,6 +346,8 @@ pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
     std::fs::rename(bin.join("half"), bin.join("host-local")).unwrap();
     let (done, said) = install(&["--skip-conf"]);
     assert!(done && !said.contains("portmap host-local") && std::fs::read(bin.join("portmap")).unwrap() == versions[0].0, "{said}");
+    let file = |name: &str| std::fs::metadata(bin.join(name)).unwrap().ino();
+    assert_eq!((file("host-local"), file("portmap")), (file("flannel-cni"), file("flannel-cni")), "one file, as the next version expects");
     std::fs::write(&plugin, &versions[1].0).unwrap();
     assert!(install(&["--skip-conf", "--replace"]).0);
     assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), versions[1].0);

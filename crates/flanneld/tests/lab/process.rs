@@ -15,7 +15,6 @@ fn wire(root: &Path, backend: &str) -> Lab {
 
 pub(crate) fn a_daemon_without_a_store(root: &Path) {
     let mut lab = wire(root, "host-gw");
-    lab.hosts[0].netns.run(|| ()).unwrap();
     for kill in ["-TERM", "-INT"] {
         lab.start_daemon(0, &[]).unwrap();
         eventually("it says that it lives", || {
