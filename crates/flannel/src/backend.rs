@@ -113,9 +113,23 @@ impl Backend {
     /// The same on this host as it is now: its interface has another address or MTU. The VTEPs keep their addresses.
     #[must_use]
     pub fn moved(&self, config: &Config, node: &Node) -> Backend {
-        match (self, &config.backend) {
-            (Backend::Vxlan(now), BackendConfig::Vxlan(vxlan)) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, now.macs())),
+        self.with_macs(config, node, self.macs())
+    }
+
+    /// The same with other link-layer addresses of this host's VTEPs.
+    #[must_use]
+    pub fn with_macs(&self, config: &Config, node: &Node, macs: PerFamily<Mac>) -> Backend {
+        match &config.backend {
+            BackendConfig::Vxlan(vxlan) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, macs)),
             _ => self.clone(),
+        }
+    }
+
+    /// The link-layer addresses of this host's VTEPs; none where there are none.
+    pub fn macs(&self) -> PerFamily<Mac> {
+        match self {
+            Backend::Vxlan(vxlan) => vxlan.macs(),
+            _ => PerFamily::default(),
         }
     }
 

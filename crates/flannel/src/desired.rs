@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use crate::backend::extension::ExtensionPeer;
 use crate::lease::LeaseKey;
@@ -113,6 +114,17 @@ pub fn route_metric(network: Subnet, subnet: Subnet) -> u32 {
     }
 }
 
+/// The file that tells the CNI plugins of this node: `subnet.env` (specification, section 1.6).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its text.
+    pub text: String,
+    /// Was it written by this program? A Go flanneld that ran since has put another in its place.
+    pub ours: bool,
+}
+
 /// One thing in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Object {
@@ -138,6 +150,8 @@ pub enum Object {
     Iptables(Iptables),
     /// What the operator's own commands make of a peer.
     Extension(ExtensionPeer),
+    /// The file for the CNI plugins.
+    EnvFile(EnvFile),
 }
 
 /// The identity of an object. Its order is the order of doing: what others stand on comes first, and a route comes
@@ -166,6 +180,8 @@ pub enum Key {
     Iptables(Family, Variant),
     /// By lease.
     Extension(LeaseKey),
+    /// A node has one. It is last: what it promises to the plugins is there by then.
+    EnvFile,
 }
 
 impl Object {
@@ -183,6 +199,7 @@ impl Object {
             Object::Blackhole(dst) => Key::Blackhole(*dst),
             Object::Ruleset(ruleset) => Key::Ruleset(ruleset.family),
             Object::Iptables(rules) => Key::Iptables(rules.family, rules.variant),
+            Object::EnvFile(_) => Key::EnvFile,
         }
     }
 
@@ -190,7 +207,7 @@ impl Object {
     pub fn stands_on(&self, name: IfName) -> bool {
         match self {
             Object::Link(_) | Object::Forward(..) | Object::Blackhole(_) => false,
-            Object::Ruleset(_) | Object::Iptables(_) | Object::Extension(_) => false,
+            Object::Ruleset(_) | Object::Iptables(_) | Object::Extension(_) | Object::EnvFile(_) => false,
             Object::Addr(link, _) => *link == name,
             Object::Sysctl(path, _) => path.split('/').any(|part| part == name.as_str()),
             Object::Neigh(neigh) => neigh.link == name,
@@ -214,6 +231,7 @@ impl fmt::Display for Key {
             Key::Blackhole(dst) => write!(f, "blackhole route {dst}"),
             Key::Ruleset(family) => write!(f, "{family} traffic rules of nftables"),
             Key::Iptables(family, variant) => write!(f, "{family} traffic rules of iptables-{variant}"),
+            Key::EnvFile => f.write_str("subnet file"),
         }
     }
 }
@@ -250,6 +268,7 @@ impl fmt::Display for Object {
             Object::Blackhole(dst) => write!(f, "route blackhole {dst}"),
             Object::Ruleset(ruleset) => f.write_str(ruleset.to_string().trim_end()),
             Object::Iptables(rules) => f.write_str(rules.to_string().trim_end()),
+            Object::EnvFile(file) => write!(f, "file {}: {}", file.path.display(), file.text.trim_end().replace('\n', " ")),
         }
     }
 }
@@ -337,6 +356,8 @@ pub struct Scope {
     pub networks: Vec<Subnet>,
     /// Pod networks of an earlier run on this host: rules that name them are leftovers of ours.
     pub retired: Vec<Subnet>,
+    /// The file for the CNI plugins.
+    pub file: Option<PathBuf>,
     /// Plain routes that a Go flanneld left, while they are looked for.
     pub adopt: Option<Adopt>,
 }

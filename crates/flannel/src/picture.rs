@@ -2,13 +2,15 @@
 //! follows the event, not the number of leases.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use crate::backend::{Backend, Context, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Adopt, Desired, Key, Object, Owner, Scope};
+use crate::desired::{Adopt, Desired, EnvFile, Key, LinkKind, Object, Observed, Owner, Scope};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
-use crate::net::{Family, PerFamily, Subnet};
+use crate::net::{Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
+use crate::subnet_env::SubnetEnv;
 use crate::traffic::{self, TrafficConfig};
 
 /// All that this node knows and wants.
@@ -20,6 +22,8 @@ pub struct Picture {
     traffic: TrafficConfig,
     blackhole: bool,
     retired: Vec<Subnet>,
+    /// `--subnet-file` and `--ip-masq`
+    file: Option<(PathBuf, bool)>,
     own: LeaseKey,
     leases: LeaseSet,
     desired: Desired,
@@ -39,8 +43,8 @@ impl Picture {
     /// A node with its lease and without peers.
     pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
-        let (blackhole, retired) = (false, Vec::new());
-        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, own, leases, desired, refusals };
+        let (blackhole, retired, file) = (false, Vec::new(), None);
+        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, own, leases, desired, refusals };
         picture.paint_node();
         picture
     }
@@ -60,6 +64,14 @@ impl Picture {
         let current = |net: &&Subnet| !self.config.networks.iter().any(|(_, network)| network.network == **net);
         self.retired = earlier.iter().filter(current).copied().collect();
         self.blackhole = blackhole;
+        self.paint_node();
+        self
+    }
+
+    /// With a file for the CNI plugins (`--subnet-file`), which says whether the daemon masquerades (`--ip-masq`).
+    #[must_use]
+    pub fn with_file(mut self, path: PathBuf, ip_masq: bool) -> Picture {
+        self.file = Some((path, ip_masq));
         self.paint_node();
         self
     }
@@ -87,6 +99,28 @@ impl Picture {
         self.set_own(self.own)
     }
 
+    /// This host's VTEPs have these link-layer addresses now, because somebody gave them.
+    pub fn set_macs(&mut self, macs: PerFamily<Mac>) -> Vec<Key> {
+        self.backend = self.backend.with_macs(&self.config, &self.node, macs);
+        self.set_own(self.own)
+    }
+
+    /// The link-layer addresses that this host's VTEPs were given by somebody else, if they are as they shall be but for that.
+    /// One that a peer has already is not taken for it.
+    pub fn foreign_macs(&self, observed: &Observed) -> Option<PerFamily<Mac>> {
+        let before = self.backend.macs();
+        let mut macs = before;
+        for key in self.desired.part(&Owner::Node) {
+            let (Some(Object::Link(want)), Some(Object::Link(have))) = (self.desired.get(key), observed.get(key)) else { continue };
+            let LinkKind::Vxlan { local, .. } = want.kind else { continue };
+            let is_free = self.desired.get(&Key::Fdb(want.name, have.mac)).is_none();
+            if have.kind == want.kind && have.mac.is_unicast() && is_free {
+                macs.set(Family::of(local), Some(have.mac));
+            }
+        }
+        (macs != before).then_some(macs)
+    }
+
     fn paint_node(&mut self) -> Vec<Key> {
         let mut networks = PerFamily::default();
         for (family, network) in self.config.networks.iter() {
@@ -96,6 +130,11 @@ impl Picture {
         objects.extend(traffic::objects(self.traffic, &networks, self.own.subnets()));
         if self.blackhole {
             objects.extend(self.own.subnets().iter().map(|(_, subnet)| Object::Blackhole(*subnet)));
+        }
+        if let Some((path, ip_masq)) = &self.file {
+            let networks = networks.iter().map(|(_, network)| *network).collect();
+            let env = SubnetEnv { networks, subnets: *self.own.subnets(), mtu: self.backend.mtu(&self.node), ip_masq: *ip_masq };
+            objects.push(Object::EnvFile(EnvFile { path: path.clone(), text: env.render(), ours: true }));
         }
         self.desired.set_part(Owner::Node, objects)
     }
@@ -121,6 +160,7 @@ impl Picture {
         scope.rulesets = Family::ALL.into();
         scope.iptables = Family::ALL.into();
         scope.retired.clone_from(&self.retired);
+        scope.file = self.file.as_ref().map(|(path, _)| path.clone());
         for key in self.desired.part(&Owner::Node) {
             match self.desired.get(key) {
                 Some(Object::Link(link)) => scope.links.push(link.name),

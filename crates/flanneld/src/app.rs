@@ -1,26 +1,31 @@
 //! Builds the daemon's parts in order and runs them: the only module that knows all others.
 
+use std::io::ErrorKind;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use flannel::backend::device_name;
 use flannel::backend::extension::Command;
 use flannel::config::BackendConfig;
+use flannel::desired::{Link, LinkKind};
+use flannel::subnet_env::{previous_networks, previous_subnets};
 use flannel::traffic::{Flavour, TrafficConfig};
 use flannel::{Backend, Config, Family, Mac, Node, Peer, PerFamily, Picture};
 use kernel::iptables::Installed;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::cli::RunArgs;
 use crate::facts::{Facts, list};
+use crate::host::Host;
 use crate::http::Http;
 use crate::kernel_thread::KernelThread;
 use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::state::State;
-use crate::store::{Access, Claim, Etcd, Kube, Link, Obstacle, Store, kube};
-use crate::subnet_file::SubnetFile;
+use crate::store::{self, Access, Claim, Etcd, Kube, Obstacle, Store, kube};
 
 /// How long to wait before the store is asked again for what it did not give: doubling from the first to the second.
 const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
@@ -40,6 +45,7 @@ pub async fn run(args: &RunArgs, stop: impl Future<Output = ()>) -> anyhow::Resu
 }
 
 async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
+    let _alone = alone(&args.subnet_file)?;
     let ready = Ready::default();
     let starting = ready.guard("this node's lease and devices");
     let syncing = ready.guard("the first complete list of leases");
@@ -51,69 +57,92 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
     let _ask = ask;
     let (notices, told) = Notices::new();
     let parts = Parts { ready, starting, syncing, notices, asks };
+    let host = KernelThread::start()?;
     if !args.kube_subnet_mgr {
-        return node_daemon(args, Etcd::new(&access(args))?, parts).await;
+        return node_daemon(args, Etcd::new(&access(args))?, host, parts).await;
     }
     let access = kube::Access::new(args, |name| std::env::var(name).ok())?;
     let store =
         persist(&parts.starting, &parts.notices, async || Kube::connect(&access, parts.ready.clone(), parts.notices.clone()).await).await?;
     tokio::spawn(store.clone().post_all(told));
-    let ended = node_daemon(args, store.clone(), parts).await;
+    let ended = node_daemon(args, store.clone(), host, parts).await;
     if let Err(error) = &ended {
         store.post_last(Notice::new("FlannelFailed", format!("{error:#}"))).await;
     }
     ended
 }
 
-/// What is there before the store is.
-struct Parts {
-    ready: Ready,
-    /// Until this node is set up.
-    starting: Guard,
-    /// Until it has seen all others.
-    syncing: Guard,
-    notices: Notices,
-    asks: mpsc::Receiver<oneshot::Sender<State>>,
+/// How long a flanneld that is about to end is waited for.
+const LEAVING: Duration = Duration::from_secs(2);
+
+/// Two daemons with one file would undo each other's work: the second is refused.
+fn alone(subnet_file: &Path) -> anyhow::Result<std::fs::File> {
+    let name = subnet_file.file_name().context("--subnet-file: it names no file")?.to_string_lossy();
+    let shown = subnet_file.display();
+    kernel::lock::alone(&subnet_file.with_file_name(format!(".{name}.lock")), LEAVING).map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => {
+            anyhow!("another flanneld ({error}) uses --subnet-file {shown}: stop that one, or give this one a file of its own")
+        }
+        _ => anyhow!("cannot write beside --subnet-file {shown}: {error}"),
+    })
 }
 
-async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow::Result<()> {
+/// What is there before the store is.
+#[derive(Debug)]
+pub struct Parts {
+    /// Readiness of the whole.
+    pub ready: Ready,
+    /// Until this node is set up.
+    pub starting: Guard,
+    /// Until it has seen all others.
+    pub syncing: Guard,
+    /// Where an operator is told.
+    pub notices: Notices,
+    /// Questions after the state.
+    pub asks: mpsc::Receiver<oneshot::Sender<State>>,
+}
+
+/// Runs a node on any store and any host, until something ends that must not. All that it starts ends with it.
+///
+/// # Errors
+/// As [`run`].
+pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, parts: Parts) -> anyhow::Result<()> {
     let Parts { ready, starting, syncing, notices, asks } = parts;
-    let kernel = KernelThread::start()?;
     let config = persist(&starting, &notices, async || store.config().await).await?;
     let public = persist(&starting, &notices, async || store.node_public().await).await?;
     let facts = Facts::new(args, &public);
-    let node = facts.node(&kernel, &config).await?;
+    let node = facts.node(&host, &config).await?;
     if let BackendConfig::Vxlan(vxlan) = &config.backend
         && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
     {
         tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
     }
     tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
-    let macs = vtep_macs(&kernel, &config, &node, async || {
-        persist(&starting, &notices, async || store.published(&config, node.public).await).await
-    })
-    .await?;
+    let macs =
+        vtep_macs(&host, &config, &node, async || persist(&starting, &notices, async || store.published(&config, node.public).await).await)
+            .await?;
     let mut backend = Backend::new(&config, &node, macs);
     if let BackendConfig::Extension(extension) = &config.backend
         && let Some(command) = flannel::backend::extension::pre_startup(extension)
     {
-        backend = backend.with_output(&run_command(&kernel, "Backend.PreStartupCommand", command).await?);
+        backend = backend.with_output(&run_command(&host, "Backend.PreStartupCommand", command).await?);
     }
-    let subnet_file = SubnetFile { path: args.subnet_file.clone(), ip_masq: args.ip_masq };
+    // The file that a run before this one left.
+    let before = host.env_file(&args.subnet_file);
     let claim = Claim {
         config: config.clone(),
         peer: backend.own_peer(&config, &node),
         addrs: node.addrs,
-        previous: subnet_file.previous(),
+        previous: before.as_ref().map(|file| previous_subnets(&file.text)).unwrap_or_default(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
     let held = persist(&starting, &notices, async || store.acquire(&claim).await).await?;
     tracing::info!(subnet = %held.key, "acquired the lease");
 
     let traffic = traffic(args, &config);
-    let earlier = subnet_file.previous_networks();
+    let earlier = before.as_ref().map(|file| previous_networks(&file.text)).unwrap_or_default();
     // The file and the routes have the same life: neither survives a reboot.
-    let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && !subnet_file.is_ours();
+    let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && before.is_none_or(|file| !file.ours);
     let plain_routes = match &config.backend {
         BackendConfig::HostGw => true,
         BackendConfig::Vxlan(vxlan) => vxlan.direct_routing,
@@ -121,11 +150,12 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     };
     let adopt = was_here && plain_routes;
     let picture = Picture::new(config.clone(), node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
+    let picture = picture.with_file(args.subnet_file.clone(), args.ip_masq);
     if let Some(command) = picture.post_startup() {
-        run_command(&kernel, "Backend.PostStartupCommand", command).await?;
+        run_command(&host, "Backend.PostStartupCommand", command).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let start = Start { picture, kernel, facts, subnet_file, resync, adopt, syncing, notices: notices.clone() };
+    let start = Start { picture, host, facts, resync, adopt, syncing, notices: notices.clone() };
     let reconciler = Reconciler::start(start).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);
@@ -136,8 +166,9 @@ async fn node_daemon<S: Store>(args: &RunArgs, store: S, parts: Parts) -> anyhow
     let (publish_connected, connected) = watch::channel(false);
     let (tell, events) = mpsc::channel(16);
     let (publish_claim, claims) = watch::channel(claim);
-    tokio::spawn(store.clone().keep(claims, publish_held, lost));
-    tokio::spawn(store.follow(config, tell, Link::new(publish_connected, ready, notices)));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(store.clone().keep(claims, publish_held, lost));
+    tasks.spawn(store.follow(config, tell, store::Link::new(publish_connected, ready, notices)));
     reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected, asks }).await?;
     bail!("a part of the daemon ended unexpectedly")
 }
@@ -188,9 +219,8 @@ fn access(args: &RunArgs) -> Access {
     }
 }
 
-async fn run_command(kernel: &KernelThread, field: &str, command: Command) -> anyhow::Result<String> {
-    let said = kernel.call(move |_| kernel::command::run(&command)).await;
-    said.with_context(|| format!("network config: {field}"))
+async fn run_command(host: &impl Host, field: &str, command: Command) -> anyhow::Result<String> {
+    host.run(command).await.with_context(|| format!("network config: {field}"))
 }
 
 /// What the traffic rules shall be, and in which flavour: `EnableNFTables` says, and what the host has.
@@ -233,7 +263,7 @@ fn look_for_br_netfilter(config: &Config) {
 /// The link-layer addresses of this host's VTEPs: that of the device that is there, else that of the lease that this
 /// host published before (peers know it), else a random one.
 async fn vtep_macs(
-    kernel: &KernelThread,
+    host: &impl Host,
     config: &Config,
     node: &Node,
     published: impl AsyncFn() -> anyhow::Result<Option<Peer>>,
@@ -242,13 +272,11 @@ async fn vtep_macs(
     let BackendConfig::Vxlan(vxlan) = &config.backend else { return Ok(macs) };
     for (family, _) in config.networks.iter() {
         let name = device_name(family, vxlan.vni);
-        let link = kernel.call(move |kernel| kernel.link(name)).await?;
+        let link = host.link(name).await?;
         // A device of another address has published its MAC with that: peers would have two hosts for one MAC.
         let local = node.addrs.get(family).copied();
-        let device = link
-            .filter(|link| link.vxlan.is_some_and(|vxlan| vxlan.local == local))
-            .and_then(|link| link.mac)
-            .filter(|mac| mac.is_unicast());
+        let is_ours = |link: &Link| matches!(link.kind, LinkKind::Vxlan { local: at, .. } if Some(at) == local);
+        let device = link.filter(is_ours).map(|link| link.mac).filter(|mac| mac.is_unicast());
         let mac = match device {
             Some(mac) => mac,
             None => {

@@ -43,7 +43,7 @@ pub const SCRIPT: &str = "mk-docker-opts.sh";
 pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.env).with_context(|| format!("-f: cannot read {}", args.env.display()))?;
     let rendered = render(&text, args, |name| std::env::var(name).ok()).with_context(|| args.env.display().to_string())?;
-    crate::subnet_file::write_atomically(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))?;
+    kernel::file::write(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))?;
     let subnet: Option<Subnet> = variables(&text).get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok());
     let mut socket = Socket::open(Protocol::Route)?;
     let routes = route::list(&mut socket, Family::V4, route::Filter::All).context("cannot read the routes")?;

@@ -8,7 +8,7 @@ use flannel::node::Wanted;
 use flannel::{Config, Node, PerFamily};
 
 use crate::cli::RunArgs;
-use crate::kernel_thread::KernelThread;
+use crate::host::Host;
 
 /// What the operator said about the interface and the addresses to publish.
 #[derive(Debug, Clone)]
@@ -33,14 +33,10 @@ impl Facts {
     ///
     /// # Errors
     /// When the kernel cannot be read, or no interface is as it is wanted.
-    pub async fn node(&self, kernel: &KernelThread, config: &Config) -> anyhow::Result<Node> {
-        let target = self.can_reach;
-        let facts = kernel.call(move |kernel| {
-            let reach = target.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
-            anyhow::Ok((kernel.interfaces()?, kernel.route_facts()?, reach))
-        });
-        let (interfaces, routes, can_reach) = facts.await.context("cannot read the kernel's interfaces and routes")?;
-        let node = Node::choose(&interfaces, &routes, &Wanted { can_reach, ..self.wanted.clone() }, config)?;
+    pub async fn node(&self, host: &impl Host, config: &Config) -> anyhow::Result<Node> {
+        let around = host.surroundings(self.can_reach).await.context("cannot read the kernel's interfaces and routes")?;
+        let wanted = Wanted { can_reach: around.reach, ..self.wanted.clone() };
+        let node = Node::choose(&around.interfaces, &around.routes, &wanted, config)?;
         if config.backend == BackendConfig::HostGw && node.public.v4 != node.addrs.v4 {
             bail!(
                 "--public-ip (or the annotation node-public-ip): {} is not the address of {}: host-gw needs the interface's own, because peers use it as gateway",

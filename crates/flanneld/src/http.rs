@@ -1,4 +1,4 @@
-//! `/healthz`, `/readyz` and `/state`: plain HTTP, no authentication, nothing secret in it.
+//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP, no authentication, nothing secret in it.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -74,7 +74,11 @@ async fn answer(path: &str, ready: &Ready, asks: &mpsc::Sender<oneshot::Sender<S
             Some(state) => (StatusCode::OK, "application/json", serde_json::to_string_pretty(&state).unwrap_or_default() + "\n"),
             None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("starting: waiting for {}\n", ready.pending().join(", "))),
         },
-        _ => (StatusCode::NOT_FOUND, "text/plain", "there is /healthz, /readyz and /state\n".to_owned()),
+        "/metrics" => match state(asks).await {
+            Some(state) => (StatusCode::OK, "text/plain; version=0.0.4", state.metrics(ready.pending().is_empty())),
+            None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "starting\n".to_owned()),
+        },
+        _ => (StatusCode::NOT_FOUND, "text/plain", "there is /healthz, /readyz, /state and /metrics\n".to_owned()),
     };
     let response = Response::builder().status(status).header("content-type", kind).body(Full::new(Bytes::from(body)));
     response.expect("the parts are constants")

@@ -10,9 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use kernel::file;
 use serde_json::Value;
-
-use crate::subnet_file::{replace, write_atomically};
 
 /// The program of all plugins, under its own name.
 const PROGRAM: &str = "flannel-cni";
@@ -57,7 +56,7 @@ pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
         println!("{} is as it should be", target.display());
         return Ok(());
     }
-    write_atomically(target, &text).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
+    file::write(target, &text).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
     println!("wrote {}", target.display());
     Ok(())
 }
@@ -147,7 +146,7 @@ pub fn copy(args: &[String]) -> anyhow::Result<()> {
     let [source, target] = args else { anyhow::bail!("usage: install-conf SOURCE TARGET") };
     let text = fs::read_to_string(source).with_context(|| format!("cannot read {source}"))?;
     let mode = fs::metadata(source)?.permissions();
-    replace(Path::new(target), &text, |file| Ok(file.set_permissions(mode)?)).with_context(|| format!("cannot write {target}"))
+    file::replace(Path::new(target), &text, |file| file.set_permissions(mode)).with_context(|| format!("cannot write {target}"))
 }
 
 #[cfg(test)]

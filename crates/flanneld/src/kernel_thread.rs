@@ -1,11 +1,17 @@
 //! The one thread of the daemon that writes to the kernel: it owns the sockets, a bounded channel leads in, an answer
 //! comes out of each command. And the one that listens: what it hears goes out by a bounded channel.
 
-use flannel::desired::Scope;
-use flannel::{Observed, Op, Outcome};
+use std::net::IpAddr;
+use std::path::Path;
+
+use flannel::backend::extension::Command;
+use flannel::desired::{EnvFile, Link, Scope};
+use flannel::{IfName, Observed, Op, Outcome};
 use kernel::netlink::NetlinkError;
-use kernel::{Changed, Kernel, Monitor};
+use kernel::{Kernel, Monitor};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::host::{Host, News, Surroundings};
 
 type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 
@@ -13,6 +19,7 @@ type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 #[derive(Debug, Clone)]
 pub struct KernelThread {
     jobs: mpsc::Sender<Job>,
+    /// The netlink port of the thread's socket.
     port: u32,
     /// What was said to be unreadable last, so that it is not said each time.
     said: std::cell::RefCell<Option<String>>,
@@ -39,13 +46,8 @@ impl KernelThread {
         Ok(KernelThread { jobs, port, said: std::cell::RefCell::new(None) })
     }
 
-    /// The netlink port of the thread's socket.
-    pub fn port(&self) -> u32 {
-        self.port
-    }
-
     /// Runs a function on the kernel.
-    pub async fn call<T: Send + 'static>(&self, f: impl FnOnce(&mut Kernel) -> T + Send + 'static) -> T {
+    async fn call<T: Send + 'static>(&self, f: impl FnOnce(&mut Kernel) -> T + Send + 'static) -> T {
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |kernel| {
             // Who asked may have been stopped; the work is done all the same.
@@ -57,12 +59,14 @@ impl KernelThread {
         }
         answer.await.expect(alive)
     }
+}
 
-    /// Reads what of `scope` is there.
-    ///
-    /// # Errors
-    /// When the kernel refuses to be read.
-    pub async fn observe(&self, scope: Scope) -> Result<Observed, NetlinkError> {
+impl Host for KernelThread {
+    fn watch(&self, scope: Scope, external: IfName) -> Result<News, NetlinkError> {
+        listen(Monitor::open(scope, external, self.port)?)
+    }
+
+    async fn observe(&self, scope: Scope) -> Result<Observed, NetlinkError> {
         let (observed, trouble) = self.call(move |kernel| (kernel.observe(&scope), kernel.take_trouble())).await;
         if trouble != self.said.replace(trouble.clone())
             && let Some(trouble) = trouble
@@ -72,25 +76,41 @@ impl KernelThread {
         observed
     }
 
-    /// Executes operations and returns them with their outcomes.
-    pub async fn apply(&self, ops: Vec<Op>) -> Vec<(Op, Outcome)> {
+    async fn apply(&self, ops: Vec<Op>) -> Vec<(Op, Outcome)> {
         self.call(move |kernel| {
             let outcomes = kernel.apply(&ops);
             ops.into_iter().zip(outcomes).collect()
         })
         .await
     }
+
+    async fn surroundings(&self, reach: Option<IpAddr>) -> Result<Surroundings, NetlinkError> {
+        self.call(move |kernel| {
+            let reach = reach.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
+            Ok(Surroundings { interfaces: kernel.interfaces()?, routes: kernel.route_facts()?, reach })
+        })
+        .await
+    }
+
+    async fn link(&self, name: IfName) -> Result<Option<Link>, NetlinkError> {
+        self.call(move |kernel| kernel.link(name)).await
+    }
+
+    fn env_file(&self, path: &Path) -> Option<EnvFile> {
+        kernel::file::read_env(path)
+    }
+
+    async fn run(&self, command: Command) -> anyhow::Result<String> {
+        Ok(self.call(move |_| kernel::command::run(&command)).await?)
+    }
 }
 
-/// What the kernel tells, in the order in which it tells it.
-pub type News = mpsc::Receiver<Result<Vec<Changed>, NetlinkError>>;
-
 /// Starts the thread that listens. While nobody takes its news it waits; what the kernel cannot keep meanwhile becomes
-/// [`Changed::Everything`]. It ends with the receiver, or with the first error that it sends.
+/// [`kernel::Changed::Everything`]. It ends with the receiver, or with the first error that it sends.
 ///
 /// # Errors
 /// When there can be no thread.
-pub fn listen(mut monitor: Monitor) -> Result<News, NetlinkError> {
+fn listen(mut monitor: Monitor) -> Result<News, NetlinkError> {
     let (tell, news) = mpsc::channel(4);
     let work = move || {
         loop {

@@ -345,7 +345,7 @@ impl Lab {
     pub fn put_config(&self) -> anyhow::Result<()> {
         let text = self.plan.config.to_string();
         if matches!(self.plan.store, StoreKind::Kubernetes(_)) {
-            return crate::subnet_file::write_atomically(&self.net_conf(), &text);
+            return Ok(kernel::file::write(&self.net_conf(), &text)?);
         }
         self.with_store(async |store| store.put_config(&text).await)?;
         Ok(())

@@ -1,6 +1,9 @@
 //! The loop: everything that can wake it is in `Wake`, everything it does to the kernel goes through one thread, and
 //! what it costs follows what changed.
 
+mod fight;
+mod report;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -9,28 +12,30 @@ use flannel::alloc::is_mine;
 use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::iptables::Variant;
-use flannel::{Family, LeaseKey, Object, Observed, Op, OpError, Picture, StoreEvent};
-use kernel::{Changed, Monitor};
+use flannel::{Family, Object, Observed, Op, OpError, Picture, StoreEvent};
+use kernel::{Author, Changed, Heard};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
+use self::fight::Repairs;
 use crate::facts::{Facts, list};
-use crate::kernel_thread::{KernelThread, News, listen};
+use crate::host::{Host, News};
 use crate::notice::Notices;
 use crate::ready::Guard;
 use crate::state;
 use crate::store::{Claim, Held};
-use crate::subnet_file::SubnetFile;
 
-/// How often the whole kernel is read as the audit of our memory of it. Notifications tell sooner of nearly everything;
-/// this catches what the kernel does not announce.
-const AUDIT: Duration = Duration::from_secs(60);
+/// How often the whole kernel is read as the audit of our memory of it: notifications tell sooner of nearly everything, this
+/// catches what the kernel does not announce. Each minute; where it takes long, rarer, but within the second.
+const AUDIT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(300));
+/// An audit is followed by a pause of so many times its length: it may take a two-thousandth of a processor.
+const AUDIT_PAUSE: u32 = 2_000;
 /// How long after a link's change the kernel is read: what follows from it comes in a burst.
 const SETTLE: Duration = Duration::from_millis(20);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// An object that was put right more often than the first within the second is fought over.
-const FIGHT: (u32, Duration) = (20, Duration::from_secs(10));
+/// A VTEP that was given another link-layer address is followed no more often than this: each time all peers hear of it.
+const FOLLOW_MAC: Duration = Duration::from_secs(5);
 /// Leases that change together up to this number are logged one by one.
 const LOGGED: usize = 8;
 /// A list that changes more leases than this has left more memory behind than is needed again.
@@ -43,7 +48,7 @@ enum Wake {
     /// This node's lease is another one now, or the same again.
     Own(Held),
     /// The kernel told of changes.
-    Kernel(Vec<Changed>),
+    Kernel(Vec<Heard>),
     /// A failed object is due, or a full read is.
     Timer,
     /// Somebody wants to know the state.
@@ -79,15 +84,13 @@ pub struct Inputs {
 
 /// What the loop begins with.
 #[derive(Debug)]
-pub struct Start {
+pub struct Start<H> {
     /// What this node wants, without peers.
     pub picture: Picture,
     /// The way to the kernel.
-    pub kernel: KernelThread,
+    pub host: H,
     /// How this host is looked at again when its interface changes.
     pub facts: Facts,
-    /// The file for the plugins.
-    pub subnet_file: SubnetFile,
     /// How often rules are looked at that the kernel does not announce.
     pub resync: Duration,
     /// May a Go flanneld have run on this host?
@@ -100,63 +103,63 @@ pub struct Start {
 
 /// Keeps the kernel as the picture wants it.
 #[derive(Debug)]
-pub struct Reconciler {
+pub struct Reconciler<H> {
     picture: Picture,
     facts: Facts,
     /// When the external interface is looked at next, what was said of it last, and the wait before the next look.
     interface: (Option<Instant>, String, Duration),
     observed: Observed,
-    kernel: KernelThread,
+    host: H,
     news: News,
     failures: BTreeMap<Key, Failure>,
     /// When the kernel is to be read whole.
     read_at: Instant,
-    subnet_file: SubnetFile,
     /// Are a Go flanneld's plain routes taken over? Until it is known which of them are superfluous.
     adopting: bool,
     /// When the rules that the kernel does not announce are looked at next, and how often: those of iptables-legacy.
     resync: Option<(Instant, Duration)>,
-    /// Does the file name a subnet that is not this node's any more?
-    file_is_stale: bool,
-    /// What was put right lately, since when, and how often: somebody may be undoing it.
-    repaired: BTreeMap<Key, (Instant, u32)>,
+    /// What was put right lately: somebody may be undoing it.
+    repairs: Repairs,
+    /// When a VTEP's new link-layer address was followed last.
+    followed: Option<Instant>,
     /// Until the first complete list of leases is in the kernel.
     syncing: Option<Guard>,
     notices: Notices,
 }
 
-impl Reconciler {
+impl<H: Host> Reconciler<H> {
     /// Reads the kernel and puts this node's own objects there: devices, addresses, rules. Notifications are
     /// subscribed to first, so that no change falls in between.
     ///
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
-    pub async fn start(start: Start) -> anyhow::Result<Reconciler> {
-        let Start { picture, kernel, facts, subnet_file, resync, adopt, syncing, notices } = start;
+    pub async fn start(start: Start<H>) -> anyhow::Result<Reconciler<H>> {
+        let Start { picture, host, facts, resync, adopt, syncing, notices } = start;
         let scope = picture.scope();
-        let monitor = Monitor::open(scope.clone(), picture.node().ext, kernel.port());
-        let news = monitor.and_then(listen).context("cannot subscribe to the kernel's changes")?;
+        let news = host.watch(scope.clone(), picture.node().ext).context("cannot subscribe to the kernel's changes")?;
         let reading = if adopt { picture.scope_with_adoption() } else { scope };
-        let observed = kernel.observe(reading).await.context("cannot read the kernel's state")?;
+        let observed = host.observe(reading).await.context("cannot read the kernel's state")?;
         let mut reconciler = Reconciler {
             picture,
             facts,
             // It may have changed while the lease was waited for.
             interface: (Some(Instant::now()), String::new(), RETRY.0),
             observed,
-            kernel,
+            host,
             news,
             failures: BTreeMap::new(),
-            read_at: Instant::now() + AUDIT,
-            subnet_file,
+            read_at: Instant::now() + AUDIT.0,
             adopting: adopt,
             resync: None,
-            file_is_stale: false,
-            repaired: BTreeMap::new(),
+            repairs: Repairs::default(),
+            followed: None,
             syncing: Some(syncing),
             notices,
         };
-        reconciler.execute(diff(reconciler.picture.desired(), &reconciler.observed, Prune::No)).await;
+        let ops = diff(reconciler.picture.desired(), &reconciler.observed, Prune::No);
+        // The plugins are told last, when all that they are promised is there.
+        let (file, ops) = ops.into_iter().partition(|op| matches!(op, Op::Set(Object::EnvFile(_))));
+        reconciler.execute(ops).await;
         let legacy = reconciler.picture.desired().iter().any(|(key, _)| matches!(key, Key::Iptables(_, Variant::Legacy)));
         reconciler.resync = legacy.then(|| (Instant::now() + resync, resync));
         // A sysctl that cannot be written (a read-only /proc/sys), and rules that iptables does not take now (another holds
@@ -165,7 +168,10 @@ impl Reconciler {
         let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !can_wait(key));
         let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
         anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
-        reconciler.subnet_file.write(&reconciler.picture)?;
+        reconciler.execute(file).await;
+        if let Some(failure) = reconciler.failures.get(&Key::EnvFile) {
+            anyhow::bail!("{}", failure.error);
+        }
         Ok(reconciler)
     }
 
@@ -178,7 +184,7 @@ impl Reconciler {
             match self.wake(&mut inputs).await? {
                 Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
                 Wake::Own(held) => self.on_own(held).await,
-                Wake::Kernel(changes) => self.on_kernel(changes).await,
+                Wake::Kernel(heard) => self.on_kernel(heard).await,
                 Wake::Timer => self.on_timer(&inputs.claim).await,
                 Wake::Ask(reply) => {
                     let state = self.state(*inputs.connected.borrow());
@@ -192,9 +198,8 @@ impl Reconciler {
 
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
-        let file = self.file_is_stale.then(|| Instant::now() + RETRY.0);
         let resync = self.resync.map(|(at, _)| at);
-        let timer = retry.into_iter().chain(file).chain(resync).chain(self.interface.0).fold(self.read_at, Instant::min);
+        let timer = retry.into_iter().chain(resync).chain(self.interface.0).fold(self.read_at, Instant::min);
         let wake = tokio::select! {
             events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
             changed = inputs.held.changed() => match changed {
@@ -270,62 +275,61 @@ impl Reconciler {
         let keys = self.picture.set_own(held.key).into_iter().collect();
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.execute(ops).await;
-        self.write_file();
     }
 
-    fn write_file(&mut self) {
-        let written = self.subnet_file.write(&self.picture);
-        if let Err(error) = &written
-            && !self.file_is_stale
-        {
-            tracing::error!(%error, "cannot tell the CNI plugins of the new subnet; trying again each second");
-        }
-        self.file_is_stale = written.is_err();
-    }
-
-    async fn on_kernel(&mut self, changes: Vec<Changed>) {
+    async fn on_kernel(&mut self, heard: Vec<Heard>) {
         let mut keys = BTreeSet::new();
-        for change in changes {
+        let mut authors = BTreeMap::new();
+        for Heard { change, by } in heard {
+            let mut touched = BTreeSet::new();
             match change {
                 Changed::Set(object) => {
-                    keys.insert(object.key());
+                    touched.insert(object.key());
                     self.observed.insert(object);
                 }
                 Changed::Gone(key) => {
                     self.observed.remove(&key);
-                    keys.insert(key);
+                    touched.insert(key);
                 }
                 Changed::Rules(family) => {
                     let scope = Scope { rulesets: vec![family], ..Scope::default() };
-                    self.look(scope, &[Key::Ruleset(family)], &mut keys).await;
+                    self.look(scope, &[Key::Ruleset(family)], &mut touched).await;
                 }
                 Changed::Iptables(family) => {
                     let scope = Scope { iptables: vec![family], ..Scope::default() };
-                    self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut keys).await;
+                    self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut touched).await;
+                }
+                Changed::File => {
+                    let scope = Scope { file: self.picture.scope().file, ..Scope::default() };
+                    self.look(scope, &[Key::EnvFile], &mut touched).await;
                 }
                 Changed::Link(_) | Changed::Everything => {
                     if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
                         self.interface.0 = Some(Instant::now() + SETTLE);
                     }
                     self.read_at = self.read_at.min(Instant::now() + SETTLE);
-                    // What failed for want of the link need not fail any more.
-                    self.failures.values_mut().for_each(|failure| failure.due = Instant::now());
+                    // What failed for want of the link need not fail any more. What is fought over has its own pace.
+                    self.failures.values_mut().filter(|failure| failure.error.errno != 0).for_each(|failure| failure.due = Instant::now());
                 }
             }
+            if let Some(author) = by {
+                authors.extend(touched.iter().map(|key| (key.clone(), author.clone())));
+            }
+            keys.append(&mut touched);
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
-        self.repair(ops, "somebody changed").await;
+        self.repair(ops, "somebody changed", &authors).await;
     }
 
-    /// Reads a part of the traffic rules anew and adds its keys to those to compare.
+    /// Reads traffic rules or the file anew and adds its keys to those to compare.
     async fn look(&mut self, scope: Scope, at: &[Key], keys: &mut BTreeSet<Key>) {
-        match self.kernel.observe(scope).await {
+        match self.host.observe(scope).await {
             Ok(now) => {
                 at.iter().for_each(|key| self.observed.remove(key));
                 now.iter().for_each(|(_, object)| self.observed.insert(object.clone()));
                 keys.extend(at.iter().cloned());
             }
-            Err(error) => tracing::warn!(%error, "cannot read the traffic rules; the next audit will"),
+            Err(error) => tracing::warn!(%error, "cannot read what changed; the next audit will"),
         }
     }
 
@@ -333,20 +337,14 @@ impl Reconciler {
     /// another one would be chosen now, changes nothing.
     async fn look_at_interface(&mut self, claim: &watch::Sender<Claim>) {
         let current = self.picture.node().clone();
-        let problem = match self.facts.node(&self.kernel, self.picture.config()).await {
+        let problem = match self.facts.node(&self.host, self.picture.config()).await {
             Ok(node) if node == current => String::new(),
             Ok(node) if node.ext == current.ext => {
                 tracing::info!(interface = %node.ext, was = %list(&current.addrs), is = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, "the interface has changed; this node's lease and devices follow");
                 let keys = self.picture.set_node(node).into_iter().collect();
                 let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
                 self.execute(ops).await;
-                self.write_file();
-                let (peer, addrs) = (self.picture.own_peer(), self.picture.node().addrs);
-                claim.send_if_modified(|claim| {
-                    let is_new = (&claim.peer, &claim.addrs) != (&peer, &addrs);
-                    (claim.peer, claim.addrs) = (peer, addrs);
-                    is_new
-                });
+                self.publish(claim);
                 String::new()
             }
             Ok(node) => format!("now {} would be chosen: restart flanneld to move there", node.ext),
@@ -361,13 +359,34 @@ impl Reconciler {
         self.interface = (if problem.is_empty() { None } else { Some(Instant::now() + wait) }, problem, wait);
     }
 
+    /// Tells the keeper what this node publishes now.
+    fn publish(&self, claim: &watch::Sender<Claim>) {
+        let (peer, addrs) = (self.picture.own_peer(), self.picture.node().addrs);
+        claim.send_if_modified(|claim| {
+            let is_new = (&claim.peer, &claim.addrs) != (&peer, &addrs);
+            (claim.peer, claim.addrs) = (peer, addrs);
+            is_new
+        });
+    }
+
+    /// A VTEP that systemd or an operator gave another link-layer address keeps it, and peers are told. One that is given
+    /// another all the time gets back the one that they know.
+    fn follow_macs(&mut self, claim: &watch::Sender<Claim>) {
+        let Some(macs) = self.picture.foreign_macs(&self.observed) else { return };
+        if self.followed.is_some_and(|at| at.elapsed() < FOLLOW_MAC) {
+            return;
+        }
+        self.followed = Some(Instant::now());
+        let now: Vec<String> = macs.iter().map(|(_, mac)| mac.to_string()).collect();
+        tracing::info!(mac = now.join(","), "somebody gave this node's VTEP another MAC; it is kept, and peers are told");
+        self.picture.set_macs(macs);
+        self.publish(claim);
+    }
+
     async fn on_timer(&mut self, claim: &watch::Sender<Claim>) {
         let now = Instant::now();
         if self.interface.0.is_some_and(|at| at <= now) {
             self.look_at_interface(claim).await;
-        }
-        if self.file_is_stale {
-            self.write_file();
         }
         if let Some((at, every)) = &mut self.resync
             && now >= *at
@@ -378,7 +397,7 @@ impl Reconciler {
             let at = Family::ALL.map(|family| Key::Iptables(family, Variant::Legacy));
             self.look(scope, &at, &mut keys).await;
             let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
-            self.repair(ops, "somebody changed").await;
+            self.repair(ops, "somebody changed", &BTreeMap::new()).await;
         }
         if now < self.read_at {
             let due = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
@@ -389,13 +408,14 @@ impl Reconciler {
             self.execute(ops).await;
             return;
         }
-        self.read_at = now + AUDIT;
         let scope = if self.adopting { self.picture.scope_with_adoption() } else { self.picture.scope() };
-        match self.kernel.observe(scope).await {
+        match self.host.observe(scope).await {
             Ok(observed) => {
                 self.observed = observed;
+                self.follow_macs(claim);
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
-                self.repair(ops, "the kernel did not hold").await;
+                self.read_at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
+                self.repair(ops, "the kernel did not hold", &BTreeMap::new()).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot read the kernel's state; trying again in a second");
@@ -408,26 +428,30 @@ impl Reconciler {
         if self.picture.leases().is_complete() { Prune::Yes } else { Prune::No }
     }
 
-    /// Puts right what the kernel does not hold. What somebody undoes again and again is left to them for a while: two
-    /// who replace each other's work without pause would help nobody.
-    async fn repair(&mut self, mut ops: Vec<Op>, what: &str) {
+    /// Puts right what the kernel does not hold. What somebody undoes again and again is put right ever more slowly, down to
+    /// once a second: two who replace each other's work without pause help nobody.
+    async fn repair(&mut self, mut ops: Vec<Op>, what: &str, authors: &BTreeMap<Key, Author>) {
         let now = Instant::now();
-        self.repaired.retain(|_, (since, _)| now.duration_since(*since) < FIGHT.1);
+        for (key, times) in self.repairs.settled(now) {
+            tracing::info!(object = %key, times, "nobody undoes it any more");
+        }
         ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
         for op in &ops {
-            let (_, times) = self.repaired.entry(op.object().key()).or_insert((now, 0));
-            *times += 1;
-            if *times > FIGHT.0 {
-                let text = format!("somebody undoes it again and again: {}", one_line(op));
-                tracing::warn!(object = %op.object().key(), times, "somebody undoes what this daemon sets; leaving it for a while");
-                self.notices.tell("Fight", format!("{text}; it is left for {} s", FIGHT.1.as_secs() / 2));
-                self.failures
-                    .insert(op.object().key(), Failure { error: OpError { errno: 0, text }, attempts: *times, due: now + FIGHT.1 / 2 });
+            let key = op.object().key();
+            let Some(fight) = self.repairs.count(&key, authors.get(&key), now) else { continue };
+            let by = fight.by.map_or(String::new(), |author| format!(" by {author}"));
+            let text = format!("somebody undoes it again and again{by}: {}", one_line(op));
+            if fight.is_new {
+                tracing::warn!(object = %key, times = fight.times, "somebody undoes what this daemon sets{by}; it is set once a second now");
+                self.notices.tell("Fight", format!("{text}; it is set once a second now"));
             }
+            let failure = Failure { error: OpError { errno: 0, text }, attempts: fight.times, due: now + fight.wait };
+            self.failures.insert(key, failure);
         }
         ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
         for op in ops.iter().take(LOGGED) {
-            tracing::info!(op = %one_line(op), "putting right what {what}");
+            let by = authors.get(&op.object().key()).map_or(String::new(), |author| format!(" ({author})"));
+            tracing::info!(op = %one_line(op), "putting right what {what}{by}");
         }
         if ops.len() > LOGGED {
             tracing::info!(more = ops.len() - LOGGED, "putting right what {what}");
@@ -442,12 +466,12 @@ impl Reconciler {
         if ops.is_empty() {
             return;
         }
-        for (op, outcome) in self.kernel.apply(ops).await {
+        for (op, outcome) in self.host.apply(ops).await {
             let key = op.object().key();
             match outcome {
                 Ok(()) => {
                     self.observed.apply(&op);
-                    if self.failures.remove(&key).is_some() {
+                    if self.failures.remove(&key).is_some_and(|failure| failure.error.errno != 0) {
                         tracing::info!(object = %key, "the kernel takes it now");
                     }
                 }
@@ -455,9 +479,11 @@ impl Reconciler {
                     error.text.push_str(advice(&key, error.errno));
                     let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
                     if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
-                        tracing::warn!(object = %key, %error, "the kernel refuses; it is tried again, others are not affected");
+                        tracing::warn!(object = %key, %error, "this cannot be set; it is tried again, others are not affected");
                         // A container's /proc/sys is read-only as a rule, and nothing depends on ours.
-                        if !matches!(key, Key::Sysctl(_)) {
+                        if key == Key::EnvFile {
+                            self.notices.tell("SubnetFile", format!("the CNI plugins cannot be told of this node: {error}"));
+                        } else if !matches!(key, Key::Sysctl(_)) {
                             self.notices.tell("KernelRefused", format!("{key}: {error}"));
                         }
                     }
@@ -465,80 +491,6 @@ impl Reconciler {
                     self.failures.insert(key, Failure { error, attempts, due: Instant::now() + wait });
                 }
             }
-        }
-    }
-
-    fn log(&self, leases: &BTreeSet<LeaseKey>, operations: usize, began: Instant) {
-        let millis = began.elapsed().as_millis();
-        if leases.len() > LOGGED {
-            let refused = leases.iter().filter(|key| self.picture.refusals().contains_key(key)).count();
-            tracing::info!(leases = leases.len(), refused, operations, millis, "leases changed");
-        }
-        let mut unreachable = Vec::new();
-        for key in leases.iter().filter(|key| **key != self.picture.own()) {
-            let refusals = self.picture.refusals().get(key).map_or(&[][..], Vec::as_slice);
-            for reason in refusals {
-                tracing::warn!(peer = %key, %reason, "no route to this peer");
-                unreachable.push(format!("{key}: {reason}"));
-            }
-            if leases.len() > LOGGED {
-                continue;
-            }
-            match self.picture.leases().get(key) {
-                None => tracing::info!(peer = %key, "the peer is gone"),
-                Some(peer) if refusals.is_empty() => {
-                    let host = peer.public.iter().next().map(|(_, ip)| ip.to_string()).unwrap_or_default();
-                    tracing::info!(peer = %key, host, "the peer is there");
-                }
-                Some(_) => {}
-            }
-        }
-        // One notice for all of a change: a wrong configuration has as many as there are peers.
-        if let [first, rest @ ..] = unreachable.as_slice() {
-            let more = if rest.is_empty() { String::new() } else { format!(", and {} more", rest.len()) };
-            self.notices.tell("PeerUnreachable", format!("no route to the pods of {first}{more}"));
-        }
-    }
-
-    fn state(&self, connected: bool) -> state::State {
-        let picture = &self.picture;
-        let reasons = |(key, refusals): (&LeaseKey, &Vec<flannel::backend::Refusal>)| state::Refused {
-            subnet: key.to_string(),
-            public_ip: picture.leases().get(key).and_then(|peer| peer.public.iter().next().map(|(_, ip)| ip.to_string())),
-            reasons: refusals.iter().map(ToString::to_string).collect(),
-        };
-        let conflict = |(key, owner): (&Key, &Owner)| state::Refused {
-            subnet: match owner {
-                Owner::Node => picture.own().to_string(),
-                Owner::Lease(lease) => lease.to_string(),
-            },
-            public_ip: None,
-            reasons: vec![format!("another peer claims the same {key}")],
-        };
-        state::State {
-            version: env!("CARGO_PKG_VERSION"),
-            backend: picture.config().backend.name(),
-            subnet: picture.own().to_string(),
-            interface: picture.node().ext.to_string(),
-            public_ip: picture.node().public.iter().next().map(|(_, ip)| ip.to_string()),
-            mtu: picture.backend().mtu(picture.node()),
-            store: state::Store { connected, leases: picture.leases().len(), complete: picture.leases().is_complete() },
-            peers: state::Peers {
-                programmed: picture.leases().iter().filter(|(key, _)| !picture.desired().part(&Owner::Lease(**key)).is_empty()).count(),
-                refused: picture.refusals().iter().map(reasons).chain(picture.desired().conflicts().map(conflict)).collect(),
-            },
-            objects: state::Objects {
-                desired: picture.desired().iter().count(),
-                failed: self
-                    .failures
-                    .iter()
-                    .map(|(key, failure)| state::Failed {
-                        object: key.to_string(),
-                        error: failure.error.to_string(),
-                        attempts: failure.attempts,
-                    })
-                    .collect(),
-            },
         }
     }
 }

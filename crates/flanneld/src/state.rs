@@ -1,5 +1,5 @@
-//! The document at `/state`: what this node knows, wants and could not do. A wire form of its own; field names are
-//! stable.
+//! The document at `/state`: what this node knows, wants and could not do; and its numbers for `/metrics`. Wire forms of
+//! their own; names are stable.
 
 use serde::Serialize;
 
@@ -64,6 +64,21 @@ pub struct Objects {
     pub desired: usize,
     /// Those that the kernel refuses.
     pub failed: Vec<Failed>,
+    /// How many were put right so far, because somebody or something had changed them.
+    pub repaired: u64,
+    /// Those that somebody undoes again and again.
+    pub fights: Vec<Fight>,
+}
+
+/// An object that somebody undoes again and again.
+#[derive(Debug, Clone, Serialize)]
+pub struct Fight {
+    /// What it is.
+    pub object: String,
+    /// Who does it, where the kernel tells.
+    pub by: Option<String>,
+    /// How often it was put right.
+    pub times: u32,
 }
 
 /// An object that the kernel refuses.
@@ -75,4 +90,66 @@ pub struct Failed {
     pub error: String,
     /// How often it was tried.
     pub attempts: u32,
+}
+
+impl State {
+    /// The numbers, in Prometheus' text format 0.0.4.
+    pub fn metrics(&self, ready: bool) -> String {
+        let mut text = String::new();
+        let mut put = |name: &str, kind: &str, help: &str, values: &[(&str, String)]| {
+            text.push_str(&format!("# HELP flannel_{name} {help}\n# TYPE flannel_{name} {kind}\n"));
+            values.iter().for_each(|(labels, value)| text.push_str(&format!("flannel_{name}{labels} {value}\n")));
+        };
+        let number = |n: usize| n.to_string();
+        let info = format!("{{version=\"{}\",backend=\"{}\",subnet=\"{}\"}}", self.version, self.backend, self.subnet);
+        put("info", "gauge", "This node.", &[(&info, "1".to_owned())]);
+        put("ready", "gauge", "1 if nothing is waited for.", &[("", u8::from(ready).to_string())]);
+        put("store_connected", "gauge", "1 if the store is being followed.", &[("", u8::from(self.store.connected).to_string())]);
+        put("leases", "gauge", "Leases in the store, this node's included.", &[("", number(self.store.leases))]);
+        let peers = [("{state=\"programmed\"}", number(self.peers.programmed)), ("{state=\"refused\"}", number(self.peers.refused.len()))];
+        put("peers", "gauge", "Other hosts, by what could be done for them.", &peers);
+        put("objects", "gauge", "Objects that shall be in the kernel.", &[("", number(self.objects.desired))]);
+        put("objects_failed", "gauge", "Objects that cannot be set.", &[("", number(self.objects.failed.len()))]);
+        put("repairs_total", "counter", "Objects that were put right.", &[("", self.objects.repaired.to_string())]);
+        put("fights", "gauge", "Objects that somebody undoes again and again.", &[("", number(self.objects.fights.len()))]);
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_prometheus_text() {
+        let state = State {
+            version: "1",
+            backend: "vxlan",
+            subnet: "10.244.1.0/24".to_owned(),
+            interface: "eth0".to_owned(),
+            public_ip: None,
+            mtu: 1450,
+            store: Store { connected: true, leases: 3, complete: true },
+            peers: Peers { programmed: 2, refused: Vec::new() },
+            objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, fights: Vec::new() },
+        };
+        let text = state.metrics(false);
+        let values: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        assert_eq!(
+            values,
+            [
+                r#"flannel_info{version="1",backend="vxlan",subnet="10.244.1.0/24"} 1"#,
+                "flannel_ready 0",
+                "flannel_store_connected 1",
+                "flannel_leases 3",
+                r#"flannel_peers{state="programmed"} 2"#,
+                r#"flannel_peers{state="refused"} 0"#,
+                "flannel_objects 9",
+                "flannel_objects_failed 0",
+                "flannel_repairs_total 4",
+                "flannel_fights 0",
+            ]
+        );
+        assert!(text.starts_with("# HELP flannel_info This node.\n# TYPE flannel_info gauge\n"));
+    }
 }

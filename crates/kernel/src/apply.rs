@@ -108,16 +108,16 @@ impl Kernel {
                 self.index(*link).and_then(|index| addr::set(&mut self.route, index, *cidr))
             }
             Op::Delete(Object::Addr(link, cidr)) => self.index(*link).and_then(|index| addr::delete(&mut self.route, index, *cidr)),
-            Op::Set(Object::Sysctl(path, value)) => sysctl::write(path, value)
-                .map_err(|error| NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() }),
+            Op::Set(Object::Sysctl(path, value)) => sysctl::write(path, value).map_err(io_error),
             Op::Set(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::replace(socket, ruleset)),
             Op::Delete(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::delete(socket, ruleset.family)),
             Op::Set(Object::Iptables(rules)) => self.set_iptables(rules),
             Op::Delete(Object::Iptables(rules)) => self.set_iptables(&Iptables { chains: Vec::new(), ..rules.clone() }),
             Op::Set(Object::Blackhole(dst)) => route::set_blackhole(&mut self.route, *dst),
             Op::Delete(Object::Blackhole(dst)) => route::delete_blackhole(&mut self.route, *dst),
-            // A sysctl has no absence, and the rest is small and batched.
-            Op::Delete(Object::Sysctl(..)) | Op::Set(_) | Op::Delete(_) => Ok(()),
+            Op::Set(Object::EnvFile(file)) => crate::file::write_env(file).map_err(io_error),
+            // A sysctl has no absence, the file always has a successor, and the rest is small and batched.
+            Op::Delete(Object::Sysctl(..) | Object::EnvFile(_)) | Op::Set(_) | Op::Delete(_) => Ok(()),
         }
     }
 
@@ -130,8 +130,7 @@ impl Kernel {
         }
         // Where packets go outlives the device.
         let entries = self.tunnel.take().map(|tunnel| tunnel.entries()).unwrap_or_default();
-        let tunnel = Tunnel::start(wanted.name, local, port)
-            .map_err(|error| NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() })?;
+        let tunnel = Tunnel::start(wanted.name, local, port).map_err(io_error)?;
         entries.into_iter().for_each(|(subnet, host)| tunnel.set(subnet, Some(host)));
         self.tunnel = Some(tunnel);
         Ok(())
@@ -161,6 +160,10 @@ impl Kernel {
     }
 }
 
+fn io_error(error: std::io::Error) -> NetlinkError {
+    NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() }
+}
+
 /// The outcome of an operation: that something is gone already is what a deletion wanted.
 fn judge(op: &Op, result: Result<(), NetlinkError>) -> Outcome {
     match result {
@@ -173,7 +176,7 @@ fn judge(op: &Op, result: Result<(), NetlinkError>) -> Outcome {
 fn refused(op: &Op, error: NetlinkError) -> OpError {
     // A ruleset's text is a page; its name will do.
     match op.object() {
-        Object::Ruleset(_) | Object::Iptables(_) => error.into_op_error(&format_args!("set {}", key(op))),
+        Object::Ruleset(_) | Object::Iptables(_) | Object::EnvFile(_) => error.into_op_error(&format_args!("set {}", key(op))),
         _ => error.into_op_error(op),
     }
 }

@@ -10,6 +10,7 @@ mod apply;
 pub mod capture;
 pub mod command;
 pub mod conntrack;
+pub mod file;
 pub mod hostport;
 pub mod iptables;
 pub mod link;
@@ -35,7 +36,7 @@ use std::collections::BTreeMap;
 use flannel::IfName;
 use netlink::{NetlinkError, Protocol, Socket};
 
-pub use monitor::{Changed, Monitor};
+pub use monitor::{Author, Changed, Heard, Monitor};
 
 /// The kernel of the network namespace in which it was opened, as one thread reads and writes it.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
@@ -40,6 +40,35 @@ pub fn lock() -> io::Result<Lock> {
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
     }
+}
+
+/// Waits a while for a file to be this process's alone, and leaves in it who has it: process and host name, which in a
+/// container is the pod's. It is held until the returned file is dropped, or the process ends.
+///
+/// # Errors
+/// When the file cannot be had; `AddrInUse` with the text that its holder left when it is held all the time.
+pub fn alone(path: &Path, patience: Duration) -> io::Result<File> {
+    use std::io::{Read, Write};
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let mut file = File::options().create(true).truncate(false).read(true).write(true).mode(0o644).open(path)?;
+    let end = Instant::now() + patience;
+    while let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        if error != rustix::io::Errno::WOULDBLOCK {
+            return Err(error.into());
+        }
+        if Instant::now() > end {
+            let mut holder = String::new();
+            file.read_to_string(&mut holder)?;
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, holder.trim().to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let name = rustix::system::uname();
+    file.set_len(0)?;
+    write!(file, "pid {} on {}", std::process::id(), name.nodename().to_string_lossy())?;
+    Ok(file)
 }
 
 fn same_file(file: &File, path: &std::path::Path) -> bool {

@@ -2,13 +2,17 @@
 //! [`Changed::Everything`]; our own echoes are left out where the kernel names the cause.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::ffi::OsString;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use flannel::desired::{Fdb, Key, Neigh, Object, Scope};
 use flannel::{Family, IfName};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
-use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in};
+use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
 use crate::{addr, link, neigh, nft, observe, route};
 
 const RTNLGRP_LINK: u32 = 1;
@@ -33,8 +37,49 @@ pub enum Changed {
     Rules(Family),
     /// Something in iptables' tables of this family changed, in those that nf_tables holds.
     Iptables(Family),
+    /// The file for the CNI plugins.
+    File,
     /// Notifications were lost: anything may have changed.
     Everything,
+}
+
+/// A change and, where the kernel tells, who made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    /// What changed.
+    pub change: Changed,
+    /// By whom.
+    pub by: Option<Author>,
+}
+
+/// Who changed something. Netlink tells a socket's port, which for a program's first socket is its process's number;
+/// nf_tables tells process and program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Author {
+    /// The process.
+    pub pid: u32,
+    /// Its program; empty if it had ended before it was looked at.
+    pub program: String,
+}
+
+impl fmt::Display for Author {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.program.as_str() {
+            "" => write!(f, "process {}, which has ended", self.pid),
+            program => write!(f, "{program}, process {}", self.pid),
+        }
+    }
+}
+
+/// The largest number that Linux gives to a process (`PID_MAX_LIMIT`, `linux/threads.h`); ports above it say nothing.
+const PID_MAX: u32 = 4 << 20;
+
+impl Author {
+    /// Whose socket has this port.
+    fn of(port: u32) -> Option<Author> {
+        let named = || std::fs::read_to_string(format!("/proc/{port}/comm")).map(|name| name.trim_end().to_owned());
+        (port != 0 && port <= PID_MAX).then(|| Author { pid: port, program: named().unwrap_or_default() })
+    }
 }
 
 /// The notification sockets.
@@ -42,6 +87,7 @@ pub enum Changed {
 pub struct Monitor {
     route: Socket,
     netfilter: Option<Socket>,
+    file: Option<WatchedFile>,
     scope: Scope,
     external: IfName,
     /// Indexes of the watched links, as far as they are there.
@@ -63,7 +109,8 @@ impl Monitor {
         }
         // A kernel without nf_tables has nothing to tell of it.
         let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());
-        let mut monitor = Monitor { route, netfilter, scope, external, names: BTreeMap::new(), own_port };
+        let file = scope.file.clone().and_then(WatchedFile::new);
+        let mut monitor = Monitor { route, netfilter, file, scope, external, names: BTreeMap::new(), own_port };
         monitor.learn_names()?;
         Ok(monitor)
     }
@@ -81,9 +128,12 @@ impl Monitor {
     /// # Errors
     /// When waiting fails.
     pub fn wait(&self) -> Result<(), NetlinkError> {
-        let fds = [Some(self.route.as_fd()), self.netfilter.as_ref().map(AsFd::as_fd)];
+        let file = self.file.as_ref();
+        let fds = [Some(self.route.as_fd()), self.netfilter.as_ref().map(AsFd::as_fd), file.map(|file| file.fd.as_fd())];
         let mut polled: Vec<PollFd<'_>> = fds.iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        match rustix::event::poll(&mut polled, None) {
+        // A folder that is gone cannot be watched: whether it is there again is looked at now and then.
+        let patience = file.is_some_and(|file| !file.watching).then_some(Timespec { tv_sec: 0, tv_nsec: 100_000_000 });
+        match rustix::event::poll(&mut polled, patience.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(NetlinkError::Socket("wait", error.into())),
         }
@@ -93,49 +143,115 @@ impl Monitor {
     ///
     /// # Errors
     /// When a socket fails for another reason than lost notifications.
-    pub fn drain(&mut self) -> Result<Vec<Changed>, NetlinkError> {
-        let mut changes = Vec::new();
+    pub fn drain(&mut self) -> Result<Vec<Heard>, NetlinkError> {
+        let mut heard: Vec<Heard> = Vec::new();
+        // Many changes in a row are one author's, as a rule.
+        let mut author: (u32, Option<Author>) = (0, None);
         loop {
             let Monitor { route, names, scope, external, own_port, .. } = self;
             let watched = Watched { scope, external: *external };
             let more = route.notifications(false, |message| {
                 if message.port != *own_port || message.port == 0 {
-                    changes.extend(decode(&message, &watched, names));
+                    if let Some(change) = decode(&message, &watched, names) {
+                        if author.0 != message.port {
+                            author = (message.port, Author::of(message.port));
+                        }
+                        heard.push(Heard { change, by: author.1.clone() });
+                    }
                 } else if is_link(&message) {
                     // Our own change of a link still teaches its index.
                     decode(&message, &watched, names);
                 }
             });
-            if !go_on(more, &mut changes)? {
+            if !go_on(more, &mut heard)? {
                 break;
             }
-            if changes.last() == Some(&Changed::Everything) {
+            if heard.last().is_some_and(|last| last.change == Changed::Everything) {
                 // Which links there are may be among what was lost.
                 self.learn_names()?;
             }
         }
-        let mut rules = Vec::new();
+        let mut rules: Vec<Heard> = Vec::new();
         while let Some(socket) = &mut self.netfilter {
-            // A transaction is a message for each of its rules; once is enough.
-            let more = socket.notifications(false, |message| {
-                let change = decode_rules(&message).filter(|change| !rules.contains(change));
-                rules.extend(change);
+            // A transaction is a message for each of its rules, once is enough; its last message says whose it was.
+            let more = socket.notifications(false, |message| match decode_rules(&message) {
+                Some(change) if rules.iter().any(|known| known.change == change) => {}
+                Some(change) => rules.push(Heard { change, by: None }),
+                None => {
+                    let author = decode_generation(&message);
+                    rules.iter_mut().filter(|known| known.by.is_none()).for_each(|known| known.by.clone_from(&author));
+                }
             });
             if !go_on(more, &mut rules)? {
                 break;
             }
         }
-        changes.extend(rules);
-        Ok(changes)
+        heard.extend(rules);
+        if self.file.as_mut().is_some_and(WatchedFile::has_changed) {
+            heard.push(Heard { change: Changed::File, by: None });
+        }
+        Ok(heard)
     }
 }
 
-fn go_on(outcome: Result<(), NetlinkError>, changes: &mut Vec<Changed>) -> Result<bool, NetlinkError> {
+/// A file that is watched by its folder (inotify(7)), because it is replaced rather than written to.
+#[derive(Debug)]
+struct WatchedFile {
+    fd: OwnedFd,
+    folder: PathBuf,
+    name: OsString,
+    /// Is the folder there to be watched?
+    watching: bool,
+}
+
+impl WatchedFile {
+    /// `None` where the system grants no inotify: then the audit notices.
+    fn new(path: PathBuf) -> Option<WatchedFile> {
+        let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
+        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).map_or(PathBuf::from("."), ToOwned::to_owned);
+        let mut file = WatchedFile { fd, folder, name: path.file_name()?.to_owned(), watching: false };
+        file.watch();
+        Some(file)
+    }
+
+    fn watch(&mut self) {
+        let flags = WatchFlags::CLOSE_WRITE
+            | WatchFlags::MOVED_FROM
+            | WatchFlags::MOVED_TO
+            | WatchFlags::DELETE
+            | WatchFlags::ATTRIB
+            | WatchFlags::DELETE_SELF
+            | WatchFlags::MOVE_SELF
+            | WatchFlags::ONLYDIR;
+        self.watching = inotify::add_watch(&self.fd, &self.folder, flags).is_ok();
+    }
+
+    fn has_changed(&mut self) -> bool {
+        let mut changed = false;
+        if !self.watching {
+            self.watch();
+            changed = self.watching;
+        }
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&self.fd, &mut buffer);
+        while let Ok(event) = reader.next() {
+            let gone = ReadFlags::IGNORED | ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::QUEUE_OVERFLOW;
+            if event.events().intersects(gone) {
+                self.watching = false;
+                changed = true;
+            }
+            changed |= event.file_name().is_some_and(|name| name.to_bytes() == self.name.as_encoded_bytes());
+        }
+        changed
+    }
+}
+
+fn go_on(outcome: Result<(), NetlinkError>, heard: &mut Vec<Heard>) -> Result<bool, NetlinkError> {
     match outcome {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == Some(libc::EAGAIN) => Ok(false),
         Err(error) if error.errno() == Some(libc::ENOBUFS) => {
-            changes.push(Changed::Everything);
+            heard.push(Heard { change: Changed::Everything, by: None });
             Ok(true)
         }
         Err(error) => Err(error),
@@ -208,4 +324,20 @@ fn decode_rules(message: &Received<'_>) -> Option<Changed> {
         return Family::ALL.into_iter().find(|f| addr::family_number(*f) == family).map(Changed::Iptables);
     }
     Family::ALL.into_iter().find(|family| flannel::traffic::table_name(*family) == table).map(Changed::Rules)
+}
+
+/// Who committed the transaction that this message ends (`NFT_MSG_NEWGEN`, `linux/netfilter/nf_tables.h`).
+fn decode_generation(message: &Received<'_>) -> Option<Author> {
+    const NFT_MSG_NEWGEN: u16 = (10 << 8) | 15;
+    const NFTA_GEN_PROC_PID: u16 = 2;
+    const NFTA_GEN_PROC_NAME: u16 = 3;
+    let mut author = Author { pid: 0, program: String::new() };
+    for (kind, value) in attrs(message.body.get(4..).filter(|_| message.kind == NFT_MSG_NEWGEN)?) {
+        match kind {
+            NFTA_GEN_PROC_PID => author.pid = u32::from_be(u32_at(value, 0)?),
+            NFTA_GEN_PROC_NAME => author.program = str_in(value)?.to_owned(),
+            _ => {}
+        }
+    }
+    (author.pid != 0).then_some(author)
 }

@@ -64,6 +64,7 @@ impl Kernel {
             let value = sysctl::read(path).ok().and_then(|value| value.or_else(|| on_a_link.then(|| wanted.clone())));
             value.into_iter().for_each(|value| observed.insert(Object::Sysctl(path.clone(), value)));
         }
+        scope.file.as_deref().and_then(crate::file::read_env).into_iter().for_each(|file| observed.insert(Object::EnvFile(file)));
         for family in &scope.rulesets {
             match self.netfilter().and_then(|socket| nft::list(socket, *family)) {
                 Ok(found) => found.into_iter().for_each(|ruleset| observed.insert(Object::Ruleset(ruleset))),
@@ -141,8 +142,10 @@ impl Kernel {
     ///
     /// # Errors
     /// What the kernel answers.
-    pub fn link(&mut self, name: IfName) -> Result<Option<link::LinkInfo>, NetlinkError> {
-        link::get(&mut self.route, name)
+    pub fn link(&mut self, name: IfName) -> Result<Option<flannel::desired::Link>, NetlinkError> {
+        let Some(info) = link::get(&mut self.route, name)? else { return Ok(None) };
+        let lower = info.vxlan.map(|vxlan| link::get_index(&mut self.route, vxlan.lower)).transpose()?.flatten();
+        Ok(Some(link::to_object(&info, |index| lower.as_ref().filter(|lower| lower.index == index).map(|lower| lower.name))))
     }
 }
 

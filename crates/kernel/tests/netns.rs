@@ -12,7 +12,7 @@ use flannel::traffic::{self, Flavour, TrafficConfig};
 use flannel::{Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
-use kernel::{Changed, Kernel, Monitor, addr, link, netns, route};
+use kernel::{Changed, Heard, Kernel, Monitor, addr, link, netns, route};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 fn main() {
@@ -20,7 +20,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 15] = [
+    let tests: [(&str, fn()); 17] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -35,6 +35,8 @@ fn main() {
         ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
+        ("a_file_is_watched_also_when_its_folder_goes", a_file_is_watched_also_when_its_folder_goes),
+        ("one_daemon_at_a_time", one_daemon_at_a_time),
         ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
     ];
     let trial = |(name, test): (&str, fn())| {
@@ -154,9 +156,8 @@ fn scope() -> Scope {
         sysctls: vec![accept_ra("flannel.1"), accept_ra("flannel-v6.1")],
         rulesets: Family::ALL.into(),
         iptables: Family::ALL.into(),
-        retired: Vec::new(),
-        adopt: None,
         networks: vec!["10.0.0.0/8".parse().unwrap(), "fc00::/48".parse().unwrap()],
+        ..Scope::default()
     }
 }
 
@@ -217,7 +218,8 @@ fn mtu_mac_and_state_are_changed_in_place() {
     external();
     let mut kernel = Kernel::open().unwrap();
     apply(&mut kernel, &[Op::Set(vxlan(Family::V4, 1, 1430))]);
-    let index = kernel.link(name("flannel.1")).unwrap().unwrap().index;
+    let index = || link::get(&mut Socket::open(Protocol::Route).unwrap(), name("flannel.1")).unwrap().unwrap().index;
+    let before = index();
     let Object::Link(mut changed) = vxlan(Family::V4, 1, 1300) else { unreachable!() };
     changed.mac = Mac([0x0e, 9, 9, 9, 9, 9]);
     changed.up = false;
@@ -227,7 +229,7 @@ fn mtu_mac_and_state_are_changed_in_place() {
     apply(&mut kernel, &[Op::Set(Object::Link(changed.clone()))]);
     let scope = Scope { links: vec![name("flannel.1")], ..Scope::default() };
     assert_eq!(kernel.observe(&scope).unwrap().get(&Key::Link(name("flannel.1"))), Some(&Object::Link(changed)));
-    assert_eq!(kernel.link(name("flannel.1")).unwrap().unwrap().index, index, "it is the same device");
+    assert_eq!(index(), before, "it is the same device");
 }
 
 fn peer_route(i: u32, via: &str) -> Object {
@@ -486,19 +488,25 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let mut kernel = Kernel::open().unwrap();
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
-    assert_eq!(monitor.drain().unwrap(), [], "our own routes are no news");
+    let mut hear = || monitor.drain().unwrap();
+    let changes = |heard: Vec<Heard>| heard.into_iter().map(|heard| heard.change).collect::<Vec<_>>();
+    assert_eq!(hear(), [], "our own routes are no news");
 
     // Another program deletes one of ours, replaces the other, and adds one that is none of our business.
     let mut other = Kernel::open().unwrap();
     apply(&mut other, &[Op::Delete(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.3"))]);
-    let heard = monitor.drain().unwrap();
-    assert_eq!(heard, [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
+    let heard = hear();
+    let this = std::fs::read_to_string("/proc/self/comm").unwrap();
+    // The port of a second socket of one process says nothing; that of a program's first is its process.
+    let named = |heard: &Heard| heard.by.as_ref().is_none_or(|author| author.program == this.trim());
+    assert!(heard.iter().all(named), "{heard:?}");
+    assert_eq!(changes(heard), [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
 
     // Foreign neighbours and routes on the external interface are none of our business.
     route::add(&mut socket, "203.0.113.0/24".parse().unwrap(), Some("192.0.2.9".parse().unwrap()), eth0).unwrap();
     let neigh = flannel::desired::Neigh { link: name("eth0"), ip: "192.0.2.77".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 7]) };
     apply(&mut other, &[Op::Set(Object::Neigh(neigh))]);
-    let heard = monitor.drain().unwrap();
+    let heard = changes(hear());
     assert_eq!(heard, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
 
     // A device with entries, deleted by somebody.
@@ -509,15 +517,18 @@ fn the_monitor_hears_others_and_not_ourselves() {
         .map(|(_, o)| Op::Set(o.clone()))
         .collect();
     apply(&mut kernel, &on_v4);
-    monitor.drain().unwrap();
+    hear();
     link::delete(&mut socket, name("flannel.1")).unwrap();
-    assert!(monitor.drain().unwrap().contains(&Changed::Link(name("flannel.1"))));
+    assert!(changes(hear()).contains(&Changed::Link(name("flannel.1"))));
 
     // The external interface, and the rules.
     link::set_up(&mut socket, eth0, false).unwrap();
-    assert!(monitor.drain().unwrap().contains(&Changed::Link(name("eth0"))));
+    assert!(changes(hear()).contains(&Changed::Link(name("eth0"))));
     apply(&mut other, &rules().into_iter().map(Op::Set).collect::<Vec<_>>());
-    let heard = monitor.drain().unwrap();
+    let heard = hear();
+    // The kernel names the thread.
+    assert!(heard.iter().all(|heard| heard.by.as_ref().is_some_and(|author| this.trim().starts_with(&author.program))), "{heard:?}");
+    let heard = changes(heard);
     assert!(heard.contains(&Changed::Rules(Family::V4)) && heard.contains(&Changed::Rules(Family::V6)), "{heard:?}");
 }
 
@@ -534,4 +545,49 @@ fn namespaces_are_told_from_other_files() {
     new.bind(path).unwrap();
     assert_eq!(Netns::open(path).unwrap().id().unwrap(), inside);
     netns::unbind(path).unwrap();
+}
+
+fn a_file_is_watched_also_when_its_folder_goes() {
+    let path = std::path::PathBuf::from("/mnt/watched/subnet.env");
+    kernel::file::write(&path, "one").unwrap();
+    let scope = Scope { file: Some(path.clone()), ..Scope::default() };
+    let mut monitor = Monitor::open(scope.clone(), name("eth0"), 0).unwrap();
+    let mut changed = |what: &str| {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::File) {
+            assert!(std::time::Instant::now() < end, "{what}");
+            monitor.wait().unwrap();
+        }
+    };
+    std::fs::write(&path, "two").unwrap();
+    changed("written to");
+    kernel::file::write(&path, "three").unwrap();
+    changed("replaced");
+    std::fs::remove_file(&path).unwrap();
+    changed("removed");
+    std::fs::remove_dir_all("/mnt/watched").unwrap();
+    changed("its folder removed");
+    kernel::file::write(&path, "four").unwrap();
+    changed("its folder is there again");
+    std::fs::remove_file(&path).unwrap();
+    changed("and is watched");
+
+    let mut kernel = Kernel::open().unwrap();
+    let file = flannel::desired::EnvFile { path: path.clone(), text: "five".to_owned(), ours: true };
+    apply(&mut kernel, &[Op::Set(Object::EnvFile(file.clone()))]);
+    let seen = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::EnvFile).cloned();
+    assert_eq!(seen(&mut kernel), Some(Object::EnvFile(file.clone())));
+    std::fs::write(&path, "five").unwrap();
+    assert_eq!(seen(&mut kernel), Some(Object::EnvFile(flannel::desired::EnvFile { ours: false, ..file })), "the same, by another");
+}
+
+fn one_daemon_at_a_time() {
+    let path = std::path::Path::new("/mnt/alone/.lock");
+    let patience = std::time::Duration::from_millis(50);
+    let held = kernel::lock::alone(path, patience).unwrap();
+    let refused = kernel::lock::alone(path, patience).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
+    assert!(refused.to_string().starts_with(&format!("pid {} on ", std::process::id())), "{refused}");
+    drop(held);
+    kernel::lock::alone(path, patience).unwrap();
 }

@@ -225,7 +225,7 @@ impl Lab {
     /// When the API server gives none.
     pub fn renew_token(&self, life: &str) -> anyhow::Result<()> {
         let token = self.kubectl(&["create", "token", "flannel", "-n", "kube-flannel", "--duration", life], "")?;
-        crate::subnet_file::write_atomically(&self.kubernetes().join("token"), token.trim())
+        Ok(kernel::file::write(&self.kubernetes().join("token"), token.trim())?)
     }
 
     /// Runs kubectl with all rights and returns what it prints.

@@ -65,12 +65,9 @@ pub(crate) fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize,
 pub(crate) fn observe(netns: &Netns) -> Observed {
     let scope = Scope {
         links: vec!["flannel.1".parse().unwrap()],
-        sysctls: Vec::new(),
         rulesets: vec![Family::V4],
-        iptables: Vec::new(),
-        retired: Vec::new(),
-        adopt: None,
         networks: vec!["10.244.0.0/16".parse().unwrap(), "10.0.0.0/8".parse().unwrap()],
+        ..Scope::default()
     };
     netns.run(|| Kernel::open().unwrap().observe(&scope).unwrap()).unwrap()
 }

@@ -1,0 +1,66 @@
+//! The host that a node runs on, as the loop sees it: what is in its kernel, what is told of it, and a way to change it. The
+//! real one is [`KernelThread`](crate::kernel_thread::KernelThread); the simulation has another, without a kernel.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use flannel::backend::extension::Command;
+use flannel::desired::{EnvFile, Link, Scope};
+use flannel::node::{Interface, Reach, RouteFact};
+use flannel::{IfName, Observed, Op, Outcome};
+use kernel::Heard;
+use kernel::netlink::NetlinkError;
+use tokio::sync::mpsc;
+
+/// What the host tells, in the order in which it tells it.
+pub type News = mpsc::Receiver<Result<Vec<Heard>, NetlinkError>>;
+
+/// The facts from which the external interface is chosen.
+#[derive(Debug, Clone, Default)]
+pub struct Surroundings {
+    /// All interfaces.
+    pub interfaces: Vec<Interface>,
+    /// The main table's unicast routes.
+    pub routes: Vec<RouteFact>,
+    /// How the kernel would reach the address that was asked for.
+    pub reach: Option<(IpAddr, Result<Reach, String>)>,
+}
+
+/// A host.
+pub trait Host {
+    /// Subscribes to what changes in `scope` and at the external interface.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn watch(&self, scope: Scope, external: IfName) -> Result<News, NetlinkError>;
+
+    /// Reads what of `scope` is there.
+    ///
+    /// # Errors
+    /// When the kernel refuses to be read.
+    fn observe(&self, scope: Scope) -> impl Future<Output = Result<Observed, NetlinkError>>;
+
+    /// Executes operations and returns them with their outcomes.
+    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>>;
+
+    /// Reads interfaces and routes, and asks how `reach` is reached.
+    ///
+    /// # Errors
+    /// When the kernel refuses to be read.
+    fn surroundings(&self, reach: Option<IpAddr>) -> impl Future<Output = Result<Surroundings, NetlinkError>>;
+
+    /// One link by name.
+    ///
+    /// # Errors
+    /// When the kernel refuses to be read.
+    fn link(&self, name: IfName) -> impl Future<Output = Result<Option<Link>, NetlinkError>>;
+
+    /// The file for the CNI plugins, if one is there.
+    fn env_file(&self, path: &Path) -> Option<EnvFile>;
+
+    /// Runs one of the extension's commands and returns what it prints.
+    ///
+    /// # Errors
+    /// When it fails; the text is its own.
+    fn run(&self, command: Command) -> impl Future<Output = anyhow::Result<String>>;
+}
