@@ -15,6 +15,7 @@ cargo xtask VERB
   image            build the container image from nothing but this checkout: target/image/flannel.tar, for `ctr image import`
   bench [ARGS]     measure, side by side with the kernel's own cost; prints a table (see docs/performance.md)
   kubernetes       build the Kubernetes control plane that the tests and `flanneld lab --kube` use (ten minutes, once)
+  simulate [COUNT [FROM]]   run so many lives of a simulated cluster (default 10000), each by its seed, and print those that fail
   fuzz [SECONDS]   run every fuzz target for so many seconds (default 30); needs a nightly toolchain";
 
 fn main() -> ExitCode {
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         "image" => image().map(|file| println!("{}", file.display())),
         "bench" => bench(rest),
         "kubernetes" => kubernetes().map(|program| println!("{}", program.display())),
+        "simulate" => simulate(rest),
         "fuzz" => fuzz(rest),
         _ => Err(anyhow::anyhow!("{HELP}")),
     };
@@ -157,6 +159,13 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
     let mut command = vec!["bench", "--quiet", "-p", "flanneld", "--bench", "bench", "--"];
     command.extend(args.iter().map(String::as_str));
     cargo(&command, &[("FLANNEL_CNI", plugin.as_os_str()), ("FLANNEL_KUBERNETES", kubernetes.as_os_str())])
+}
+
+fn simulate(args: &[String]) -> anyhow::Result<()> {
+    let number = |at: usize, default: &str| args.get(at).map_or(default, String::as_str).to_owned();
+    let (count, from) = (number(0, "10000"), number(1, "0"));
+    let command = ["test", "--quiet", "--profile", "simulation", "-p", "flanneld", "--test", "simulation"];
+    cargo(&command, &[("FLANNEL_SEEDS", count.as_ref()), ("FLANNEL_SEEDS_FROM", from.as_ref())])
 }
 
 fn fuzz(args: &[String]) -> anyhow::Result<()> {

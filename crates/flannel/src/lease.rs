@@ -79,6 +79,8 @@ pub enum StoreEvent {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Peer>,
+    /// Leases that are there, of which nothing readable was ever told.
+    unreadable: BTreeSet<LeaseKey>,
     /// Keys named since `Init`, while a list is under way.
     listing: Option<BTreeSet<LeaseKey>>,
     complete: bool,
@@ -97,6 +99,7 @@ impl LeaseSet {
                 if let Some(named) = &mut self.listing {
                     named.insert(key);
                 }
+                self.unreadable.remove(&key);
                 if self.leases.get(&key) == Some(&peer) {
                     return Vec::new();
                 }
@@ -107,20 +110,26 @@ impl LeaseSet {
                 if let Some(named) = &mut self.listing {
                     named.insert(key);
                 }
+                if !self.leases.contains_key(&key) {
+                    self.unreadable.insert(key);
+                }
                 Vec::new()
             }
             StoreEvent::Delete(key) => {
                 if let Some(named) = &mut self.listing {
                     named.remove(&key);
                 }
-                self.leases.remove(&key).map(|_| key).into_iter().collect()
+                let was_there = self.leases.remove(&key).is_some() | self.unreadable.remove(&key);
+                was_there.then_some(key).into_iter().collect()
             }
             StoreEvent::InitDone => {
                 self.complete = true;
                 let Some(named) = self.listing.take() else { return Vec::new() };
-                let gone: Vec<LeaseKey> = self.leases.keys().filter(|key| !named.contains(key)).copied().collect();
+                let known = self.leases.keys().chain(&self.unreadable);
+                let gone: Vec<LeaseKey> = known.filter(|key| !named.contains(key)).copied().collect();
                 for key in &gone {
                     self.leases.remove(key);
+                    self.unreadable.remove(key);
                 }
                 gone
             }
@@ -141,6 +150,11 @@ impl LeaseSet {
     /// All leases, ordered by subnet.
     pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Peer)> {
         self.leases.iter()
+    }
+
+    /// Leases that are there, of which nothing readable was ever told.
+    pub fn unreadable(&self) -> impl Iterator<Item = &LeaseKey> {
+        self.unreadable.iter()
     }
 
     /// How many leases there are.
@@ -192,6 +206,19 @@ mod tests {
         set.fold(StoreEvent::Keep(key("10.1.1.0/24")));
         assert!(set.fold(StoreEvent::InitDone).is_empty());
         assert_eq!(set.len(), 1);
+    }
+
+    #[test]
+    fn a_lease_that_never_was_readable_is_there_until_it_is_gone() {
+        let mut set = LeaseSet::default();
+        for event in [StoreEvent::Init, StoreEvent::Keep(key("10.1.1.0/24")), StoreEvent::Keep(key("10.1.2.0/24")), StoreEvent::InitDone] {
+            assert!(set.fold(event).is_empty());
+        }
+        assert_eq!(set.unreadable().copied().collect::<Vec<_>>(), [key("10.1.1.0/24"), key("10.1.2.0/24")]);
+        assert_eq!(set.fold(StoreEvent::Delete(key("10.1.1.0/24"))), [key("10.1.1.0/24")]);
+        set.fold(StoreEvent::Init);
+        assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.2.0/24")]);
+        assert_eq!(set.unreadable().count(), 0);
     }
 
     #[test]

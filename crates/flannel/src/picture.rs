@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::backend::{Backend, Context, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Adopt, Desired, EnvFile, Key, LinkKind, Object, Observed, Owner, Scope};
+use crate::desired::{Adopt, Desired, EnvFile, Key, LinkKind, Object, Observed, Owner, Scope, route_metric};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
@@ -81,6 +81,30 @@ impl Picture {
         let leases = self.leases.fold(event);
         let keys = leases.iter().flat_map(|key| self.paint_lease(*key)).collect();
         Touched { leases, keys }
+    }
+
+    /// A lease whose value nobody can read has what the kernel holds for it: the daemon that ran before could read it. So one
+    /// bad value and a restart do not cut a peer off.
+    pub fn keep_unreadable(&mut self, observed: &Observed) {
+        let own = self.own;
+        let mut keep = Vec::new();
+        for key in self.leases.unreadable().filter(|key| !key.overlaps(&own)) {
+            let mut objects = Vec::new();
+            for (family, subnet) in key.subnets().iter() {
+                let route =
+                    self.config.network(family).and_then(|network| observed.get(&Key::Route(*subnet, route_metric(network, *subnet))));
+                let Some(Object::Route(route)) = route else { continue };
+                objects.push(Object::Route(*route));
+                let Some(Object::Neigh(neigh)) = route.via.and_then(|via| observed.get(&Key::Neigh(route.dev, via))) else { continue };
+                objects.push(Object::Neigh(*neigh));
+                objects.extend(observed.get(&Key::Fdb(neigh.link, neigh.mac)).cloned());
+            }
+            keep.push((*key, objects));
+        }
+        for (key, objects) in keep {
+            // What is wanted already by another lease is that one's.
+            self.desired.set_part(Owner::Lease(key), objects);
+        }
     }
 
     /// This node has another lease now: everything is painted anew.

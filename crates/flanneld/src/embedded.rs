@@ -8,6 +8,7 @@
 
 mod disk;
 mod engine;
+pub mod memory;
 mod server;
 mod state;
 

@@ -5,6 +5,7 @@ mod fight;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,6 +14,7 @@ use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::traffic::iptables::Variant;
 use flannel::{Family, Object, Observed, Op, OpError, Picture, StoreEvent};
+use kernel::netlink::NetlinkError;
 use kernel::{Author, Changed, Heard};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -32,6 +34,8 @@ const AUDIT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_sec
 const AUDIT_PAUSE: u32 = 2_000;
 /// How long after a link's change the kernel is read: what follows from it comes in a burst.
 const SETTLE: Duration = Duration::from_millis(20);
+/// How long after a lease was acquired the store must have told of it.
+const OWN: Duration = Duration::from_secs(5);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// A VTEP that was given another link-layer address is followed no more often than this: each time all peers hear of it.
@@ -55,6 +59,13 @@ enum Wake {
     Ask(oneshot::Sender<state::State>),
     /// The other side is gone: the daemon stops.
     Stop,
+}
+
+impl Wake {
+    fn heard(news: Option<Result<Vec<Heard>, NetlinkError>>) -> anyhow::Result<Wake> {
+        let heard = news.context("the thread that listens to the kernel ended")?;
+        Ok(Wake::Kernel(heard.context("cannot hear of the kernel's changes any more")?))
+    }
 }
 
 /// An object that the kernel refused.
@@ -111,6 +122,8 @@ pub struct Reconciler<H> {
     observed: Observed,
     host: H,
     news: News,
+    /// Whose turn is it, the kernel's or the store's?
+    kernel_first: bool,
     failures: BTreeMap<Key, Failure>,
     /// When the kernel is to be read whole.
     read_at: Instant,
@@ -120,6 +133,10 @@ pub struct Reconciler<H> {
     resync: Option<(Instant, Duration)>,
     /// What was put right lately: somebody may be undoing it.
     repairs: Repairs,
+    /// When it is looked at next whether the lease is still this node's.
+    own_check: Option<Instant>,
+    /// When a lease with another's or old data was written anew.
+    corrected: Option<Instant>,
     /// When a VTEP's new link-layer address was followed last.
     followed: Option<Instant>,
     /// Until the first complete list of leases is in the kernel.
@@ -147,11 +164,14 @@ impl<H: Host> Reconciler<H> {
             observed,
             host,
             news,
+            kernel_first: false,
             failures: BTreeMap::new(),
             read_at: Instant::now() + AUDIT.0,
             adopting: adopt,
             resync: None,
             repairs: Repairs::default(),
+            own_check: None,
+            corrected: None,
             followed: None,
             syncing: Some(syncing),
             notices,
@@ -185,7 +205,7 @@ impl<H: Host> Reconciler<H> {
                 Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
                 Wake::Own(held) => self.on_own(held).await,
                 Wake::Kernel(heard) => self.on_kernel(heard).await,
-                Wake::Timer => self.on_timer(&inputs.claim).await,
+                Wake::Timer => self.on_timer(&inputs).await,
                 Wake::Ask(reply) => {
                     let state = self.state(*inputs.connected.borrow());
                     // Who asked may have gone away.
@@ -199,19 +219,30 @@ impl<H: Host> Reconciler<H> {
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
         let resync = self.resync.map(|(at, _)| at);
-        let timer = retry.into_iter().chain(resync).chain(self.interface.0).fold(self.read_at, Instant::min);
+        let timer = retry.into_iter().chain(resync).chain(self.interface.0).chain(self.own_check).fold(self.read_at, Instant::min);
+        // Store and kernel are served in turn, so that a flood of the one does not keep the other waiting.
+        self.kernel_first = !self.kernel_first;
+        let (kernel_first, news, events) = (self.kernel_first, &mut self.news, &mut inputs.events);
+        let heard = std::future::poll_fn(|context| {
+            let kernel = |news: &mut News, context: &mut _| news.poll_recv(context).map(Wake::heard);
+            if kernel_first && let Poll::Ready(wake) = kernel(news, context) {
+                return Poll::Ready(wake);
+            }
+            if let Poll::Ready(events) = events.poll_recv(context) {
+                return Poll::Ready(Ok(events.map_or(Wake::Stop, Wake::Leases)));
+            }
+            kernel(news, context)
+        });
         let wake = tokio::select! {
-            events = inputs.events.recv() => events.map_or(Wake::Stop, Wake::Leases),
+            // None of the first three can come in a flood.
+            biased;
             changed = inputs.held.changed() => match changed {
                 Ok(()) => Wake::Own(*inputs.held.borrow_and_update()),
                 Err(_) => Wake::Stop,
             },
-            news = self.news.recv() => {
-                let heard = news.context("the thread that listens to the kernel ended")?;
-                Wake::Kernel(heard.context("cannot hear of the kernel's changes any more")?)
-            }
-            () = tokio::time::sleep_until(timer) => Wake::Timer,
             ask = inputs.asks.recv() => ask.map_or(Wake::Stop, Wake::Ask),
+            () = tokio::time::sleep_until(timer) => Wake::Timer,
+            wake = heard => wake?,
         };
         Ok(wake)
     }
@@ -243,11 +274,11 @@ impl<H: Host> Reconciler<H> {
             }
         }
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
-        let published = inputs.held.borrow().published;
-        let is_held = self.picture.leases().get(&own).is_some_and(|peer| is_mine(&peer.public, &published));
-        if (leases.contains(&own) || listed) && complete && !is_held {
-            // A full channel means that it has been told.
-            let _ = inputs.lost.try_send(());
+        if leases.contains(&own) || listed {
+            self.check_own(inputs);
+        }
+        if complete && !was_complete {
+            self.picture.keep_unreadable(&self.observed);
         }
         let ops = match complete && !was_complete {
             // Only now is it known what of the past is superfluous.
@@ -268,7 +299,31 @@ impl<H: Host> Reconciler<H> {
         }
     }
 
+    /// Tells the keeper if the lease that it holds is another's by now, or gone, or says what this node said long ago: a store
+    /// may be restored from an older backup.
+    fn check_own(&mut self, inputs: &Inputs) {
+        self.own_check = None;
+        let (leases, held) = (self.picture.leases(), *inputs.held.borrow());
+        let (said, now) = (leases.get(&held.key).filter(|peer| is_mine(&peer.public, &held.published)), self.picture.own_peer());
+        match said {
+            _ if !leases.is_complete() => {}
+            // A full channel means that it has been told.
+            None => drop(inputs.lost.try_send(())),
+            Some(said) if (&said.backend_type, &said.backend_data) == (&now.backend_type, &now.backend_data) => {}
+            // What was told may be older than what was written; so not at once again.
+            Some(_) if self.corrected.is_some_and(|at| at.elapsed() < OWN) => self.own_check = Some(Instant::now() + OWN),
+            Some(_) => {
+                tracing::info!(subnet = %held.key, "the lease does not say what this node's backend is; writing it anew");
+                self.corrected = Some(Instant::now());
+                inputs.claim.send_modify(|claim| claim.peer = now);
+            }
+        }
+    }
+
     async fn on_own(&mut self, held: Held) {
+        // What was told of this lease before it was held was not about us. Once its own event must have come, it is looked at.
+        self.own_check = Some(Instant::now() + OWN);
+
         if held.key == self.picture.own() {
             return;
         }
@@ -383,10 +438,13 @@ impl<H: Host> Reconciler<H> {
         self.publish(claim);
     }
 
-    async fn on_timer(&mut self, claim: &watch::Sender<Claim>) {
+    async fn on_timer(&mut self, inputs: &Inputs) {
         let now = Instant::now();
+        if self.own_check.is_some_and(|at| at <= now) {
+            self.check_own(inputs);
+        }
         if self.interface.0.is_some_and(|at| at <= now) {
-            self.look_at_interface(claim).await;
+            self.look_at_interface(&inputs.claim).await;
         }
         if let Some((at, every)) = &mut self.resync
             && now >= *at
@@ -412,7 +470,7 @@ impl<H: Host> Reconciler<H> {
         match self.host.observe(scope).await {
             Ok(observed) => {
                 self.observed = observed;
-                self.follow_macs(claim);
+                self.follow_macs(&inputs.claim);
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
                 self.read_at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
                 self.repair(ops, "the kernel did not hold", &BTreeMap::new()).await;

@@ -6,12 +6,13 @@ pub mod etcd;
 pub mod kube;
 
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
-pub use self::connect::Access;
+pub use self::connect::{Access, Wire};
 pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
 pub use self::kube::Kube;
 use crate::notice::{Notice, Notices};

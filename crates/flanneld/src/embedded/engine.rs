@@ -1,13 +1,14 @@
 //! The thread that owns state and file. What waits together is done together: one transaction on disk answers many.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 use tonic::Status;
 
 use super::disk::Disk;
-use super::state::State;
+use super::state::{Saved, State};
 
 /// Jobs in one transaction: enough to share a write among all who wait, few enough to answer soon.
 const BATCH: usize = 256;
@@ -19,8 +20,55 @@ type Answer = Box<dyn FnOnce(Result<(), Status>) + Send>;
 /// A handle to the engine.
 #[derive(Debug, Clone)]
 pub(super) struct Engine {
-    jobs: Sender<Job>,
+    jobs: Jobs,
     revision: watch::Receiver<i64>,
+}
+
+/// Where requests are executed.
+#[derive(Debug, Clone)]
+enum Jobs {
+    /// By the thread that owns state and file.
+    Thread(Sender<Job>),
+    /// At once, on a state that nobody keeps.
+    Memory(Memory),
+}
+
+/// A store that is in memory alone and lives by tokio's clock, which a test may hold. Clones are the same store.
+#[derive(Debug, Clone)]
+pub(super) struct Memory(Arc<Mutex<(State, Vec<watch::Sender<i64>>)>>);
+
+impl Memory {
+    /// An empty store.
+    pub(super) fn new() -> Memory {
+        Memory(Arc::new(Mutex::new((State::new(Saved::default(), now()), Vec::new()))))
+    }
+
+    /// Runs a function on the state, whose leases end when their time has come.
+    pub(super) fn with<T>(&self, f: impl FnOnce(&mut State, Instant) -> T) -> T {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (state, listeners) = &mut *inner;
+        let now = now();
+        state.expire(now);
+        let result = f(state, now);
+        drop(state.take_changes());
+        listeners.retain(|listener| !listener.is_closed());
+        for listener in listeners {
+            listener.send_if_modified(|revision| std::mem::replace(revision, state.revision()) != state.revision());
+        }
+        result
+    }
+
+    pub(super) fn engine(&self) -> Engine {
+        // A channel for each: who of several receivers of one is woken first is left to chance, and a simulation has none.
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (tell, revision) = watch::channel(inner.0.revision());
+        inner.1.push(tell);
+        Engine { jobs: Jobs::Memory(self.clone()), revision }
+    }
+}
+
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 impl Engine {
@@ -30,7 +78,7 @@ impl Engine {
         let (jobs, inbox) = std::sync::mpsc::channel();
         let (publish, revision) = watch::channel(state.revision());
         std::thread::Builder::new().name("store".to_owned()).spawn(move || run(state, disk, &inbox, &publish))?;
-        Ok(Engine { jobs, revision })
+        Ok(Engine { jobs: Jobs::Thread(jobs), revision })
     }
 
     /// Executes a function on the state and returns its result once what it changed is on disk.
@@ -47,7 +95,10 @@ impl Engine {
             })
         });
         let gone = || Status::unavailable("the store is shutting down");
-        self.jobs.send(job).map_err(|_| gone())?;
+        match &self.jobs {
+            Jobs::Thread(jobs) => jobs.send(job).map_err(|_| gone())?,
+            Jobs::Memory(memory) => memory.with(job)(Ok(())),
+        }
         result.await.map_err(|_| gone())?
     }
 

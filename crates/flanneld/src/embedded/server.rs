@@ -8,6 +8,7 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -76,7 +77,7 @@ pub async fn bind(args: &StoreArgs) -> anyhow::Result<Bound> {
     }
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on --listen {}", args.listen))?;
     let address = listener.local_addr()?;
-    Ok(Bound { listener, service: Service { engine, address }, address })
+    Ok(Bound { listener, service: Service::new(engine, address), address })
 }
 
 impl Bound {
@@ -92,13 +93,7 @@ impl Bound {
     pub async fn serve(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Bound { listener, service, .. } = self;
         let engine = service.engine.clone();
-        let kv = KvServer::new(service.clone()).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(usize::MAX);
-        let server = tonic::transport::Server::builder()
-            .add_service(kv)
-            .add_service(WatchServer::new(service.clone()).max_encoding_message_size(usize::MAX))
-            .add_service(LeaseServer::new(service.clone()))
-            .add_service(MaintenanceServer::new(service.clone()))
-            .add_service(ClusterServer::new(service));
+        let server = tonic::transport::Server::builder().add_routes(service.routes());
         // Without this an answer in two segments waits for a delayed ack: 40 ms.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         // A store that cannot write is of no use to anybody: it ends, and is started again.
@@ -114,9 +109,25 @@ impl Bound {
 }
 
 #[derive(Debug, Clone)]
-struct Service {
+pub(super) struct Service {
     engine: Engine,
     address: SocketAddr,
+}
+
+impl Service {
+    pub(super) fn new(engine: Engine, address: SocketAddr) -> Service {
+        Service { engine, address }
+    }
+
+    /// All services, by their paths.
+    pub(super) fn routes(self) -> Routes {
+        let kv = KvServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(usize::MAX);
+        Routes::new(kv)
+            .add_service(WatchServer::new(self.clone()).max_encoding_message_size(usize::MAX))
+            .add_service(LeaseServer::new(self.clone()))
+            .add_service(MaintenanceServer::new(self.clone()))
+            .add_service(ClusterServer::new(self))
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;

@@ -48,7 +48,7 @@ struct LeaseState {
 }
 
 /// Everything there is.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct State {
     cluster: u64,
     revision: i64,
@@ -433,6 +433,11 @@ impl State {
 
     pub(super) fn lease_ids(&self) -> Vec<i64> {
         self.leases.keys().copied().collect()
+    }
+
+    /// Begins the lives of all leases anew.
+    pub(super) fn begin_leases_anew(&mut self, now: Instant) {
+        self.leases.values_mut().for_each(|lease| lease.expires = after(now, lease.ttl));
     }
 
     /// When the next lease ends.

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tonic::body::Body;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status};
+use tower::util::BoxCloneSyncService;
 
 use super::EtcdError;
 use crate::cli::Secret;
@@ -38,8 +40,11 @@ pub struct Access {
     pub login: Option<(String, Secret)>,
 }
 
-/// A connection that adds the token to each request.
-pub(super) type Connection = InterceptedService<Channel, Token>;
+/// What carries requests to one endpoint, and answers back: a connection of HTTP/2, or in a simulation a function.
+pub type Wire = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, tonic::transport::Error>;
+
+/// A wire that adds the token to each request.
+pub(super) type Connection = InterceptedService<Wire, Token>;
 
 /// The token that etcd gave for the password; none before the first login, or where there is no user.
 #[derive(Debug, Clone, Default)]
@@ -64,12 +69,15 @@ impl Interceptor for Token {
     }
 }
 
+/// Makes a wire; nothing is connected until it is used.
+pub(super) type Lay = Box<dyn Fn() -> Wire + Send + Sync>;
+
 /// The endpoints and who we are to them.
-#[derive(Debug)]
 pub(super) struct Endpoints {
     pub(super) names: Vec<String>,
-    endpoints: Vec<Endpoint>,
-    channels: Mutex<Vec<Channel>>,
+    /// Makes a new wire to each.
+    lay: Vec<Lay>,
+    wires: Mutex<Vec<Wire>>,
     token: Token,
     login: Option<(String, Secret)>,
 }
@@ -78,7 +86,7 @@ impl Endpoints {
     /// Reads the comma list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
         let tls = tls(access)?;
-        let mut endpoints = Vec::new();
+        let mut lay: Vec<Lay> = Vec::new();
         let mut names = Vec::new();
         for text in access.endpoints.split(',') {
             let bad = |problem: String| EtcdError::Endpoint(text.to_owned(), problem);
@@ -99,28 +107,33 @@ impl Endpoints {
                 );
             }
             let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true).http2_keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
-            endpoints.push(endpoint);
+            lay.push(Box::new(move || Wire::new(endpoint.connect_lazy())));
             names.push(url);
         }
-        let channels = Mutex::new(endpoints.iter().map(Endpoint::connect_lazy).collect());
-        Ok(Endpoints { names, endpoints, channels, token: Token::default(), login: access.login.clone() })
+        Ok(Endpoints::over(names, lay, access.login.clone()))
+    }
+
+    /// Endpoints by their names and wires.
+    pub(super) fn over(names: Vec<String>, lay: Vec<Lay>, login: Option<(String, Secret)>) -> Endpoints {
+        let wires = Mutex::new(lay.iter().map(|lay| lay()).collect());
+        Endpoints { names, lay, wires, token: Token::default(), login }
     }
 
     /// Begins all connections anew: those that there are begin at an address that this host has no more.
     pub(super) fn renew(&self) {
-        *self.channels.lock().unwrap_or_else(PoisonError::into_inner) = self.endpoints.iter().map(Endpoint::connect_lazy).collect();
+        *self.wires.lock().unwrap_or_else(PoisonError::into_inner) = self.lay.iter().map(|lay| lay()).collect();
     }
 
     pub(super) fn len(&self) -> usize {
-        self.endpoints.len()
+        self.lay.len()
     }
 
     /// A connection to one of the endpoints, counted round. Logs in first, where there is a user and no token.
     pub(super) async fn connection(&self, at: usize) -> Result<Connection, Status> {
-        let channel = self.channels.lock().unwrap_or_else(PoisonError::into_inner)[at % self.endpoints.len()].clone();
+        let wire = self.wires.lock().unwrap_or_else(PoisonError::into_inner)[at % self.lay.len()].clone();
         if let Some((name, password)) = self.login.as_ref().filter(|_| self.token.get().is_none()) {
             let request = AuthenticateRequest { name: name.clone(), password: password.0.clone() };
-            match AuthClient::new(channel.clone()).authenticate(request).await {
+            match AuthClient::new(wire.clone()).authenticate(request).await {
                 Ok(answer) => {
                     let token = answer.into_inner().token.parse().map_err(|_| Status::internal("etcd's token is no ASCII text"))?;
                     self.token.set(Some(token));
@@ -133,7 +146,7 @@ impl Endpoints {
                 Err(status) => return Err(status),
             }
         }
-        Ok(InterceptedService::new(channel, self.token.clone()))
+        Ok(InterceptedService::new(wire, self.token.clone()))
     }
 
     /// Was a request refused because the token is too old? Then it is forgotten, and another try logs in again.
@@ -147,6 +160,12 @@ impl Endpoints {
             self.token.set(None);
         }
         stale && had_one
+    }
+}
+
+impl std::fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoints").field("names", &self.names).finish_non_exhaustive()
     }
 }
 

@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
 pub use self::keeper::{AcquireError, Keeper};
-use super::connect::{Access, Connection, Endpoints, describe};
+use super::connect::{Access, Connection, Endpoints, Wire, describe};
 use super::{Claim, Held, Link, Obstacle, Store};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::etcd::event::EventType;
@@ -118,6 +118,12 @@ impl Etcd {
     pub fn new(access: &Access) -> Result<Etcd, EtcdError> {
         let prefix = access.prefix.trim_end_matches('/').to_owned();
         Ok(Etcd(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix, moves: watch::channel(0).0 })))
+    }
+
+    /// A client that reaches its store by wires of the caller's, laid anew when this host moves.
+    pub fn over(name: &str, lay: impl Fn() -> Wire + Send + Sync + 'static, prefix: &str) -> Etcd {
+        let endpoints = Endpoints::over(vec![name.to_owned()], vec![Box::new(lay)], None);
+        Etcd(Arc::new(Inner { endpoints, current: AtomicUsize::new(0), prefix: prefix.to_owned(), moves: watch::channel(0).0 }))
     }
 
     /// A client of a store that wants neither TLS nor a password.
@@ -447,6 +453,7 @@ impl Store for Etcd {
         loop {
             // A turn that is given up costs nothing: the next begins with a fresh snapshot.
             let outcome = tokio::select! {
+                biased;
                 outcome = self.snapshot_and_watch(&events, &mut link, &mut reported) => outcome,
                 _ = moves.changed() => "this host has another address: connecting anew".to_owned(),
             };

@@ -1,13 +1,14 @@
 //! Keeps this node's lease in etcd: acquires it, renews it before its end, and acquires it again when it was lost. The data
 //! path stays as it is meanwhile.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flannel::alloc::{self, Choice, OutOfSubnets};
 use flannel::renewal::{LEASE_TTL, Renewal, Step};
 use flannel::{Lease, LeaseKey, LeaseSet, PerFamily, StoreEvent, Subnet};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::{Entry, Etcd, EtcdError, Snapshot};
 use crate::store::{Claim, Held};
@@ -124,18 +125,19 @@ impl Keeper {
         let mut current = *held.borrow();
         // When what this node publishes is written again, if it is not what it should be.
         let mut unpublished: Option<Instant> = None;
-        let mut renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.claim.margin);
+        let mut renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
         loop {
-            let due = match renewal.poll(Instant::now()) {
+            let due = match renewal.poll(now()) {
                 Step::Wait(at) => Some(at),
                 Step::Renew if current.etcd_lease == 0 => {
-                    renewal.renewed(Instant::now(), LEASE_TTL);
+                    renewal.renewed(now(), LEASE_TTL);
                     continue;
                 }
                 Step::Renew => None,
             };
             let is_lost = match due {
                 Some(at) => tokio::select! {
+                    biased;
                     // A reservation has no end.
                     () = tokio::time::sleep_until(at.into()), if current.etcd_lease != 0 => continue,
                     changed = claims.changed() => {
@@ -149,7 +151,7 @@ impl Keeper {
                         unpublished = Some(Instant::now());
                         continue;
                     }
-                    () = tokio::time::sleep_until(unpublished.unwrap_or_else(Instant::now).into()), if unpublished.is_some() => {
+                    () = tokio::time::sleep_until(unpublished.unwrap_or_else(Instant::now)), if unpublished.is_some() => {
                         match self.publish(&current).await {
                             Ok(true) => {
                                 unpublished = None;
@@ -177,13 +179,13 @@ impl Keeper {
                 None => match self.store.keep_alive(current.etcd_lease).await {
                     Ok(Some(ttl)) => {
                         tracing::info!(subnet = %current.key, hours = ttl.as_secs() / 3600, "renewed the lease");
-                        renewal.renewed(Instant::now(), ttl);
+                        renewal.renewed(now(), ttl);
                         false
                     }
                     Ok(None) => true,
                     Err(error) => {
                         tracing::warn!(subnet = %current.key, %error, "cannot renew the lease; trying again in a minute");
-                        renewal.failed(Instant::now());
+                        renewal.failed(now());
                         false
                     }
                 },
@@ -191,7 +193,7 @@ impl Keeper {
             if is_lost {
                 tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
                 current = self.reacquire(&current).await;
-                renewal = Renewal::granted(Instant::now(), LEASE_TTL, self.claim.margin);
+                renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
                 held.send_replace(current);
             }
         }
@@ -215,6 +217,11 @@ impl Keeper {
             wait = (wait * 2).min(Duration::from_secs(30));
         }
     }
+}
+
+/// By tokio's clock, which a test may hold.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 /// The leases for the choice of a subnet. One whose value cannot be read is somebody's all the same.

@@ -1,0 +1,54 @@
+//! The embedded store without file and port, for the simulation: the same state and the same services, in this process.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use tonic::service::Routes;
+
+use super::engine;
+use super::server::Service;
+use super::state::State;
+
+/// A store in memory. Clones are the same store.
+#[derive(Debug, Clone)]
+pub struct Memory(engine::Memory);
+
+/// What a store held at some time.
+#[derive(Debug, Clone)]
+pub struct Backup(State);
+
+impl Default for Memory {
+    fn default() -> Memory {
+        Memory(engine::Memory::new())
+    }
+}
+
+impl Memory {
+    /// Its services, as a server would mount them.
+    pub fn routes(&self) -> Routes {
+        Service::new(self.0.engine(), SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 2379)).routes()
+    }
+
+    /// Ends the leases whose time has come, which nobody asks about otherwise.
+    pub fn tick(&self) {
+        self.0.with(|_, _| ());
+    }
+
+    /// What it holds now.
+    pub fn backup(&self) -> Backup {
+        self.0.with(|state, _| Backup(state.clone()))
+    }
+
+    /// Puts it back to what it was: its revision goes backwards. Leases begin their lives anew, as with a server that starts.
+    pub fn restore(&self, backup: &Backup) {
+        self.0.with(|state, now| {
+            *state = backup.0.clone();
+            state.begin_leases_anew(now);
+        });
+    }
+
+    /// Forgets its history, so that who comes back too late must list anew.
+    pub fn compact(&self) {
+        // There may be nothing to forget.
+        let _ = self.0.with(|state, _| state.compact(state.revision()));
+    }
+}

@@ -1,0 +1,538 @@
+//! One life of a cluster: a script drawn from a seed, and the judgement at its end.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::time::Duration;
+
+use flannel::desired::{EnvFile, Key, Link, LinkKind, Object, Route, route_metric};
+use flannel::diff::{Prune, diff};
+use flannel::net::Cidr;
+use flannel::node::Wanted;
+use flannel::traffic::{Flavour, TrafficConfig};
+use flannel::{Backend, Config, Lease, LeaseKey, LeaseSet, Mac, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
+use flanneld::app::{Parts, node_daemon};
+use flanneld::cli::{Cli, RunArgs};
+use flanneld::embedded::memory::{Backup, Memory};
+use flanneld::etcd::kv_client::KvClient;
+use flanneld::etcd::{DeleteRangeRequest, PutRequest};
+use flanneld::host::Host;
+use flanneld::notice::Notices;
+use flanneld::ready::Ready;
+use flanneld::store::{self, Etcd, Store};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, LocalSet};
+use tokio::time::Instant;
+
+use crate::model::ModelHost;
+use crate::wire::{Cable, Mode, wire};
+
+const PREFIX: &str = "/coreos.com/network";
+const NETWORK: &str = "10.244.0.0/16";
+/// How long the cluster has to come to rest: longer than any wait between two tries, and than an audit.
+const REST: Duration = Duration::from_secs(240);
+/// Longer than a lease lives.
+const DAY: Duration = Duration::from_secs(25 * 3600);
+
+/// The time of the simulation, in the log.
+pub(crate) struct VirtualTime;
+
+thread_local! {
+    static BEGAN: RefCell<Option<Instant>> = const { RefCell::new(None) };
+}
+
+impl tracing_subscriber::fmt::time::FormatTime for VirtualTime {
+    fn format_time(&self, w: &mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result {
+        let now = BEGAN.with_borrow(|began| began.map_or(0.0, |began| began.elapsed().as_secs_f64()));
+        write!(w, "{now:10.4}")
+    }
+}
+
+/// What happened, for comparison of two runs of one seed.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Life {
+    operations: Vec<u64>,
+    revision: i64,
+    ended: Duration,
+}
+
+/// Lives a seed.
+pub(crate) fn run(seed: u64) -> Result<Life, String> {
+    fastrand::seed(seed);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        BEGAN.set(Some(Instant::now()));
+        World::new().await.live().await
+    })
+}
+
+/// The true leases, and when each was changed or deleted.
+type Truth = Arc<Mutex<(LeaseSet, Vec<(Instant, LeaseKey)>)>>;
+
+struct Machine {
+    host: ModelHost,
+    cable: Cable,
+    daemon: Option<JoinHandle<()>>,
+    /// Was this host itself ever changed in a way that changes routes?
+    moved: bool,
+    octet: u8,
+    /// A crash in the middle: after so many turns of the daemon.
+    turns: Rc<RefCell<Option<u32>>>,
+}
+
+struct World {
+    store: Memory,
+    backend: &'static str,
+    config: Config,
+    machines: Vec<Machine>,
+    operator: Cable,
+    truth: Truth,
+    backup: Option<Backup>,
+    foreign: Vec<(usize, Object)>,
+}
+
+fn pick<T: Copy>(of: &[T]) -> T {
+    of[fastrand::usize(..of.len())]
+}
+
+fn cidr(octet: u8) -> Cidr {
+    Cidr { addr: IpAddr::V4(Ipv4Addr::new(10, 0, 0, octet)), len: 24 }
+}
+
+fn args() -> RunArgs {
+    let args = ["--etcd-endpoints=http://store:2379", "--subnet-file=/run/flannel/subnet.env", "--ip-masq"];
+    Cli::read(args.map(ToOwned::to_owned), |_| None).unwrap().run
+}
+
+impl World {
+    async fn new() -> World {
+        let backend = pick(&[r#"{"Type":"host-gw"}"#, r#"{"Type":"vxlan"}"#, r#"{"Type":"vxlan","DirectRouting":true}"#]);
+        let text = format!(r#"{{"Network":"{NETWORK}","EnableNFTables":true,"Backend":{backend}}}"#);
+        let config = Config::parse(&text).unwrap();
+        let store = Memory::default();
+        let operator = Cable::new();
+        Etcd::over(
+            "operator",
+            {
+                let (store, mode) = (store.clone(), operator.clone());
+                move || wire(&store, &mode)
+            },
+            PREFIX,
+        )
+        .put_config(&text)
+        .await
+        .unwrap();
+        let machines = (1..=fastrand::u8(2..=4)).map(|octet| Machine {
+            host: ModelHost::new(cidr(octet)),
+            cable: Cable::new(),
+            daemon: None,
+            moved: false,
+            octet,
+            turns: Rc::default(),
+        });
+        let world = World {
+            store,
+            backend,
+            config,
+            machines: machines.collect(),
+            operator,
+            truth: Truth::default(),
+            backup: None,
+            foreign: Vec::new(),
+        };
+        world.witness();
+        world
+    }
+
+    /// Follows the store by a wire of its own, and notes what happens to each lease and when.
+    fn witness(&self) {
+        let (tell, mut events) = mpsc::channel(16);
+        let link = store::Link::new(watch::channel(false).0, Ready::default(), Notices::new().0);
+        tokio::spawn(self.client().follow(self.config.clone(), tell, link));
+        let truth = self.truth.clone();
+        tokio::spawn(async move {
+            while let Some(batch) = events.recv().await {
+                let mut truth = truth.lock().unwrap();
+                let (leases, history) = &mut *truth;
+                for event in batch {
+                    let before = leases.clone();
+                    let touched = leases.fold(event).into_iter().filter(|key| before.get(key).is_some());
+                    history.extend(touched.map(|key| (Instant::now(), key)));
+                }
+            }
+        });
+    }
+
+    fn client(&self) -> Etcd {
+        let (store, mode) = (self.store.clone(), self.operator.clone());
+        Etcd::over("store", move || wire(&store, &mode), PREFIX)
+    }
+
+    async fn live(mut self) -> Result<Life, String> {
+        for at in 0..self.machines.len() {
+            self.start(at);
+        }
+        for _ in 0..fastrand::u32(8..40) {
+            let pause = match fastrand::u32(..10) {
+                0..4 => Duration::ZERO,
+                4..7 => Duration::from_micros(fastrand::u64(..20_000)),
+                7..9 => Duration::from_millis(fastrand::u64(..3_000)),
+                _ => Duration::from_secs(fastrand::u64(..90)),
+            };
+            tokio::time::sleep(pause).await;
+            self.act().await;
+        }
+        // Now and then a day: leases are renewed where the store can be reached, and end where not.
+        if fastrand::u32(..500) == 0 {
+            tracing::info!("a day");
+            self.wait(DAY).await;
+        }
+        self.make_peace().await;
+        self.wait(REST).await;
+        self.judge().await
+    }
+
+    async fn wait(&self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            self.store.tick();
+        }
+    }
+
+    fn start(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        if machine.daemon.is_some() {
+            return;
+        }
+        let (store, mode) = (self.store.clone(), machine.cable.clone());
+        let (host, turns) = (machine.host.clone(), machine.turns.clone());
+        machine.daemon = Some(tokio::task::spawn_local(async move {
+            loop {
+                let etcd = Etcd::over(
+                    "store",
+                    {
+                        let (store, mode) = (store.clone(), mode.clone());
+                        move || wire(&store, &mode)
+                    },
+                    PREFIX,
+                );
+                let ready = Ready::default();
+                let (starting, syncing) = (ready.guard("start"), ready.guard("sync"));
+                let (_ask, asks) = mpsc::channel(1);
+                let parts = Parts { ready, starting, syncing, notices: Notices::new().0, asks };
+                let args = args();
+                let mut daemon = pin!(node_daemon(&args, etcd, host.clone(), parts));
+                // A crash falls between any two turns.
+                let life = std::future::poll_fn(|context| {
+                    if let Some(left) = turns.borrow_mut().as_mut() {
+                        match left.checked_sub(1) {
+                            Some(less) => *left = less,
+                            None => return Poll::Ready(None),
+                        }
+                    }
+                    daemon.as_mut().poll(context).map(Some)
+                });
+                match life.await {
+                    Some(Ok(())) => {}
+                    Some(Err(error)) => tracing::error!("the daemon ended: {error:#}"),
+                    None => {
+                        tracing::error!("the daemon crashed");
+                        *turns.borrow_mut() = None;
+                    }
+                }
+                // As systemd would.
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(100..2_000))).await;
+            }
+        }));
+    }
+
+    async fn act(&mut self) {
+        let at = fastrand::usize(..self.machines.len());
+        let what = fastrand::u32(..23);
+        tracing::info!(at, what, "act");
+        match what {
+            0 | 1 => self.put_foreign_lease().await,
+            2 => self.delete_lease(false).await,
+            3 => self.delete_lease(true).await,
+            4 => self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), b"{\"PublicIP\":".to_vec()).await,
+            5..=7 => self.take_something(at),
+            8..=10 => self.change_something(at),
+            11 => {
+                self.machines[at].moved = true;
+                match fastrand::u32(..5) {
+                    0 => self.machines[at].host.change(|model| model.set_external(false)),
+                    1 => self.machines[at].host.change(|model| model.remove_external()),
+                    2 => {
+                        let other = cidr(100 + self.machines[at].octet);
+                        self.machines[at].host.change(|model| model.set_address(Some(other)));
+                    }
+                    3 => self.machines[at].host.change(|model| model.set_address(None)),
+                    _ => {
+                        let mtu = fastrand::u32(1_280..=9_000);
+                        self.machines[at].host.change(|model| model.set_mtu(mtu));
+                    }
+                }
+            }
+            12 => self.bring_back(at),
+            13 => self.machines[at].host.change(|model| model.flood()),
+            14 => {
+                if let Some(daemon) = self.machines[at].daemon.take() {
+                    daemon.abort();
+                }
+            }
+            15 => *self.machines[at].turns.borrow_mut() = Some(fastrand::u32(..40)),
+            16 => self.start(at),
+            17 | 18 => {
+                let mode = pick(&[Mode::Open, Mode::Open, Mode::Refused, Mode::Silent, Mode::Slow(700), Mode::Slow(6_000), Mode::Deaf]);
+                tracing::info!(?mode, "the wire");
+                self.machines[at].cable.set(mode);
+            }
+            19 => match fastrand::u32(..4) {
+                0 => self.store.compact(),
+                1 => self.backup = Some(self.store.backup()),
+                2 => self.restart_store(None).await,
+                _ => {
+                    let backup = self.backup.take();
+                    self.restart_store(backup).await;
+                }
+            },
+            20 => self.machines[at].host.lock().refuses = pick(&[0, 2, 5, 20]),
+            21 => self.steal(at).await,
+            _ => self.add_foreign_route(at),
+        }
+    }
+
+    /// Everybody's connection breaks, as when the server restarts, perhaps on an older backup.
+    async fn restart_store(&mut self, backup: Option<Backup>) {
+        let before: Vec<Mode> = self.machines.iter().map(|machine| machine.cable.set(Mode::Refused)).collect();
+        if let Some(backup) = backup {
+            self.store.restore(&backup);
+            // The witness lists anew before anybody else is there; so it misses nothing.
+            self.operator.set(Mode::Refused);
+            self.operator.set(Mode::Open);
+        }
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(1_000..3_000))).await;
+        self.machines.iter().zip(before).for_each(|(machine, mode)| {
+            machine.cable.set(mode);
+        });
+    }
+
+    fn peer(&self, octet: u8) -> Peer {
+        let vxlan = self.config.backend.name() == "vxlan";
+        let data = vxlan.then(|| format!("{{\"VNI\":1,\"VtepMAC\":\"02:00:00:00:00:{octet:02x}\"}}").into());
+        let public = PerFamily { v4: Some(cidr(octet).addr), v6: None };
+        Peer { public, backend_type: self.config.backend.name().into(), backend_data: PerFamily { v4: data, v6: None } }
+    }
+
+    async fn put_raw(&self, key: String, value: Vec<u8>) {
+        let key = format!("{PREFIX}/subnets/{key}").into_bytes();
+        let _ = KvClient::new(wire(&self.store, &self.operator)).put(PutRequest { key, value, ..PutRequest::default() }).await;
+    }
+
+    async fn delete_raw(&self, key: String) {
+        let key = format!("{PREFIX}/subnets/{key}").into_bytes();
+        let _ = KvClient::new(wire(&self.store, &self.operator))
+            .delete_range(DeleteRangeRequest { key, ..DeleteRangeRequest::default() })
+            .await;
+    }
+
+    async fn put_foreign_lease(&self) {
+        let peer = self.peer(fastrand::u8(210..214));
+        self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), flannel::wire::value(&peer).into_bytes()).await;
+    }
+
+    /// An operator deletes a lease, of a machine of ours or of others.
+    async fn delete_lease(&self, ours: bool) {
+        let keys: Vec<LeaseKey> = self.truth.lock().unwrap().0.iter().map(|(key, _)| *key).collect();
+        let is_foreign = |key: &&LeaseKey| key.subnets().v4.is_some_and(|subnet| foreign_keys().any(|foreign| foreign == subnet));
+        let keys: Vec<LeaseKey> = keys.iter().filter(|key| is_foreign(key) != ours).copied().collect();
+        if !keys.is_empty() {
+            self.delete_raw(flannel::wire::key(&pick(&keys))).await;
+        }
+    }
+
+    /// Another host's lease is put over a machine's own: it must look for another subnet.
+    async fn steal(&self, at: usize) {
+        let own = cidr(self.machines[at].octet).addr;
+        let key = self.truth.lock().unwrap().0.iter().find(|(_, peer)| peer.public.v4 == Some(own)).map(|(key, _)| *key);
+        if let Some(key) = key {
+            self.put_raw(flannel::wire::key(&key), flannel::wire::value(&self.peer(220)).into_bytes()).await;
+        }
+    }
+
+    fn take_something(&self, at: usize) {
+        self.machines[at].host.change(|model| {
+            let keys: Vec<Key> = model.objects.iter().filter(|(_, object)| !is_foreign(object)).map(|(key, _)| key.clone()).collect();
+            if !keys.is_empty() {
+                model.take(&keys[fastrand::usize(..keys.len())]);
+            }
+        });
+    }
+
+    fn change_something(&mut self, at: usize) {
+        let objects: Vec<Object> = {
+            let model = self.machines[at].host.lock();
+            model.objects.iter().map(|(_, object)| object.clone()).filter(|object| !is_foreign(object)).collect()
+        };
+        if objects.is_empty() {
+            return;
+        }
+        let changed = match objects[fastrand::usize(..objects.len())].clone() {
+            Object::Link(link) => Object::Link(match fastrand::u32(..4) {
+                0 => Link { mtu: 1_300, ..link },
+                1 => Link { up: false, ..link },
+                2 => Link { kind: LinkKind::Other("dummy".to_owned()), ..link },
+                _ => {
+                    self.machines[at].moved = true;
+                    Link { mac: Mac::local([fastrand::u8(..), 1, 2, 3, 4, 5]), ..link }
+                }
+            }),
+            Object::Route(route) => match fastrand::bool() {
+                true => Object::Route(Route { via: Some(cidr(99).addr), ..route }),
+                false => Object::Route(Route { metric: route.metric + 1_000, ..route }),
+            },
+            Object::Neigh(neigh) => Object::Neigh(flannel::desired::Neigh { mac: Mac([2, 9, 9, 9, 9, 9]), ..neigh }),
+            Object::Fdb(fdb) => Object::Fdb(flannel::desired::Fdb { dst: cidr(99).addr, ..fdb }),
+            Object::Sysctl(path, _) => Object::Sysctl(path, "1".to_owned()),
+            Object::EnvFile(file) => Object::EnvFile(EnvFile { text: "FLANNEL_MTU=1\n".to_owned(), ours: false, ..file }),
+            Object::Ruleset(mut rules) => {
+                rules.chains.truncate(1);
+                Object::Ruleset(rules)
+            }
+            other => other,
+        };
+        self.machines[at].host.change(|model| model.put(changed));
+    }
+
+    fn add_foreign_route(&mut self, at: usize) {
+        let dst = format!("10.244.{}.0/24", fastrand::u8(..)).parse().unwrap();
+        let route = Route { dst, metric: 7_777, via: Some(cidr(254).addr), dev: crate::model::eth0(), onlink: false, protocol: 4 };
+        // It goes with the interface, so it is only expected where that stays.
+        self.machines[at].host.change(|model| model.put(Object::Route(route)));
+        self.foreign.push((at, Object::Route(route)));
+    }
+
+    fn bring_back(&mut self, at: usize) {
+        let own = cidr(self.machines[at].octet);
+        self.machines[at].host.change(|model| {
+            if model.external.is_none() {
+                model.add_external(own);
+            }
+            model.set_external(true);
+            model.set_address(Some(own));
+        });
+    }
+
+    async fn make_peace(&mut self) {
+        tracing::info!("peace");
+        for at in 0..self.machines.len() {
+            self.machines[at].cable.set(Mode::Open);
+            self.machines[at].host.lock().refuses = 0;
+            *self.machines[at].turns.borrow_mut() = None;
+            self.bring_back(at);
+            self.start(at);
+        }
+        for octet in 200..204 {
+            self.delete_raw(format!("10.244.{octet}.0-24")).await;
+        }
+        for _ in 0..2 {
+            self.put_foreign_lease().await;
+        }
+    }
+
+    async fn judge(&self) -> Result<Life, String> {
+        let snapshot = self.client().snapshot().await.map_err(|error| error.to_string())?;
+        let entries: BTreeMap<LeaseKey, Peer> =
+            snapshot.entries.iter().filter_map(|entry| Some((entry.key, entry.peer.clone()?))).collect();
+        let mut problems = Vec::new();
+        let mut held: Vec<LeaseKey> = Vec::new();
+        for (at, machine) in self.machines.iter().enumerate() {
+            let address = cidr(machine.octet).addr;
+            let own: Vec<LeaseKey> = entries.iter().filter(|(_, peer)| peer.public.v4 == Some(address)).map(|(key, _)| *key).collect();
+            let file = machine.host.env_file(std::path::Path::new("/"));
+            let said = file.map(|file| flannel::subnet_env::previous_subnets(&file.text)).and_then(LeaseKey::new);
+            let Some(own) = said.filter(|said| own.contains(said)) else {
+                problems.push(format!("machine {at} says {said:?} and has {own:?}"));
+                continue;
+            };
+            if let Some(other) = held.iter().find(|other| other.overlaps(&own)) {
+                problems.push(format!("machine {at} has {own}, another has {other}"));
+            }
+            held.push(own);
+            problems.extend(self.compare(at, machine, own, &entries).await);
+            problems.extend(self.look_back(at, machine));
+        }
+        for (at, object) in &self.foreign {
+            let machine = &self.machines[*at];
+            let model = machine.host.lock();
+            if !machine.moved && model.objects.get(&object.key()) != Some(object) {
+                problems.push(format!("machine {at} lost a foreign route: {object}"));
+            }
+        }
+        if !problems.is_empty() {
+            return Err(format!("{}: {}", self.backend, problems.join("; ")));
+        }
+        let operations = self.machines.iter().map(|machine| machine.host.lock().operations).collect();
+        let ended = BEGAN.with_borrow(|began| began.map(|began| began.elapsed()).unwrap_or_default());
+        Ok(Life { operations, revision: snapshot.revision, ended })
+    }
+
+    /// Does a machine hold what a fresh look at the store would put there, and nothing else of ours?
+    async fn compare(&self, at: usize, machine: &Machine, own: LeaseKey, entries: &BTreeMap<LeaseKey, Peer>) -> Vec<String> {
+        let around = machine.host.surroundings(None).await.unwrap();
+        let node = Node::choose(&around.interfaces, &around.routes, &Wanted::default(), &self.config).unwrap();
+        let mac = entries.get(&own).and_then(|peer| flannel::backend::vtep_mac(peer, flannel::Family::V4).ok());
+        let backend = Backend::new(&self.config, &node, PerFamily { v4: mac, v6: None });
+        let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
+        let args = args();
+        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true);
+        picture.fold(StoreEvent::Init);
+        for (key, peer) in entries {
+            picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }));
+        }
+        picture.fold(StoreEvent::InitDone);
+        let observed = machine.host.observe(picture.scope()).await.unwrap();
+        let ops = diff(picture.desired(), &observed, Prune::Yes);
+        let mut problems: Vec<String> = ops.iter().map(|op| format!("machine {at} lacks: {op}")).collect();
+        problems.append(&mut machine.host.lock().violations);
+        problems
+    }
+
+    /// Was a route taken from a peer more often than its lease was changed or deleted?
+    fn look_back(&self, at: usize, machine: &Machine) -> Vec<String> {
+        // Another address of its own is reason enough for other routes.
+        if machine.moved {
+            return Vec::new();
+        }
+        let truth = self.truth.lock().unwrap();
+        let network: Subnet = NETWORK.parse().unwrap();
+        let mut taken: BTreeMap<Subnet, usize> = BTreeMap::new();
+        for key in &machine.host.lock().deleted {
+            // The metric is that of a peer's route; others were put there by somebody else.
+            if let Key::Route(dst, metric) = key
+                && *metric == route_metric(network, *dst)
+            {
+                *taken.entry(*dst).or_default() += 1;
+            }
+        }
+        let allowed = |dst: Subnet| truth.1.iter().filter(|(_, key)| key.subnets().v4 == Some(dst)).count();
+        let problem = |(dst, times): (&Subnet, &usize)| {
+            let allowed = allowed(*dst);
+            (*times > allowed).then(|| format!("machine {at} took the route to {dst} {times} times, whose lease changed {allowed} times"))
+        };
+        taken.iter().filter_map(problem).collect()
+    }
+}
+
+fn foreign_keys() -> impl Iterator<Item = Subnet> {
+    (200..204).map(|octet| format!("10.244.{octet}.0/24").parse().unwrap())
+}
+
+fn is_foreign(object: &Object) -> bool {
+    matches!(object, Object::Route(route) if route.protocol == 4)
+}
