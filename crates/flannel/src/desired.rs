@@ -125,11 +125,11 @@ pub struct EnvFile {
     pub ours: bool,
 }
 
-/// One thing in the kernel.
+/// One thing in the kernel. There are three a peer, so what is rare and large is boxed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Object {
     /// A link.
-    Link(Link),
+    Link(Box<Link>),
     /// An address on a link of ours.
     Addr(IfName, Cidr),
     /// A sysctl: path below `/proc/sys` with slashes, and value.
@@ -149,9 +149,9 @@ pub enum Object {
     /// Our chains of iptables of one family.
     Iptables(Iptables),
     /// What the operator's own commands make of a peer.
-    Extension(ExtensionPeer),
+    Extension(Box<ExtensionPeer>),
     /// The file for the CNI plugins.
-    EnvFile(EnvFile),
+    EnvFile(Box<EnvFile>),
 }
 
 /// The identity of an object. Its order is the order of doing: what others stand on comes first, and a route comes
@@ -240,7 +240,8 @@ impl fmt::Display for Object {
     /// One line, in the manner of iproute2.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Object::Link(Link { name, kind, mac, mtu, up }) => {
+            Object::Link(link) => {
+                let Link { name, kind, mac, mtu, up } = &**link;
                 write!(f, "link {name} {mac} mtu {mtu} {}", if *up { "up" } else { "down" })?;
                 match kind {
                     LinkKind::Other(kind) => write!(f, " {kind}"),
@@ -433,6 +434,18 @@ impl Observed {
     /// Is there none?
     pub fn is_empty(&self) -> bool {
         self.objects.is_empty()
+    }
+}
+
+impl Extend<Object> for Observed {
+    /// Takes note of many objects. The map is built anew if they are as many as it has: in one go it is packed twice as
+    /// tightly as by one insertion after the other.
+    fn extend<I: IntoIterator<Item = Object>>(&mut self, objects: I) {
+        let new: Vec<(Key, Object)> = objects.into_iter().map(|object| (object.key(), object)).collect();
+        match new.len() > self.objects.len() {
+            true => self.objects = std::mem::take(&mut self.objects).into_iter().chain(new).collect(),
+            false => self.objects.extend(new),
+        }
     }
 }
 

@@ -18,19 +18,32 @@ pub enum Prune {
 
 /// The operations that make `observed` equal `desired`.
 pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
-    let replaced: Vec<IfName> = observed.iter().filter_map(|(key, _)| replaced_link(desired, observed, key)).collect();
+    // Links come first of all keys.
+    let links = observed.iter().take_while(|(key, _)| matches!(key, Key::Link(_)));
+    let replaced: Vec<IfName> = links.filter_map(|(key, _)| replaced_link(desired, observed, key)).collect();
     let survives = |object: &Object| !replaced.iter().any(|link| object.stands_on(*link));
 
     let mut ops: Vec<Op> = replaced_deletes(observed, &replaced);
-    let missing =
-        desired.iter().filter(|(key, want)| observed.get(key).filter(|have| survives(have) && !is_replaced(&replaced, key)) != Some(want));
-    ops.extend(missing.map(|(_, want)| Op::Set(want.clone())));
-    if prune == Prune::Yes {
-        let superfluous = observed.iter().filter(|(key, have)| desired.get(key).is_none() && survives(have));
-        let mut deletes: Vec<Op> = superfluous.map(|(_, have)| Op::Delete(have.clone())).collect();
-        deletes.reverse();
-        ops.extend(deletes);
+    let mut deletes: Vec<Op> = Vec::new();
+    let mut superfluous = |have: &Object| {
+        if prune == Prune::Yes && survives(have) {
+            deletes.push(Op::Delete(have.clone()));
+        }
+    };
+    // Both are in the order of keys, so one walk compares them.
+    let mut there = observed.iter().peekable();
+    for (key, want) in desired.iter() {
+        while let Some((_, have)) = there.next_if(|(other, _)| *other < key) {
+            superfluous(have);
+        }
+        let have = there.next_if(|(other, _)| *other == key).map(|(_, have)| have);
+        if have.filter(|have| survives(have) && !is_replaced(&replaced, key)) != Some(want) {
+            ops.push(Op::Set(want.clone()));
+        }
     }
+    there.for_each(|(_, have)| superfluous(have));
+    deletes.reverse();
+    ops.extend(deletes);
     ops
 }
 
@@ -113,7 +126,7 @@ mod tests {
             gbp: false,
             learning: false,
         };
-        Object::Link(Link { name: "flannel.1".parse().unwrap(), kind, mac: "0e:00:00:00:00:01".parse().unwrap(), mtu, up: true })
+        Object::Link(Box::new(Link { name: "flannel.1".parse().unwrap(), kind, mac: "0e:00:00:00:00:01".parse().unwrap(), mtu, up: true }))
     }
 
     fn addr() -> Object {

@@ -52,6 +52,22 @@ impl std::error::Error for OpError {}
 pub type Outcome = Result<(), OpError>;
 
 impl Observed {
+    /// The same as [`Observed::apply`] for each, which for many at once is cheaper.
+    pub fn apply_all(&mut self, ops: Vec<Op>) {
+        let mut set = Vec::with_capacity(ops.len());
+        for op in ops {
+            match op {
+                // An object that was set and is deleted by the same list is gone.
+                Op::Delete(object) => {
+                    self.extend(set.drain(..));
+                    self.remove(&object.key());
+                }
+                Op::Set(object) => set.push(object),
+            }
+        }
+        self.extend(set);
+    }
+
     /// The model kernel: what would be there after the operation. Laws are checked against it, and the daemon keeps
     /// its memory of the kernel current with it.
     pub fn apply(&mut self, op: &Op) {

@@ -158,7 +158,7 @@ impl Picture {
         if let Some((path, ip_masq)) = &self.file {
             let networks = networks.iter().map(|(_, network)| *network).collect();
             let env = SubnetEnv { networks, subnets: *self.own.subnets(), mtu: self.backend.mtu(&self.node), ip_masq: *ip_masq };
-            objects.push(Object::EnvFile(EnvFile { path: path.clone(), text: env.render(), ours: true }));
+            objects.push(Object::EnvFile(Box::new(EnvFile { path: path.clone(), text: env.render(), ours: true })));
         }
         self.desired.set_part(Owner::Node, objects)
     }

@@ -30,7 +30,7 @@ fn object() -> impl Strategy<Value = Object> {
     let small = || (0u8..6).prop_map(|n| IpAddr::V4(Ipv4Addr::new(10, 1, n, 0)));
     let mac = (0u8..4).prop_map(|n| Mac([2, 0, 0, 0, 0, n]));
     (0u8..5, link, small(), small(), mac, 0u32..3).prop_map(|(kind, link, a, b, mac, n)| match kind {
-        0 => Object::Link(Link {
+        0 => Object::Link(Box::new(Link {
             name: link,
             kind: LinkKind::Vxlan {
                 vni: Vni::new(n).expect("small"),
@@ -43,7 +43,7 @@ fn object() -> impl Strategy<Value = Object> {
             mac,
             mtu: 1400 + n,
             up: true,
-        }),
+        })),
         1 => Object::Addr(link, Cidr { addr: a, len: 32 }),
         2 => Object::Neigh(Neigh { link, ip: a, mac }),
         3 => Object::Fdb(Fdb { link, mac, dst: a }),

@@ -187,7 +187,7 @@ fn raw(backend: &str, size: usize, singles: std::ops::Range<usize>) -> (f64, f64
                     learning: false,
                 };
                 let device = flannel::desired::Link { name: name("flannel.1"), kind, mac: mac(9), mtu: 1450, up: true };
-                kernel.apply(&[Op::Set(Object::Link(device))]).remove(0).unwrap();
+                kernel.apply(&[Op::Set(Object::Link(Box::new(device)))]).remove(0).unwrap();
             }
             // In the daemon's order: by kind, then by address.
             let mut ops: Vec<Op> = (1..=size).flat_map(|i| objects(i, backend)).map(Op::Set).collect();

@@ -4,8 +4,10 @@
 //! Everything lives in namespaces of the calling process and on a tmpfs that only it sees, and every process it
 //! starts is killed when it ends, however it ends. So nothing is ever left behind, and there is no clean-up code.
 
+pub mod chaos;
 pub mod cli;
 mod exec;
+pub mod faults;
 pub mod kubernetes;
 mod outside;
 pub mod packet;
@@ -336,6 +338,18 @@ impl Lab {
             store.wait()?;
         }
         Ok(())
+    }
+
+    /// Makes the store hang for a while, as a machine under load would.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    pub fn pause_store(&self, time: Duration) -> anyhow::Result<()> {
+        use rustix::process::{Pid, Signal, kill_process};
+        let tell = |signal| self.store.iter().try_for_each(|store| kill_process(Pid::from_child(store), signal));
+        tell(Signal::STOP)?;
+        std::thread::sleep(time);
+        Ok(tell(Signal::CONT)?)
     }
 
     /// Writes the plan's network configuration to the store.

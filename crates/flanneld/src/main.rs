@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         }
         None => {
             log(cli.run.v);
+            kernel::process::one_arena();
             for complaint in &cli.run.complaints {
                 tracing::error!("{complaint}");
             }

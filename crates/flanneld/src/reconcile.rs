@@ -33,11 +33,14 @@ const AUDIT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_sec
 /// An audit is followed by a pause of so many times its length: it may take a two-thousandth of a processor.
 const AUDIT_PAUSE: u32 = 2_000;
 /// How long after a link's change the kernel is read: what follows from it comes in a burst.
-const SETTLE: Duration = Duration::from_millis(20);
+const SETTLE: Duration = Duration::from_millis(5);
 /// How long after a lease was acquired the store must have told of it.
 const OWN: Duration = Duration::from_secs(5);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// An interface that is not as it should be is looked at again after the first, doubling up to the second: it may get its address
+/// back, or a default route, of which nothing is heard.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
 /// A VTEP that was given another link-layer address is followed no more often than this: each time all peers hear of it.
 const FOLLOW_MAC: Duration = Duration::from_secs(5);
 /// Leases that change together up to this number are logged one by one.
@@ -160,7 +163,7 @@ impl<H: Host> Reconciler<H> {
             picture,
             facts,
             // It may have changed while the lease was waited for.
-            interface: (Some(Instant::now()), String::new(), RETRY.0),
+            interface: (Some(Instant::now()), String::new(), LOOK_AGAIN.0),
             observed,
             host,
             news,
@@ -360,7 +363,7 @@ impl<H: Host> Reconciler<H> {
                 }
                 Changed::Link(_) | Changed::Everything => {
                     if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
-                        self.interface.0 = Some(Instant::now() + SETTLE);
+                        (self.interface.0, self.interface.2) = (Some(Instant::now() + SETTLE), LOOK_AGAIN.0);
                     }
                     self.read_at = self.read_at.min(Instant::now() + SETTLE);
                     // What failed for want of the link need not fail any more. What is fought over has its own pace.
@@ -370,7 +373,8 @@ impl<H: Host> Reconciler<H> {
             if let Some(author) = by {
                 authors.extend(touched.iter().map(|key| (key.clone(), author.clone())));
             }
-            keys.append(&mut touched);
+            // Not `append`, which costs what is there already.
+            keys.extend(touched);
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.repair(ops, "somebody changed", &authors).await;
@@ -409,8 +413,7 @@ impl<H: Host> Reconciler<H> {
             tracing::warn!(interface = %current.ext, %problem, "the interface is not as it was; devices and routes stay");
             self.notices.tell("InterfaceChanged", format!("{}: {problem}; devices and routes stay", current.ext));
         }
-        // It may get its address back, or a default route, of which nothing is heard.
-        let wait = if problem == self.interface.1 { (self.interface.2 * 2).min(RETRY.1) } else { RETRY.0 };
+        let wait = if problem == self.interface.1 { (self.interface.2 * 2).min(LOOK_AGAIN.1) } else { LOOK_AGAIN.0 };
         self.interface = (if problem.is_empty() { None } else { Some(Instant::now() + wait) }, problem, wait);
     }
 
@@ -469,11 +472,17 @@ impl<H: Host> Reconciler<H> {
         let scope = if self.adopting { self.picture.scope_with_adoption() } else { self.picture.scope() };
         match self.host.observe(scope).await {
             Ok(observed) => {
-                self.observed = observed;
+                // The old one is kept if it is the same: memory that is not moved is not torn.
+                if self.observed != observed {
+                    self.observed = observed;
+                }
                 self.follow_macs(&inputs.claim);
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
                 self.read_at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
                 self.repair(ops, "the kernel did not hold", &BTreeMap::new()).await;
+                if self.observed.len() > MANY {
+                    kernel::process::release_memory();
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot read the kernel's state; trying again in a second");
@@ -524,11 +533,12 @@ impl<H: Host> Reconciler<H> {
         if ops.is_empty() {
             return;
         }
+        let mut done = Vec::with_capacity(ops.len());
         for (op, outcome) in self.host.apply(ops).await {
             let key = op.object().key();
             match outcome {
                 Ok(()) => {
-                    self.observed.apply(&op);
+                    done.push(op);
                     if self.failures.remove(&key).is_some_and(|failure| failure.error.errno != 0) {
                         tracing::info!(object = %key, "the kernel takes it now");
                     }
@@ -550,6 +560,7 @@ impl<H: Host> Reconciler<H> {
                 }
             }
         }
+        self.observed.apply_all(done);
     }
 }
 

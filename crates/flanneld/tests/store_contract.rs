@@ -120,6 +120,11 @@ fn ranges_count_limit_and_sort(lab: &mut Lab) {
         assert_eq!(range(RangeRequest { key: bytes("t/x"), ..RangeRequest::default() }).await.count, 0);
         let from = RangeRequest { key: bytes("t/c"), range_end: vec![0], ..RangeRequest::default() };
         assert_eq!(text(&range(from).await), "t/c=2 u=9");
+        // Those that were made after the first, and those that were changed before the last.
+        let first = whole.kvs.iter().map(|kv| kv.create_revision).min().unwrap();
+        let later = range(RangeRequest { min_create_revision: first + 1, ..all() }).await;
+        assert_eq!((text(&later).as_str(), later.count), ("t/a=3 t/c=2", 3));
+        assert_eq!(text(&range(RangeRequest { max_mod_revision: first, ..all() }).await), "t/b=1");
     });
 }
 
@@ -389,11 +394,11 @@ fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
         let keeper = |public: &str| Keeper { store: store.clone(), claim: claim(&config, public) };
         let none = PerFamily::default();
         let wanted = PerFamily { v4: "10.244.7.0/24".parse().ok(), v6: None };
-        let first = keeper("192.0.2.1").acquire(&wanted).await.unwrap();
+        let first = keeper("192.0.2.1").acquire(&wanted, false).await.unwrap();
         assert_eq!((first.key.to_string().as_str(), first.etcd_lease != 0), ("10.244.7.0/24", true));
-        let again = keeper("192.0.2.1").acquire(&none).await.unwrap();
+        let again = keeper("192.0.2.1").acquire(&none, false).await.unwrap();
         assert_eq!(again.key, first.key, "by its address");
-        let other = keeper("192.0.2.2").acquire(&wanted).await.unwrap();
+        let other = keeper("192.0.2.2").acquire(&wanted, false).await.unwrap();
         assert_ne!(other.key, first.key, "it is taken");
         let value = KvClient::new(channel.clone())
             .range(RangeRequest { key: bytes("/coreos.com/network/subnets/10.244.7.0-24"), ..RangeRequest::default() })
@@ -411,21 +416,21 @@ fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
 
         // A key without an etcd lease is a reservation and stays one.
         assert!(store.put_lease(&lease(20, "192.0.2.3"), 0, 0).await.unwrap());
-        let reserved = keeper("192.0.2.3").acquire(&none).await.unwrap();
+        let reserved = keeper("192.0.2.3").acquire(&none, false).await.unwrap();
         assert_eq!((reserved.key, reserved.etcd_lease), (lease(20, "").key, 0));
 
         // Twenty-seven are left; as many at once get one each.
         let mut racers = tokio::task::JoinSet::new();
         for i in 0..27 {
             let keeper = keeper(&format!("192.0.2.{}", 100 + i));
-            racers.spawn(async move { keeper.acquire(&PerFamily::default()).await.unwrap().key });
+            racers.spawn(async move { keeper.acquire(&PerFamily::default(), false).await.unwrap().key });
         }
         let mut keys: Vec<LeaseKey> = racers.join_all().await;
         keys.extend([first.key, other.key, reserved.key]);
         keys.sort();
         keys.dedup();
         assert_eq!(keys.len(), 30);
-        let full = keeper("192.0.2.250").acquire(&none).await.unwrap_err();
+        let full = keeper("192.0.2.250").acquire(&none, false).await.unwrap_err();
         assert!(full.to_string().contains("out of subnets"), "{full}");
 
         // With both families, leases that share an IPv4 subnet are two keys, both of which the store creates.
@@ -435,7 +440,7 @@ fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
         let mut racers = tokio::task::JoinSet::new();
         for i in 0..12 {
             let keeper = Keeper { store: store.clone(), claim: claim(&config, &format!("192.0.2.{}", 100 + i)) };
-            racers.spawn(async move { keeper.acquire(&PerFamily::default()).await.unwrap().key });
+            racers.spawn(async move { keeper.acquire(&PerFamily::default(), false).await.unwrap().key });
         }
         let keys: Vec<LeaseKey> = racers.join_all().await;
         let overlaps = keys.iter().enumerate().filter(|(at, key)| keys[..*at].iter().any(|other| other.overlaps(key))).count();

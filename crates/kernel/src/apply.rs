@@ -95,7 +95,7 @@ impl Kernel {
             Op::Delete(Object::Forward(subnet, _)) => self.forward(*subnet, None),
             Op::Set(Object::Extension(peer)) => {
                 command::run(&peer.add).map_err(|error| NetlinkError::Refused { errno: libc::EIO, message: error.to_string() })?;
-                self.extension.insert(peer.key, peer.clone());
+                self.extension.insert(peer.key, (**peer).clone());
                 Ok(())
             }
             Op::Delete(Object::Extension(peer)) => {

@@ -147,11 +147,14 @@ impl Monitor {
         let mut heard: Vec<Heard> = Vec::new();
         // Many changes in a row are one author's, as a rule.
         let mut author: (u32, Option<Author>) = (0, None);
+        let mut lost = false;
         loop {
             let Monitor { route, names, scope, external, own_port, .. } = self;
             let watched = Watched { scope, external: *external };
             let more = route.notifications(false, |message| {
-                if message.port != *own_port || message.port == 0 {
+                if lost {
+                    // All will be read anew; what matters is to be done with these soon.
+                } else if message.port != *own_port || message.port == 0 {
                     if let Some(change) = decode(&message, &watched, names) {
                         if author.0 != message.port {
                             author = (message.port, Author::of(message.port));
@@ -163,14 +166,17 @@ impl Monitor {
                     decode(&message, &watched, names);
                 }
             });
-            if !go_on(more, &mut heard)? {
+            if !go_on(more, &mut lost)? {
                 break;
             }
-            if heard.last().is_some_and(|last| last.change == Changed::Everything) {
-                // Which links there are may be among what was lost.
-                self.learn_names()?;
-            }
         }
+        // A socket that overflowed gets nothing more until its queue was seen empty, which it is only now.
+        if lost {
+            heard = vec![Heard { change: Changed::Everything, by: None }];
+            // Which links there are may be among what was lost.
+            self.learn_names()?;
+        }
+        lost = false;
         let mut rules: Vec<Heard> = Vec::new();
         while let Some(socket) = &mut self.netfilter {
             // A transaction is a message for each of its rules, once is enough; its last message says whose it was.
@@ -182,11 +188,12 @@ impl Monitor {
                     rules.iter_mut().filter(|known| known.by.is_none()).for_each(|known| known.by.clone_from(&author));
                 }
             });
-            if !go_on(more, &mut rules)? {
+            if !go_on(more, &mut lost)? {
                 break;
             }
         }
         heard.extend(rules);
+        heard.extend(lost.then_some(Heard { change: Changed::Everything, by: None }));
         if self.file.as_mut().is_some_and(WatchedFile::has_changed) {
             heard.push(Heard { change: Changed::File, by: None });
         }
@@ -246,12 +253,12 @@ impl WatchedFile {
     }
 }
 
-fn go_on(outcome: Result<(), NetlinkError>, heard: &mut Vec<Heard>) -> Result<bool, NetlinkError> {
+fn go_on(outcome: Result<(), NetlinkError>, lost: &mut bool) -> Result<bool, NetlinkError> {
     match outcome {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == Some(libc::EAGAIN) => Ok(false),
         Err(error) if error.errno() == Some(libc::ENOBUFS) => {
-            heard.push(Heard { change: Changed::Everything, by: None });
+            *lost = true;
             Ok(true)
         }
         Err(error) => Err(error),

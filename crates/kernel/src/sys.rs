@@ -171,6 +171,15 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(die) };
 }
 
+/// Lets the allocator have one arena (mallopt(3)).
+pub(crate) fn one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes no pointers; that it is called before there are threads is the caller's duty, and costs no safety.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Gives the allocator's free pages back (malloc_trim(3)).
 pub(crate) fn release_memory() {
     #[cfg(target_env = "gnu")]

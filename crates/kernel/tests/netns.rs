@@ -81,7 +81,7 @@ fn vxlan(family: Family, vni: u32, mtu: u32) -> Object {
         gbp: false,
         learning: false,
     };
-    Object::Link(Link { name: name(device), kind, mac: Mac([0x0e, 0, 0, 0, 0, 1]), mtu, up: true })
+    Object::Link(Box::new(Link { name: name(device), kind, mac: Mac([0x0e, 0, 0, 0, 0, 1]), mtu, up: true }))
 }
 
 fn rules() -> Vec<Object> {
@@ -574,11 +574,15 @@ fn a_file_is_watched_also_when_its_folder_goes() {
 
     let mut kernel = Kernel::open().unwrap();
     let file = flannel::desired::EnvFile { path: path.clone(), text: "five".to_owned(), ours: true };
-    apply(&mut kernel, &[Op::Set(Object::EnvFile(file.clone()))]);
+    apply(&mut kernel, &[Op::Set(Object::EnvFile(Box::new(file.clone())))]);
     let seen = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::EnvFile).cloned();
-    assert_eq!(seen(&mut kernel), Some(Object::EnvFile(file.clone())));
+    assert_eq!(seen(&mut kernel), Some(Object::EnvFile(Box::new(file.clone()))));
     std::fs::write(&path, "five").unwrap();
-    assert_eq!(seen(&mut kernel), Some(Object::EnvFile(flannel::desired::EnvFile { ours: false, ..file })), "the same, by another");
+    assert_eq!(
+        seen(&mut kernel),
+        Some(Object::EnvFile(Box::new(flannel::desired::EnvFile { ours: false, ..file }))),
+        "the same, by another"
+    );
 }
 
 fn one_daemon_at_a_time() {

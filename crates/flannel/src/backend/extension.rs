@@ -104,7 +104,7 @@ pub(super) fn peer_objects(config: &ExtensionConfig, key: &LeaseKey, peer: &Peer
         env: variables(key.subnets(), &peer.public),
         stdin: format!("{data}\n"),
     };
-    vec![Object::Extension(ExtensionPeer { key: *key, add: command(&config.subnet_add), remove: command(&config.subnet_remove) })]
+    vec![Object::Extension(Box::new(ExtensionPeer { key: *key, add: command(&config.subnet_add), remove: command(&config.subnet_remove) }))]
 }
 
 /// What is run before a lease is acquired, if anything; its output is this host's `BackendData`.

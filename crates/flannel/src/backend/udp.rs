@@ -29,7 +29,7 @@ pub(super) fn node_objects(context: Context<'_>, port: u16) -> Vec<Object> {
     };
     let name = device_name();
     vec![
-        Object::Link(Link { name, kind: LinkKind::Udp { local, port }, mac: Mac([0; 6]), mtu: mtu(context.node), up: true }),
+        Object::Link(Box::new(Link { name, kind: LinkKind::Udp { local, port }, mac: Mac([0; 6]), mtu: mtu(context.node), up: true })),
         Object::Addr(name, Cidr { addr: own.network(), len: 32 }),
         Object::Route(Route { dst: network, metric: 0, via: None, dev: name, onlink: false, protocol: ROUTE_PROTOCOL }),
     ]

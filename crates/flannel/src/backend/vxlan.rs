@@ -93,7 +93,7 @@ impl Vxlan {
                 gbp: self.config.gbp,
                 learning: self.config.learning,
             };
-            objects.push(Object::Link(Link { name, kind, mac: *mac, mtu: self.device_mtu(family), up: true }));
+            objects.push(Object::Link(Box::new(Link { name, kind, mac: *mac, mtu: self.device_mtu(family), up: true })));
             objects.push(Object::Addr(name, Cidr { addr: own.network(), len: family.bits() }));
             objects.push(Object::Sysctl(format!("net/ipv6/conf/{name}/accept_ra"), "0".to_owned()));
         }

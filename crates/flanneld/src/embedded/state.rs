@@ -132,6 +132,12 @@ impl State {
         if request.count_only {
             return Ok(RangeResponse { header: self.header(), kvs: Vec::new(), more: false, count });
         }
+        // As in etcd, the count is that of the keys before these bounds. 0 is none.
+        let within = |revision: i64, min: i64, max: i64| revision >= min && (max == 0 || revision <= max);
+        found.retain(|kv| {
+            within(kv.mod_revision, request.min_mod_revision, request.max_mod_revision)
+                && within(kv.create_revision, request.min_create_revision, request.max_create_revision)
+        });
         match request.sort_target() {
             SortTarget::Key => {}
             SortTarget::Version => found.sort_by_key(|kv| kv.version),

@@ -1,5 +1,6 @@
 //! The `lab` command: makes one or two labs, shows what they do, and says whether it was right.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
@@ -7,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::show::{Report, show};
-use super::{Lab, Plan, PodFamily, StoreKind, Topology, exec, isolate, kubernetes, outside};
+use super::{Lab, Plan, PodFamily, StoreKind, Topology, chaos, exec, faults, isolate, kubernetes, outside};
 
 /// What `flanneld lab` is told.
 #[derive(Debug, Clone, Args)]
@@ -52,6 +53,20 @@ pub enum LabCommand {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Make each thing go wrong that the lab knows, and print how soon it is right again (needs ip and nft)
+    Faults {
+        /// Number of hosts
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        hosts: usize,
+        /// How often each
+        #[arg(long, default_value_t = 100, value_name = "N")]
+        rounds: usize,
+        /// Print one JSON document instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let everything go wrong at random, and see that pods reach each other all the same (needs ip and nft)
+    Chaos(chaos::ChaosArgs),
     /// Connect to addresses outside for a lab (started by the lab itself)
     #[command(hide = true)]
     Outside,
@@ -61,6 +76,10 @@ pub enum LabCommand {
 pub fn main(args: LabArgs) -> ExitCode {
     let done = match &args.command {
         Some(LabCommand::Exec { place, command }) => exec::run(place, command).map(|()| true),
+        Some(LabCommand::Faults { hosts, rounds, json }) => {
+            this_program().and_then(|program| faults::measure(&program, &isolate(&program)?, *hosts, *rounds, *json).map(|()| true))
+        }
+        Some(LabCommand::Chaos(args)) => this_program().and_then(|program| chaos::run(&program, &isolate(&program)?, args)),
         Some(LabCommand::Outside) => outside::serve().map(|()| true),
         None => run(&args),
     };
@@ -74,9 +93,13 @@ pub fn main(args: LabArgs) -> ExitCode {
     }
 }
 
+fn this_program() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("cannot tell where this program is")
+}
+
 /// True if every lab did what it should.
 fn run(args: &LabArgs) -> anyhow::Result<bool> {
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let program = this_program()?;
     let backends: Vec<String> = match (&args.backend, args.topology) {
         (Some(backend), _) => vec![backend.clone()],
         (None, Topology::Switch) => vec!["host-gw".to_owned(), "vxlan".to_owned()],

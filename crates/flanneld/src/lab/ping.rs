@@ -1,12 +1,14 @@
 //! ICMP echo (RFC 792, RFC 4443) by raw sockets: what `ping` does, in the namespace of whoever calls.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::Family;
+use kernel::netns::Netns;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recvfrom, sendto, socket_with};
 
@@ -105,6 +107,54 @@ pub fn ping_all(targets: &[IpAddr], timeout: Duration) -> io::Result<BTreeMap<Ip
         }
     }
     Ok(answered)
+}
+
+/// Pings a target each millisecond while `f` runs, and a moment longer; returns how many requests were sent and how many lost.
+///
+/// # Errors
+/// When a socket fails.
+pub fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> io::Result<(usize, usize)> {
+    ping_each(Duration::from_millis(1), from, to, f)
+}
+
+/// The same with another time between two requests.
+///
+/// # Errors
+/// When a socket fails.
+pub fn ping_each(every: Duration, from: &Netns, to: IpAddr, f: impl FnOnce()) -> io::Result<(usize, usize)> {
+    let stop = AtomicBool::new(false);
+    let ping = || -> io::Result<(usize, usize)> {
+        let pinger = Pinger::open()?;
+        let mut open = BTreeSet::new();
+        let (mut sent, mut unsent) = (0, 0);
+        while !stop.load(Ordering::Relaxed) && sent < u16::MAX {
+            // Without a route it is lost at once.
+            match pinger.send(to, sent) {
+                Ok(()) => drop(open.insert(sent)),
+                Err(_) => unsent += 1,
+            }
+            sent += 1;
+            let next = Instant::now() + every;
+            while let Some((_, sequence)) = pinger.receive(next.saturating_duration_since(Instant::now()))? {
+                open.remove(&sequence);
+            }
+        }
+        let end = Instant::now() + Duration::from_secs(2);
+        while !open.is_empty()
+            && let Some((_, sequence)) = pinger.receive(end.saturating_duration_since(Instant::now()))?
+        {
+            open.remove(&sequence);
+        }
+        Ok((usize::from(sent), open.len() + unsent))
+    };
+    std::thread::scope(|scope| {
+        let pinging = scope.spawn(|| from.run(ping));
+        f();
+        // Long enough that what follows from the last act is seen as well.
+        std::thread::sleep(Duration::from_millis(200));
+        stop.store(true, Ordering::Relaxed);
+        pinging.join().map_err(|_| io::Error::other("the pinging thread panicked"))??
+    })
 }
 
 /// Identifier and sequence number of an echo reply. A raw IPv4 socket shows the IP header, an IPv6 one does not.

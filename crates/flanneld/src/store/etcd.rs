@@ -4,8 +4,8 @@ mod keeper;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -13,6 +13,7 @@ use flannel::wire::{self, WireError};
 use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
@@ -34,6 +35,8 @@ use crate::notice::Notice;
 
 /// How long an endpoint may take to answer before the next one is asked.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a list is believed that was asked for by another part of the start.
+const SEED: Duration = Duration::from_secs(5);
 /// Unreadable entries of which it is remembered that they were reported.
 const REPORTED: usize = 1_000;
 
@@ -74,6 +77,9 @@ struct Inner {
     /// The endpoint that answered last.
     current: AtomicUsize,
     prefix: String,
+    /// The list by which the first lease was chosen, with that lease in it, and when that was: who follows next need not ask
+    /// for it again.
+    seed: Mutex<Option<(Snapshot, Instant)>>,
     /// Counts how often this host got another address.
     moves: watch::Sender<u32>,
 }
@@ -117,13 +123,27 @@ impl Etcd {
     /// [`EtcdError::Endpoint`] and [`EtcdError::File`].
     pub fn new(access: &Access) -> Result<Etcd, EtcdError> {
         let prefix = access.prefix.trim_end_matches('/').to_owned();
-        Ok(Etcd(Arc::new(Inner { endpoints: Endpoints::new(access)?, current: AtomicUsize::new(0), prefix, moves: watch::channel(0).0 })))
+        Ok(Etcd::with(Endpoints::new(access)?, prefix))
     }
 
     /// A client that reaches its store by wires of the caller's, laid anew when this host moves.
     pub fn over(name: &str, lay: impl Fn() -> Wire + Send + Sync + 'static, prefix: &str) -> Etcd {
-        let endpoints = Endpoints::over(vec![name.to_owned()], vec![Box::new(lay)], None);
-        Etcd(Arc::new(Inner { endpoints, current: AtomicUsize::new(0), prefix: prefix.to_owned(), moves: watch::channel(0).0 }))
+        Etcd::with(Endpoints::over(vec![name.to_owned()], vec![Box::new(lay)], None), prefix.to_owned())
+    }
+
+    fn with(endpoints: Endpoints, prefix: String) -> Etcd {
+        Etcd(Arc::new(Inner { endpoints, current: AtomicUsize::new(0), prefix, seed: Mutex::default(), moves: watch::channel(0).0 }))
+    }
+
+    /// Keeps a list for who asks next.
+    fn leave_seed(&self, snapshot: Snapshot) {
+        *self.0.seed.lock().unwrap_or_else(PoisonError::into_inner) = Some((snapshot, Instant::now()));
+    }
+
+    /// The list that was kept, if it is not too old to be believed.
+    fn take_seed(&self) -> Option<Snapshot> {
+        let seed = self.0.seed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        seed.filter(|(_, at)| at.elapsed() < SEED).map(|(snapshot, _)| snapshot)
     }
 
     /// A client of a store that wants neither TLS nor a password.
@@ -192,7 +212,17 @@ impl Etcd {
     /// When the store cannot be asked.
     pub async fn snapshot(&self) -> Result<Snapshot, EtcdError> {
         let key = self.subnets().into_bytes();
-        let request = RangeRequest { range_end: prefix_end(&key), key, ..RangeRequest::default() };
+        self.snapshot_of(RangeRequest { range_end: prefix_end(&key), key, ..RangeRequest::default() }).await
+    }
+
+    /// The leases that were created after a revision.
+    async fn created_since(&self, revision: i64) -> Result<Snapshot, EtcdError> {
+        let key = self.subnets().into_bytes();
+        let min_create_revision = revision + 1;
+        self.snapshot_of(RangeRequest { range_end: prefix_end(&key), key, min_create_revision, ..RangeRequest::default() }).await
+    }
+
+    async fn snapshot_of(&self, request: RangeRequest) -> Result<Snapshot, EtcdError> {
         let answer = self.call("read the leases", |channel| range(channel, request.clone())).await?;
         let revision = answer.header.map_or(0, |header| header.revision);
         let mut snapshot = Snapshot { entries: Vec::with_capacity(answer.kvs.len()), revision, unreadable: Vec::new() };
@@ -333,9 +363,12 @@ impl Etcd {
         link: &mut Link,
         reported: &mut BTreeSet<(String, i64)>,
     ) -> String {
-        let snapshot = match self.snapshot().await {
-            Ok(snapshot) => snapshot,
-            Err(error) => return error.to_string(),
+        let snapshot = match self.take_seed() {
+            Some(snapshot) => snapshot,
+            None => match self.snapshot().await {
+                Ok(snapshot) => snapshot,
+                Err(error) => return error.to_string(),
+            },
         };
         report(&snapshot.unreadable, reported);
         let revision = snapshot.revision;
@@ -431,13 +464,15 @@ impl Store for Etcd {
 
     async fn published(&self, _: &Config, public: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
         let snapshot = self.snapshot().await.map_err(AcquireError::from)?;
-        let mut peers = snapshot.entries.into_iter().filter_map(|entry| entry.peer);
-        Ok(peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)))
+        let mut peers = snapshot.entries.iter().filter_map(|entry| entry.peer.as_ref());
+        let found = peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)).cloned();
+        self.leave_seed(snapshot);
+        Ok(found)
     }
 
     async fn acquire(&self, claim: &Claim) -> Result<Held, Obstacle> {
         let keeper = Keeper { store: self.clone(), claim: claim.clone() };
-        Ok(keeper.acquire(&claim.previous).await?)
+        Ok(keeper.acquire(&claim.previous, true).await?)
     }
 
     async fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) {

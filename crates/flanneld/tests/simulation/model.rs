@@ -175,7 +175,7 @@ impl Model {
     pub(crate) fn remove_external(&mut self) {
         self.external = None;
         self.drop_with(eth0());
-        let on_it = |object: &Object| matches!(object, Object::Link(Link { kind: LinkKind::Vxlan { .. }, .. }));
+        let on_it = |object: &Object| matches!(object, Object::Link(link) if matches!(link.kind, LinkKind::Vxlan { .. }));
         let links: Vec<Key> = self.objects.iter().filter(|(_, object)| on_it(object)).map(|(key, _)| key.clone()).collect();
         links.iter().for_each(|key| self.take(key));
         self.tell(Changed::Link(eth0()));
@@ -338,14 +338,14 @@ impl Host for ModelHost {
     async fn link(&self, name: IfName) -> Result<Option<Link>, NetlinkError> {
         moment().await;
         match self.lock().objects.get(&Key::Link(name)) {
-            Some(Object::Link(link)) => Ok(Some(link.clone())),
+            Some(Object::Link(link)) => Ok(Some((**link).clone())),
             _ => Ok(None),
         }
     }
 
     fn env_file(&self, _: &Path) -> Option<EnvFile> {
         match self.lock().objects.get(&Key::EnvFile) {
-            Some(Object::EnvFile(file)) => Some(file.clone()),
+            Some(Object::EnvFile(file)) => Some((**file).clone()),
             _ => None,
         }
     }

@@ -383,15 +383,15 @@ impl World {
             return;
         }
         let changed = match objects[fastrand::usize(..objects.len())].clone() {
-            Object::Link(link) => Object::Link(match fastrand::u32(..4) {
-                0 => Link { mtu: 1_300, ..link },
-                1 => Link { up: false, ..link },
-                2 => Link { kind: LinkKind::Other("dummy".to_owned()), ..link },
+            Object::Link(link) => Object::Link(Box::new(match fastrand::u32(..4) {
+                0 => Link { mtu: 1_300, ..*link },
+                1 => Link { up: false, ..*link },
+                2 => Link { kind: LinkKind::Other("dummy".to_owned()), ..*link },
                 _ => {
                     self.machines[at].moved = true;
-                    Link { mac: Mac::local([fastrand::u8(..), 1, 2, 3, 4, 5]), ..link }
+                    Link { mac: Mac::local([fastrand::u8(..), 1, 2, 3, 4, 5]), ..*link }
                 }
-            }),
+            })),
             Object::Route(route) => match fastrand::bool() {
                 true => Object::Route(Route { via: Some(cidr(99).addr), ..route }),
                 false => Object::Route(Route { metric: route.metric + 1_000, ..route }),
@@ -399,7 +399,7 @@ impl World {
             Object::Neigh(neigh) => Object::Neigh(flannel::desired::Neigh { mac: Mac([2, 9, 9, 9, 9, 9]), ..neigh }),
             Object::Fdb(fdb) => Object::Fdb(flannel::desired::Fdb { dst: cidr(99).addr, ..fdb }),
             Object::Sysctl(path, _) => Object::Sysctl(path, "1".to_owned()),
-            Object::EnvFile(file) => Object::EnvFile(EnvFile { text: "FLANNEL_MTU=1\n".to_owned(), ours: false, ..file }),
+            Object::EnvFile(file) => Object::EnvFile(Box::new(EnvFile { text: "FLANNEL_MTU=1\n".to_owned(), ours: false, ..*file })),
             Object::Ruleset(mut rules) => {
                 rules.chains.truncate(1);
                 Object::Ruleset(rules)

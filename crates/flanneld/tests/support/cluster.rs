@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::desired::Scope;
 use flannel::{Family, Object, Observed};
-use flanneld::lab::ping::{Pinger, ping_all};
+use flanneld::lab::ping::{self, ping_all};
 use kernel::Kernel;
 use kernel::netns::Netns;
 
@@ -25,40 +24,7 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Pings a target each millisecond while `f` runs; returns how many requests were sent and how many lost.
 pub(crate) fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize, usize) {
-    let stop = AtomicBool::new(false);
-    let ping = || {
-        from.run(|| {
-            let pinger = Pinger::open().unwrap();
-            let mut open = BTreeSet::new();
-            let mut sent = 0;
-            while !stop.load(Ordering::Relaxed) && sent < u16::MAX {
-                pinger.send(to, sent).unwrap();
-                open.insert(sent);
-                sent += 1;
-                let next = Instant::now() + Duration::from_millis(1);
-                while let Some((_, sequence)) = pinger.receive(next.saturating_duration_since(Instant::now())).unwrap() {
-                    open.remove(&sequence);
-                }
-            }
-            let end = Instant::now() + Duration::from_secs(2);
-            while let Some((_, sequence)) = pinger.receive(end.saturating_duration_since(Instant::now())).unwrap() {
-                open.remove(&sequence);
-                if open.is_empty() {
-                    break;
-                }
-            }
-            (usize::from(sent), open.len())
-        })
-        .unwrap()
-    };
-    std::thread::scope(|scope| {
-        let pinging = scope.spawn(ping);
-        f();
-        // Long enough that what follows from the last act is seen as well.
-        std::thread::sleep(Duration::from_millis(200));
-        stop.store(true, Ordering::Relaxed);
-        pinging.join().unwrap()
-    })
+    ping::ping_during(from, to, f).unwrap()
 }
 
 /// What of flannel is in a host's kernel.

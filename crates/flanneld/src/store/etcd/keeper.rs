@@ -1,6 +1,7 @@
 //! Keeps this node's lease in etcd: acquires it, renews it before its end, and acquires it again when it was lost. The data
 //! path stays as it is meanwhile.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use flannel::alloc::{self, Choice, OutOfSubnets};
@@ -40,17 +41,18 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Acquires a lease: this node's own from before, else its previous subnet, else a random free one.
+    /// Acquires a lease: this node's own from before, else its previous subnet, else a random free one. The first one leaves the
+    /// list that it was chosen by to who follows the store next.
     ///
     /// # Errors
     /// [`AcquireError`].
-    pub async fn acquire(&self, previous: &PerFamily<Subnet>) -> Result<Held, AcquireError> {
+    pub async fn acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<Held, AcquireError> {
         for attempt in 0..TRIES {
             if attempt > 0 {
                 // Others who lost the same race draw another time and another subnet.
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(1..=20 * u64::from(attempt)))).await;
             }
-            if let Some(held) = self.try_acquire(previous).await? {
+            if let Some(held) = self.try_acquire(previous, is_first).await? {
                 return Ok(held);
             }
         }
@@ -58,8 +60,12 @@ impl Keeper {
     }
 
     /// One try; `None` if somebody else changed what this decision stood on.
-    async fn try_acquire(&self, previous: &PerFamily<Subnet>) -> Result<Option<Held>, AcquireError> {
-        let snapshot = self.store.snapshot().await?;
+    async fn try_acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<Option<Held>, AcquireError> {
+        let seed = self.store.take_seed().filter(|_| is_first);
+        let mut snapshot = match seed {
+            Some(snapshot) => snapshot,
+            None => self.store.snapshot().await?,
+        };
         let mut stale = None;
         let Claim { config, peer, .. } = &self.claim;
         let leases = lease_set(&snapshot);
@@ -81,10 +87,16 @@ impl Keeper {
         let put = self.store.put_lease(&lease, etcd_lease, expected).await;
         if let Ok(true) = put {
             // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
-            if matches!(choice, Choice::Create(_)) && self.is_younger(&key).await? {
+            if matches!(choice, Choice::Create(_)) && self.is_younger(&key, snapshot.revision).await? {
                 tracing::info!(subnet = %key, "another host was faster with a part of this subnet; giving it back");
                 self.store.revoke(etcd_lease).await;
                 return Ok(None);
+            }
+            if is_first {
+                snapshot.entries.retain(|entry| entry.key != key);
+                // Its revisions are told by the watch, which begins before it was written.
+                snapshot.entries.push(Entry { key, peer: Some(lease.peer), create_revision: 0, mod_revision: 0, lease: etcd_lease });
+                self.store.leave_seed(snapshot);
             }
             return Ok(Some(held(key, etcd_lease)));
         }
@@ -98,9 +110,9 @@ impl Keeper {
         put.map(|_| None).map_err(AcquireError::from)
     }
 
-    /// Does a lease that was just created overlap an older one?
-    async fn is_younger(&self, key: &LeaseKey) -> Result<bool, AcquireError> {
-        let now = self.store.snapshot().await?;
+    /// Does a lease that was just created overlap an older one, which was not there at the revision by which it was chosen?
+    async fn is_younger(&self, key: &LeaseKey, chosen: i64) -> Result<bool, AcquireError> {
+        let now = self.store.created_since(chosen).await?;
         let Some(mine) = now.entries.iter().find(|entry| entry.key == *key) else { return Ok(true) };
         let older = |entry: &&Entry| entry.key != *key && entry.create_revision < mine.create_revision;
         Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
@@ -123,6 +135,8 @@ impl Keeper {
     /// it is gone. What is held is published in `held`.
     pub async fn run(mut self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         let mut current = *held.borrow();
+        // The etcd leases that this node had; 0 is anybody's.
+        let mut ever: BTreeSet<i64> = Some(current.etcd_lease).filter(|id| *id != 0).into_iter().collect();
         // When what this node publishes is written again, if it is not what it should be.
         let mut unpublished: Option<Instant> = None;
         let mut renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
@@ -191,18 +205,43 @@ impl Keeper {
                 },
             };
             if is_lost {
-                tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
-                current = self.reacquire(&current).await;
+                // A store that was restored from a backup may say what this node published long ago, an address that it had then
+                // included. By the etcd lease on it it is this node's all the same.
+                if !self.is_kept(&mut current, &mut ever).await {
+                    tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
+                    current = self.reacquire(&current).await;
+                    ever.extend(Some(current.etcd_lease).filter(|id| *id != 0));
+                }
                 renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
                 held.send_replace(current);
             }
         }
     }
 
+    /// Writes a lease that seems lost anew, if an etcd lease is on it that this node ever had. False if there is none, or it
+    /// cannot be.
+    async fn is_kept(&self, current: &mut Held, ever: &mut BTreeSet<i64>) -> bool {
+        let write = async || {
+            let snapshot = self.store.snapshot().await?;
+            let mut entries = snapshot.entries.iter();
+            let Some(own) = entries.find(|entry| entry.key == current.key && ever.contains(&entry.lease)) else { return Ok(None) };
+            let etcd_lease = self.store.grant(LEASE_TTL).await?;
+            let lease = Lease { key: own.key, peer: self.claim.peer.clone() };
+            let done = self.store.put_lease(&lease, etcd_lease, own.mod_revision).await?;
+            Ok::<_, EtcdError>(done.then_some(etcd_lease))
+        };
+        // What fails is tried again as a lost lease is.
+        let Ok(Some(etcd_lease)) = write().await else { return false };
+        ever.insert(etcd_lease);
+        (current.etcd_lease, current.published) = (etcd_lease, self.claim.peer.public);
+        tracing::info!(subnet = %current.key, "the store said what this node published earlier; wrote it anew");
+        true
+    }
+
     async fn reacquire(&self, before: &Held) -> Held {
         let mut wait = Duration::from_millis(100);
         loop {
-            match self.acquire(before.key.subnets()).await {
+            match self.acquire(before.key.subnets(), false).await {
                 Ok(held) if held.key == before.key => {
                     tracing::info!(subnet = %held.key, "acquired the same lease again");
                     return held;
