@@ -113,7 +113,7 @@ fn dist() -> anyhow::Result<PathBuf> {
 fn build_static(package: &str) -> anyhow::Result<PathBuf> {
     let host = host()?;
     let args = ["build", "--release", "--quiet", "-p", package, "--target", &host];
-    cargo(&args, &[("RUSTFLAGS", "-C target-feature=+crt-static".as_ref())])?;
+    cargo(&args, &[("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static".as_ref())])?;
     Ok(std::env::current_dir()?.join("target").join(host).join("release"))
 }
 

@@ -104,8 +104,6 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     undo.veth = Some(veth.name);
 
     // Listening begins before the link goes up, so that its becoming operational is not missed.
-    let mut news = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-    news.join(1).map_err(failed("listen to links"))?;
     link::enslave(&mut host, veth.index, bridge.index, config.port)
         .map_err(failed(format!("make {} a port of {}", veth.name, config.bridge)))?;
     write_sysctl(&format!("net/ipv6/conf/{}/accept_ra", veth.name), "0")?;
@@ -156,7 +154,7 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     }
     // A container's end that stays down keeps the host's end from becoming operational.
     if !config.leave_down {
-        await_operational(&mut host, &mut news, &veth)?;
+        await_operational(&mut host, &veth)?;
     }
 
     let bridge = link::get_index(&mut host, bridge.index).map_err(failed("read the bridge"))?.unwrap_or(bridge);
@@ -401,15 +399,22 @@ fn set_gateway(host: &mut Socket, bridge: &LinkInfo, config: &Config, gateway: C
 
 /// Waits until the host's end forwards: the bridge lets a port in when its operational state says so, which comes
 /// from a kernel worker a moment after it was set up.
-fn await_operational(host: &mut Socket, news: &mut Socket, veth: &LinkInfo) -> Result<(), CniError> {
+fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError> {
     use std::os::fd::AsFd;
     let end = Instant::now() + OPERATIONAL;
+    let mut is_up = || match link::get_index(host, veth.index).map_err(failed(format!("read {}", veth.name)))? {
+        Some(link) => Ok(matches!(link.operstate, OPER_UP | OPER_UNKNOWN)),
+        None => Err(CniError::failed(format!("{} was deleted by somebody", veth.name))),
+    };
+    // As a rule it is by now, and nobody has to listen.
+    if is_up()? {
+        return Ok(());
+    }
+    let mut news = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
+    news.join(1).map_err(failed("listen to links"))?;
     loop {
-        let state = link::get_index(host, veth.index).map_err(failed(format!("read {}", veth.name)))?.map(|link| link.operstate);
-        match state {
-            Some(OPER_UP | OPER_UNKNOWN) => return Ok(()),
-            None => return Err(CniError::failed(format!("{} was deleted by somebody", veth.name))),
-            Some(_) => {}
+        if is_up()? {
+            return Ok(());
         }
         let left = end.saturating_duration_since(Instant::now());
         let fd = news.as_fd();

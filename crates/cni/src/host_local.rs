@@ -1,18 +1,23 @@
 //! `host-local`: addresses of a range, kept as files of this host (specification, section 7.4). A reservation appears
 //! with its content in one step, so whatever kills this process, each file says whose it is.
 
+mod index;
+
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use ::flannel::net::bits_of;
 use ::flannel::{Cidr, Family, Subnet};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 use serde_json::{Map, Value};
 
+use self::index::Index;
 use crate::flannel::remove_file;
 use crate::protocol::{CniError, Command, Request, array, object, string};
 use crate::result::{CniResult, Ip, Route};
@@ -72,6 +77,7 @@ fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result
         return Err(CniError::failed(format!("failed to allocate all requested IPs: {}", list.join(" "))));
     }
     taken.addresses.clear();
+    Index::note(&store.directory, &store.lock);
     Ok(CniResult { interfaces: Vec::new(), ips, routes, dns })
 }
 
@@ -245,6 +251,9 @@ struct Entry {
 struct Store {
     directory: PathBuf,
     lock: File,
+    index: Index,
+    /// Has nobody else changed the folder since the index was right?
+    current: Cell<bool>,
 }
 
 impl Store {
@@ -256,7 +265,8 @@ impl Store {
             std::io::Result::Ok(lock)
         })();
         let lock = opened.map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())))?;
-        Ok(Store { directory: directory.to_owned(), lock })
+        let current = Cell::new(Index::is_current(directory, &lock));
+        Ok(Store { directory: directory.to_owned(), lock, index: Index::of(directory), current })
     }
 
     /// The store, if anything was ever reserved in it.
@@ -296,6 +306,24 @@ impl Store {
         Ok(())
     }
 
+    /// The addresses of an owner. The folder is read only if somebody else changed it.
+    fn held_by(&self, owner: &Owner) -> Result<Vec<IpAddr>, CniError> {
+        if !self.current.get() {
+            let entries = self.entries()?;
+            if self.index.rebuild(entries.iter().map(|entry| (entry.content.as_str(), entry.address))) {
+                Index::note(&self.directory, &self.lock);
+                self.current.set(true);
+            }
+            return Ok(entries.into_iter().filter(|entry| owner.holds(&entry.content)).map(|entry| entry.address).collect());
+        }
+        let said = self.index.get(&owner.0);
+        Ok(said.into_iter().filter(|address| self.owner_of(*address).is_some_and(|content| owner.holds(&content))).collect())
+    }
+
+    fn owner_of(&self, address: IpAddr) -> Option<String> {
+        read_owner(&File::open(&self.directory).ok()?, address.to_string().as_ref())
+    }
+
     /// Reserves an address of a set: the wanted one, else the next after the last one that was handed out.
     fn allocate(&self, set: &[Range], index: usize, wanted: Option<IpAddr>, owner: &Owner) -> Result<(IpAddr, Range), CniError> {
         let of = |ip: IpAddr| set.iter().find(|range| range.admits(ip)).copied();
@@ -309,12 +337,9 @@ impl Store {
             self.remember_last(index, ip);
             return Ok((ip, range));
         }
-        if let Some(entry) = self.entries()?.iter().find(|entry| owner.holds(&entry.content) && of(entry.address).is_some()) {
+        if let Some(address) = self.held_by(owner)?.into_iter().find(|address| of(*address).is_some()) {
             let (id, ifname) = owner.0.split_once("\r\n").unwrap_or_default();
-            return Err(CniError::failed(format!(
-                "{} has been allocated to {id} {ifname}, duplicate allocation is not allowed",
-                entry.address
-            )));
+            return Err(CniError::failed(format!("{address} has been allocated to {id} {ifname}, duplicate allocation is not allowed")));
         }
         let last: Option<IpAddr> = fs::read_to_string(self.last(index)).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
@@ -349,6 +374,11 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
+        // What is said already of another set's address, or of one that is not held any more, does no harm.
+        let mut said = self.index.get(&owner.0);
+        said.retain(|other| *other != ip);
+        said.push(ip);
+        self.index.set(&owner.0, &said);
         match publish(&self.directory, &name, owner.0.as_bytes(), false) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
@@ -358,6 +388,15 @@ impl Store {
 
     fn release(&self, id: &str, ifname: &str) -> Result<(), CniError> {
         let owner = Owner(format!("{id}\r\n{ifname}"));
+        let held = if self.current.get() { self.held_by(&owner)? } else { Vec::new() };
+        if !held.is_empty() {
+            held.iter().try_for_each(|address| remove_file(&self.directory.join(address.to_string())))?;
+            self.index.set(&owner.0, &[]);
+            Index::note(&self.directory, &self.lock);
+            return Ok(());
+        }
+        // Unknown to the index: so it holds nothing, or somebody else wrote what it holds.
+        self.index.set(&owner.0, &[]);
         let entries = self.entries()?;
         let exact: Vec<&Entry> = entries.iter().filter(|entry| owner.holds(&entry.content)).collect();
         // Old files name the container only.
@@ -382,9 +421,10 @@ impl Store {
 const BOOT_ATTRIBUTE: &str = "user.flannel.boot_id";
 
 /// The name of this boot (`random(4)`).
-fn boot_id() -> Option<String> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(text.trim().to_owned())
+fn boot_id() -> Option<&'static str> {
+    static READ: OnceLock<Option<String>> = OnceLock::new();
+    let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|text| text.trim().to_owned());
+    READ.get_or_init(read).as_deref()
 }
 
 /// The boot that a file names, if it does.

@@ -19,7 +19,7 @@ pub mod result;
 mod tuning;
 
 use std::ffi::OsString;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -102,8 +102,11 @@ pub fn main(plugin: Plugin) -> ExitCode {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => (error.to_json(), ExitCode::FAILURE),
     };
-    // Nobody reads on: then nobody wants to know.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    // In one piece, which standard output's line buffer would not. Nobody reads on: then nobody wants to know.
+    let mut rest = text.as_bytes();
+    while let Ok(written @ 1..) = rustix::io::retry_on_intr(|| rustix::io::write(std::io::stdout(), rest)) {
+        rest = &rest[written..];
+    }
     code
 }
 

@@ -278,8 +278,9 @@ const NLMSG_DONE: u16 = 3;
 /// all fail, must fit the receive buffer.
 const CHUNK: usize = 256;
 
-/// The size of the receive buffer in user space: the kernel fills at most this much a datagram of a dump.
-const BUFFER: usize = 64 * 1024;
+/// The size of the receive buffer in user space: the kernel fills at most this much a datagram of a dump, and that is far less.
+/// From this size on the allocator gives fresh pages, which nobody has to clear and which cost nothing until they are used.
+const BUFFER: usize = 256 * 1024;
 
 /// What is asked for in the socket's kernel-side receive buffer; the kernel may grant less.
 const KERNEL_BUFFER: libc::c_int = 4 * 1024 * 1024;

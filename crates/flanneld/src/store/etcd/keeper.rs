@@ -118,17 +118,30 @@ impl Keeper {
         Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
     }
 
-    /// Writes the lease again with what this node publishes now. False if it is not this node's any more.
-    async fn publish(&self, current: &Held) -> Result<bool, EtcdError> {
+    /// Writes the lease again with what this node publishes now. False if it is not this node's any more. It is known by what
+    /// this node published last, and by any etcd lease that it ever had: a store that was restored from a backup may say what
+    /// was true long ago.
+    async fn publish(&self, current: &mut Held, ever: &mut BTreeSet<i64>) -> Result<bool, EtcdError> {
         let snapshot = self.store.snapshot().await?;
-        let own = snapshot.entries.iter().find(|entry| entry.key == current.key && entry.lease == current.etcd_lease);
-        // One without an etcd lease is known by the address alone.
         let is_own = |entry: &&Entry| {
-            current.etcd_lease != 0 || entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published))
+            let says_so = entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published));
+            entry.key == current.key && (says_so || ever.contains(&entry.lease))
         };
-        let Some(own) = own.filter(is_own) else { return Ok(false) };
+        let Some(own) = snapshot.entries.iter().find(is_own) else { return Ok(false) };
+        let etcd_lease = match own.lease {
+            // A reservation stays one.
+            0 => 0,
+            id if id == current.etcd_lease => id,
+            _ => self.store.grant(LEASE_TTL).await?,
+        };
         let lease = Lease { key: current.key, peer: self.claim.peer.clone() };
-        self.store.put_lease(&lease, current.etcd_lease, own.mod_revision).await
+        if !self.store.put_lease(&lease, etcd_lease, own.mod_revision).await? {
+            return Ok(false);
+        }
+        (current.etcd_lease, current.published) = (etcd_lease, self.claim.peer.public);
+        ever.extend(Some(etcd_lease).filter(|id| *id != 0));
+        tracing::info!(subnet = %current.key, "wrote the lease anew, with what this host publishes now");
+        Ok(true)
     }
 
     /// Renews the lease for ever, writes it anew when the claim changes, and acquires it again whenever `lost` says that
@@ -166,12 +179,10 @@ impl Keeper {
                         continue;
                     }
                     () = tokio::time::sleep_until(unpublished.unwrap_or_else(Instant::now)), if unpublished.is_some() => {
-                        match self.publish(&current).await {
+                        match self.publish(&mut current, &mut ever).await {
                             Ok(true) => {
                                 unpublished = None;
-                                current.published = self.claim.peer.public;
                                 held.send_replace(current);
-                                tracing::info!(subnet = %current.key, "wrote the lease anew, with what this host publishes now");
                                 false
                             }
                             Ok(false) => {
@@ -205,9 +216,8 @@ impl Keeper {
                 },
             };
             if is_lost {
-                // A store that was restored from a backup may say what this node published long ago, an address that it had then
-                // included. By the etcd lease on it it is this node's all the same.
-                if !self.is_kept(&mut current, &mut ever).await {
+                // It may say what this node published once; what fails is tried again by what follows.
+                if !self.publish(&mut current, &mut ever).await.unwrap_or(false) {
                     tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
                     current = self.reacquire(&current).await;
                     ever.extend(Some(current.etcd_lease).filter(|id| *id != 0));
@@ -216,26 +226,6 @@ impl Keeper {
                 held.send_replace(current);
             }
         }
-    }
-
-    /// Writes a lease that seems lost anew, if an etcd lease is on it that this node ever had. False if there is none, or it
-    /// cannot be.
-    async fn is_kept(&self, current: &mut Held, ever: &mut BTreeSet<i64>) -> bool {
-        let write = async || {
-            let snapshot = self.store.snapshot().await?;
-            let mut entries = snapshot.entries.iter();
-            let Some(own) = entries.find(|entry| entry.key == current.key && ever.contains(&entry.lease)) else { return Ok(None) };
-            let etcd_lease = self.store.grant(LEASE_TTL).await?;
-            let lease = Lease { key: own.key, peer: self.claim.peer.clone() };
-            let done = self.store.put_lease(&lease, etcd_lease, own.mod_revision).await?;
-            Ok::<_, EtcdError>(done.then_some(etcd_lease))
-        };
-        // What fails is tried again as a lost lease is.
-        let Ok(Some(etcd_lease)) = write().await else { return false };
-        ever.insert(etcd_lease);
-        (current.etcd_lease, current.published) = (etcd_lease, self.claim.peer.public);
-        tracing::info!(subnet = %current.key, "the store said what this node published earlier; wrote it anew");
-        true
     }
 
     async fn reacquire(&self, before: &Held) -> Held {
