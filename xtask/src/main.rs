@@ -158,7 +158,12 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
     let kubernetes = kubernetes()?;
     let mut command = vec!["bench", "--quiet", "-p", "flanneld", "--bench", "bench", "--"];
     command.extend(args.iter().map(String::as_str));
-    cargo(&command, &[("FLANNEL_CNI", plugin.as_os_str()), ("FLANNEL_KUBERNETES", kubernetes.as_os_str())])
+    let out = std::env::current_dir()?.join("docs/bench");
+    let out = ("FLANNEL_BENCH_OUT", out.as_os_str());
+    let env = [("FLANNEL_CNI", plugin.as_os_str()), ("FLANNEL_KUBERNETES", kubernetes.as_os_str()), out];
+    // A quick look leaves the kept figures alone.
+    let quick = args.iter().any(|arg| arg == "quick");
+    cargo(&command, &env[..if quick { 2 } else { 3 }])
 }
 
 fn simulate(args: &[String]) -> anyhow::Result<()> {

@@ -24,7 +24,8 @@ fn main() {
     if !arguments.list {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, Test); 3] = [
+    let tests: [(&str, Test); 4] = [
+        ("an_add_among_thousands_reads_none_of_them", an_add_among_thousands),
         ("an_add_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "ADD")),
         ("a_del_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "DEL")),
         ("a_reboot_frees_what_was_reserved_before_it", a_reboot_frees_what_was_reserved_before_it),
@@ -38,6 +39,39 @@ fn main() {
         })
     };
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+}
+
+fn an_add_among_thousands(host: &Host) {
+    let folder = host.root.join("networks/net");
+    std::fs::create_dir_all(&folder).unwrap();
+    for n in 0..3_000 {
+        std::fs::write(folder.join(format!("10.2.{}.{}", n / 250, n % 250)), format!("c{n}\r\neth0")).unwrap();
+    }
+    ["p1", "p2", "p3", "p4"].map(|id| host.pod(id));
+    // The first reads what it does not know yet.
+    host.add("p1");
+    let log = host.root.join("opened");
+    let opened = |verb: &str, id: &str| {
+        let output = call_traced(host, verb, id, &["-e", "trace=open,openat", "-o", &log.to_string_lossy()]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        std::fs::read_to_string(&log).unwrap().lines().filter(|line| line.contains("\"10.2.")).count()
+    };
+    assert_eq!(opened("ADD", "p2"), 0);
+    assert_eq!(opened("DEL", "p2"), 0);
+    // Another program reserves one: it is seen, though no index has it, and so is what it held when it was here first.
+    std::fs::write(folder.join("10.1.17.77"), "p3\r\neth0").unwrap();
+    let refused = host.call("flannel", "ADD", "p3", &host.conf("1.0.0")).unwrap_err();
+    assert!(refused["msg"].as_str().unwrap().contains("10.1.17.77 has been allocated to p3 eth0"), "{refused}");
+    host.call("flannel", "DEL", "p3", &host.conf("1.0.0")).unwrap();
+    assert!(!folder.join("10.1.17.77").exists());
+    // An index that lies is not believed, and one that is lost is written anew.
+    host.add("p4");
+    let index = host.root.join("networks/.net.owners");
+    assert_eq!(std::fs::read_dir(&index).unwrap().count(), 3_002);
+    std::fs::remove_dir_all(&index).unwrap();
+    host.call("flannel", "DEL", "p4", &host.conf("1.0.0")).unwrap();
+    host.call("flannel", "DEL", "p1", &host.conf("1.0.0")).unwrap();
+    assert!(!host.files("networks/net").iter().any(|name| name.starts_with("10.1.")));
 }
 
 fn collect(host: &Host, valid: &[&str]) {

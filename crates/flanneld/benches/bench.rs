@@ -5,6 +5,10 @@
 
 #[path = "bench/kube.rs"]
 mod kubernetes;
+#[path = "bench/plot.rs"]
+mod plot;
+#[path = "bench/scale.rs"]
+mod scale;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -13,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL, Route, Scope, route_metric};
-use flannel::{Lease, LeaseKey, Mac, Op, Peer, PerFamily, Subnet};
+use flannel::{Family, Lease, LeaseKey, Mac, Peer, PerFamily, Subnet};
 use flanneld::etcd::request_op::Request;
 use flanneld::etcd::{PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flanneld::lab::{Lab, Plan, STORE, isolate};
@@ -24,6 +28,7 @@ use serde_json::json;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
 const NETWORK: &str = "100.64.0.0/10";
+const NETWORK6: &str = "fd00:244::/48";
 
 fn main() {
     let quick = std::env::args().any(|arg| arg == "quick");
@@ -42,18 +47,158 @@ fn main() {
         "store: embedded, its file on a tmpfs. Times in ms unless said otherwise; raw: the same objects by netlink from this process.\n"
     );
     cni(&scratch.join("cni"), &plugin);
-    let sizes: &[usize] = if quick { &[1_000] } else { &[1_000, 5_000, 10_000] };
-    println!(
-        "\n{:<9}{:>7} | {:>9}{:>9}{:>7} | {:>9}{:>9}{:>9} | {:>8}{:>14}",
-        "backend", "leases", "start", "raw", "ratio", "put p50", "put p99", "raw p50", "RSS MB", "idle CPU s/min"
-    );
+    let sizes: &[usize] = if quick { &[100, 1_000] } else { &[100, 1_000, 5_000, 10_000, 20_000] };
     small(&scratch.join("small"));
-    for backend in ["host-gw", "vxlan"] {
+    println!("\n{}", scale::HEADER);
+    let mut rows = Vec::new();
+    for (backend, dual) in [("host-gw", false), ("vxlan", false), ("vxlan+DirectRouting", false), ("host-gw", true), ("vxlan", true)] {
         for size in sizes {
-            scale(&scratch.join(format!("{backend}-{size}")), backend, *size, quick);
+            // Two minutes each, so only where the target is.
+            let with_idle = !quick && !dual && *size == 10_000 && backend != "vxlan+DirectRouting";
+            let row = scale::measure(&scratch.join(format!("{backend}-{dual}-{size}")), backend, dual, *size, with_idle);
+            println!("{}", row.line());
+            rows.push(row);
         }
     }
+    bursts(&scratch, if quick { 200 } else { 1_000 });
+    core(if quick { 10_000 } else { 100_000 });
+    if let Some(folder) = std::env::var_os("FLANNEL_BENCH_OUT") {
+        plot::write(Path::new(&folder), &rows);
+    }
     kubernetes(&scratch, quick);
+}
+
+/// The deciding alone, without any kernel: leases folded into a picture, and that compared with an empty kernel and with one
+/// that has all.
+fn core(size: usize) {
+    use flannel::diff::{Prune, diff};
+    use flannel::traffic::{Flavour, TrafficConfig};
+    use flannel::{Backend, Config, Node, Observed, Picture, StoreEvent};
+    let config = Config::parse(&json!({ "Network": NETWORK, "SubnetLen": 24, "Backend": { "Type": "vxlan" } }).to_string()).unwrap();
+    let v4 = |text: &str| PerFamily { v4: text.parse().ok(), v6: None };
+    let (addrs, public) = (v4("172.20.0.1"), v4("172.20.0.1"));
+    let node = Node { ext: name("eth0"), mtu: 1500, addrs, public, routes: vec![("172.0.0.0/8".parse().unwrap(), true)] };
+    let own = LeaseKey::new(PerFamily { v4: "100.127.1.0/24".parse().ok(), v6: None }).unwrap();
+    // There are not so many /24 in the network: these are smaller.
+    let leases: Vec<Lease> = (1..=size)
+        .map(|i| {
+            let number = u32::try_from(i).unwrap();
+            let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << 5))), 27).ok();
+            Lease { key: LeaseKey::new(PerFamily { v4, v6: None }).unwrap(), ..lease(i % 60_000 + 1, "vxlan", false) }
+        })
+        .map(|mut lease| {
+            lease.peer.backend_data.v4 = lease.peer.backend_data.v4.map(|_| {
+                let bits = match lease.key.subnets().v4.unwrap().network() {
+                    IpAddr::V4(ip) => ip.to_bits(),
+                    IpAddr::V6(_) => 0,
+                };
+                format!("{{\"VNI\":1,\"VtepMAC\":\"{}\"}}", mac(bits >> 5)).into()
+            });
+            lease
+        })
+        .collect();
+    let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None });
+    let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
+    let before = own_rss();
+    let mut picture = Picture::new(config, node, backend, traffic, own);
+    let began = Instant::now();
+    picture.fold(StoreEvent::Init);
+    leases.into_iter().for_each(|lease| drop(picture.fold(StoreEvent::Apply(lease))));
+    picture.fold(StoreEvent::InitDone);
+    let fold = millis(began.elapsed());
+    let began = Instant::now();
+    let all = diff(picture.desired(), &Observed::default(), Prune::Yes);
+    let to_empty = millis(began.elapsed());
+    let observed: Observed = all.iter().map(|op| op.object().clone()).collect();
+    let memory = own_rss() - before;
+    let began = Instant::now();
+    assert_eq!(diff(picture.desired(), &observed, Prune::Yes), []);
+    let to_same = millis(began.elapsed());
+    println!("\n| the pure core, {size} leases, vxlan: {} objects | |\n|---|--:|", all.len());
+    println!("| fold all leases | {fold:.0} ms |\n| compare with an empty kernel | {to_empty:.0} ms |");
+    println!("| compare with a kernel that has all | {to_same:.0} ms |\n| memory of picture, kernel and operations | {memory:.0} MB |");
+}
+
+/// Resident memory of this process, in MB.
+fn own_rss() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
+}
+
+/// Many changes at once: how long until the kernel has them all.
+fn bursts(scratch: &Path, size: usize) {
+    println!("\n| {size} leases at once, vxlan | until all routes are there, or gone, ms |\n|---|--:|");
+    let leases: Vec<Lease> = (1..=size).map(|i| lease(i, "vxlan", false)).collect();
+    let mut lab = host(&scratch.join("bursts"), "vxlan", false, &[]);
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "its lease", |state| state["store"]["connected"] == true).unwrap();
+    let until = |lab: &Lab, wanted: usize, began: Instant| {
+        while routes(lab) != wanted {
+            assert!(began.elapsed() < Duration::from_secs(60), "{wanted} routes are not reached");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        millis(began.elapsed())
+    };
+    let began = Instant::now();
+    put(&lab, &leases);
+    println!("| put in one transaction | {:.1} |", until(&lab, size, began));
+    let remove = |lab: &Lab| {
+        let began = Instant::now();
+        let key = b"/coreos.com/network/subnets/100.64.".to_vec();
+        let range_end = b"/coreos.com/network/subnets/100.65.".to_vec();
+        let request = flanneld::etcd::DeleteRangeRequest { key, range_end, ..Default::default() };
+        with_kv(lab, async |mut kv| drop(kv.delete_range(request.clone()).await.unwrap()));
+        began
+    };
+    let began = remove(&lab);
+    println!("| deleted in one request | {:.1} |", until(&lab, 0, began));
+    // One etcd lease on all of them ends, as those of a rack that lost its power would.
+    let began = lab
+        .with_store(async |store| {
+            let id = store.grant(Duration::from_secs(3600)).await?;
+            for lease in &leases {
+                store.put_lease(lease, id, 0).await?;
+            }
+            Ok::<_, flanneld::store::EtcdError>(id)
+        })
+        .map(|id| {
+            until(&lab, size, Instant::now());
+            let began = Instant::now();
+            lab.with_store(async |store| Ok::<_, flanneld::store::EtcdError>(store.revoke(id).await)).unwrap();
+            began
+        })
+        .unwrap();
+    println!("| expired at once | {:.1} |", until(&lab, 0, began));
+    let began = Instant::now();
+    lab.with_store(async |store| {
+        let mut all = tokio::task::JoinSet::new();
+        for lease in leases.clone() {
+            let store = store.clone();
+            all.spawn(async move { store.put_lease(&lease, 0, 0).await.unwrap() });
+        }
+        Ok::<_, flanneld::store::EtcdError>(drop(all.join_all().await))
+    })
+    .unwrap();
+    println!("| put one by one, all at the same time | {:.1} |", until(&lab, size, began));
+}
+
+/// Routes of ours in the first host.
+fn routes(lab: &Lab) -> usize {
+    let scope = Scope { networks: vec![NETWORK.parse().unwrap()], ..Scope::default() };
+    let observe = || Kernel::open().unwrap().observe(&scope).unwrap();
+    lab.hosts[0].netns.run(observe).unwrap().iter().filter(|(key, _)| matches!(key, Key::Route(..))).count()
+}
+
+/// Runs a function with a connection to the store.
+fn with_kv<T>(lab: &Lab, f: impl AsyncFnOnce(KvClient<tonic::transport::Channel>) -> T) -> T {
+    let run = || {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
+            f(KvClient::new(channel)).await
+        })
+    };
+    lab.middle.run(run).unwrap()
 }
 
 fn kubernetes(scratch: &Path, quick: bool) {
@@ -82,19 +227,25 @@ fn percentile(samples: &mut [Duration], share: f64) -> f64 {
     millis(samples[at])
 }
 
-fn lab(root: &Path, hosts: usize, backend: &str) -> Lab {
+fn lab(root: &Path, hosts: usize, backend: &str, dual: bool) -> Lab {
     let program = Path::new(PROGRAM);
-    let config = json!({ "Network": NETWORK, "SubnetLen": 24, "EnableNFTables": true, "Backend": { "Type": backend } });
-    let plan = Plan { config, plugin: plugin(), ..Plan::new(hosts, &json!({ "Type": backend }), program) };
+    let direct = backend.ends_with("DirectRouting");
+    let backend = json!({ "Type": backend.trim_end_matches("+DirectRouting"), "DirectRouting": direct });
+    let config = json!({ "Network": NETWORK, "SubnetLen": 24, "EnableNFTables": true, "Backend": backend });
+    let mut plan = Plan { config, plugin: plugin(), ..Plan::new(hosts, &backend, program) };
+    if dual {
+        plan = plan.family(flanneld::lab::PodFamily::Dual);
+    }
     Lab::wire(plan, root).unwrap()
 }
 
-/// A host with its daemon, and 10,000 on-link gateways to be.
-fn host(root: &Path, backend: &str, leases: &[Lease]) -> Lab {
-    let mut lab = lab(root, 1, backend);
+/// A host without its daemon, and as many on-link gateways to be.
+fn host(root: &Path, backend: &str, dual: bool, leases: &[Lease]) -> Lab {
+    let mut lab = lab(root, 1, backend, dual);
     lab.hosts[0].netns.run(many_neighbours).unwrap();
     // Behind all leases that are to be put.
-    std::fs::write(lab.hosts[0].subnet_file(), "FLANNEL_SUBNET=100.127.0.1/24\n").unwrap();
+    let own6 = if dual { "FLANNEL_IPV6_SUBNET=fd00:244:0:ffff::1/64\n" } else { "" };
+    std::fs::write(lab.hosts[0].subnet_file(), format!("FLANNEL_SUBNET=100.127.0.1/24\n{own6}")).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     for part in leases.chunks(1_000) {
@@ -107,16 +258,20 @@ fn many_neighbours() {
     let mut socket = Socket::open(Protocol::Route).unwrap();
     let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
     addr::add(&mut socket, eth0, "172.20.0.1/16".parse().unwrap()).unwrap();
+    // There may be no IPv6 in this namespace, or the address already.
+    let _ = addr::add(&mut socket, eth0, "fd00:10::1/48".parse().unwrap());
 }
 
-fn lease(i: usize, backend: &str) -> Lease {
+fn lease(i: usize, backend: &str, dual: bool) -> Lease {
     let number = u32::try_from(i).unwrap();
-    let subnet = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << 8))), 24).unwrap();
-    let public = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::from_bits(0xac14_0000 + 10 + number))), v6: None };
-    let mac = mac(number);
-    let data = (backend == "vxlan").then(|| format!("{{\"VNI\":1,\"VtepMAC\":\"{mac}\"}}").into());
-    let key = LeaseKey::new(PerFamily { v4: Some(subnet), v6: None }).unwrap();
-    Lease { key, peer: Peer { public, backend_type: backend.into(), backend_data: PerFamily { v4: data, v6: None } } }
+    let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << 8))), 24).ok();
+    let v6 = dual.then(|| format!("fd00:244:0:{number:x}::/64").parse().unwrap());
+    let public6 = dual.then(|| format!("fd00:10:0:1::{number:x}").parse().unwrap());
+    let public = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::from_bits(0xac14_0000 + 10 + number))), v6: public6 };
+    let data = |mac: Mac| (backend != "host-gw").then(|| format!("{{\"VNI\":1,\"VtepMAC\":\"{mac}\"}}").into());
+    let backend_data = PerFamily { v4: data(mac(number)), v6: data(mac(number)).filter(|_| dual) };
+    let key = LeaseKey::new(PerFamily { v4, v6 }).unwrap();
+    Lease { key, peer: Peer { public, backend_type: backend.trim_end_matches("+DirectRouting").into(), backend_data } }
 }
 
 fn mac(number: u32) -> Mac {
@@ -125,19 +280,24 @@ fn mac(number: u32) -> Mac {
 }
 
 /// The objects of a lease, as the daemon makes them: what `raw` writes.
-fn objects(i: usize, backend: &str) -> Vec<Object> {
-    let lease = lease(i, backend);
-    let (dst, host) = (lease.key.subnets().v4.unwrap(), lease.peer.public.v4.unwrap());
-    let metric = route_metric(NETWORK.parse().unwrap(), dst);
-    if backend == "host-gw" {
-        return vec![Object::Route(Route { dst, metric, via: Some(host), dev: name("eth0"), onlink: false, protocol: ROUTE_PROTOCOL })];
+fn objects(i: usize, backend: &str, dual: bool) -> Vec<Object> {
+    let lease = lease(i, backend, dual);
+    let mut objects = Vec::new();
+    for (family, dst) in lease.key.subnets().iter() {
+        let (dst, host) = (*dst, *lease.peer.public.get(family).unwrap());
+        let network = if family == Family::V4 { NETWORK } else { NETWORK6 };
+        let metric = route_metric(network.parse().unwrap(), dst);
+        if backend != "vxlan" {
+            objects.push(Object::Route(Route { dst, metric, via: Some(host), dev: name("eth0"), onlink: false, protocol: ROUTE_PROTOCOL }));
+            continue;
+        }
+        let link = name(if family == Family::V4 { "flannel.1" } else { "flannel-v6.1" });
+        let mac = mac(u32::try_from(i).unwrap());
+        objects.push(Object::Neigh(Neigh { link, ip: dst.network(), mac }));
+        objects.push(Object::Fdb(Fdb { link, mac, dst: host }));
+        objects.push(Object::Route(Route { dst, metric, via: Some(dst.network()), dev: link, onlink: true, protocol: ROUTE_PROTOCOL }));
     }
-    let (link, mac) = (name("flannel.1"), mac(u32::try_from(i).unwrap()));
-    vec![
-        Object::Neigh(Neigh { link, ip: dst.network(), mac }),
-        Object::Fdb(Fdb { link, mac, dst: host }),
-        Object::Route(Route { dst, metric, via: Some(dst.network()), dev: link, onlink: true, protocol: ROUTE_PROTOCOL }),
-    ]
+    objects
 }
 
 fn put(lab: &Lab, leases: &[Lease]) {
@@ -152,94 +312,7 @@ fn put(lab: &Lab, leases: &[Lease]) {
         }
     };
     let request = TxnRequest { success: leases.iter().map(op).collect(), ..TxnRequest::default() };
-    lab.middle
-        .run(|| {
-            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-                let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
-                KvClient::new(channel).txn(request).await.unwrap();
-            });
-        })
-        .unwrap();
-}
-
-/// Writes objects of `leases` to a fresh namespace by one call, and each of `singles` by one; returns the time of the
-/// whole and the median of the single ones.
-fn raw(backend: &str, size: usize, singles: std::ops::Range<usize>) -> (f64, f64) {
-    let netns = Netns::create().unwrap();
-    netns
-        .run(|| {
-            let mut socket = Socket::open(Protocol::Route).unwrap();
-            let end = |text| link::VethEnd { name: name(text), mac: None, netns: None };
-            link::create_veth(&mut socket, 0, end("eth0"), end("wire")).unwrap();
-            for text in ["eth0", "wire"] {
-                let index = link::get(&mut socket, name(text)).unwrap().unwrap().index;
-                link::set_up(&mut socket, index, true).unwrap();
-            }
-            many_neighbours();
-            let mut kernel = Kernel::open().unwrap();
-            if backend == "vxlan" {
-                let kind = flannel::desired::LinkKind::Vxlan {
-                    vni: flannel::Vni::new(1).unwrap(),
-                    port: 8472,
-                    local: "172.20.0.1".parse().unwrap(),
-                    lower: name("eth0"),
-                    gbp: false,
-                    learning: false,
-                };
-                let device = flannel::desired::Link { name: name("flannel.1"), kind, mac: mac(9), mtu: 1450, up: true };
-                kernel.apply(&[Op::Set(Object::Link(Box::new(device)))]).remove(0).unwrap();
-            }
-            // In the daemon's order: by kind, then by address.
-            let mut ops: Vec<Op> = (1..=size).flat_map(|i| objects(i, backend)).map(Op::Set).collect();
-            ops.sort_by_key(|op| op.object().key());
-            let began = Instant::now();
-            let outcomes = kernel.apply(&ops);
-            let whole = began.elapsed();
-            assert!(outcomes.iter().all(Result::is_ok));
-            let mut each: Vec<Duration> = singles
-                .map(|i| {
-                    let ops: Vec<Op> = objects(i, backend).into_iter().map(Op::Set).collect();
-                    let began = Instant::now();
-                    assert!(kernel.apply(&ops).iter().all(Result::is_ok));
-                    began.elapsed()
-                })
-                .collect();
-            (millis(whole), percentile(&mut each, 0.5))
-        })
-        .unwrap()
-}
-
-fn scale(root: &Path, backend: &str, size: usize, quick: bool) {
-    // The kernel takes down the namespaces of the lab before in its own time, and holds the rtnl lock for it.
-    std::thread::sleep(Duration::from_secs(2));
-    let leases: Vec<Lease> = (1..=size).map(|i| lease(i, backend)).collect();
-    let mut lab = host(root, backend, &leases);
-    // From the start of the process until it is ready, which is when all leases of the list are in the kernel.
-    let began = Instant::now();
-    lab.start_daemon(0, &[]).unwrap();
-    while !lab.hosts[0].get("/readyz").is_ok_and(|(status, _)| status == 200) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let start = millis(began.elapsed());
-    let scope = Scope { networks: vec![NETWORK.parse().unwrap()], ..Scope::default() };
-    let programmed = lab.hosts[0]
-        .netns
-        .run(|| Kernel::open().unwrap().observe(&scope).unwrap().iter().filter(|(key, _)| matches!(key, Key::Route(..))).count())
-        .unwrap();
-    assert_eq!(programmed, size);
-
-    let singles = size + 1..size + 301;
-    let mut latencies = latencies(&lab, singles.clone().map(|i| lease(i, backend)).collect());
-    let (raw_start, raw_put) = raw(backend, size, singles);
-    let idle = if quick { None } else { Some(idle(&lab, Duration::from_secs(61))) };
-    let idle = idle.map_or("-".to_owned(), |seconds| format!("{seconds:.3}"));
-    println!(
-        "{backend:<9}{size:>7} | {start:>9.1}{raw_start:>9.1}{:>7.2} | {:>9.3}{:>9.3}{raw_put:>9.3} | {:>8.1}{idle:>14}",
-        start / raw_start,
-        percentile(&mut latencies, 0.5),
-        percentile(&mut latencies, 0.99),
-        rss(&lab),
-    );
+    with_kv(lab, async |mut kv| drop(kv.txn(request).await.unwrap()));
 }
 
 /// For each lease the time from before its put until the kernel announces its route.
@@ -274,7 +347,7 @@ fn latencies(lab: &Lab, leases: Vec<Lease>) -> Vec<Duration> {
 
 /// Two hosts: the smallest cluster.
 fn small(root: &Path) {
-    let mut lab = lab(root, 2, "vxlan");
+    let mut lab = lab(root, 2, "vxlan", false);
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     let began = Instant::now();
@@ -285,18 +358,9 @@ fn small(root: &Path) {
     let file = millis(began.elapsed());
     lab.start_daemon(1, &[]).unwrap();
     lab.settle().unwrap();
-    println!(
-        "{:<9}{:>7} | {file:>9.1}{:>9}{:>7} | {:>9}{:>9}{:>9} | {:>8.1}{:>14}   (start: to subnet.env, empty store)",
-        "vxlan",
-        2,
-        "-",
-        "-",
-        "-",
-        "-",
-        "-",
-        rss(&lab),
-        "-"
-    );
+    println!("\n| two hosts, vxlan, empty store | |\n|---|--:|");
+    println!("| start of the process to subnet.env | {file:.1} ms |");
+    println!("| RSS | {:.1} MB |", rss(&lab));
 }
 
 /// Resident memory of the first host's daemon, in MB.
@@ -321,7 +385,7 @@ fn used(lab: &Lab) -> f64 {
 }
 
 fn cni(root: &Path, plugin: &Path) {
-    let mut lab = lab(root, 1, "host-gw");
+    let mut lab = lab(root, 1, "host-gw", false);
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     lab.start_daemon(0, &[]).unwrap();

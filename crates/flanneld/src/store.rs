@@ -58,6 +58,8 @@ pub struct Held {
     pub published: PerFamily<IpAddr>,
     /// The etcd lease on the key; 0 for one that needs no renewal.
     pub etcd_lease: i64,
+    /// The store's revision at which this node wrote it: what is older is not news. 0 where there is none.
+    pub revision: i64,
 }
 
 /// A place where leases are kept. Clones are handles to the same.

@@ -36,7 +36,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{PROGRAM, eventually, observe, ping_all_from, ping_during, routes};
-use flannel::desired::Key;
 use flannel::{Lease, LeaseKey, Object, Op, Peer, PerFamily};
 use flanneld::etcd::request_op::Request;
 use flanneld::etcd::{CompactionRequest, Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient};
@@ -81,11 +80,16 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 38] = [
+    let others: [(&str, Test); 43] = [
         ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
         ("udp_on_another_port", process::udp_on_another_port),
         ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
         ("the_interface_changes_and_all_follow", heal::the_interface_changes),
+        ("every_fault_is_put_right", heal::every_fault_is_put_right),
+        ("a_vteps_new_mac_is_kept_and_told", heal::a_vteps_new_mac_is_kept_and_told),
+        ("a_full_disk_under_subnet_env_is_told_and_waited_out", heal::a_full_disk_under_subnet_env),
+        ("a_store_that_is_killed_forgets_nothing_acknowledged", heal::a_store_that_is_killed_forgets_nothing_acknowledged),
+        ("chaos_holds", heal::chaos_holds),
         ("a_daemon_without_a_store_says_so_and_ends_well", process::a_daemon_without_a_store),
         ("all_flags_by_the_environment", process::all_flags_by_the_environment),
         ("another_endpoint_takes_over", process::another_endpoint_takes_over),
@@ -107,7 +111,7 @@ fn main() {
         ("a_deleted_tun_device_comes_back", a_deleted_tun_device_comes_back),
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
-        ("a_fight_is_left_for_a_while_and_told", a_fight_is_left_for_a_while_and_told),
+        ("a_fight_is_slowed_down_and_told", a_fight_is_slowed_down_and_told),
         ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
         ("two_hundred_pods_at_once", two_hundred_pods_at_once),
         ("a_killed_plugin_leaves_nothing_that_del_does_not_return", a_killed_plugin_leaves_nothing),
@@ -469,24 +473,21 @@ fn what_somebody_deletes_comes_back(root: &Path) {
     }
 }
 
-fn a_fight_is_left_for_a_while_and_told(root: &Path) {
+fn a_fight_is_slowed_down_and_told(root: &Path) {
     let lab = start(root, 2, "host-gw", StoreKind::Embedded);
     let netns = &lab.hosts[0].netns;
     let whole = observe(netns);
-    let route = whole.iter().find(|(key, _)| matches!(key, Key::Route(..))).map(|(_, object)| object.clone()).unwrap();
-    let delete = Op::Delete(route);
-    let told = || lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("somebody undoes it again and again");
-    netns
-        .run(|| {
-            let mut somebody = Kernel::open().unwrap();
-            eventually("the fight is told", || {
-                somebody.apply(std::slice::from_ref(&delete)).remove(0).unwrap();
-                told()
-            });
-        })
-        .unwrap();
+    let told = || lab.hosts[0].state().unwrap()["objects"]["fights"].to_string();
+    eventually("the fight is told, and who it is", || {
+        // When it is away already, it is as good.
+        let _ = netns.run(|| Command::new("nft").args(["delete", "table", "ip", "flannel-ipv4"]).output()).unwrap().unwrap();
+        told().contains(r#""by":"nft, process "#)
+    });
+    assert!(lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("somebody undoes it again and again by nft, process "));
+    let (status, metrics) = lab.hosts[0].get("/metrics").unwrap();
+    assert!(status == 200 && metrics.contains("\nflannel_fights 1\n"), "{metrics}");
     eventually("peace brings it back", || observe(netns) == whole);
-    eventually("and is told as well", || !told());
+    eventually("and is told as well", || told() == "[]");
 }
 
 fn a_full_mtu_packet_crosses_vxlan(root: &Path) {

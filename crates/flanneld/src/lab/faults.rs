@@ -379,8 +379,12 @@ pub fn measure(program: &std::path::Path, scratch: &std::path::Path, hosts: usiz
     Ok(())
 }
 
-/// Makes a fault happen, and waits until all is as it was before.
-fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Result<(Duration, usize)> {
+/// Makes a fault happen, and waits until all is as it was before. Returns how long that took, and how many of the pings of one a
+/// millisecond to the next host were lost meanwhile.
+///
+/// # Errors
+/// When it is not put right in its time; the text says what differs.
+pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Result<(Duration, usize)> {
     let whole = observe(lab, host)?;
     let repaired = |lab: &Lab| Ok::<_, anyhow::Error>(lab.hosts[host].state()?["objects"]["repaired"].as_u64().unwrap_or(0));
     let before = repaired(lab)?;

@@ -1,9 +1,10 @@
-//! The external interface changes under a running daemon: the lease, the devices and the peers follow, without a restart.
+//! What changes under a running daemon, by somebody's hand or by itself, is put right or followed, without a restart.
 
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use flanneld::lab::faults::{self, FAULTS, Noticed};
 use flanneld::lab::ping::ping_all;
 use flanneld::lab::{Lab, Pod, StoreKind};
 use kernel::netns::Netns;
@@ -103,4 +104,120 @@ pub(crate) fn the_interface_changes(root: &Path) {
         assert_eq!(lab.hosts[0].pid(), pid);
         lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
     }
+}
+
+pub(crate) fn every_fault_is_put_right(root: &Path) {
+    for (backend, nftables) in [("host-gw", true), ("vxlan", true), ("vxlan", false)] {
+        let mut plan = crate::plan(2, backend, StoreKind::Embedded);
+        plan.config["EnableNFTables"] = nftables.into();
+        let mut lab = Lab::start(plan, &root.join(format!("{backend}-{nftables}"))).unwrap();
+        lab.settle().unwrap();
+        let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
+        // That the audit finds a sysctl takes a minute: `lab faults` measures it.
+        for fault in FAULTS.iter().filter(|fault| fault.fits(backend, nftables) && fault.noticed == Noticed::Told) {
+            faults::once(&lab, &pods, 0, fault).unwrap_or_else(|error| panic!("{backend}: {}: {error:#}", fault.name));
+        }
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
+    }
+}
+
+pub(crate) fn a_vteps_new_mac_is_kept_and_told(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
+    let h1 = Netns::open(&root.join("netns/h1")).unwrap();
+    let published = |mac: &str| {
+        let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
+        let own = snapshot.entries.iter().find(|entry| entry.key.to_string() == "10.244.1.0/24").unwrap();
+        own.peer.as_ref().unwrap().backend_data.v4.as_ref().unwrap().contains(mac)
+    };
+    shell(&h1, "ip link set flannel.1 address 02:00:00:00:be:ef");
+    eventually("the lease says so", || published("02:00:00:00:be:ef"));
+    back("pods with the new MAC", &pods);
+    // Again within five seconds: the one that peers know comes back.
+    shell(&h1, "ip link set flannel.1 address 02:00:00:00:be:ee");
+    eventually("it is undone", || shell(&h1, "ip link show flannel.1").contains("02:00:00:00:be:ef"));
+    assert!(published("02:00:00:00:be:ef"));
+    back("pods after it was undone", &pods);
+}
+
+pub(crate) fn a_full_disk_under_subnet_env(root: &Path) {
+    let mut lab = Lab::wire(crate::plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    let (small, h1) = (root.join("small"), Netns::open(&root.join("netns/h1")).unwrap());
+    std::fs::create_dir(&small).unwrap();
+    shell(&h1, &format!("mount -t tmpfs -o size=16k small {}", small.display()));
+    let file = small.join("subnet.env");
+    lab.start_daemon(0, &[&format!("--subnet-file={}", file.display())]).unwrap();
+    lab.wait_state(0, "its lease", |state| state["store"]["connected"] == true).unwrap();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let _ = std::process::Command::new("dd").args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", small.join("full").display())).output();
+    std::fs::write(&file, "FLANNEL_MTU=9\n").unwrap_or_default();
+    std::fs::remove_file(&file).unwrap();
+    let _ = std::process::Command::new("dd").args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", small.join("fuller").display())).output();
+    eventually("the state says what is in the way", || {
+        let state = lab.hosts[0].state().unwrap()["objects"]["failed"].to_string();
+        state.contains("No space left on device") && state.contains("cannot write --subnet-file")
+    });
+    assert!(!file.exists(), "and no half of it is there");
+    std::fs::remove_file(small.join("full")).unwrap();
+    std::fs::remove_file(small.join("fuller")).unwrap();
+    eventually("it is written once there is room", || std::fs::read_to_string(&file).is_ok_and(|now| now == text));
+    lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
+    lab.stop_daemon(0, true).unwrap();
+    shell(&h1, &format!("umount {}", small.display()));
+}
+
+/// Kills of the embedded store in the middle of writing; a run that is to prove more sets this variable.
+fn kills() -> usize {
+    std::env::var("FLANNEL_KILLS").map_or(150, |text| text.parse().unwrap())
+}
+
+pub(crate) fn a_store_that_is_killed_forgets_nothing_acknowledged(root: &Path) {
+    let mut lab = Lab::wire(crate::plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
+    let mut acknowledged = 0u32;
+    for _ in 0..kills() {
+        lab.start_store().unwrap();
+        let done = std::sync::atomic::AtomicU32::new(acknowledged);
+        let middle = Netns::open(&root.join("netns/middle")).unwrap();
+        std::thread::scope(|scope| {
+            let done = &done;
+            let put = move || {
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+                    let address = format!("http://{}", flanneld::lab::STORE);
+                    // It may be killed before it is reached.
+                    let Ok(channel) = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await else { return };
+                    let mut kv = flanneld::etcd::kv_client::KvClient::new(channel);
+                    // What was acknowledged before is there.
+                    let key = b"n/".to_vec();
+                    let range_end = flanneld::etcd::prefix_end(&key);
+                    let all = flanneld::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
+                    let Ok(answer) = kv.range(all).await else { return };
+                    let count = answer.into_inner().count;
+                    assert!(count >= i64::from(acknowledged), "{count} of {acknowledged}");
+                    for n in acknowledged.. {
+                        let put =
+                            flanneld::etcd::PutRequest { key: format!("n/{n:08}").into_bytes(), value: vec![7; 300], ..Default::default() };
+                        if kv.put(put).await.is_err() {
+                            return;
+                        }
+                        done.store(n + 1, std::sync::atomic::Ordering::SeqCst);
+                    }
+                });
+            };
+            let putting = scope.spawn(move || middle.run(put).unwrap());
+            std::thread::sleep(Duration::from_micros(fastrand::u64(5_000..25_000)));
+            lab.kill_store().unwrap();
+            putting.join().unwrap();
+        });
+        acknowledged = done.into_inner();
+    }
+    assert!(acknowledged > 100, "it was killed in the middle of work: {acknowledged} puts");
+}
+
+pub(crate) fn chaos_holds(_: &Path) {
+    let output =
+        Command::new(crate::cluster::PROGRAM).args(["lab", "chaos", "--seed", "7", "--minutes", "0.25", "--hosts", "5"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("held: "), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
 }

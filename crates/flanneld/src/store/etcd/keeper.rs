@@ -70,7 +70,7 @@ impl Keeper {
         let Claim { config, peer, .. } = &self.claim;
         let leases = lease_set(&snapshot);
         let choice = alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?;
-        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease };
+        let held = |key, etcd_lease, revision| Held { key, published: peer.public, etcd_lease, revision };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
             tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
@@ -84,8 +84,8 @@ impl Keeper {
         };
         let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
         let lease = Lease { key, peer: peer.clone() };
-        let put = self.store.put_lease(&lease, etcd_lease, expected).await;
-        if let Ok(true) = put {
+        let put = self.store.write_lease(&lease, etcd_lease, expected).await;
+        if let Ok(Some(revision)) = put {
             // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
             if matches!(choice, Choice::Create(_)) && self.is_younger(&key, snapshot.revision).await? {
                 tracing::info!(subnet = %key, "another host was faster with a part of this subnet; giving it back");
@@ -98,13 +98,14 @@ impl Keeper {
                 snapshot.entries.push(Entry { key, peer: Some(lease.peer), create_revision: 0, mod_revision: 0, lease: etcd_lease });
                 self.store.leave_seed(snapshot);
             }
-            return Ok(Some(held(key, etcd_lease)));
+            return Ok(Some(held(key, etcd_lease, revision)));
         }
         // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
         // revision already. To revoke the etcd lease then would delete the key.
         let now = self.store.snapshot().await?;
-        if etcd_lease != 0 && now.entries.iter().any(|entry| entry.key == key && entry.lease == etcd_lease) {
-            return Ok(Some(held(key, etcd_lease)));
+        let done = now.entries.iter().find(|entry| entry.key == key && entry.lease == etcd_lease && etcd_lease != 0);
+        if let Some(done) = done {
+            return Ok(Some(held(key, etcd_lease, done.mod_revision)));
         }
         self.store.revoke(etcd_lease).await;
         put.map(|_| None).map_err(AcquireError::from)
@@ -119,13 +120,13 @@ impl Keeper {
     }
 
     /// Writes the lease again with what this node publishes now. False if it is not this node's any more. It is known by what
-    /// this node published last, and by any etcd lease that it ever had: a store that was restored from a backup may say what
-    /// was true long ago.
+    /// this node published last, by any etcd lease that it ever had, and by its age: a store that was restored from a backup may
+    /// say what was true before this node wrote it, and that is no news.
     async fn publish(&self, current: &mut Held, ever: &mut BTreeSet<i64>) -> Result<bool, EtcdError> {
         let snapshot = self.store.snapshot().await?;
         let is_own = |entry: &&Entry| {
             let says_so = entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published));
-            entry.key == current.key && (says_so || ever.contains(&entry.lease))
+            entry.key == current.key && (says_so || ever.contains(&entry.lease) || entry.mod_revision < current.revision)
         };
         let Some(own) = snapshot.entries.iter().find(is_own) else { return Ok(false) };
         let etcd_lease = match own.lease {
@@ -135,10 +136,8 @@ impl Keeper {
             _ => self.store.grant(LEASE_TTL).await?,
         };
         let lease = Lease { key: current.key, peer: self.claim.peer.clone() };
-        if !self.store.put_lease(&lease, etcd_lease, own.mod_revision).await? {
-            return Ok(false);
-        }
-        (current.etcd_lease, current.published) = (etcd_lease, self.claim.peer.public);
+        let Some(revision) = self.store.write_lease(&lease, etcd_lease, own.mod_revision).await? else { return Ok(false) };
+        (current.etcd_lease, current.published, current.revision) = (etcd_lease, self.claim.peer.public, revision);
         ever.extend(Some(etcd_lease).filter(|id| *id != 0));
         tracing::info!(subnet = %current.key, "wrote the lease anew, with what this host publishes now");
         Ok(true)
