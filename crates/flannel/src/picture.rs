@@ -24,6 +24,7 @@ pub struct Picture {
     retired: Vec<Subnet>,
     /// `--subnet-file` and `--ip-masq`
     file: Option<(PathBuf, bool)>,
+    etcd_lease: i64,
     own: LeaseKey,
     leases: LeaseSet,
     desired: Desired,
@@ -43,8 +44,8 @@ impl Picture {
     /// A node with its lease and without peers.
     pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
-        let (blackhole, retired, file) = (false, Vec::new(), None);
-        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, own, leases, desired, refusals };
+        let (blackhole, retired, file, etcd_lease) = (false, Vec::new(), None, 0);
+        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, etcd_lease, own, leases, desired, refusals };
         picture.paint_node();
         picture
     }
@@ -70,10 +71,17 @@ impl Picture {
 
     /// With a file for the CNI plugins (`--subnet-file`), which says whether the daemon masquerades (`--ip-masq`).
     #[must_use]
-    pub fn with_file(mut self, path: PathBuf, ip_masq: bool) -> Picture {
+    pub fn with_file(mut self, path: PathBuf, ip_masq: bool, etcd_lease: i64) -> Picture {
         self.file = Some((path, ip_masq));
+        self.etcd_lease = etcd_lease;
         self.paint_node();
         self
+    }
+
+    /// The store knows this node's lease by another etcd lease now.
+    pub fn set_etcd_lease(&mut self, etcd_lease: i64) -> Vec<Key> {
+        self.etcd_lease = etcd_lease;
+        self.paint_node()
     }
 
     /// Folds an event of the store in.
@@ -158,7 +166,12 @@ impl Picture {
         if let Some((path, ip_masq)) = &self.file {
             let networks = networks.iter().map(|(_, network)| *network).collect();
             let env = SubnetEnv { networks, subnets: *self.own.subnets(), mtu: self.backend.mtu(&self.node), ip_masq: *ip_masq };
-            objects.push(Object::EnvFile(Box::new(EnvFile { path: path.clone(), text: env.render(), ours: true })));
+            objects.push(Object::EnvFile(Box::new(EnvFile {
+                path: path.clone(),
+                text: env.render(),
+                etcd_lease: self.etcd_lease,
+                ours: true,
+            })));
         }
         self.desired.set_part(Owner::Node, objects)
     }

@@ -134,6 +134,7 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
         peer: backend.own_peer(&config, &node),
         addrs: node.addrs,
         previous: before.as_ref().map(|file| previous_subnets(&file.text)).unwrap_or_default(),
+        previous_lease: before.as_ref().map_or(0, |file| file.etcd_lease),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
     let held = persist(&starting, &notices, async || store.acquire(&claim).await).await?;
@@ -150,7 +151,7 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
     };
     let adopt = was_here && plain_routes;
     let picture = Picture::new(config.clone(), node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
-    let picture = picture.with_file(args.subnet_file.clone(), args.ip_masq);
+    let picture = picture.with_file(args.subnet_file.clone(), args.ip_masq, held.etcd_lease);
     if let Some(command) = picture.post_startup() {
         run_command(&host, "Backend.PostStartupCommand", command).await?;
     }

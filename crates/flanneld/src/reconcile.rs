@@ -327,10 +327,10 @@ impl<H: Host> Reconciler<H> {
         // What was told of this lease before it was held was not about us. Once its own event must have come, it is looked at.
         self.own_check = Some(Instant::now() + OWN);
 
-        if held.key == self.picture.own() {
-            return;
+        let mut keys: BTreeSet<Key> = self.picture.set_etcd_lease(held.etcd_lease).into_iter().collect();
+        if held.key != self.picture.own() {
+            keys.extend(self.picture.set_own(held.key));
         }
-        let keys = self.picture.set_own(held.key).into_iter().collect();
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.execute(ops).await;
     }

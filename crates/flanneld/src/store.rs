@@ -45,6 +45,8 @@ pub struct Claim {
     pub addrs: PerFamily<IpAddr>,
     /// The subnets that it had last time.
     pub previous: PerFamily<Subnet>,
+    /// The etcd lease by which the store knew it last time; 0 if that is not known.
+    pub previous_lease: i64,
     /// How long before its end the lease is renewed, where leases end.
     pub margin: Duration,
 }

@@ -47,13 +47,18 @@ pub fn read_env(path: &Path) -> Option<EnvFile> {
     let mut text = String::new();
     io::Read::read_to_string(&mut file, &mut text).ok()?;
     let now = signature(&file.metadata().ok()?);
-    let ours = std::fs::read_to_string(marker(path)).is_ok_and(|noted| noted == now);
-    Some(EnvFile { path: path.to_owned(), text, ours })
+    // The first line names the file, the second the etcd lease.
+    let noted = std::fs::read_to_string(marker(path)).unwrap_or_default();
+    let ours = noted.lines().next() == Some(now.as_str());
+    let etcd_lease = noted.lines().nth(1).and_then(|line| line.parse().ok()).unwrap_or(0);
+    Some(EnvFile { path: path.to_owned(), text, etcd_lease, ours })
 }
 
 /// Writes `subnet.env`, and beside it a note of which file it is.
 pub(crate) fn write_env(file: &EnvFile) -> io::Result<()> {
-    let written = replace(&file.path, &file.text, |new| write(&marker(&file.path), &signature(&new.metadata()?)));
+    let written = replace(&file.path, &file.text, |new| {
+        write(&marker(&file.path), &format!("{}\n{}\n", signature(&new.metadata()?), file.etcd_lease))
+    });
     written.map_err(|error| io::Error::new(error.kind(), format!("cannot write --subnet-file {}: {error}", file.path.display())))
 }
 
@@ -64,5 +69,5 @@ fn marker(path: &Path) -> PathBuf {
 
 /// What tells a file from another that is put in its place, or that somebody wrote to.
 fn signature(meta: &Metadata) -> String {
-    format!("{} {}.{:09}\n", meta.ino(), meta.mtime(), meta.mtime_nsec())
+    format!("{} {}.{:09}", meta.ino(), meta.mtime(), meta.mtime_nsec())
 }

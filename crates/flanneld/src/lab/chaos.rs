@@ -327,11 +327,12 @@ impl Chaos {
             &format!("ip link add {name} type veth peer name {name}x; ip link set {name} master lan0; ip link set {name} up"),
         )?;
         // iproute2 knows namespaces by names in a folder of its own.
-        let file = format!("/run/netns/chaos-{name}");
+        let alias = format!("chaos-{}-{name}", std::process::id());
+        let file = format!("/run/netns/{alias}");
         shell(
             &self.lab.middle,
             &format!(
-                "mkdir -p /run/netns; touch {file}; mount --bind {} {file}; ip link set {name}x netns chaos-{name}; umount {file}; rm {file}",
+                "mkdir -p /run/netns; touch {file}; mount --bind {} {file}; ip link set {name}x netns {alias}; umount {file}; rm {file}",
                 place.display()
             ),
         )?;

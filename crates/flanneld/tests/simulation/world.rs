@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
@@ -77,11 +76,22 @@ struct Machine {
     host: ModelHost,
     cable: Cable,
     daemon: Option<JoinHandle<()>>,
+    /// Its first lease, and whether somebody took or deleted one of its leases: else it must keep it.
+    first: Option<LeaseKey>,
+    robbed: bool,
     /// Was this host itself ever changed in a way that changes routes?
     moved: bool,
     octet: u8,
     /// A crash in the middle: after so many turns of the daemon.
     turns: Rc<RefCell<Option<u32>>>,
+}
+
+impl Machine {
+    /// The lease that its file for the plugins names.
+    fn says(&self) -> Option<LeaseKey> {
+        let file = self.host.env_file(std::path::Path::new("/"));
+        file.map(|file| flannel::subnet_env::previous_subnets(&file.text)).and_then(LeaseKey::new)
+    }
 }
 
 struct World {
@@ -130,6 +140,8 @@ impl World {
             host: ModelHost::new(cidr(octet)),
             cable: Cable::new(),
             daemon: None,
+            first: None,
+            robbed: false,
             moved: false,
             octet,
             turns: Rc::default(),
@@ -184,6 +196,9 @@ impl World {
                 _ => Duration::from_secs(fastrand::u64(..90)),
             };
             tokio::time::sleep(pause).await;
+            for machine in &mut self.machines {
+                machine.first = machine.first.or_else(|| machine.says());
+            }
             self.act().await;
         }
         // Now and then a day: leases are renewed where the store can be reached, and end where not.
@@ -226,7 +241,7 @@ impl World {
                 let (_ask, asks) = mpsc::channel(1);
                 let parts = Parts { ready, starting, syncing, notices: Notices::new().0, asks };
                 let args = args();
-                let mut daemon = pin!(node_daemon(&args, etcd, host.clone(), parts));
+                let mut daemon = Box::pin(node_daemon(&args, etcd, host.clone(), parts));
                 // A crash falls between any two turns.
                 let life = std::future::poll_fn(|context| {
                     if let Some(left) = turns.borrow_mut().as_mut() {
@@ -237,7 +252,10 @@ impl World {
                     }
                     daemon.as_mut().poll(context).map(Some)
                 });
-                match life.await {
+                let end = life.await;
+                // Its tasks and its memory end with it.
+                drop(daemon);
+                match end {
                     Some(Ok(())) => {}
                     Some(Err(error)) => tracing::error!("the daemon ended: {error:#}"),
                     None => {
@@ -258,7 +276,10 @@ impl World {
         match what {
             0 | 1 => self.put_foreign_lease().await,
             2 => self.delete_lease(false).await,
-            3 => self.delete_lease(true).await,
+            3 => {
+                self.machines.iter_mut().for_each(|machine| machine.robbed = true);
+                self.delete_lease(true).await;
+            }
             4 => self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), b"{\"PublicIP\":".to_vec()).await,
             5..=7 => self.take_something(at),
             8..=10 => self.change_something(at),
@@ -302,13 +323,18 @@ impl World {
                 }
             },
             20 => self.machines[at].host.lock().refuses = pick(&[0, 2, 5, 20]),
-            21 => self.steal(at).await,
+            21 => {
+                self.machines[at].robbed = true;
+                self.steal(at).await;
+            }
             _ => self.add_foreign_route(at),
         }
     }
 
     /// Everybody's connection breaks, as when the server restarts, perhaps on an older backup.
     async fn restart_store(&mut self, backup: Option<Backup>) {
+        // A store that forgot what was written since may give a lease to another.
+        self.machines.iter_mut().for_each(|machine| machine.robbed |= backup.is_some());
         let before: Vec<Mode> = self.machines.iter().map(|machine| machine.cable.set(Mode::Refused)).collect();
         if let Some(backup) = backup {
             self.store.restore(&backup);
@@ -365,13 +391,15 @@ impl World {
         }
     }
 
-    fn take_something(&self, at: usize) {
-        self.machines[at].host.change(|model| {
+    fn take_something(&mut self, at: usize) {
+        let taken = self.machines[at].host.change(|model| {
             let keys: Vec<Key> = model.objects.iter().filter(|(_, object)| !is_foreign(object)).map(|(key, _)| key.clone()).collect();
-            if !keys.is_empty() {
-                model.take(&keys[fastrand::usize(..keys.len())]);
-            }
+            let key = (!keys.is_empty()).then(|| keys[fastrand::usize(..keys.len())].clone());
+            key.iter().for_each(|key| model.take(key));
+            key
         });
+        // Without its file and with another address a host that has no daemon does not know its lease again.
+        self.machines[at].robbed |= taken == Some(Key::EnvFile);
     }
 
     fn change_something(&mut self, at: usize) {
@@ -406,6 +434,7 @@ impl World {
             }
             other => other,
         };
+        self.machines[at].robbed |= matches!(changed, Object::EnvFile(_));
         self.machines[at].host.change(|model| model.put(changed));
     }
 
@@ -454,8 +483,12 @@ impl World {
         for (at, machine) in self.machines.iter().enumerate() {
             let address = cidr(machine.octet).addr;
             let own: Vec<LeaseKey> = entries.iter().filter(|(_, peer)| peer.public.v4 == Some(address)).map(|(key, _)| *key).collect();
-            let file = machine.host.env_file(std::path::Path::new("/"));
-            let said = file.map(|file| flannel::subnet_env::previous_subnets(&file.text)).and_then(LeaseKey::new);
+            let said = machine.says();
+            if let (Some(first), Some(now), false) = (machine.first, said, machine.robbed)
+                && first != now
+            {
+                problems.push(format!("machine {at} had {first} and has {now}, though nobody took it"));
+            }
             let Some(own) = said.filter(|said| own.contains(said)) else {
                 problems.push(format!("machine {at} says {said:?} and has {own:?}"));
                 continue;
@@ -464,7 +497,9 @@ impl World {
                 problems.push(format!("machine {at} has {own}, another has {other}"));
             }
             held.push(own);
-            problems.extend(self.compare(at, machine, own, &entries).await);
+            // A restored store may know the lease by another etcd lease until it is renewed.
+            let etcd_lease = machine.host.env_file(std::path::Path::new("/")).map_or(0, |file| file.etcd_lease);
+            problems.extend(self.compare(at, machine, own, etcd_lease, &entries).await);
             problems.extend(self.look_back(at, machine));
         }
         for (at, object) in &self.foreign {
@@ -483,14 +518,21 @@ impl World {
     }
 
     /// Does a machine hold what a fresh look at the store would put there, and nothing else of ours?
-    async fn compare(&self, at: usize, machine: &Machine, own: LeaseKey, entries: &BTreeMap<LeaseKey, Peer>) -> Vec<String> {
+    async fn compare(
+        &self,
+        at: usize,
+        machine: &Machine,
+        own: LeaseKey,
+        etcd_lease: i64,
+        entries: &BTreeMap<LeaseKey, Peer>,
+    ) -> Vec<String> {
         let around = machine.host.surroundings(None).await.unwrap();
         let node = Node::choose(&around.interfaces, &around.routes, &Wanted::default(), &self.config).unwrap();
         let mac = entries.get(&own).and_then(|peer| flannel::backend::vtep_mac(peer, flannel::Family::V4).ok());
         let backend = Backend::new(&self.config, &node, PerFamily { v4: mac, v6: None });
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
         let args = args();
-        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true);
+        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true, etcd_lease);
         picture.fold(StoreEvent::Init);
         for (key, peer) in entries {
             picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }));

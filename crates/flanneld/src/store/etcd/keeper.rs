@@ -69,7 +69,13 @@ impl Keeper {
         let mut stale = None;
         let Claim { config, peer, .. } = &self.claim;
         let leases = lease_set(&snapshot);
-        let choice = alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?;
+        // This host's address may have changed while no daemon ran; then the etcd lease tells that the lease is its own.
+        let known = snapshot.entries.iter().find(|entry| entry.lease == self.claim.previous_lease && entry.lease != 0);
+        let known = known.filter(|entry| is_first && entry.key.subnets() == previous).map(|entry| Choice::Reuse(entry.key));
+        let choice = match known {
+            Some(choice) => choice,
+            None => alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?,
+        };
         let held = |key, etcd_lease, revision| Held { key, published: peer.public, etcd_lease, revision };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
