@@ -77,7 +77,7 @@ fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result
         return Err(CniError::failed(format!("failed to allocate all requested IPs: {}", list.join(" "))));
     }
     taken.addresses.clear();
-    Index::note(&store.directory, &store.lock);
+    store.note();
     Ok(CniResult { interfaces: Vec::new(), ips, routes, dns })
 }
 
@@ -265,8 +265,9 @@ impl Store {
             std::io::Result::Ok(lock)
         })();
         let lock = opened.map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())))?;
-        let current = Cell::new(Index::is_current(directory, &lock));
-        Ok(Store { directory: directory.to_owned(), lock, index: Index::of(directory), current })
+        let index = Index::of(directory);
+        let current = Cell::new(index.is_current(directory, &lock));
+        Ok(Store { directory: directory.to_owned(), lock, index, current })
     }
 
     /// The store, if anything was ever reserved in it.
@@ -304,6 +305,13 @@ impl Store {
         }
         name_boot(&self.lock);
         Ok(())
+    }
+
+    /// The index is right for the folder as it is now, if it was before and took all that was said since.
+    fn note(&self) {
+        if self.current.get() {
+            Index::note(&self.directory, &self.lock);
+        }
     }
 
     /// The addresses of an owner. The folder is read only if somebody else changed it.
@@ -378,7 +386,9 @@ impl Store {
         let mut said = self.index.get(&owner.0);
         said.retain(|other| *other != ip);
         said.push(ip);
-        self.index.set(&owner.0, &said);
+        if !self.index.set(&owner.0, &said) {
+            self.current.set(false);
+        }
         match publish(&self.directory, &name, owner.0.as_bytes(), false) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
@@ -392,7 +402,7 @@ impl Store {
         if !held.is_empty() {
             held.iter().try_for_each(|address| remove_file(&self.directory.join(address.to_string())))?;
             self.index.set(&owner.0, &[]);
-            Index::note(&self.directory, &self.lock);
+            self.note();
             return Ok(());
         }
         // Unknown to the index: so it holds nothing, or somebody else wrote what it holds.

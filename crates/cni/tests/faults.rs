@@ -47,7 +47,9 @@ fn an_add_among_thousands(host: &Host) {
     for n in 0..3_000 {
         std::fs::write(folder.join(format!("10.2.{}.{}", n / 250, n % 250)), format!("c{n}\r\neth0")).unwrap();
     }
-    ["p1", "p2", "p3", "p4"].map(|id| host.pod(id));
+    for id in ["p1", "p2", "p3", "p4"] {
+        host.pod(id);
+    }
     // The first reads what it does not know yet.
     host.add("p1");
     let log = host.root.join("opened");

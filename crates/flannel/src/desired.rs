@@ -121,9 +121,9 @@ pub struct EnvFile {
     pub path: PathBuf,
     /// Its text.
     pub text: String,
-    /// The etcd lease by which the store knows this node's lease; 0 if there is none. It is noted beside the file: a host whose
-    /// address changed while no daemon ran knows its lease again by it.
-    pub etcd_lease: i64,
+    /// The etcd leases by which the store knew this node's lease, the present one last. They are noted beside the file: a host
+    /// whose address changed while no daemon ran knows its lease again by them, also in a store that was restored from a backup.
+    pub etcd_leases: Vec<i64>,
     /// Was it written by this program? A Go flanneld that ran since has put another in its place.
     pub ours: bool,
 }

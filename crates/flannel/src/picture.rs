@@ -13,6 +13,9 @@ use crate::node::Node;
 use crate::subnet_env::SubnetEnv;
 use crate::traffic::{self, TrafficConfig};
 
+/// Etcd leases that are remembered: a daemon has another with each start.
+const REMEMBERED: usize = 64;
+
 /// All that this node knows and wants.
 #[derive(Debug, Clone)]
 pub struct Picture {
@@ -24,7 +27,7 @@ pub struct Picture {
     retired: Vec<Subnet>,
     /// `--subnet-file` and `--ip-masq`
     file: Option<(PathBuf, bool)>,
-    etcd_lease: i64,
+    etcd_leases: Vec<i64>,
     own: LeaseKey,
     leases: LeaseSet,
     desired: Desired,
@@ -44,8 +47,8 @@ impl Picture {
     /// A node with its lease and without peers.
     pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
-        let (blackhole, retired, file, etcd_lease) = (false, Vec::new(), None, 0);
-        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, etcd_lease, own, leases, desired, refusals };
+        let (blackhole, retired, file, etcd_leases) = (false, Vec::new(), None, Vec::new());
+        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, etcd_leases, own, leases, desired, refusals };
         picture.paint_node();
         picture
     }
@@ -71,16 +74,21 @@ impl Picture {
 
     /// With a file for the CNI plugins (`--subnet-file`), which says whether the daemon masquerades (`--ip-masq`).
     #[must_use]
-    pub fn with_file(mut self, path: PathBuf, ip_masq: bool, etcd_lease: i64) -> Picture {
+    pub fn with_file(mut self, path: PathBuf, ip_masq: bool, etcd_leases: Vec<i64>) -> Picture {
         self.file = Some((path, ip_masq));
-        self.etcd_lease = etcd_lease;
+        self.etcd_leases = etcd_leases;
         self.paint_node();
         self
     }
 
     /// The store knows this node's lease by another etcd lease now.
-    pub fn set_etcd_lease(&mut self, etcd_lease: i64) -> Vec<Key> {
-        self.etcd_lease = etcd_lease;
+    pub fn add_etcd_lease(&mut self, etcd_lease: i64) -> Vec<Key> {
+        if etcd_lease == 0 || self.etcd_leases.last() == Some(&etcd_lease) {
+            return Vec::new();
+        }
+        self.etcd_leases.push(etcd_lease);
+        let superfluous = self.etcd_leases.len().saturating_sub(REMEMBERED);
+        self.etcd_leases.drain(..superfluous);
         self.paint_node()
     }
 
@@ -169,7 +177,7 @@ impl Picture {
             objects.push(Object::EnvFile(Box::new(EnvFile {
                 path: path.clone(),
                 text: env.render(),
-                etcd_lease: self.etcd_lease,
+                etcd_leases: self.etcd_leases.clone(),
                 ours: true,
             })));
         }

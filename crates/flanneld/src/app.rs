@@ -134,7 +134,7 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
         peer: backend.own_peer(&config, &node),
         addrs: node.addrs,
         previous: before.as_ref().map(|file| previous_subnets(&file.text)).unwrap_or_default(),
-        previous_lease: before.as_ref().map_or(0, |file| file.etcd_lease),
+        previous_leases: before.as_ref().map(|file| file.etcd_leases.clone()).unwrap_or_default(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
     let held = persist(&starting, &notices, async || store.acquire(&claim).await).await?;
@@ -151,7 +151,8 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
     };
     let adopt = was_here && plain_routes;
     let picture = Picture::new(config.clone(), node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
-    let picture = picture.with_file(args.subnet_file.clone(), args.ip_masq, held.etcd_lease);
+    let mut picture = picture.with_file(args.subnet_file.clone(), args.ip_masq, claim.previous_leases.clone());
+    picture.add_etcd_lease(held.etcd_lease);
     if let Some(command) = picture.post_startup() {
         run_command(&host, "Backend.PostStartupCommand", command).await?;
     }

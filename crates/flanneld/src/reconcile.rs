@@ -36,6 +36,8 @@ const AUDIT_PAUSE: u32 = 2_000;
 const SETTLE: Duration = Duration::from_millis(5);
 /// How long after a lease was acquired the store must have told of it.
 const OWN: Duration = Duration::from_secs(5);
+/// How long after a list it is looked at again whether the store is followed.
+const LISTED: Duration = Duration::from_millis(100);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// An interface that is not as it should be is looked at again after the first, doubling up to the second: it may get its address
@@ -138,8 +140,8 @@ pub struct Reconciler<H> {
     repairs: Repairs,
     /// When it is looked at next whether the lease is still this node's.
     own_check: Option<Instant>,
-    /// When a lease with another's or old data was written anew.
-    corrected: Option<Instant>,
+    /// When a lease with another's or old data was written anew, and how long that was enough.
+    corrected: Option<(Instant, Duration)>,
     /// When a VTEP's new link-layer address was followed last.
     followed: Option<Instant>,
     /// Until the first complete list of leases is in the kernel.
@@ -278,7 +280,7 @@ impl<H: Host> Reconciler<H> {
         }
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
         if leases.contains(&own) || listed {
-            self.check_own(inputs);
+            self.check_own(inputs, LISTED);
         }
         if complete && !was_complete {
             self.picture.keep_unreadable(&self.observed);
@@ -304,20 +306,24 @@ impl<H: Host> Reconciler<H> {
 
     /// Tells the keeper if the lease that it holds is another's by now, or gone, or says what this node said long ago: a store
     /// may be restored from an older backup.
-    fn check_own(&mut self, inputs: &Inputs) {
+    fn check_own(&mut self, inputs: &Inputs, again: Duration) {
         self.own_check = None;
         let (leases, held) = (self.picture.leases(), *inputs.held.borrow());
         let (said, now) = (leases.get(&held.key).filter(|peer| is_mine(&peer.public, &held.published)), self.picture.own_peer());
         match said {
             _ if !leases.is_complete() => {}
+            // Of a store that is not followed nothing new is known; a list comes a moment before the store counts as followed.
+            _ if !*inputs.connected.borrow() => self.own_check = Some(Instant::now() + again),
             // A full channel means that it has been told.
             None => drop(inputs.lost.try_send(())),
-            Some(said) if (&said.backend_type, &said.backend_data) == (&now.backend_type, &now.backend_data) => {}
-            // What was told may be older than what was written; so not at once again.
-            Some(_) if self.corrected.is_some_and(|at| at.elapsed() < OWN) => self.own_check = Some(Instant::now() + OWN),
+            Some(said) if (&said.backend_type, &said.backend_data) == (&now.backend_type, &now.backend_data) => self.corrected = None,
+            // What was told may be older than what was written, or another host may have the same address and write as well: so
+            // not at once again, and ever more rarely.
+            Some(_) if self.corrected.is_some_and(|(at, wait)| at.elapsed() < wait) => self.own_check = Some(Instant::now() + OWN),
             Some(_) => {
                 tracing::info!(subnet = %held.key, "the lease does not say what this node's backend is; writing it anew");
-                self.corrected = Some(Instant::now());
+                let wait = self.corrected.map_or(OWN, |(_, wait)| (wait * 2).min(AUDIT.1));
+                self.corrected = Some((Instant::now(), wait));
                 inputs.claim.send_modify(|claim| claim.peer = now);
             }
         }
@@ -327,7 +333,7 @@ impl<H: Host> Reconciler<H> {
         // What was told of this lease before it was held was not about us. Once its own event must have come, it is looked at.
         self.own_check = Some(Instant::now() + OWN);
 
-        let mut keys: BTreeSet<Key> = self.picture.set_etcd_lease(held.etcd_lease).into_iter().collect();
+        let mut keys: BTreeSet<Key> = self.picture.add_etcd_lease(held.etcd_lease).into_iter().collect();
         if held.key != self.picture.own() {
             keys.extend(self.picture.set_own(held.key));
         }
@@ -444,7 +450,7 @@ impl<H: Host> Reconciler<H> {
     async fn on_timer(&mut self, inputs: &Inputs) {
         let now = Instant::now();
         if self.own_check.is_some_and(|at| at <= now) {
-            self.check_own(inputs);
+            self.check_own(inputs, OWN);
         }
         if self.interface.0.is_some_and(|at| at <= now) {
             self.look_at_interface(&inputs.claim).await;
@@ -505,6 +511,10 @@ impl<H: Host> Reconciler<H> {
         ops.retain(|op| self.failures.get(&op.object().key()).is_none_or(|failure| failure.due <= now));
         for op in &ops {
             let key = op.object().key();
+            // What the kernel refused was not undone by anybody.
+            if self.failures.get(&key).is_some_and(|failure| failure.error.errno != 0) {
+                continue;
+            }
             let Some(fight) = self.repairs.count(&key, authors.get(&key), now) else { continue };
             let by = fight.by.map_or(String::new(), |author| format!(" by {author}"));
             let text = format!("somebody undoes it again and again{by}: {}", one_line(op));

@@ -45,8 +45,8 @@ pub struct Claim {
     pub addrs: PerFamily<IpAddr>,
     /// The subnets that it had last time.
     pub previous: PerFamily<Subnet>,
-    /// The etcd lease by which the store knew it last time; 0 if that is not known.
-    pub previous_lease: i64,
+    /// The etcd leases by which the store knew it earlier.
+    pub previous_leases: Vec<i64>,
     /// How long before its end the lease is renewed, where leases end.
     pub margin: Duration,
 }
@@ -60,8 +60,6 @@ pub struct Held {
     pub published: PerFamily<IpAddr>,
     /// The etcd lease on the key; 0 for one that needs no renewal.
     pub etcd_lease: i64,
-    /// The store's revision at which this node wrote it: what is older is not news. 0 where there is none.
-    pub revision: i64,
 }
 
 /// A place where leases are kept. Clones are handles to the same.

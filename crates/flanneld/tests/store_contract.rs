@@ -338,7 +338,7 @@ fn claim(config: &flannel::Config, public: &str) -> Claim {
         peer: lease(0, public).peer,
         addrs: PerFamily::default(),
         previous: PerFamily::default(),
-        previous_lease: 0,
+        previous_leases: Vec::new(),
         margin: Duration::from_secs(60),
     }
 }

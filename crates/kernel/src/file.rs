@@ -47,19 +47,19 @@ pub fn read_env(path: &Path) -> Option<EnvFile> {
     let mut text = String::new();
     io::Read::read_to_string(&mut file, &mut text).ok()?;
     let now = signature(&file.metadata().ok()?);
-    // The first line names the file, the second the etcd lease.
+    // The first line names the file, the second the etcd leases.
     let noted = std::fs::read_to_string(marker(path)).unwrap_or_default();
     let ours = noted.lines().next() == Some(now.as_str());
-    let etcd_lease = noted.lines().nth(1).and_then(|line| line.parse().ok()).unwrap_or(0);
-    Some(EnvFile { path: path.to_owned(), text, etcd_lease, ours })
+    let etcd_leases = noted.lines().nth(1).unwrap_or_default().split(' ').filter_map(|id| id.parse().ok()).collect();
+    Some(EnvFile { path: path.to_owned(), text, etcd_leases, ours })
 }
 
 /// Writes `subnet.env`, and beside it a note of which file it is.
 pub(crate) fn write_env(file: &EnvFile) -> io::Result<()> {
-    let written = replace(&file.path, &file.text, |new| {
-        write(&marker(&file.path), &format!("{}\n{}\n", signature(&new.metadata()?), file.etcd_lease))
-    });
-    written.map_err(|error| io::Error::new(error.kind(), format!("cannot write --subnet-file {}: {error}", file.path.display())))
+    let leases: Vec<String> = file.etcd_leases.iter().map(ToString::to_string).collect();
+    let note = |new: &File| write(&marker(&file.path), &format!("{}\n{}\n", signature(&new.metadata()?), leases.join(" ")));
+    replace(&file.path, &file.text, note)
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot write --subnet-file {}: {error}", file.path.display())))
 }
 
 fn marker(path: &Path) -> PathBuf {

@@ -75,10 +75,12 @@ impl fmt::Display for Author {
 const PID_MAX: u32 = 4 << 20;
 
 impl Author {
-    /// Whose socket has this port.
+    /// Whose socket has this port. In a container's own PID namespace the number means another process, or none.
     fn of(port: u32) -> Option<Author> {
+        // PROC_PID_INIT_INO of linux/proc_ns.h
+        let initial = || std::fs::read_link("/proc/self/ns/pid").is_ok_and(|name| name.as_os_str() == "pid:[4026531836]");
         let named = || std::fs::read_to_string(format!("/proc/{port}/comm")).map(|name| name.trim_end().to_owned());
-        (port != 0 && port <= PID_MAX).then(|| Author { pid: port, program: named().unwrap_or_default() })
+        (port != 0 && port <= PID_MAX && initial()).then(|| Author { pid: port, program: named().unwrap_or_default() })
     }
 }
 

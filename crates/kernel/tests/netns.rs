@@ -573,7 +573,7 @@ fn a_file_is_watched_also_when_its_folder_goes() {
     changed("and is watched");
 
     let mut kernel = Kernel::open().unwrap();
-    let file = flannel::desired::EnvFile { path: path.clone(), text: "five".to_owned(), etcd_lease: 7, ours: true };
+    let file = flannel::desired::EnvFile { path: path.clone(), text: "five".to_owned(), etcd_leases: vec![7, 9], ours: true };
     apply(&mut kernel, &[Op::Set(Object::EnvFile(Box::new(file.clone())))]);
     let seen = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::EnvFile).cloned();
     assert_eq!(seen(&mut kernel), Some(Object::EnvFile(Box::new(file.clone()))));

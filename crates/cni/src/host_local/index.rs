@@ -25,10 +25,10 @@ impl Index {
     }
 
     /// Has the folder not been changed by anybody since [`Index::note`]?
-    pub(super) fn is_current(network: &Path, lock: &File) -> bool {
+    pub(super) fn is_current(&self, network: &Path, lock: &File) -> bool {
         let mut buffer = [0; 64];
         let noted = rustix::fs::fgetxattr(lock, SEEN, &mut buffer[..]).ok().and_then(|length| buffer.get(..length));
-        noted.is_some() && noted == changed(network).as_deref().map(str::as_bytes)
+        noted.is_some() && noted == changed(network).as_deref().map(str::as_bytes) && self.0.is_dir()
     }
 
     /// Notes the folder as it is now. Where a file system has no attributes the folder is read each time.
@@ -44,18 +44,15 @@ impl Index {
         target.to_string_lossy().split(',').filter_map(|text| text.parse().ok()).collect()
     }
 
-    /// Says what an owner holds. Before it is so: a hint too many does no harm.
-    pub(super) fn set(&self, owner: &str, addresses: &[IpAddr]) {
+    /// Says what an owner holds. Before it is so: a hint too many does no harm. False if it cannot be said.
+    pub(super) fn set(&self, owner: &str, addresses: &[IpAddr]) -> bool {
         let file = self.file(owner);
         let _ = fs::remove_file(&file);
         if addresses.is_empty() {
-            return;
+            return true;
         }
         let text: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-        if symlink(text.join(","), &file).is_err() {
-            let _ = fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0);
-            let _ = symlink(text.join(","), &file);
-        }
+        symlink(text.join(","), &file).is_ok()
     }
 
     /// Writes it anew from all address files. False if it cannot be had.
@@ -64,12 +61,12 @@ impl Index {
         if fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0).is_err() {
             return false;
         }
-        for (owner, address) in entries {
+        let mut entries = entries;
+        entries.all(|(owner, address)| {
             let mut addresses = self.get(owner);
             addresses.push(address);
-            self.set(owner, &addresses);
-        }
-        true
+            self.set(owner, &addresses)
+        })
     }
 
     fn file(&self, owner: &str) -> PathBuf {

@@ -229,7 +229,8 @@ impl Fault {
                 };
                 let routes: Vec<Object> = (0..30_000).filter_map(foreign).collect();
                 let there: Vec<Op> = routes.iter().cloned().map(Op::Set).collect();
-                let gone: Vec<Op> = std::iter::once(Op::Delete(route)).chain(routes.into_iter().map(Op::Delete)).collect();
+                let mut gone: Vec<Op> = routes.into_iter().map(Op::Delete).collect();
+                gone.insert(gone.len() / 2, Op::Delete(route));
                 apply(netns, &there)?;
                 apply(netns, &gone)
             }

@@ -293,11 +293,6 @@ impl Etcd {
     /// # Errors
     /// When the store cannot be asked or refuses.
     pub async fn put_lease(&self, lease: &Lease, etcd_lease: i64, expected: i64) -> Result<bool, EtcdError> {
-        Ok(self.write_lease(lease, etcd_lease, expected).await?.is_some())
-    }
-
-    /// The same; returns the revision at which it was written.
-    async fn write_lease(&self, lease: &Lease, etcd_lease: i64, expected: i64) -> Result<Option<i64>, EtcdError> {
         let key = self.lease_key(&lease.key).into_bytes();
         let put = PutRequest { key: key.clone(), value: wire::value(&lease.peer).into_bytes(), lease: etcd_lease, ..PutRequest::default() };
         self.conditional("write the lease", key, expected, Op::RequestPut(put)).await
@@ -310,10 +305,10 @@ impl Etcd {
     pub async fn delete_lease(&self, key: &LeaseKey, expected: i64) -> Result<bool, EtcdError> {
         let key = self.lease_key(key).into_bytes();
         let delete = DeleteRangeRequest { key: key.clone(), ..DeleteRangeRequest::default() };
-        Ok(self.conditional("delete a lease", key, expected, Op::RequestDeleteRange(delete)).await?.is_some())
+        self.conditional("delete a lease", key, expected, Op::RequestDeleteRange(delete)).await
     }
 
-    async fn conditional(&self, act: &'static str, key: Vec<u8>, expected: i64, op: Op) -> Result<Option<i64>, EtcdError> {
+    async fn conditional(&self, act: &'static str, key: Vec<u8>, expected: i64, op: Op) -> Result<bool, EtcdError> {
         let target_union = Some(TargetUnion::ModRevision(expected));
         let compare =
             Compare { result: CompareResult::Equal.into(), target: CompareTarget::Mod.into(), key, range_end: Vec::new(), target_union };
@@ -322,8 +317,7 @@ impl Etcd {
             let request = request.clone();
             async move { KvClient::new(channel).txn(request).await }
         });
-        let answer = answer.await?;
-        Ok(answer.succeeded.then(|| answer.header.map_or(0, |header| header.revision)))
+        Ok(answer.await?.succeeded)
     }
 
     /// Asks the endpoint that answered last, then the others in turn. One whose token is too old is asked again with a

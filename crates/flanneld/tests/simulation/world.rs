@@ -498,8 +498,8 @@ impl World {
             }
             held.push(own);
             // A restored store may know the lease by another etcd lease until it is renewed.
-            let etcd_lease = machine.host.env_file(std::path::Path::new("/")).map_or(0, |file| file.etcd_lease);
-            problems.extend(self.compare(at, machine, own, etcd_lease, &entries).await);
+            let etcd_leases = machine.host.env_file(std::path::Path::new("/")).map(|file| file.etcd_leases).unwrap_or_default();
+            problems.extend(self.compare(at, machine, own, etcd_leases, &entries).await);
             problems.extend(self.look_back(at, machine));
         }
         for (at, object) in &self.foreign {
@@ -523,7 +523,7 @@ impl World {
         at: usize,
         machine: &Machine,
         own: LeaseKey,
-        etcd_lease: i64,
+        etcd_leases: Vec<i64>,
         entries: &BTreeMap<LeaseKey, Peer>,
     ) -> Vec<String> {
         let around = machine.host.surroundings(None).await.unwrap();
@@ -532,7 +532,7 @@ impl World {
         let backend = Backend::new(&self.config, &node, PerFamily { v4: mac, v6: None });
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
         let args = args();
-        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true, etcd_lease);
+        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true, etcd_leases);
         picture.fold(StoreEvent::Init);
         for (key, peer) in entries {
             picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }));

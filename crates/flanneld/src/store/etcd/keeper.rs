@@ -31,6 +31,15 @@ pub enum AcquireError {
     Races,
 }
 
+/// What a keeper did before.
+#[derive(Debug)]
+struct Past {
+    /// The etcd leases that this node ever had. 0, which is anybody's, is not among them.
+    ever: BTreeSet<i64>,
+    /// One that was granted and is on no key yet.
+    spare: Option<i64>,
+}
+
 /// What it takes to acquire a lease.
 #[derive(Debug, Clone)]
 pub struct Keeper {
@@ -70,13 +79,13 @@ impl Keeper {
         let Claim { config, peer, .. } = &self.claim;
         let leases = lease_set(&snapshot);
         // This host's address may have changed while no daemon ran; then the etcd lease tells that the lease is its own.
-        let known = snapshot.entries.iter().find(|entry| entry.lease == self.claim.previous_lease && entry.lease != 0);
-        let known = known.filter(|entry| is_first && entry.key.subnets() == previous).map(|entry| Choice::Reuse(entry.key));
+        let known = snapshot.entries.iter().find(|entry| is_first && entry.key.subnets() == previous);
+        let known = known.filter(|entry| self.claim.previous_leases.contains(&entry.lease)).map(|entry| Choice::Reuse(entry.key));
         let choice = match known {
             Some(choice) => choice,
             None => alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?,
         };
-        let held = |key, etcd_lease, revision| Held { key, published: peer.public, etcd_lease, revision };
+        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
             tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
@@ -90,8 +99,15 @@ impl Keeper {
         };
         let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
         let lease = Lease { key, peer: peer.clone() };
-        let put = self.store.write_lease(&lease, etcd_lease, expected).await;
-        if let Ok(Some(revision)) = put {
+        let put = self.store.put_lease(&lease, etcd_lease, expected).await;
+        let mut done = matches!(put, Ok(true));
+        if !done {
+            // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
+            // revision already. To revoke the etcd lease then would delete the key.
+            let now = self.store.snapshot().await?;
+            done = etcd_lease != 0 && now.entries.iter().any(|entry| entry.key == key && entry.lease == etcd_lease);
+        }
+        if done {
             // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
             if matches!(choice, Choice::Create(_)) && self.is_younger(&key, snapshot.revision).await? {
                 tracing::info!(subnet = %key, "another host was faster with a part of this subnet; giving it back");
@@ -104,14 +120,7 @@ impl Keeper {
                 snapshot.entries.push(Entry { key, peer: Some(lease.peer), create_revision: 0, mod_revision: 0, lease: etcd_lease });
                 self.store.leave_seed(snapshot);
             }
-            return Ok(Some(held(key, etcd_lease, revision)));
-        }
-        // It may have been done all the same: an answer that was lost is asked for again, and then the key has another
-        // revision already. To revoke the etcd lease then would delete the key.
-        let now = self.store.snapshot().await?;
-        let done = now.entries.iter().find(|entry| entry.key == key && entry.lease == etcd_lease && etcd_lease != 0);
-        if let Some(done) = done {
-            return Ok(Some(held(key, etcd_lease, done.mod_revision)));
+            return Ok(Some(held(key, etcd_lease)));
         }
         self.store.revoke(etcd_lease).await;
         put.map(|_| None).map_err(AcquireError::from)
@@ -126,25 +135,31 @@ impl Keeper {
     }
 
     /// Writes the lease again with what this node publishes now. False if it is not this node's any more. It is known by what
-    /// this node published last, by any etcd lease that it ever had, and by its age: a store that was restored from a backup may
-    /// say what was true before this node wrote it, and that is no news.
-    async fn publish(&self, current: &mut Held, ever: &mut BTreeSet<i64>) -> Result<bool, EtcdError> {
+    /// this node published last, and by any etcd lease that it ever had: a store that was restored from a backup may say what
+    /// this node said long ago.
+    async fn publish(&self, current: &mut Held, past: &mut Past) -> Result<bool, EtcdError> {
         let snapshot = self.store.snapshot().await?;
         let is_own = |entry: &&Entry| {
             let says_so = entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published));
-            entry.key == current.key && (says_so || ever.contains(&entry.lease) || entry.mod_revision < current.revision)
+            entry.key == current.key && (says_so || past.ever.contains(&entry.lease))
         };
         let Some(own) = snapshot.entries.iter().find(is_own) else { return Ok(false) };
-        let etcd_lease = match own.lease {
+        let etcd_lease = match (own.lease, past.spare) {
             // A reservation stays one.
-            0 => 0,
-            id if id == current.etcd_lease => id,
-            _ => self.store.grant(LEASE_TTL).await?,
+            (0, _) => 0,
+            (id, _) if id == current.etcd_lease => id,
+            (_, Some(spare)) => spare,
+            (_, None) => self.store.grant(LEASE_TTL).await?,
         };
+        // Until it is on the key it is for the next try.
+        past.spare = Some(etcd_lease).filter(|id| *id != 0 && *id != own.lease);
         let lease = Lease { key: current.key, peer: self.claim.peer.clone() };
-        let Some(revision) = self.store.write_lease(&lease, etcd_lease, own.mod_revision).await? else { return Ok(false) };
-        (current.etcd_lease, current.published, current.revision) = (etcd_lease, self.claim.peer.public, revision);
-        ever.extend(Some(etcd_lease).filter(|id| *id != 0));
+        if !self.store.put_lease(&lease, etcd_lease, own.mod_revision).await? {
+            return Ok(false);
+        }
+        past.spare = None;
+        past.ever.extend(Some(etcd_lease).filter(|id| *id != 0));
+        (current.etcd_lease, current.published) = (etcd_lease, self.claim.peer.public);
         tracing::info!(subnet = %current.key, "wrote the lease anew, with what this host publishes now");
         Ok(true)
     }
@@ -153,8 +168,8 @@ impl Keeper {
     /// it is gone. What is held is published in `held`.
     pub async fn run(mut self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
         let mut current = *held.borrow();
-        // The etcd leases that this node had; 0 is anybody's.
-        let mut ever: BTreeSet<i64> = Some(current.etcd_lease).filter(|id| *id != 0).into_iter().collect();
+        let ids = self.claim.previous_leases.iter().copied().chain([current.etcd_lease]);
+        let mut past = Past { ever: ids.filter(|id| *id != 0).collect(), spare: None };
         // When what this node publishes is written again, if it is not what it should be.
         let mut unpublished: Option<Instant> = None;
         let mut renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
@@ -184,7 +199,7 @@ impl Keeper {
                         continue;
                     }
                     () = tokio::time::sleep_until(unpublished.unwrap_or_else(Instant::now)), if unpublished.is_some() => {
-                        match self.publish(&mut current, &mut ever).await {
+                        match self.publish(&mut current, &mut past).await {
                             Ok(true) => {
                                 unpublished = None;
                                 held.send_replace(current);
@@ -221,15 +236,32 @@ impl Keeper {
                 },
             };
             if is_lost {
-                // It may say what this node published once; what fails is tried again by what follows.
-                if !self.publish(&mut current, &mut ever).await.unwrap_or(false) {
+                let before = current.etcd_lease;
+                if !self.is_kept(&mut current, &mut past).await {
                     tracing::warn!(subnet = %current.key, "the lease is lost (expired, deleted or taken); acquiring it again, routes stay");
                     current = self.reacquire(&current).await;
-                    ever.extend(Some(current.etcd_lease).filter(|id| *id != 0));
+                    past.ever.extend(Some(current.etcd_lease).filter(|id| *id != 0));
                 }
-                renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
+                // A key that is written under the etcd lease that it had gives that no longer life.
+                if current.etcd_lease != before {
+                    renewal = Renewal::granted(now(), LEASE_TTL, self.claim.margin);
+                }
                 held.send_replace(current);
             }
+        }
+    }
+
+    /// A lease that seems lost may be this node's all the same: then it is written anew. A store that cannot be asked says
+    /// neither.
+    async fn is_kept(&self, current: &mut Held, past: &mut Past) -> bool {
+        let mut wait = Duration::from_millis(100);
+        loop {
+            match self.publish(current, past).await {
+                Ok(kept) => return kept,
+                Err(error) => tracing::warn!(subnet = %current.key, %error, "cannot ask whose the lease is; trying again"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(30));
         }
     }
 
