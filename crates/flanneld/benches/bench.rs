@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: what things cost, each beside the kernel's own cost of the same objects in the same run, because
-//! machines differ and are noisy. `-- quick` leaves out the large sizes.
+//! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 
@@ -65,7 +65,9 @@ fn main() {
     if let Some(folder) = std::env::var_os("FLANNEL_BENCH_OUT") {
         plot::write(Path::new(&folder), &rows);
     }
-    kubernetes(&scratch, quick);
+    if !std::env::args().any(|arg| arg == "etcd") {
+        kubernetes(&scratch, quick);
+    }
 }
 
 /// The deciding alone, without any kernel: leases folded into a picture, and that compared with an empty kernel and with one

@@ -43,6 +43,11 @@ fn main() {
                 let differ = |seed: &u64| world::run(*seed).unwrap() != world::run(*seed).unwrap();
                 (0..100).find(differ).map_or(Ok(()), |seed| Err(Failed::from(format!("two runs of seed {seed} differ"))))
             }),
+            Trial::test("a_start_asks_six_times_whatever_the_number_of_leases", || match [0, 3, 250].map(world::requests_at_start) {
+                // The configuration, all leases, an etcd lease, the put, who came since, and the watch.
+                [6, 6, 6] => Ok(()),
+                other => Err(Failed::from(format!("{other:?}"))),
+            }),
             // Others each day, so that all runs together see more than any one of them.
             Trial::test("new_seeds", || {
                 let day = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() / 86_400;

@@ -1,5 +1,6 @@
 //! The wire between a daemon and its store: it delays, refuses, goes silent, and loses answers to what was done.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -68,14 +69,14 @@ async fn pass(view: &mut View, laid: u32) -> Result<(), Status> {
 /// What a host's wires have in common. Each has a channel of its own: who of several receivers of one is woken first is left
 /// to chance.
 #[derive(Debug, Clone)]
-pub(crate) struct Cable(Arc<Mutex<Ends>>);
+pub(crate) struct Cable(Arc<Mutex<Ends>>, Arc<AtomicUsize>);
 
 /// How the cable behaves and how often it broke, and its wires.
 type Ends = ((Mode, u32), Vec<watch::Sender<(Mode, u32)>>);
 
 impl Cable {
     pub(crate) fn new() -> Cable {
-        Cable(Arc::new(Mutex::new(((Mode::Open, 0), Vec::new()))))
+        Cable(Arc::new(Mutex::new(((Mode::Open, 0), Vec::new()))), Arc::default())
     }
 
     /// Behaves otherwise from now on; returns how it did before.
@@ -90,7 +91,13 @@ impl Cable {
         before
     }
 
+    /// How many requests went over it so far.
+    pub(crate) fn requests(&self) -> usize {
+        self.1.load(Ordering::Relaxed)
+    }
+
     fn subscribe(&self) -> View {
+        self.1.fetch_add(1, Ordering::Relaxed);
         let mut inner = self.0.lock().unwrap();
         let (tell, view) = watch::channel(inner.0);
         inner.1.push(tell);

@@ -69,6 +69,22 @@ pub(crate) fn run(seed: u64) -> Result<Life, String> {
     })
 }
 
+/// How many requests a daemon makes until it follows a store of so many leases.
+pub(crate) fn requests_at_start(leases: usize) -> usize {
+    fastrand::seed(1);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        let mut world = World::new().await;
+        for n in 0..leases {
+            let value = flannel::wire::value(&world.peer(9)).into_bytes();
+            world.put_raw(format!("10.244.{n}.0-24"), value).await;
+        }
+        world.start(0);
+        world.wait(Duration::from_secs(30)).await;
+        world.machines[0].cable.requests()
+    })
+}
+
 /// The true leases, and when each was changed or deleted.
 type Truth = Arc<Mutex<(LeaseSet, Vec<(Instant, LeaseKey)>)>>;
 
