@@ -416,12 +416,13 @@ impl Store {
 
     /// Removes what belongs to no valid attachment.
     fn collect(&self, valid: &[(String, String)]) -> Result<(), CniError> {
-        for entry in self.entries()? {
-            let live = valid.iter().any(|(id, ifname)| entry.content == *id || entry.content == format!("{id}\r\n{ifname}"));
-            if !live {
-                remove_file(&self.directory.join(entry.address.to_string()))?;
-            }
+        let is_live = |entry: &Entry| valid.iter().any(|(id, ifname)| entry.content == *id || entry.content == format!("{id}\r\n{ifname}"));
+        let (live, dead): (Vec<Entry>, Vec<Entry>) = self.entries()?.into_iter().partition(is_live);
+        for entry in dead {
+            remove_file(&self.directory.join(entry.address.to_string()))?;
         }
+        self.current.set(self.index.rebuild(live.iter().map(|entry| (entry.content.as_str(), entry.address))));
+        self.note();
         Ok(())
     }
 }

@@ -44,15 +44,8 @@ pub fn choose(
     stale: &mut Option<LeaseKey>,
     mut random: impl FnMut(usize) -> usize,
 ) -> Result<Choice, OutOfSubnets> {
-    let admitted = |subnets: &PerFamily<Subnet>| {
-        crate::net::Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
-            (None, None) => true,
-            (Some(network), Some(subnet)) => network.admits(*subnet),
-            _ => false,
-        })
-    };
     if let Some((key, _)) = leases.iter().find(|(_, peer)| is_mine(&peer.public, mine)) {
-        if admitted(key.subnets()) {
+        if is_admitted(config, key.subnets()) {
             return Ok(Choice::Reuse(*key));
         }
         *stale = Some(*key);
@@ -79,6 +72,15 @@ pub fn choose(
     }
     let key = LeaseKey::new(subnets).expect("a validated config has a network, so there is a subnet");
     Ok(Choice::Create(key))
+}
+
+/// Does the configuration admit a lease of these subnets: one of each of its families, and in their ranges?
+pub fn is_admitted(config: &Config, subnets: &PerFamily<Subnet>) -> bool {
+    crate::net::Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
+        (None, None) => true,
+        (Some(network), Some(subnet)) => network.admits(*subnet),
+        _ => false,
+    })
 }
 
 /// Does a lease with these public addresses belong to the host that publishes `mine`?

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what things cost, each beside the kernel's own cost of the same objects in the same run, because
-//! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else.
+//! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else;
+//! `-- idle` adds the idle minutes.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 
@@ -54,7 +55,7 @@ fn main() {
     for (backend, dual) in [("host-gw", false), ("vxlan", false), ("vxlan+DirectRouting", false), ("host-gw", true), ("vxlan", true)] {
         for size in sizes {
             // Two minutes each, so only where the target is.
-            let with_idle = !quick && !dual && *size == 10_000 && backend != "vxlan+DirectRouting";
+            let with_idle = std::env::args().any(|arg| arg == "idle") && !dual && *size == 10_000 && backend != "vxlan+DirectRouting";
             let row = scale::measure(&scratch.join(format!("{backend}-{dual}-{size}")), backend, dual, *size, with_idle);
             println!("{}", row.line());
             rows.push(row);

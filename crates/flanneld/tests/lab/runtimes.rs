@@ -125,7 +125,7 @@ pub(crate) fn two_hundred_pods_by_containerd(root: &Path) {
     );
     let mut child = attached.stdout(Stdio::null()).spawn().unwrap();
     eventually("it runs", || sandbox.shell(&netns(0), &format!("{ctr} task ls | grep -q attached.*RUNNING")).status().unwrap().success());
-    assert_eq!(files(&lab.hosts[0].directory.join("cni")).len(), 4, "an address, a configuration, a lock and a hint");
+    assert_eq!(files(&lab.hosts[0].directory.join("cni")).len(), 5, "an address, its owner, a configuration, a lock and a hint");
     sandbox.run(&netns(0), &format!("{ctr} task kill -s KILL attached"));
     child.wait().unwrap();
     for (host, before) in lab.hosts.iter().zip(before) {

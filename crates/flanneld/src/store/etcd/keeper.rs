@@ -80,7 +80,9 @@ impl Keeper {
         let leases = lease_set(&snapshot);
         // This host's address may have changed while no daemon ran; then the etcd lease tells that the lease is its own.
         let known = snapshot.entries.iter().find(|entry| is_first && entry.key.subnets() == previous);
-        let known = known.filter(|entry| self.claim.previous_leases.contains(&entry.lease)).map(|entry| Choice::Reuse(entry.key));
+        let known = known
+            .filter(|entry| alloc::is_admitted(config, entry.key.subnets()) && self.claim.previous_leases.contains(&entry.lease))
+            .map(|entry| Choice::Reuse(entry.key));
         let choice = match known {
             Some(choice) => choice,
             None => alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?,
