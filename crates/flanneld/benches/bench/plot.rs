@@ -49,7 +49,7 @@ fn start(rows: &[Row], machine: &str) -> String {
             y(millis) + 4.0
         );
     }
-    for leases in [100.0, 1_000.0, 10_000.0, 20_000.0] {
+    for leases in [100.0, 1_000.0, 10_000.0] {
         svg += &format!("<text x=\"{:.0}\" y=\"{:.0}\" text-anchor=\"middle\">{leases}</text>\n", x(leases), SIZE.1 - 25.0);
     }
     let mut names: Vec<&str> = rows.iter().map(|row| row.backend.as_str()).collect();
