@@ -140,11 +140,15 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
         };
         for (gateway, len) in &gateways {
             set_gateway(&mut host, &holder, config, Cidr { addr: *gateway, len: *len })?;
-            let forwarding = match Family::of(*gateway) {
-                Family::V4 => "net/ipv4/ip_forward",
-                Family::V6 => "net/ipv6/conf/all/forwarding",
-            };
-            write_sysctl(forwarding, "1")?;
+            let family = Family::of(*gateway);
+            // A kernel that does not answer is asked in the other way.
+            if !sysctl::forwards(&mut host, family).unwrap_or(false) {
+                let forwarding = match family {
+                    Family::V4 => "net/ipv4/ip_forward",
+                    Family::V6 => "net/ipv6/conf/all/forwarding",
+                };
+                write_sysctl(forwarding, "1")?;
+            }
         }
     }
     if let Some(backend) = config.ip_masq.filter(|_| !result.ips.is_empty()) {
@@ -294,7 +298,7 @@ fn configure_container(
         if config.dad {
             write_sysctl(&format!("net/ipv6/conf/{ifname}/enhanced_dad"), "1")?;
         }
-        write_sysctl(&format!("net/ipv4/conf/{ifname}/arp_notify"), "1")?;
+        link::set_arp_notify(&mut socket, index).map_err(failed(format!("let {ifname} tell of itself in the container")))?;
         if result.ips.iter().any(|ip| Family::of(ip.address.addr) == Family::V6) {
             write_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
             write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")?;
@@ -429,7 +433,22 @@ fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError>
 }
 
 fn del(request: &Request) -> Result<(), CniError> {
-    // A namespace that is gone took the interface along.
+    // First, because the kernel is done with it by the time that the link is gone.
+    let rules = if boolean(&request.conf, "ipMasq")?.unwrap_or(false) { masq::remove(request).map(Some) } else { Ok(None) };
+    delete_link(request)?;
+    // All are tried: what is left of one must not keep the other.
+    let addresses = ipam(request, Command::Del, None);
+    if boolean(&request.conf, "macspoofchk")?.unwrap_or(false)
+        && let Err(error) = spoofcheck::remove(&request.container_id, &request.ifname)
+    {
+        eprintln!("bridge: cannot remove what held the container to its MAC: {error}");
+    }
+    addresses?;
+    rules.map(drop)
+}
+
+/// Deletes the container's end, if there is one: a namespace that is gone took it along.
+fn delete_link(request: &Request) -> Result<(), CniError> {
     let netns = request.netns.as_deref().and_then(|path| Netns::open(path).ok());
     if let (Some(netns), Ok(ifname)) = (netns, request.ifname.parse::<IfName>()) {
         let deleted = netns.run(|| Socket::open(Protocol::Route).and_then(|mut socket| link::delete(&mut socket, ifname)));
@@ -438,16 +457,7 @@ fn del(request: &Request) -> Result<(), CniError> {
             _ => {}
         }
     }
-    // Both are tried: what is left of one must not keep the other.
-    let addresses = ipam(request, Command::Del, None);
-    if boolean(&request.conf, "macspoofchk")?.unwrap_or(false)
-        && let Err(error) = spoofcheck::remove(&request.container_id, &request.ifname)
-    {
-        eprintln!("bridge: cannot remove what held the container to its MAC: {error}");
-    }
-    let rules = if boolean(&request.conf, "ipMasq")?.unwrap_or(false) { masq::remove(request) } else { Ok(()) };
-    addresses?;
-    rules
+    Ok(())
 }
 
 fn check(request: &Request, config: &Config) -> Result<(), CniError> {

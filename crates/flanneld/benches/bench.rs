@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: what things cost, each beside the kernel's own cost of the same objects in the same run, because
 //! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else;
-//! `-- idle` adds the idle minutes.
+//! `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld to measure beside ours, `PEER_CNI_DIR` a folder with other
+//! plugins `bridge` and `host-local`.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 
@@ -8,13 +9,13 @@
 mod kubernetes;
 #[path = "bench/plot.rs"]
 mod plot;
+#[path = "bench/pods.rs"]
+mod pods;
 #[path = "bench/scale.rs"]
 mod scale;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL, Route, Scope, route_metric};
@@ -23,12 +24,13 @@ use flanneld::etcd::request_op::Request;
 use flanneld::etcd::{PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flanneld::lab::{Lab, Plan, STORE, isolate};
 use kernel::netlink::{Protocol, Socket};
-use kernel::netns::{self, Netns};
 use kernel::{Kernel, addr, link, route};
 use serde_json::json;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
+/// 32,768 subnets of [`SUBNET_LEN`].
 const NETWORK: &str = "100.64.0.0/10";
+const SUBNET_LEN: u8 = 25;
 const NETWORK6: &str = "fd00:244::/48";
 
 fn main() {
@@ -47,9 +49,8 @@ fn main() {
     println!(
         "store: embedded, its file on a tmpfs. Times in ms unless said otherwise; raw: the same objects by netlink from this process.\n"
     );
-    cni(&scratch.join("cni"), &plugin);
-    // The network has 16,384 subnets.
-    let sizes: &[usize] = if quick { &[100, 1_000] } else { &[100, 1_000, 5_000, 10_000, 15_000] };
+    pods::run(&scratch.join("cni"), &plugin);
+    let sizes: &[usize] = if quick { &[100, 1_000] } else { &[100, 1_000, 5_000, 10_000, 20_000] };
     small(&scratch.join("small"));
     println!("\n{}", scale::HEADER);
     let mut rows = Vec::new();
@@ -62,10 +63,11 @@ fn main() {
             rows.push(row);
         }
     }
+    let peers = std::env::var_os("PEER_FLANNELD").map_or_else(Vec::new, |program| scale::peers(&scratch, Path::new(&program), sizes));
     bursts(&scratch, if quick { 200 } else { 1_000 });
     core(if quick { 10_000 } else { 100_000 });
     if let Some(folder) = std::env::var_os("FLANNEL_BENCH_OUT") {
-        plot::write(Path::new(&folder), &rows);
+        plot::write(Path::new(&folder), &rows, &peers);
     }
     if !std::env::args().any(|arg| arg == "etcd") {
         kubernetes(&scratch, quick);
@@ -78,12 +80,13 @@ fn core(size: usize) {
     use flannel::diff::{Prune, diff};
     use flannel::traffic::{Flavour, TrafficConfig};
     use flannel::{Backend, Config, Node, Observed, Picture, StoreEvent};
-    let config = Config::parse(&json!({ "Network": NETWORK, "SubnetLen": 24, "Backend": { "Type": "vxlan" } }).to_string()).unwrap();
+    let config =
+        Config::parse(&json!({ "Network": NETWORK, "SubnetLen": SUBNET_LEN, "Backend": { "Type": "vxlan" } }).to_string()).unwrap();
     let v4 = |text: &str| PerFamily { v4: text.parse().ok(), v6: None };
     let (addrs, public) = (v4("172.20.0.1"), v4("172.20.0.1"));
     let node = Node { ext: name("eth0"), mtu: 1500, addrs, public, routes: vec![("172.0.0.0/8".parse().unwrap(), true)] };
-    let own = LeaseKey::new(PerFamily { v4: "100.127.1.0/24".parse().ok(), v6: None }).unwrap();
-    // There are not so many /24 in the network: these are smaller.
+    let own = LeaseKey::new(PerFamily { v4: "100.127.1.0/25".parse().ok(), v6: None }).unwrap();
+    // There are not so many /25 in the network: these are smaller.
     let leases: Vec<Lease> = (1..=size)
         .map(|i| {
             let number = u32::try_from(i).unwrap();
@@ -150,7 +153,7 @@ fn bursts(scratch: &Path, size: usize) {
     let remove = |lab: &Lab| {
         let began = Instant::now();
         let key = b"/coreos.com/network/subnets/100.64.".to_vec();
-        let range_end = b"/coreos.com/network/subnets/100.65.".to_vec();
+        let range_end = b"/coreos.com/network/subnets/100.66.".to_vec();
         let request = flanneld::etcd::DeleteRangeRequest { key, range_end, ..Default::default() };
         with_kv(lab, async |mut kv| drop(kv.delete_range(request.clone()).await.unwrap()));
         began
@@ -236,11 +239,11 @@ fn percentile(samples: &mut [Duration], share: f64) -> f64 {
     millis(samples[at])
 }
 
-fn lab(root: &Path, hosts: usize, backend: &str, dual: bool) -> Lab {
+fn lab(root: &Path, hosts: usize, backend: &str, dual: bool, subnet_len: u8) -> Lab {
     let program = Path::new(PROGRAM);
     let direct = backend.ends_with("DirectRouting");
     let backend = json!({ "Type": backend.trim_end_matches("+DirectRouting"), "DirectRouting": direct });
-    let config = json!({ "Network": NETWORK, "SubnetLen": 24, "EnableNFTables": true, "Backend": backend });
+    let config = json!({ "Network": NETWORK, "SubnetLen": subnet_len, "EnableNFTables": true, "Backend": backend });
     let mut plan = Plan { config, plugin: plugin(), ..Plan::new(hosts, &backend, program) };
     if dual {
         plan = plan.family(flanneld::lab::PodFamily::Dual);
@@ -250,11 +253,11 @@ fn lab(root: &Path, hosts: usize, backend: &str, dual: bool) -> Lab {
 
 /// A host without its daemon, and as many on-link gateways to be.
 fn host(root: &Path, backend: &str, dual: bool, leases: &[Lease]) -> Lab {
-    let mut lab = lab(root, 1, backend, dual);
+    let mut lab = lab(root, 1, backend, dual, SUBNET_LEN);
     lab.hosts[0].netns.run(many_neighbours).unwrap();
     // Behind all leases that are to be put.
     let own6 = if dual { "FLANNEL_IPV6_SUBNET=fd00:244:0:ffff::1/64\n" } else { "" };
-    std::fs::write(lab.hosts[0].subnet_file(), format!("FLANNEL_SUBNET=100.127.0.1/24\n{own6}")).unwrap();
+    std::fs::write(lab.hosts[0].subnet_file(), format!("FLANNEL_SUBNET=100.127.0.1/25\n{own6}")).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     for part in leases.chunks(1_000) {
@@ -273,7 +276,7 @@ fn many_neighbours() {
 
 fn lease(i: usize, backend: &str, dual: bool) -> Lease {
     let number = u32::try_from(i).unwrap();
-    let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << 8))), 24).ok();
+    let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << (32 - SUBNET_LEN)))), SUBNET_LEN).ok();
     let v6 = dual.then(|| format!("fd00:244:0:{number:x}::/64").parse().unwrap());
     let public6 = dual.then(|| format!("fd00:10:0:1::{number:x}").parse().unwrap());
     let public = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::from_bits(0xac14_0000 + 10 + number))), v6: public6 };
@@ -356,7 +359,7 @@ fn latencies(lab: &Lab, leases: Vec<Lease>) -> Vec<Duration> {
 
 /// Two hosts: the smallest cluster.
 fn small(root: &Path) {
-    let mut lab = lab(root, 2, "vxlan", false);
+    let mut lab = lab(root, 2, "vxlan", false, SUBNET_LEN);
     lab.start_store().unwrap();
     lab.put_config().unwrap();
     let began = Instant::now();
@@ -391,100 +394,4 @@ fn used(lab: &Lab) -> f64 {
     let threads = std::fs::read_dir(format!("/proc/{}/task", lab.hosts[0].pid().unwrap())).unwrap();
     let of = |path: PathBuf| std::fs::read_to_string(path.join("schedstat")).unwrap().split(' ').next().unwrap().parse::<f64>().unwrap();
     threads.map(|thread| of(thread.unwrap().path())).sum::<f64>() / 1e9
-}
-
-fn cni(root: &Path, plugin: &Path) {
-    let mut lab = lab(root, 1, "host-gw", false);
-    lab.start_store().unwrap();
-    lab.put_config().unwrap();
-    lab.start_daemon(0, &[]).unwrap();
-    lab.settle().unwrap();
-    let pods: Vec<(String, PathBuf, Netns)> = (0..200)
-        .map(|i| {
-            let (id, netns) = (format!("p{i}"), Netns::create().unwrap());
-            let path = root.join("netns").join(&id);
-            netns.bind(&path).unwrap();
-            (id, path, netns)
-        })
-        .collect();
-    let call = |verb: &str, (id, path, _): &(String, PathBuf, Netns)| {
-        let began = Instant::now();
-        lab.cni(0, "flannel", verb, id, path, "eth0").unwrap();
-        began.elapsed()
-    };
-    // The bridge exists after the first.
-    call("ADD", &pods[0]);
-    call("DEL", &pods[0]);
-    let mut add: Vec<Duration> = pods[..100].iter().map(|pod| call("ADD", pod)).collect();
-    let mut del: Vec<Duration> = pods[..100].iter().map(|pod| call("DEL", pod)).collect();
-    let parallel = |verb: &str| {
-        let (next, began) = (AtomicUsize::new(0), Instant::now());
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    while let Some(pod) = pods.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        call(verb, pod);
-                    }
-                });
-            }
-        });
-        200.0 / began.elapsed().as_secs_f64()
-    };
-    let (adds, dels) = (parallel("ADD"), parallel("DEL"));
-
-    // The kernel's own cost: the same links, addresses and routes, in this process.
-    let host = &lab.hosts[0].netns;
-    let mut raw_add = Vec::new();
-    let mut raw_del = Vec::new();
-    for (i, (_, _, pod)) in pods[..100].iter().enumerate() {
-        let began = Instant::now();
-        host.run(|| raw_pod(i, pod)).unwrap();
-        raw_add.push(began.elapsed());
-    }
-    for (_, _, pod) in &pods[..100] {
-        let began = Instant::now();
-        pod.run(|| link::delete(&mut Socket::open(Protocol::Route).unwrap(), name("eth0")).unwrap()).unwrap();
-        raw_del.push(began.elapsed());
-    }
-    // What it costs to start a program that does nothing: this one, asked for its version.
-    let mut exec: Vec<Duration> = (0..100)
-        .map(|_| {
-            let began = Instant::now();
-            Command::new(plugin).arg("bridge").env("CNI_COMMAND", "VERSION").output().unwrap();
-            began.elapsed()
-        })
-        .collect();
-
-    println!("{:<24}{:>9}{:>9}{:>10}{:>10}{:>8}", "CNI, 100 one by one", "p50", "p95", "raw p50", "raw p95", "ratio");
-    for (verb, ours, raw) in [("ADD", &mut add, &mut raw_add), ("DEL", &mut del, &mut raw_del)] {
-        let (p50, raw50) = (percentile(ours, 0.5), percentile(raw, 0.5));
-        println!("{verb:<24}{p50:>9.2}{:>9.2}{raw50:>10.2}{:>10.2}{:>8.2}", percentile(ours, 0.95), percentile(raw, 0.95), p50 / raw50);
-    }
-    println!("{:<24}{:>9.2}{:>9.2}", "start of the program", percentile(&mut exec, 0.5), percentile(&mut exec, 0.95));
-    println!("{:<24}{adds:>9.0} ADD/s {dels:>9.0} DEL/s", "CNI, 200, 8 in parallel");
-    for (_, path, _) in &pods {
-        netns::unbind(path).unwrap();
-    }
-}
-
-fn raw_pod(i: usize, pod: &Netns) {
-    use std::os::fd::AsFd;
-    let mut socket = Socket::open(Protocol::Route).unwrap();
-    let veth = name(&format!("raw{i}"));
-    let (this, peer) =
-        (link::VethEnd { name: veth, mac: None, netns: None }, link::VethEnd { name: name("eth0"), mac: None, netns: Some(pod.as_fd()) });
-    link::create_veth(&mut socket, 1500, this, peer).unwrap();
-    let bridge = link::get(&mut socket, name("cni0")).unwrap().unwrap().index;
-    let index = link::get(&mut socket, veth).unwrap().unwrap().index;
-    link::enslave(&mut socket, index, bridge, link::PortConfig::default()).unwrap();
-    pod.run(|| {
-        let mut socket = Socket::open(Protocol::Route).unwrap();
-        let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
-        addr::add(&mut socket, eth0, format!("198.18.0.{}/24", i + 2).parse().unwrap()).unwrap();
-        link::set_up(&mut socket, eth0, true).unwrap();
-        for dst in ["0.0.0.0/0", NETWORK] {
-            route::add(&mut socket, dst.parse().unwrap(), Some("198.18.0.1".parse().unwrap()), eth0).unwrap();
-        }
-    })
-    .unwrap();
 }

@@ -323,6 +323,11 @@ impl Lab {
         }
     }
 
+    /// Daemons that are started from now on are this program; the store is, too.
+    pub fn set_program(&mut self, program: &Path) {
+        program.clone_into(&mut self.plan.program);
+    }
+
     /// Variables for daemons that are started from now on.
     pub fn set_env(&mut self, env: &[(&str, &str)]) {
         self.plan.env.extend(env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));

@@ -48,21 +48,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let family = Family::of(container.addr);
     let proto = [crate::addr::family_number(family), 0, 0, 0];
-    let fresh = nft::handles(&mut socket, proto, TABLE)?.iter().all(|rule| rule.chain != "prerouting");
-    let mut batch = Batch::new();
-    batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
-        body.bytes(&proto).attr_str(nft::TABLE, TABLE);
-    });
-    for (chain, base) in [
-        (HOSTIP_HOSTPORTS, None),
-        (HOSTPORTS, None),
-        (ALL, None),
-        ("prerouting", Some((0, -100))),
-        ("output", Some((3, -100))),
-        (MASQUERADING, Some((4, 100))),
-    ] {
-        nft::encode_chain(&mut batch, proto, TABLE, chain, base.map(|(hook, priority)| (hook, priority, "nat")));
-    }
+    let there = nft::handles(&mut socket, proto, TABLE)?.iter().any(|rule| rule.chain == "prerouting");
     let rule = |batch: &mut Batch, chain: &str, comment: &str, expressions: &dyn Fn(&mut Body<'_>)| {
         batch.message(nft::kind(nft::NEWRULE), CREATE | APPEND, |body| {
             body.bytes(&proto).attr_str(nft::TABLE, TABLE).attr_str(nft::RULE_CHAIN, chain).nest(nft::RULE_EXPRESSIONS, expressions);
@@ -71,27 +57,34 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
             }
         });
     };
-    if fresh {
+    let frame = |batch: &mut Batch| {
+        batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
+            body.bytes(&proto).attr_str(nft::TABLE, TABLE);
+        });
+        for (chain, base) in [
+            (HOSTIP_HOSTPORTS, None),
+            (HOSTPORTS, None),
+            (ALL, None),
+            ("prerouting", Some((0, -100))),
+            ("output", Some((3, -100))),
+            (MASQUERADING, Some((4, 100))),
+        ] {
+            nft::encode_chain(batch, proto, TABLE, chain, base.map(|(hook, priority)| (hook, priority, "nat")));
+        }
+        if there {
+            return;
+        }
         for chain in ["prerouting", "output"] {
-            rule(&mut batch, chain, "", &|list| {
+            rule(batch, chain, "", &|list| {
                 nft::encode_local_destination(list);
                 nft::encode_jump(list, Jump::Call, ALL);
             });
         }
         for chain in [HOSTIP_HOSTPORTS, HOSTPORTS] {
-            rule(&mut batch, ALL, "", &|list| nft::encode_jump(list, Jump::Call, chain));
+            rule(batch, ALL, "", &|list| nft::encode_jump(list, Jump::Call, chain));
         }
-    }
+    };
     let single = |ip: IpAddr| Subnet::new(ip, Family::of(ip).bits()).expect("a whole address is a prefix");
-    for mapping in mappings {
-        rule(&mut batch, HOSTPORTS, id, &|list| {
-            if let Some(ip) = mapping.host_ip.filter(|ip| !ip.is_unspecified()) {
-                nft::encode_matches(list, &[Match::Destination { net: single(ip), not: false }]);
-            }
-            nft::encode_port(list, mapping.protocol, mapping.host_port);
-            nft::encode_dnat(list, container.addr, mapping.container_port);
-        });
-    }
     let to = Match::Destination { net: single(container.addr), not: false };
     let everybody = Subnet::new(family.unspecified(), 0).expect("length 0 is in range");
     let mut sources = match snat {
@@ -102,16 +95,26 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     if snat == Snat::Local && family == Family::V4 {
         sources.push("127.0.0.1/32".parse().expect("it is a prefix"));
     }
-    for (source, mapping) in sources.iter().flat_map(|source| mappings.iter().map(move |mapping| (*source, mapping))) {
-        rule(&mut batch, MASQUERADING, id, &|list| {
-            // Only what came by this mapping: pods that speak to each other keep their addresses, and so do clients of a
-            // service, whose destination somebody else translated.
-            nft::encode_translated(list, mapping.protocol, mapping.host_port);
-            let matches = vec![Match::Source { net: source, not: false }, to];
-            nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
-        });
-    }
-    socket.transaction(nft::SUBSYSTEM, batch)
+    nft::add_rules(&mut socket, there, frame, |batch| {
+        for mapping in mappings {
+            rule(batch, HOSTPORTS, id, &|list| {
+                if let Some(ip) = mapping.host_ip.filter(|ip| !ip.is_unspecified()) {
+                    nft::encode_matches(list, &[Match::Destination { net: single(ip), not: false }]);
+                }
+                nft::encode_port(list, mapping.protocol, mapping.host_port);
+                nft::encode_dnat(list, container.addr, mapping.container_port);
+            });
+        }
+        for (source, mapping) in sources.iter().flat_map(|source| mappings.iter().map(move |mapping| (*source, mapping))) {
+            rule(batch, MASQUERADING, id, &|list| {
+                // Only what came by this mapping: pods that speak to each other keep their addresses, and so do clients of a
+                // service, whose destination somebody else translated.
+                nft::encode_translated(list, mapping.protocol, mapping.host_port);
+                let matches = vec![Match::Source { net: source, not: false }, to];
+                nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
+            });
+        }
+    })
 }
 
 /// A comment as the kernel keeps it: 127 bytes of it.

@@ -382,6 +382,25 @@ fn set_flag(socket: &mut Socket, index: u32, flag: u32, on: bool) -> Result<(), 
     })
 }
 
+/// Lets a link tell its neighbours of itself by ARP when it goes up (`net/ipv4/conf/…/arp_notify`).
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_arp_notify(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
+    const AF_INET: u16 = 2;
+    const IFLA_INET_CONF: u16 = 1;
+    const IPV4_DEVCONF_ARP_NOTIFY: u16 = 22;
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(index, 0, 0)).nest(IFLA_AF_SPEC, |spec| {
+            spec.nest(AF_INET, |inet| {
+                inet.nest(IFLA_INET_CONF, |conf| {
+                    conf.attr_u32(IPV4_DEVCONF_ARP_NOTIFY, 1);
+                });
+            });
+        });
+    })
+}
+
 /// Sets a link's MTU in bytes.
 ///
 /// # Errors

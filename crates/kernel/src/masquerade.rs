@@ -22,18 +22,23 @@ const INET: [u8; 4] = [1, 0, 0, 0];
 /// What the kernel answers; then no rule was added.
 pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    let mut batch = Batch::new();
-    batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
-        body.bytes(&INET).attr_str(TABLE, NAME);
-        body.attr(nft::TABLE_USERDATA, &nft::comment("Masquerading for plugins from github.com/containernetworking/plugins"));
-    });
-    let text = "Masquerade traffic from certain IPs to any (non-multicast) IP outside their subnet";
-    nft::encode_chain_with(&mut batch, INET, NAME, CHECKS, None, text);
-    nft::encode_chain(&mut batch, INET, NAME, POSTROUTING, Some((4, 100, "nat")));
-    // Whether the chain was there already is seen by its rules: only a new one gets them.
-    if !nft::handles(&mut socket, INET, NAME)?.iter().any(|rule| rule.chain == POSTROUTING) {
+    // Whether the chains were there already is seen by their rules: only new ones get those that all share.
+    let there = nft::handles(&mut socket, INET, NAME)?.iter().any(|rule| rule.chain == POSTROUTING);
+    let (ifname, id) = attachment.split_once(':').unwrap_or((attachment, ""));
+    let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", begin(network, attachment));
+    let frame = |batch: &mut Batch| {
+        batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
+            body.bytes(&INET).attr_str(TABLE, NAME);
+            body.attr(nft::TABLE_USERDATA, &nft::comment("Masquerading for plugins from github.com/containernetworking/plugins"));
+        });
+        let text = "Masquerade traffic from certain IPs to any (non-multicast) IP outside their subnet";
+        nft::encode_chain_with(batch, INET, NAME, CHECKS, None, text);
+        nft::encode_chain(batch, INET, NAME, POSTROUTING, Some((4, 100, "nat")));
+        if there {
+            return;
+        }
         for family in Family::ALL {
-            rule(&mut batch, POSTROUTING, "", |list| {
+            rule(batch, POSTROUTING, "", |list| {
                 nft::encode_family(list, family);
                 nft::encode_rule(
                     list,
@@ -41,26 +46,31 @@ pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), Ne
                 );
             });
         }
-        rule(&mut batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
-    }
-    let (ifname, id) = attachment.split_once(':').unwrap_or((attachment, ""));
-    let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", begin(network, attachment));
-    for address in addresses {
-        let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
-        let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];
-        rule(&mut batch, CHECKS, &comment, |list| {
-            nft::encode_family(list, Family::of(address.addr));
-            nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
-        });
-    }
-    socket.transaction(nft::SUBSYSTEM, batch)
+        rule(batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
+    };
+    nft::add_rules(&mut socket, there, frame, |batch| {
+        for address in addresses {
+            let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
+            let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];
+            rule(batch, CHECKS, &comment, |list| {
+                nft::encode_family(list, Family::of(address.addr));
+                nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
+            });
+        }
+    })
 }
+
+/// What is left of a removal: the kernel frees the rules after an RCU grace period, and whoever closes the socket before
+/// waits for that, about 10 ms. So it is dropped after other work.
+#[derive(Debug)]
+#[must_use = "dropped at once it waits"]
+pub struct Removal(#[expect(dead_code, reason = "held open")] Option<Socket>);
 
 /// Removes the rules that [`add`] made. That there are none is success.
 ///
 /// # Errors
 /// What the kernel answers.
-pub fn remove(network: &str, attachment: &str) -> Result<(), NetlinkError> {
+pub fn remove(network: &str, attachment: &str) -> Result<Removal, NetlinkError> {
     let wanted = begin(network, attachment);
     delete(|comment| comment.starts_with(&wanted))
 }
@@ -72,14 +82,15 @@ pub fn remove(network: &str, attachment: &str) -> Result<(), NetlinkError> {
 pub fn retain(network: &str, attachments: &[String]) -> Result<(), NetlinkError> {
     let ours = format!("{}-", digest(network));
     let valid: Vec<String> = attachments.iter().map(|attachment| begin(network, attachment)).collect();
-    delete(|comment| comment.starts_with(&ours) && !valid.iter().any(|valid| comment.starts_with(valid)))
+    delete(|comment| comment.starts_with(&ours) && !valid.iter().any(|valid| comment.starts_with(valid))).map(drop)
 }
 
-fn delete(wanted: impl Fn(&str) -> bool) -> Result<(), NetlinkError> {
-    let Some(mut socket) = nft::open()? else { return Ok(()) };
+fn delete(wanted: impl Fn(&str) -> bool) -> Result<Removal, NetlinkError> {
+    let Some(mut socket) = nft::open()? else { return Ok(Removal(None)) };
     let mut rules = nft::handles(&mut socket, INET, NAME)?;
     rules.retain(|rule| rule.chain == CHECKS && wanted(&rule.comment));
-    nft::delete_handles(&mut socket, INET, NAME, &rules)
+    nft::delete_handles(&mut socket, INET, NAME, &rules)?;
+    Ok(Removal(Some(socket)))
 }
 
 fn rule(batch: &mut Batch, chain: &str, comment: &str, expressions: impl FnOnce(&mut Body<'_>)) {

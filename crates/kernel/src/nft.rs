@@ -12,7 +12,7 @@ use flannel::{Family, Subnet};
 use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, str_in};
 
 pub(crate) use shared::{
-    Jump, RULE_USERDATA, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface, encode_jump,
+    Jump, RULE_USERDATA, add_rules, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface, encode_jump,
     encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated, encode_verdict, handles, open,
 };
 

@@ -2,7 +2,7 @@
 //! configuration.
 
 use ::flannel::{Cidr, Family};
-use kernel::masquerade;
+use kernel::masquerade::{self, Removal};
 
 use super::config::MasqBackend;
 use super::{attachment, failed};
@@ -37,8 +37,14 @@ pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr]) -
     Ok(())
 }
 
-pub(super) fn remove(request: &Request) -> Result<(), CniError> {
-    masquerade::remove(&request.name, &attachment(request)).map_err(failed("remove the container's masquerading"))?;
+/// The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
+pub(super) fn remove(request: &Request) -> Result<Removal, CniError> {
+    let chains = remove_chains(request);
+    let removal = masquerade::remove(&request.name, &attachment(request)).map_err(failed("remove the container's masquerading"));
+    chains.and(removal)
+}
+
+fn remove_chains(request: &Request) -> Result<(), CniError> {
     let chain = chain(request);
     for family in Family::ALL {
         if let Some(mut table) = Table::read_if_chain(family, "nat", &chain)? {

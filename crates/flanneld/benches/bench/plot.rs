@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::scale::Row;
 
@@ -12,14 +12,14 @@ const MARGIN: (f64, f64) = (70.0, 50.0);
 const COLOURS: [&str; 5] = ["#1b6ca8", "#c0392b", "#27865a", "#8e5ea2", "#b7791f"];
 
 /// Writes `scale.json` and `start.svg`.
-pub(crate) fn write(folder: &Path, rows: &[Row]) {
+pub(crate) fn write(folder: &Path, rows: &[Row], peers: &[Value]) {
     std::fs::create_dir_all(folder).unwrap();
     let machine = json!({
         "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim(),
         "processors": std::thread::available_parallelism().unwrap().get(),
         "model": model(),
     });
-    let document = json!({ "machine": machine, "rows": rows.iter().map(Row::json).collect::<Vec<_>>() });
+    let document = json!({ "machine": machine, "rows": rows.iter().map(Row::json).collect::<Vec<_>>(), "peer": peers });
     std::fs::write(folder.join("scale.json"), serde_json::to_string_pretty(&document).unwrap() + "\n").unwrap();
     std::fs::write(folder.join("start.svg"), start(rows, &format!("{}, {} processors", machine["kernel"], machine["processors"]))).unwrap();
 }

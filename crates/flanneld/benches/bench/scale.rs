@@ -3,22 +3,25 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flannel::desired::{Link, LinkKind, Object};
+use flannel::desired::{Link, LinkKind, Object, Scope};
 use flannel::{Family, Lease, Op};
 use flanneld::lab::Lab;
+use flanneld::lab::faults::shell;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
 use serde_json::{Value, json};
 
-use crate::{host, latencies, lease, many_neighbours, millis, name, objects, percentile, routes, rss, used};
+use crate::{NETWORK, NETWORK6, host, latencies, lease, many_neighbours, millis, name, objects, percentile, routes, rss, used, with_kv};
 
+/// How long another flanneld may take to start.
+const PEER_PATIENCE: Duration = Duration::from_secs(60);
 /// Leases that are put one by one.
 const SINGLES: usize = 300;
 
 pub(crate) const HEADER: &str =
-    "| backend | leases | start ms | raw ms | ratio | put p50 ms | p99 ms | raw p50 ms | restart ms | written | RSS MB | idle CPU s/min |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|";
+    "| backend | leases | start ms | raw ms | list ms | start / (raw + list) | put p50 ms | p99 ms | raw p50 ms | restart ms | written | read all ms | RSS MB | idle CPU s/min |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|";
 
 /// What was measured of one backend and size. Times in ms.
 #[derive(Debug)]
@@ -27,11 +30,15 @@ pub(crate) struct Row {
     pub(crate) leases: usize,
     pub(crate) start: f64,
     pub(crate) raw_start: f64,
+    /// One list of all leases by a client that does nothing with it: the store's transfer.
+    list: f64,
     put: (f64, f64),
     raw_put: f64,
     restart: f64,
     /// Notifications of objects that a restart wrote although all was right.
     written: usize,
+    /// All of ours read from the kernel once, which is the larger part of an audit.
+    read_all: f64,
     rss: f64,
     /// Processor seconds a minute, audits included.
     idle: Option<f64>,
@@ -41,24 +48,26 @@ impl Row {
     pub(crate) fn line(&self) -> String {
         let idle = self.idle.map_or("-".to_owned(), |idle| format!("{idle:.3}"));
         format!(
-            "| {} | {} | {:.1} | {:.1} | {:.2} | {:.3} | {:.3} | {:.3} | {:.1} | {} | {:.1} | {idle} |",
+            "| {} | {} | {:.1} | {:.1} | {:.1} | {:.2} | {:.3} | {:.3} | {:.3} | {:.1} | {} | {:.1} | {:.1} | {idle} |",
             self.backend,
             self.leases,
             self.start,
             self.raw_start,
-            self.start / self.raw_start,
+            self.list,
+            self.start / (self.raw_start + self.list),
             self.put.0,
             self.put.1,
             self.raw_put,
             self.restart,
             self.written,
+            self.read_all,
             self.rss
         )
     }
 
     pub(crate) fn json(&self) -> Value {
         json!({
-            "backend": self.backend, "leases": self.leases, "start_ms": self.start, "raw_start_ms": self.raw_start,
+            "backend": self.backend, "leases": self.leases, "start_ms": self.start, "raw_start_ms": self.raw_start, "list_ms": self.list, "read_all_ms": self.read_all,
             "put_p50_ms": self.put.0, "put_p99_ms": self.put.1, "raw_put_p50_ms": self.raw_put, "restart_ms": self.restart,
             "restart_writes": self.written, "rss_mb": self.rss, "idle_cpu_s_per_min": self.idle,
         })
@@ -82,6 +91,7 @@ pub(crate) fn measure(root: &Path, backend: &str, dual: bool, size: usize, with_
         (used(&lab) - before) * 60.0 / time.as_secs_f64()
     });
     let memory = rss(&lab);
+    let (list, read_all) = (median(|| list(&lab)), median(|| read_all(&lab, backend, dual)));
     // Everything is right already.
     lab.stop_daemon(0, true).unwrap();
     let mut news = lab.hosts[0].netns.run(|| Socket::open(Protocol::Route)).unwrap().unwrap();
@@ -97,13 +107,81 @@ pub(crate) fn measure(root: &Path, backend: &str, dual: bool, size: usize, with_
         leases: size,
         start,
         raw_start,
+        list,
         put: (percentile(&mut put, 0.5), percentile(&mut put, 0.99)),
         raw_put,
         restart,
         written,
+        read_all,
         rss: memory,
         idle,
     }
+}
+
+/// Another flanneld at the sizes that it is known to reach within minutes: printed, and as JSON.
+pub(crate) fn peers(root: &Path, program: &Path, sizes: &[usize]) -> Vec<Value> {
+    println!("\n| {} | leases | start ms | put p50 ms | RSS MB |\n|---|--:|--:|--:|--:|", program.display());
+    let mut rows = Vec::new();
+    for (backend, size) in ["host-gw", "vxlan"].iter().flat_map(|backend| sizes.iter().map(move |size| (*backend, *size))) {
+        std::thread::sleep(Duration::from_secs(3));
+        let leases: Vec<Lease> = (1..=size).map(|i| lease(i, backend, false)).collect();
+        let mut lab = host(&root.join(format!("peer-{backend}-{size}")), backend, false, &leases);
+        lab.set_program(program);
+        let began = Instant::now();
+        lab.start_daemon(0, &[]).unwrap();
+        let count = || {
+            let there = shell(&lab.hosts[0].netns, "ip route | grep -c '^100.*via' || true").unwrap();
+            there.trim().parse::<usize>().unwrap()
+        };
+        while count() < size && began.elapsed() < PEER_PATIENCE {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let start = millis(began.elapsed());
+        if count() < size {
+            println!("| {backend} | {size} | not after {:.0}: {} routes | | |", millis(PEER_PATIENCE), count());
+            rows.push(json!({ "backend": backend, "leases": size, "start_ms": null, "waited_ms": millis(PEER_PATIENCE) }));
+            continue;
+        }
+        let mut put = latencies(&lab, (size + 1..size + 51).map(|i| lease(i, backend, false)).collect());
+        let (put, rss) = (percentile(&mut put, 0.5), rss(&lab));
+        println!("| {backend} | {size} | {start:.0} | {put:.2} | {rss:.1} |");
+        rows.push(json!({ "backend": backend, "leases": size, "start_ms": start, "put_p50_ms": put, "rss_mb": rss }));
+    }
+    rows
+}
+
+fn median(mut measure: impl FnMut() -> Duration) -> f64 {
+    let mut times: Vec<Duration> = (0..5).map(|_| measure()).collect();
+    percentile(&mut times, 0.5)
+}
+
+/// One list of all leases.
+fn list(lab: &Lab) -> Duration {
+    let prefix = b"/coreos.com/network/subnets/".to_vec();
+    let range_end = b"/coreos.com/network/subnets0".to_vec();
+    with_kv(lab, async |mut kv| {
+        let request = flanneld::etcd::RangeRequest { key: prefix, range_end, ..Default::default() };
+        let began = Instant::now();
+        kv.range(request).await.unwrap();
+        began.elapsed()
+    })
+}
+
+/// Reads all of the daemon's.
+fn read_all(lab: &Lab, backend: &str, dual: bool) -> Duration {
+    let networks = [NETWORK].into_iter().chain(dual.then_some(NETWORK6)).map(|network| network.parse().unwrap()).collect();
+    let devices = ["flannel.1"].into_iter().chain(dual.then_some("flannel-v6.1")).filter(|_| backend != "host-gw");
+    let rulesets = if dual { Family::ALL.into() } else { vec![Family::V4] };
+    let scope = Scope { networks, links: devices.map(name).collect(), rulesets, ..Scope::default() };
+    let work = || {
+        let mut kernel = Kernel::open().unwrap();
+        let began = Instant::now();
+        let observed = kernel.observe(&scope).unwrap();
+        let took = began.elapsed();
+        assert!(!observed.is_empty());
+        took
+    };
+    lab.hosts[0].netns.run(work).unwrap()
 }
 
 /// From the start of the process until it is ready, which is when all leases of the list are in the kernel.

@@ -70,6 +70,28 @@ pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Resul
     }
 }
 
+/// Adds rules to a table that many share. Its chains, which `frame` describes, are named only if they are not there: the kernel
+/// takes a chain that is named again for a change of it, and the closing of the socket then waits for an RCU grace period (10 ms).
+pub(crate) fn add_rules(
+    socket: &mut Socket,
+    there: bool,
+    frame: impl Fn(&mut Batch),
+    rules: impl Fn(&mut Batch),
+) -> Result<(), NetlinkError> {
+    let mut batch = Batch::new();
+    if there {
+        rules(&mut batch);
+        match socket.transaction(SUBSYSTEM, std::mem::take(&mut batch)) {
+            // Only a part of it is there.
+            Err(error) if error.is_not_found() => {}
+            outcome => return outcome,
+        }
+    }
+    frame(&mut batch);
+    rules(&mut batch);
+    socket.transaction(SUBSYSTEM, batch)
+}
+
 /// Deletes rules. That they are gone already is success.
 pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, rules: &[Handle]) -> Result<(), NetlinkError> {
     if rules.is_empty() {
