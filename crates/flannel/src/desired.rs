@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::backend::extension::ExtensionPeer;
+use crate::bridge::{Bridge, Port};
 use crate::lease::LeaseKey;
 use crate::net::{Cidr, Family, IfName, Mac, Subnet, Vni};
 use crate::traffic::Ruleset;
@@ -153,6 +154,8 @@ pub enum Object {
     Iptables(Iptables),
     /// What the operator's own commands make of a peer.
     Extension(Box<ExtensionPeer>),
+    /// The bridge of this host's pods.
+    Bridge(Box<Bridge>),
     /// The file for the CNI plugins.
     EnvFile(Box<EnvFile>),
 }
@@ -165,6 +168,8 @@ pub enum Key {
     Link(IfName),
     /// By link and address with its length.
     Addr(IfName, Cidr),
+    /// By name.
+    Bridge(IfName),
     /// By path.
     Sysctl(String),
     /// By link and link-layer address.
@@ -202,6 +207,7 @@ impl Object {
             Object::Blackhole(dst) => Key::Blackhole(*dst),
             Object::Ruleset(ruleset) => Key::Ruleset(ruleset.family),
             Object::Iptables(rules) => Key::Iptables(rules.family, rules.variant),
+            Object::Bridge(bridge) => Key::Bridge(bridge.name),
             Object::EnvFile(_) => Key::EnvFile,
         }
     }
@@ -209,7 +215,7 @@ impl Object {
     /// Does the object vanish with this link?
     pub fn stands_on(&self, name: IfName) -> bool {
         match self {
-            Object::Link(_) | Object::Forward(..) | Object::Blackhole(_) => false,
+            Object::Link(_) | Object::Bridge(_) | Object::Forward(..) | Object::Blackhole(_) => false,
             Object::Ruleset(_) | Object::Iptables(_) | Object::Extension(_) | Object::EnvFile(_) => false,
             Object::Addr(link, _) => *link == name,
             Object::Sysctl(path, _) => path.split('/').any(|part| part == name.as_str()),
@@ -224,6 +230,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Key::Link(name) => write!(f, "link {name}"),
+            Key::Bridge(name) => write!(f, "bridge {name}"),
             Key::Addr(link, cidr) => write!(f, "address {cidr} on {link}"),
             Key::Sysctl(path) => write!(f, "sysctl {path}"),
             Key::Neigh(link, ip) => write!(f, "neighbour {ip} on {link}"),
@@ -256,6 +263,7 @@ impl fmt::Display for Object {
                 }
             }
             Object::Addr(link, cidr) => write!(f, "addr {cidr} dev {link}"),
+            Object::Bridge(bridge) => write!(f, "{bridge}"),
             Object::Sysctl(path, value) => write!(f, "sysctl {path} = {value}"),
             Object::Neigh(Neigh { link, ip, mac }) => write!(f, "neigh {ip} lladdr {mac} dev {link}"),
             Object::Fdb(Fdb { link, mac, dst }) => write!(f, "fdb {mac} dst {dst} dev {link}"),
@@ -282,6 +290,8 @@ impl fmt::Display for Object {
 pub enum Owner {
     /// This node itself: its devices, addresses and rules.
     Node,
+    /// This host's pods: their bridge.
+    Pods,
     /// The route to a peer, and what that needs.
     Lease(LeaseKey),
 }
@@ -362,6 +372,10 @@ pub struct Scope {
     pub retired: Vec<Subnet>,
     /// The file for the CNI plugins.
     pub file: Option<PathBuf>,
+    /// Addresses of this host's pods' gateways: the bridge that has one of them is the pods'.
+    pub gateways: Vec<Cidr>,
+    /// That bridge, once it is known: it may have lost them.
+    pub bridge: Option<IfName>,
     /// Plain routes that a Go flanneld left, while they are looked for.
     pub adopt: Option<Adopt>,
 }
@@ -422,6 +436,30 @@ impl Observed {
     /// The object at this key.
     pub fn get(&self, key: &Key) -> Option<&Object> {
         self.objects.get(key)
+    }
+
+    /// The bridge of this host's pods.
+    pub fn bridge(&self) -> Option<&Bridge> {
+        // Few objects come before it.
+        let first = self.objects.values().find(|object| !matches!(object, Object::Link(_) | Object::Addr(..)));
+        match first {
+            Some(Object::Bridge(bridge)) => Some(bridge),
+            _ => None,
+        }
+    }
+
+    /// A link became a port of a bridge. Returns whether that is news, and about the pods' bridge.
+    pub fn add_port(&mut self, bridge: IfName, name: IfName, port: Port) -> bool {
+        let Some(Object::Bridge(known)) = self.objects.get_mut(&Key::Bridge(bridge)) else { return false };
+        known.loose.remove(&name);
+        known.ports.insert(name, port) != Some(port)
+    }
+
+    /// A link that was a port is gone. Returns whether that is news, and about the pods' bridge.
+    pub fn remove_port(&mut self, name: IfName) -> bool {
+        let Some(key) = self.bridge().map(|bridge| Key::Bridge(bridge.name)) else { return false };
+        let Some(Object::Bridge(known)) = self.objects.get_mut(&key) else { return false };
+        known.loose.remove(&name) | known.ports.remove(&name).is_some()
     }
 
     /// All objects, in the order of doing.

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::backend::{Backend, Context, Part, Refusal};
+use crate::bridge;
 use crate::config::Config;
 use crate::desired::{Adopt, Desired, EnvFile, Key, LinkKind, Object, Observed, Owner, Scope, route_metric};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
-use crate::net::{Family, Mac, PerFamily, Subnet};
+use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::subnet_env::SubnetEnv;
 use crate::traffic::{self, TrafficConfig};
@@ -161,6 +162,25 @@ impl Picture {
         (macs != before).then_some(macs)
     }
 
+    /// Takes note of the bridge of this host's pods, and wants it to stay. Returns what in the kernel may have to change.
+    pub fn keep_bridge(&mut self, observed: &Observed) -> Vec<Key> {
+        let gateways = self.gateways();
+        let known = match self.desired.part(&Owner::Pods).first().and_then(|key| self.desired.get(key)) {
+            Some(Object::Bridge(known)) => Some(&**known),
+            _ => None,
+        };
+        let kept = bridge::keep(known, observed.bridge(), &gateways);
+        match (kept, known) {
+            (Some(kept), Some(known)) if kept == *known => vec![Key::Bridge(known.name)],
+            (None, None) => Vec::new(),
+            (kept, _) => self.desired.set_part(Owner::Pods, kept.map(|bridge| Object::Bridge(Box::new(bridge))).into_iter().collect()),
+        }
+    }
+
+    fn gateways(&self) -> Vec<Cidr> {
+        self.own.subnets().iter().map(|(_, own)| Cidr { addr: own.first_host(), len: own.prefix_len() }).collect()
+    }
+
     fn paint_node(&mut self) -> Vec<Key> {
         let mut networks = PerFamily::default();
         for (family, network) in self.config.networks.iter() {
@@ -206,6 +226,11 @@ impl Picture {
         scope.iptables = Family::ALL.into();
         scope.retired.clone_from(&self.retired);
         scope.file = self.file.as_ref().map(|(path, _)| path.clone());
+        scope.gateways = self.gateways();
+        scope.bridge = self.desired.part(&Owner::Pods).first().and_then(|key| match key {
+            Key::Bridge(name) => Some(*name),
+            _ => None,
+        });
         for key in self.desired.part(&Owner::Node) {
             match self.desired.get(key) {
                 Some(Object::Link(link)) => scope.links.push(link.name),

@@ -22,6 +22,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use flannel::bridge::Port;
 use flannel::{Cidr, IfName};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
@@ -699,7 +700,7 @@ fn make_host(root: &Path, middle: &Netns, i: usize, network: usize, families: Fa
         let peer = link::VethEnd { name: name("eth0"), mac: None, netns: Some(netns.as_fd()) };
         link::create_veth(&mut socket, 1500, this, peer)?;
         let (port, bridge) = (index(&mut socket, &host_name)?, index(&mut socket, &format!("lan{network}"))?);
-        anyhow::Ok(link::enslave(&mut socket, port, bridge, link::PortConfig::default())?)
+        anyhow::Ok(link::enslave(&mut socket, port, bridge, Port::default())?)
     })??;
     netns.run(|| {
         let mut socket = Socket::open(Protocol::Route)?;

@@ -181,6 +181,7 @@ impl<H: Host> Reconciler<H> {
             syncing: Some(syncing),
             notices,
         };
+        reconciler.picture.keep_bridge(&reconciler.observed);
         let ops = diff(reconciler.picture.desired(), &reconciler.observed, Prune::No);
         // The plugins are told last, when all that they are promised is there.
         let (file, ops) = ops.into_iter().partition(|op| matches!(op, Op::Set(Object::EnvFile(_))));
@@ -367,6 +368,22 @@ impl<H: Host> Reconciler<H> {
                     let scope = Scope { file: self.picture.scope().file, ..Scope::default() };
                     self.look(scope, &[Key::EnvFile], &mut touched).await;
                 }
+                Changed::Bridge => {
+                    let Scope { gateways, bridge, .. } = self.picture.scope();
+                    let known: Vec<Key> = bridge.map(Key::Bridge).into_iter().collect();
+                    self.look(Scope { gateways, bridge, ..Scope::default() }, &known, &mut touched).await;
+                    touched.extend(self.picture.keep_bridge(&self.observed));
+                }
+                Changed::Port(bridge, name, port) => {
+                    if self.observed.add_port(bridge, name, port) {
+                        touched.extend(self.picture.keep_bridge(&self.observed));
+                    }
+                }
+                Changed::PortGone(name) => {
+                    if self.observed.remove_port(name) {
+                        touched.extend(self.picture.keep_bridge(&self.observed));
+                    }
+                }
                 Changed::Link(_) | Changed::Everything => {
                     if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
                         (self.interface.0, self.interface.2) = (Some(Instant::now() + SETTLE), LOOK_AGAIN.0);
@@ -483,6 +500,7 @@ impl<H: Host> Reconciler<H> {
                     self.observed = observed;
                 }
                 self.follow_macs(&inputs.claim);
+                self.picture.keep_bridge(&self.observed);
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
                 self.read_at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
                 self.repair(ops, "the kernel did not hold", &BTreeMap::new()).await;

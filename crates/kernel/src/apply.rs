@@ -9,7 +9,7 @@ use flannel::{IfName, Op, OpError, Outcome, Subnet};
 
 use crate::netlink::{Batch, NetlinkError};
 use crate::tunnel::Tunnel;
-use crate::{Kernel, addr, command, link, neigh, nft, route, sysctl};
+use crate::{Kernel, addr, bridge, command, link, neigh, nft, route, sysctl};
 
 impl Kernel {
     /// Executes `ops`. The outcomes are in the order of the operations.
@@ -108,6 +108,7 @@ impl Kernel {
                 self.index(*link).and_then(|index| addr::set(&mut self.route, index, *cidr))
             }
             Op::Delete(Object::Addr(link, cidr)) => self.index(*link).and_then(|index| addr::delete(&mut self.route, index, *cidr)),
+            Op::Set(Object::Bridge(wanted)) => bridge::set(&mut self.route, wanted),
             Op::Set(Object::Sysctl(path, value)) => sysctl::write(path, value).map_err(io_error),
             Op::Set(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::replace(socket, ruleset)),
             Op::Delete(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::delete(socket, ruleset.family)),
@@ -116,8 +117,8 @@ impl Kernel {
             Op::Set(Object::Blackhole(dst)) => route::set_blackhole(&mut self.route, *dst),
             Op::Delete(Object::Blackhole(dst)) => route::delete_blackhole(&mut self.route, *dst),
             Op::Set(Object::EnvFile(file)) => crate::file::write_env(file).map_err(io_error),
-            // A sysctl has no absence, the file always has a successor, and the rest is small and batched.
-            Op::Delete(Object::Sysctl(..) | Object::EnvFile(_)) | Op::Set(_) | Op::Delete(_) => Ok(()),
+            // A sysctl has no absence, the file always has a successor, the bridge is the plugin's, and the rest is small and batched.
+            Op::Delete(Object::Sysctl(..) | Object::EnvFile(_) | Object::Bridge(_)) | Op::Set(_) | Op::Delete(_) => Ok(()),
         }
     }
 

@@ -7,6 +7,7 @@
 
 pub mod addr;
 mod apply;
+mod bridge;
 pub mod capture;
 pub mod command;
 pub mod conntrack;

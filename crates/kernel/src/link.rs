@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use flannel::bridge::Port;
 use flannel::desired::{Link, LinkKind};
 use flannel::{IfName, Mac, Vni};
 
@@ -26,9 +27,11 @@ const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_EXT_MASK: u16 = 29;
+const IFLA_LINK_NETNSID: u16 = 37;
 
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_INFO_SLAVE_KIND: u16 = 4;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
 const VETH_INFO_PEER: u16 = 1;
 
@@ -80,6 +83,12 @@ pub struct LinkInfo {
     pub kind: String,
     /// What a VXLAN device has beside.
     pub vxlan: Option<VxlanInfo>,
+    /// How it behaves as the port of a bridge.
+    pub port: Port,
+    /// Is its other end, or its lower interface, in another network namespace?
+    pub reaches_elsewhere: bool,
+    /// Does it tell VLANs apart, as a bridge?
+    pub vlan_filtering: bool,
 }
 
 /// The attributes of a VXLAN device.
@@ -125,6 +134,9 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
         master: 0,
         kind: String::new(),
         vxlan: None,
+        port: Port::default(),
+        reaches_elsewhere: false,
+        vlan_filtering: false,
     };
     let mut named = false;
     for (kind, value) in attrs(body.get(16..)?) {
@@ -139,11 +151,16 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
             IFLA_TXQLEN => link.tx_queue_len = u32_at(value, 0)?,
             IFLA_MASTER => link.master = u32_at(value, 0)?,
             IFLA_OPERSTATE => link.operstate = *value.first()?,
+            IFLA_LINK_NETNSID => link.reaches_elsewhere = true,
             IFLA_LINKINFO => {
                 for (kind, value) in attrs(value) {
                     match kind {
                         IFLA_INFO_KIND => link.kind = str_in(value)?.to_owned(),
                         IFLA_INFO_DATA if link.kind == "vxlan" => link.vxlan = Some(decode_vxlan(value)?),
+                        IFLA_INFO_DATA if link.kind == "bridge" => {
+                            link.vlan_filtering = attrs(value).any(|(kind, on)| kind == IFLA_BR_VLAN_FILTERING && on.first() == Some(&1));
+                        }
+                        IFLA_INFO_SLAVE_DATA => link.port = decode_port(value),
                         _ => {}
                     }
                 }
@@ -152,6 +169,11 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
         }
     }
     named.then_some(link)
+}
+
+fn decode_port(bytes: &[u8]) -> Port {
+    let is_set = |wanted| attrs(bytes).any(|(kind, on)| kind == wanted && on.first() == Some(&1));
+    Port { hairpin: is_set(IFLA_BRPORT_MODE), isolated: is_set(IFLA_BRPORT_ISOLATED) }
 }
 
 fn decode_vxlan(bytes: &[u8]) -> Option<VxlanInfo> {
@@ -511,28 +533,19 @@ pub fn set_mac(socket: &mut Socket, index: u32, mac: Mac) -> Result<(), NetlinkE
     })
 }
 
-/// How a link behaves as the port of a bridge.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PortConfig {
-    /// May frames leave by the port that they came in by?
-    pub hairpin: bool,
-    /// Are frames between this port and other isolated ports dropped?
-    pub isolated: bool,
-}
-
 /// Makes a link a port of a bridge and sets it up. The kernel takes a port's settings only from one that is a port
 /// already, so these are two requests in one batch.
 ///
 /// # Errors
 /// What the kernel answers.
-pub fn enslave(socket: &mut Socket, index: u32, bridge: u32, port: PortConfig) -> Result<(), NetlinkError> {
+pub fn enslave(socket: &mut Socket, index: u32, bridge: u32, port: Port) -> Result<(), NetlinkError> {
     let mut batch = crate::netlink::Batch::new();
     batch.message(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, IFF_UP, IFF_UP)).attr_u32(IFLA_MASTER, bridge);
     });
     batch.message(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0)).nest(IFLA_LINKINFO, |info| {
-            info.attr_str(4, "bridge").nest(IFLA_INFO_SLAVE_DATA, |data| {
+            info.attr_str(IFLA_INFO_SLAVE_KIND, "bridge").nest(IFLA_INFO_SLAVE_DATA, |data| {
                 data.attr(IFLA_BRPORT_MODE, &[u8::from(port.hairpin)]).attr(IFLA_BRPORT_ISOLATED, &[u8::from(port.isolated)]);
             });
         });

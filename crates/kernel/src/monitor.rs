@@ -1,18 +1,20 @@
 //! Hears what changes in the kernel, limited to what may be ours. Lost notifications become
 //! [`Changed::Everything`]; our own echoes are left out where the kernel names the cause.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use flannel::bridge::Port;
 use flannel::desired::{Fdb, Key, Neigh, Object, Scope};
 use flannel::{Family, IfName};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
 use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
+use crate::link::LinkInfo;
 use crate::{addr, link, neigh, nft, observe, route};
 
 const RTNLGRP_LINK: u32 = 1;
@@ -33,6 +35,12 @@ pub enum Changed {
     /// A watched link, or an address of it, changed; the kernel drops routes with it without a word, so more than the
     /// link must be looked at.
     Link(IfName),
+    /// A bridge changed, or its addresses, or a port left it: it may be the pods'.
+    Bridge,
+    /// A link became a port of this bridge, or behaves as one otherwise.
+    Port(IfName, IfName, Port),
+    /// A link that was a port of a bridge is gone.
+    PortGone(IfName),
     /// Something in our nftables table of this family changed.
     Rules(Family),
     /// Something in iptables' tables of this family changed, in those that nf_tables holds.
@@ -94,6 +102,7 @@ pub struct Monitor {
     external: IfName,
     /// Indexes of the watched links, as far as they are there.
     names: BTreeMap<u32, IfName>,
+    bridges: Bridges,
     /// The port whose changes are our own.
     own_port: u32,
 }
@@ -112,7 +121,8 @@ impl Monitor {
         // A kernel without nf_tables has nothing to tell of it.
         let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());
         let file = scope.file.clone().and_then(WatchedFile::new);
-        let mut monitor = Monitor { route, netfilter, file, scope, external, names: BTreeMap::new(), own_port };
+        let (names, bridges) = (BTreeMap::new(), Bridges::default());
+        let mut monitor = Monitor { route, netfilter, file, scope, external, names, bridges, own_port };
         monitor.learn_names()?;
         Ok(monitor)
     }
@@ -122,6 +132,10 @@ impl Monitor {
         let links = link::list(&mut Socket::open(Protocol::Route)?)?;
         let watched = links.iter().filter(|l| self.scope.links.contains(&l.name) || l.name == self.external);
         self.names = watched.map(|l| (l.index, l.name)).collect();
+        self.bridges = Bridges::default();
+        self.bridges.names = links.iter().filter(|link| link.kind == "bridge").map(|link| (link.index, link.name)).collect();
+        let ports = links.iter().filter(|link| self.bridges.names.contains_key(&link.master));
+        self.bridges.ports = ports.map(|link| link.index).collect();
         Ok(())
     }
 
@@ -150,28 +164,37 @@ impl Monitor {
         // Many changes in a row are one author's, as a rule.
         let mut author: (u32, Option<Author>) = (0, None);
         let mut lost = false;
+        // One look at the bridge is enough, after all else was heard.
+        let mut bridge: Option<Heard> = None;
         loop {
-            let Monitor { route, names, scope, external, own_port, .. } = self;
+            let Monitor { route, names, bridges, scope, external, own_port, .. } = self;
             let watched = Watched { scope, external: *external };
             let more = route.notifications(false, |message| {
                 if lost {
                     // All will be read anew; what matters is to be done with these soon.
                 } else if message.port != *own_port || message.port == 0 {
-                    if let Some(change) = decode(&message, &watched, names) {
+                    if let Some(change) = decode(&message, &watched, names, bridges) {
                         if author.0 != message.port {
                             author = (message.port, Author::of(message.port));
                         }
-                        heard.push(Heard { change, by: author.1.clone() });
+                        let is_bridge = change == Changed::Bridge;
+                        let news = Heard { change, by: author.1.clone() };
+                        if is_bridge {
+                            bridge = Some(news);
+                        } else {
+                            heard.push(news);
+                        }
                     }
                 } else if is_link(&message) {
                     // Our own change of a link still teaches its index.
-                    decode(&message, &watched, names);
+                    decode(&message, &watched, names, bridges);
                 }
             });
             if !go_on(more, &mut lost)? {
                 break;
             }
         }
+        heard.extend(bridge);
         // A socket that overflowed gets nothing more until its queue was seen empty, which it is only now.
         if lost {
             heard = vec![Heard { change: Changed::Everything, by: None }];
@@ -271,13 +294,48 @@ fn is_link(message: &Received<'_>) -> bool {
     matches!(message.kind, link::RTM_NEWLINK | link::RTM_DELLINK)
 }
 
+/// All bridges of the host, by index, and their ports: one of them may be the pods'.
+#[derive(Debug, Default)]
+struct Bridges {
+    names: BTreeMap<u32, IfName>,
+    /// Links that were a port once.
+    ports: BTreeSet<u32>,
+}
+
+impl Bridges {
+    fn hear(&mut self, link: &LinkInfo, gone: bool) -> Option<Changed> {
+        if link.kind == "bridge" {
+            if gone {
+                self.names.remove(&link.index);
+            } else {
+                self.names.insert(link.index, link.name);
+            }
+            return Some(Changed::Bridge);
+        }
+        if gone {
+            return self.ports.remove(&link.index).then_some(Changed::PortGone(link.name));
+        }
+        if let Some(bridge) = self.names.get(&link.master) {
+            self.ports.insert(link.index);
+            return Some(Changed::Port(*bridge, link.name, link.port));
+        }
+        // One that is being deleted leaves its bridge as well, but is down by then.
+        (link.up && self.ports.contains(&link.index)).then_some(Changed::Bridge)
+    }
+}
+
 /// Which links concern us.
 struct Watched<'a> {
     scope: &'a Scope,
     external: IfName,
 }
 
-fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u32, IfName>) -> Option<Changed> {
+fn decode(
+    message: &Received<'_>,
+    watched: &Watched<'_>,
+    names: &mut BTreeMap<u32, IfName>,
+    bridges: &mut Bridges,
+) -> Option<Changed> {
     match message.kind {
         link::RTM_NEWLINK | link::RTM_DELLINK => {
             // A bridge port is announced once more in the bridge family: that says nothing about the link.
@@ -285,14 +343,18 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
                 return None;
             }
             let info = link::decode(message.body)?;
-            if message.kind == link::RTM_DELLINK || !(watched.scope.links.contains(&info.name) || info.name == watched.external) {
-                return names.remove(&info.index).map(Changed::Link);
+            let gone = message.kind == link::RTM_DELLINK;
+            let bridge = bridges.hear(&info, gone);
+            if gone || !(watched.scope.links.contains(&info.name) || info.name == watched.external) {
+                return names.remove(&info.index).map(Changed::Link).or(bridge);
             }
             names.insert(info.index, info.name);
             Some(Changed::Link(info.name))
         }
         addr::RTM_NEWADDR | addr::RTM_DELADDR => {
-            addr::decode(message.body).and_then(|info| names.get(&info.index)).copied().map(Changed::Link)
+            let index = addr::decode(message.body)?.index;
+            let bridge = bridges.names.contains_key(&index).then_some(Changed::Bridge);
+            names.get(&index).copied().map(Changed::Link).or(bridge)
         }
         route::RTM_NEWROUTE | route::RTM_DELROUTE => {
             if let Some(dst) = route::decode_blackhole(message.body) {

@@ -9,7 +9,7 @@ use flannel::{Family, IfName, Observed};
 
 use crate::netlink::NetlinkError;
 use crate::route::{Filter, RouteInfo};
-use crate::{Kernel, addr, link, neigh, nft, route, sysctl};
+use crate::{Kernel, addr, bridge, link, neigh, nft, route, sysctl};
 
 impl Kernel {
     /// Reads what of `scope` is there.
@@ -20,7 +20,7 @@ impl Kernel {
         // Gathered first: a map that is built in one go is half as large.
         let mut observed: Vec<Object> = Vec::new();
         // All names at once: routes and VXLAN devices refer to interfaces by index.
-        let needs_links = !(scope.links.is_empty() && scope.networks.is_empty() && scope.sysctls.is_empty());
+        let needs_links = !(scope.links.is_empty() && scope.networks.is_empty() && scope.sysctls.is_empty() && scope.gateways.is_empty());
         let links = if needs_links { link::list(&mut self.route)? } else { Vec::new() };
         let names: BTreeMap<u32, IfName> = links.iter().map(|link| (link.index, link.name)).collect();
         let name_of = |index: u32| names.get(&index).copied();
@@ -46,6 +46,7 @@ impl Kernel {
             // Our own routes through it come with all of ours.
             self.observe_routes(Filter::BootOif(info.index), scope, name_of, &mut observed)?;
         }
+        bridge::observe(&mut self.route, &links, scope)?.into_iter().for_each(|bridge| observed.push(Object::Bridge(Box::new(bridge))));
         let adopt = scope.adopt.iter().filter_map(|adopt| links.iter().find(|link| link.name == adopt.dev));
         for external in adopt {
             self.observe_routes(Filter::BootOif(external.index), scope, name_of, &mut observed)?;

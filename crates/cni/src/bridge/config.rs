@@ -1,7 +1,7 @@
 //! The bridge plugin's configuration, read and validated.
 
+use ::flannel::bridge::Port;
 use ::flannel::{IfName, Mac};
-use kernel::link::PortConfig;
 
 use super::vlan::Vlans;
 use crate::protocol::{CniError, Request, boolean, number, object, string};
@@ -23,7 +23,7 @@ pub(super) struct Config {
     pub(super) force_address: bool,
     pub(super) ip_masq: Option<MasqBackend>,
     pub(super) mtu: u32,
-    pub(super) port: PortConfig,
+    pub(super) port: Port,
     pub(super) promiscuous: bool,
     pub(super) vlans: Option<Vlans>,
     pub(super) spoofcheck: bool,
@@ -65,7 +65,7 @@ impl Config {
             force_address: flag("forceAddress")?,
             ip_masq: flag("ipMasq")?.then_some(backend),
             mtu: number(conf, "mtu")?.unwrap_or(0),
-            port: PortConfig { hairpin, isolated: flag("portIsolation")? },
+            port: Port { hairpin, isolated: flag("portIsolation")? },
             promiscuous,
             vlans: Vlans::new(conf)?,
             spoofcheck: flag("macspoofchk")?,

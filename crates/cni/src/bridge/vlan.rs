@@ -1,6 +1,7 @@
 //! VLANs of a bridge port (IEEE 802.1Q): one whose frames the container sees without a tag, and those of a trunk.
 
-use kernel::link::{self, LinkInfo, PortConfig, VethEnd};
+use ::flannel::bridge::Port;
+use kernel::link::{self, LinkInfo, VethEnd};
 use kernel::netlink::Socket;
 use serde_json::{Map, Value};
 
@@ -106,7 +107,7 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
     let holder = holder.ok_or_else(|| CniError::failed(format!("{name} was deleted at once")))?;
     let port = read(host, holder.link)?;
     if port.master != bridge.index {
-        link::enslave(host, port.index, bridge.index, PortConfig::default()).map_err(failed(format!("make {} a port", port.name)))?;
+        link::enslave(host, port.index, bridge.index, Port::default()).map_err(failed(format!("make {} a port", port.name)))?;
     }
     // Also of one that was there: who made it may have been killed before this.
     Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false }.set_port(host, &port)?;

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use flannel::bridge::Port;
 use flanneld::lab::Lab;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
@@ -186,7 +187,7 @@ fn raw_pod(i: usize, pod: &Netns) {
     link::create_veth(&mut socket, 1500, this, peer).unwrap();
     let bridge = link::get(&mut socket, name("cni0")).unwrap().unwrap().index;
     let index = link::get(&mut socket, veth).unwrap().unwrap().index;
-    link::enslave(&mut socket, index, bridge, link::PortConfig::default()).unwrap();
+    link::enslave(&mut socket, index, bridge, Port::default()).unwrap();
     pod.run(|| {
         let mut socket = Socket::open(Protocol::Route).unwrap();
         let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;

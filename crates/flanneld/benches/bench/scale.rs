@@ -159,7 +159,8 @@ fn median(mut measure: impl FnMut() -> Duration) -> f64 {
 fn list(lab: &Lab) -> Duration {
     let prefix = b"/coreos.com/network/subnets/".to_vec();
     let range_end = b"/coreos.com/network/subnets0".to_vec();
-    with_kv(lab, async |mut kv| {
+    with_kv(lab, async |kv| {
+        let mut kv = kv.max_decoding_message_size(usize::MAX);
         let request = flanneld::etcd::RangeRequest { key: prefix, range_end, ..Default::default() };
         let began = Instant::now();
         kv.range(request).await.unwrap();

@@ -77,7 +77,7 @@ fn is_link(key: &Key) -> bool {
 }
 
 /// All faults of a host, but for its VTEP's MAC and its interface, after which it is not as it was.
-pub const FAULTS: [Fault; 27] = [
+pub const FAULTS: [Fault; 31] = [
     told("a route is deleted", Place::Any, Act::Delete(|key| matches!(key, Key::Route(..)))),
     told(
         "a route is replaced by another gateway's",
@@ -146,6 +146,14 @@ pub const FAULTS: [Fault; 27] = [
         "the device is replaced by a bridge",
         Place::Vxlan,
         Act::Script("ip link add fx type bridge; ip link del flannel.1; ip link set fx name flannel.1 || ip link del fx"),
+    ),
+    told("the pods' bridge is deleted", Place::Any, Act::Script("ip link del cni0")),
+    told("the pods' bridge is set down", Place::Any, Act::Script("ip link set cni0 down")),
+    told("the pods' bridge has another address", Place::Any, Act::Script("ip -4 addr flush dev cni0; ip addr add 192.0.2.1/24 dev cni0")),
+    told(
+        "a pod is taken from the bridge",
+        Place::Any,
+        Act::Script("ip link set $(ip -o link show master cni0 | head -1 | cut -d: -f2 | cut -d@ -f1) nomaster"),
     ),
     told("nft flush ruleset", Place::Any, Act::Script("nft flush ruleset")),
     told("our nftables table is deleted", Place::Any, Act::Script("nft delete table ip flannel-ipv4")),
@@ -277,6 +285,8 @@ pub fn observe(lab: &Lab, host: usize) -> anyhow::Result<Observed> {
         iptables: if nftables { Vec::new() } else { vec![Family::V4] },
         networks: vec!["10.244.0.0/16".parse()?],
         file: Some(lab.hosts[host].subnet_file()),
+        gateways: vec![lab.hosts[host].subnet.replace(".0/", ".1/").parse()?],
+        bridge: Some("cni0".parse()?),
         ..Scope::default()
     };
     Ok(lab.hosts[host].netns.run(|| Kernel::open()?.observe(&scope))??)

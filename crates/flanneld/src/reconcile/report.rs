@@ -51,7 +51,7 @@ impl<H> Reconciler<H> {
         };
         let conflict = |(key, owner): (&Key, &Owner)| state::Refused {
             subnet: match owner {
-                Owner::Node => picture.own().to_string(),
+                Owner::Node | Owner::Pods => picture.own().to_string(),
                 Owner::Lease(lease) => lease.to_string(),
             },
             public_ip: None,

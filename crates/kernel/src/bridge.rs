@@ -1,0 +1,84 @@
+//! The bridge of this host's pods as an object: read with its gateways and ports, and made anew with them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flannel::IfName;
+use flannel::bridge::Bridge;
+use flannel::desired::Scope;
+
+use crate::link::{self, LinkInfo};
+use crate::netlink::{NetlinkError, Socket};
+use crate::{addr, sysctl};
+
+/// Finds it among all links: by its name, or by a gateway's address. One that tells VLANs apart is not looked at, because VLANs of
+/// ports are not read.
+pub(crate) fn observe(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) -> Result<Option<Bridge>, NetlinkError> {
+    for info in links.iter().filter(|link| link.kind == "bridge" && !link.vlan_filtering && !scope.gateways.is_empty()) {
+        let found = addr::list(socket, info.index)?;
+        let on_it = found.iter().filter(|found| found.index == info.index).map(|found| found.addr.cidr);
+        let addrs: BTreeSet<_> = on_it.filter(|cidr| scope.gateways.contains(cidr)).collect();
+        if scope.bridge.map_or(addrs.is_empty(), |known| known != info.name) {
+            continue;
+        }
+        let Some(mac) = info.mac else { continue };
+        let ports = links.iter().filter(|link| link.master == info.index).map(|link| (link.name, link.port));
+        let loose = links.iter().filter(|link| link.master == 0 && link.kind == "veth" && link.reaches_elsewhere);
+        return Ok(Some(Bridge {
+            name: info.name,
+            mac,
+            mtu: info.mtu,
+            up: info.up,
+            promiscuous: info.promiscuous,
+            addrs,
+            ports: ports.collect(),
+            loose: loose.map(|link| link.name).collect(),
+        }));
+    }
+    Ok(None)
+}
+
+/// Makes it as wanted. Ports that are not there any more are passed over, and those of another bridge are left to that one.
+pub(crate) fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
+    let name = want.name;
+    let gone = || NetlinkError::Refused { errno: libc::ENODEV, message: format!("{name} was deleted at once") };
+    let have = match link::get(socket, name)? {
+        Some(have) => have,
+        None => {
+            match link::create_bridge(socket, name, want.mtu) {
+                // The plugin was faster.
+                Err(error) if !error.is_exists() => return Err(error),
+                _ => {}
+            }
+            for ask in ["accept_ra", "accept_dad"] {
+                // As the plugin makes it; a read-only /proc/sys is no reason to have no bridge.
+                let _ = sysctl::write(&format!("net/ipv6/conf/{name}/{ask}"), "0");
+            }
+            link::get(socket, name)?.ok_or_else(gone)?
+        }
+    };
+    if have.kind != "bridge" {
+        return Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("{name} is no bridge") });
+    }
+    if have.mac != Some(want.mac) {
+        link::set_mac(socket, have.index, want.mac)?;
+    }
+    if have.promiscuous != want.promiscuous {
+        link::set_promiscuous(socket, have.index, want.promiscuous)?;
+    }
+    if have.up != want.up {
+        link::set_up(socket, have.index, want.up)?;
+    }
+    let links = link::list(socket)?;
+    let free: BTreeMap<IfName, u32> = links.iter().filter(|link| link.master == 0).map(|link| (link.name, link.index)).collect();
+    let mut outcome = Ok(());
+    for (port, config) in &want.ports {
+        let Some(index) = free.get(port) else { continue };
+        match link::enslave(socket, *index, have.index, *config) {
+            // It ended this instant; the others do not wait for it.
+            Err(error) if !error.is_not_found() => outcome = Err(error),
+            _ => {}
+        }
+    }
+    want.addrs.iter().try_for_each(|addr| addr::set(socket, have.index, *addr))?;
+    outcome
+}
