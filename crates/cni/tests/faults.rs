@@ -24,10 +24,11 @@ fn main() {
     if !arguments.list {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 5] = [
         ("an_add_among_thousands_reads_none_of_them", an_add_among_thousands),
         ("an_add_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "ADD")),
         ("a_del_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "DEL")),
+        ("a_full_disk_reserves_nothing_and_leaves_nothing", a_full_disk),
         ("a_reboot_frees_what_was_reserved_before_it", a_reboot_frees_what_was_reserved_before_it),
     ];
     let trial = |(name, test): (&'static str, Test)| {
@@ -74,6 +75,47 @@ fn an_add_among_thousands(host: &Host) {
     host.call("flannel", "DEL", "p4", &host.conf("1.0.0")).unwrap();
     host.call("flannel", "DEL", "p1", &host.conf("1.0.0")).unwrap();
     assert!(!host.files("networks/net").iter().any(|name| name.starts_with("10.1.")));
+}
+
+fn a_full_disk(host: &Host) {
+    let small = host.root.join("small");
+    std::fs::create_dir_all(&small).unwrap();
+    let mount = |options: &str| {
+        let output = Command::new("mount").args(["-t", "tmpfs", "-o", options, "small"]).arg(&small).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    mount("size=128k");
+    ["p1", "p2"].into_iter().for_each(|id| drop(host.pod(id)));
+    // The reservations there, the plugin's own notes on a disk with room; and the other way round.
+    for (place, other) in [("networks", "flannel"), ("flannel", "networks")] {
+        let mut conf = host.conf("1.0.0");
+        let folders = |name: &str| if name == place { small.join(name) } else { host.root.join(other) };
+        conf["ipam"]["dataDir"] = folders("networks").to_string_lossy().into_owned().into();
+        conf["dataDir"] = folders("flannel").to_string_lossy().into_owned().into();
+        let held = || {
+            let names = std::fs::read_dir(folders("networks").join("net")).into_iter().flatten().flatten();
+            names.map(|file| file.file_name().to_string_lossy().into_owned()).filter(|name| name.starts_with("10.1.")).count()
+        };
+        host.call("flannel", "ADD", "p1", &conf).unwrap();
+        let (links, before) = (host.links(), held());
+        // Until not one more byte fits.
+        let ballast = small.join("ballast");
+        let mut file = std::fs::File::create(&ballast).unwrap();
+        while file.write_all(&[7; 1024]).is_ok() {}
+        let refused = host.call("flannel", "ADD", "p2", &conf).unwrap_err();
+        let text = refused.to_string();
+        assert!(text.contains("No space left on device") && text.contains(&*small.to_string_lossy()), "{place}: {text}");
+        assert_eq!((host.links(), held()), (links, before), "{place}: what it made is gone again");
+        // A DEL needs no room, and neither does a repeated one.
+        host.call("flannel", "DEL", "p1", &conf).unwrap();
+        host.call("flannel", "DEL", "p1", &conf).unwrap();
+        assert_eq!(held(), 0, "{place}");
+        std::fs::remove_file(ballast).unwrap();
+        host.call("flannel", "ADD", "p2", &conf).unwrap();
+        host.call("flannel", "DEL", "p2", &conf).unwrap();
+        assert_eq!(held(), 0, "{place}");
+    }
+    assert!(Command::new("umount").arg(&small).status().unwrap().success());
 }
 
 fn collect(host: &Host, valid: &[&str]) {

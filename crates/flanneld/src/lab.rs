@@ -9,10 +9,12 @@ pub mod cli;
 mod exec;
 pub mod faults;
 pub mod kubernetes;
+mod members;
 mod outside;
 pub mod packet;
 pub mod ping;
 mod show;
+pub mod world;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -68,6 +70,9 @@ pub enum StoreKind {
     Embedded,
     /// An etcd program, started by the lab.
     Etcd(PathBuf),
+    /// Three members of an etcd program, each in a namespace of its own, started by the lab. Users as [`world::etcd::enable_auth`]
+    /// makes them.
+    Members(PathBuf),
     /// A store outside, reached through a forwarder: its host and port.
     Outside(String),
     /// Kubernetes, by the program that has all its parts (`tests/kubernetes`).
@@ -106,6 +111,8 @@ pub struct Plan {
     pub plugin: PathBuf,
     /// TLS and a password at an etcd that the lab starts.
     pub secure: Option<Secure>,
+    /// User and password of the lab itself at the store, and of daemons unless `env` names others.
+    pub login: Option<(String, String)>,
     /// Variables for the daemons and plugins.
     pub env: Vec<(String, String)>,
     /// More flags for programs of a lab's Kubernetes: the program and a flag.
@@ -138,6 +145,7 @@ impl Plan {
             program: program.to_owned(),
             plugin: program.to_owned(),
             secure: None,
+            login: None,
             env: Vec::new(),
             kubernetes_flags: Vec::new(),
         }
@@ -165,6 +173,8 @@ pub struct Lab {
     /// The namespace of the switch or router, in which the store is too.
     pub middle: Netns,
     store: Vec<Child>,
+    /// The namespaces of the store's members, where it has some.
+    members: Vec<Netns>,
     /// The hosts; the first is `h1`.
     pub hosts: Vec<Host>,
     pods: usize,
@@ -247,7 +257,11 @@ impl Lab {
             let network = (i - 1) % networks;
             hosts.push(make_host(root, &middle, i, network, families).with_context(|| format!("cannot make host h{i}"))?);
         }
-        Ok(Lab { plan, root: root.to_owned(), middle, store: Vec::new(), hosts, pods: 0 })
+        let mut members = Vec::new();
+        if matches!(plan.store, StoreKind::Members(_)) {
+            members = (0..members::MEMBERS).map(|member| members::make(root, &middle, member)).collect::<anyhow::Result<_>>()?;
+        }
+        Ok(Lab { plan, root: root.to_owned(), middle, store: Vec::new(), members, hosts, pods: 0 })
     }
 
     /// Starts the store, or starts it again with the data that it had.
@@ -283,6 +297,14 @@ impl Lab {
                 ]);
                 command
             }
+            StoreKind::Members(program) => {
+                let program = program.clone();
+                for member in 0..members::MEMBERS {
+                    let child = self.start_member(&program, member)?;
+                    self.store.push(child);
+                }
+                return self.await_members();
+            }
             StoreKind::Outside(target) => {
                 outside::forward(&self.middle, target)?;
                 return Ok(());
@@ -303,12 +325,16 @@ impl Lab {
     }
 
     fn store_url(&self) -> String {
+        if matches!(self.plan.store, StoreKind::Members(_)) {
+            return members::endpoints();
+        }
         format!("{}://{STORE}", if self.plan.secure.is_some() { "https" } else { "http" })
     }
 
     /// How the lab itself, and a daemon, reach the store.
     pub fn access(&self) -> Access {
         let mut access = Access { endpoints: self.store_url(), prefix: self.plan.prefix.clone(), ..Access::default() };
+        access.login = self.plan.login.clone().map(|(name, password)| (name, Secret(password)));
         if let Some(secure) = &self.plan.secure {
             access.ca = Some(secure.ca.clone());
             (access.cert, access.key) = (Some(secure.client.0.clone()), Some(secure.client.1.clone()));

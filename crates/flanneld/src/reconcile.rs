@@ -138,6 +138,8 @@ pub struct Reconciler<H> {
     resync: Option<(Instant, Duration)>,
     /// What was put right lately: somebody may be undoing it.
     repairs: Repairs,
+    /// How often notifications of the kernel were lost.
+    overruns: u64,
     /// When it is looked at next whether the lease is still this node's.
     own_check: Option<Instant>,
     /// When a lease with another's or old data was written anew, and how long that was enough.
@@ -175,6 +177,7 @@ impl<H: Host> Reconciler<H> {
             adopting: adopt,
             resync: None,
             repairs: Repairs::default(),
+            overruns: 0,
             own_check: None,
             corrected: None,
             followed: None,
@@ -385,6 +388,7 @@ impl<H: Host> Reconciler<H> {
                     }
                 }
                 Changed::Link(_) | Changed::Everything => {
+                    self.overruns += u64::from(change == Changed::Everything);
                     if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
                         (self.interface.0, self.interface.2) = (Some(Instant::now() + SETTLE), LOOK_AGAIN.0);
                     }

@@ -66,6 +66,8 @@ pub struct Objects {
     pub failed: Vec<Failed>,
     /// How many were put right so far, because somebody or something had changed them.
     pub repaired: u64,
+    /// How often the kernel's notifications were lost, after which all was read anew.
+    pub overruns: u64,
     /// Those that somebody undoes again and again.
     pub fights: Vec<Fight>,
 }
@@ -111,6 +113,7 @@ impl State {
         put("objects", "gauge", "Objects that shall be in the kernel.", &[("", number(self.objects.desired))]);
         put("objects_failed", "gauge", "Objects that cannot be set.", &[("", number(self.objects.failed.len()))]);
         put("repairs_total", "counter", "Objects that were put right.", &[("", self.objects.repaired.to_string())]);
+        put("overruns_total", "counter", "Times that the kernel's notifications were lost.", &[("", self.objects.overruns.to_string())]);
         put("fights", "gauge", "Objects that somebody undoes again and again.", &[("", number(self.objects.fights.len()))]);
         text
     }
@@ -131,7 +134,7 @@ mod tests {
             mtu: 1450,
             store: Store { connected: true, leases: 3, complete: true },
             peers: Peers { programmed: 2, refused: Vec::new() },
-            objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, fights: Vec::new() },
+            objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, fights: Vec::new() },
         };
         let text = state.metrics(false);
         let values: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
@@ -147,6 +150,7 @@ mod tests {
                 "flannel_objects 9",
                 "flannel_objects_failed 0",
                 "flannel_repairs_total 4",
+                "flannel_overruns_total 2",
                 "flannel_fights 0",
             ]
         );

@@ -80,7 +80,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 43] = [
+    let others: [(&str, Test); 46] = [
         ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
         ("udp_on_another_port", process::udp_on_another_port),
         ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
@@ -89,6 +89,9 @@ fn main() {
         ("a_vteps_new_mac_is_kept_and_told", heal::a_vteps_new_mac_is_kept_and_told),
         ("a_full_disk_under_subnet_env_is_told_and_waited_out", heal::a_full_disk_under_subnet_env),
         ("a_store_that_is_killed_forgets_nothing_acknowledged", heal::a_store_that_is_killed_forgets_nothing_acknowledged),
+        ("a_full_disk_under_the_store_is_told_and_loses_nothing", heal::a_full_disk_under_the_store),
+        ("what_happens_to_hosts_and_the_store_is_followed", heal::what_happens_to_hosts_and_the_store_is_followed),
+        ("three_members_of_etcd_may_fail_in_turn", heal::three_members_of_etcd),
         ("chaos_holds", heal::chaos_holds),
         ("a_daemon_without_a_store_says_so_and_ends_well", process::a_daemon_without_a_store),
         ("all_flags_by_the_environment", process::all_flags_by_the_environment),

@@ -50,6 +50,7 @@ fn main() {
             }),
             // Others each day, so that all runs together see more than any one of them.
             Trial::test("new_seeds", || {
+                #[expect(clippy::disallowed_methods, reason = "other seeds each day")]
                 let day = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() / 86_400;
                 many(day << 32, |_, time| time < LOOKING)
             }),

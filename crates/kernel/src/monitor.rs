@@ -13,8 +13,8 @@ use flannel::{Family, IfName};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
-use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
 use crate::link::LinkInfo;
+use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
 use crate::{addr, link, neigh, nft, observe, route};
 
 const RTNLGRP_LINK: u32 = 1;
@@ -330,12 +330,7 @@ struct Watched<'a> {
     external: IfName,
 }
 
-fn decode(
-    message: &Received<'_>,
-    watched: &Watched<'_>,
-    names: &mut BTreeMap<u32, IfName>,
-    bridges: &mut Bridges,
-) -> Option<Changed> {
+fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u32, IfName>, bridges: &mut Bridges) -> Option<Changed> {
     match message.kind {
         link::RTM_NEWLINK | link::RTM_DELLINK => {
             // A bridge port is announced once more in the bridge family: that says nothing about the link.

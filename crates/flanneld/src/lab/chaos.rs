@@ -2,7 +2,6 @@
 //! never struck themselves: between those no packet may be lost at all, whatever happens to the store and to the others.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -12,7 +11,7 @@ use serde_json::json;
 
 use super::faults::{FAULTS, Fault, Noticed, observe, shell, silent_pairs};
 use super::ping::ping_each;
-use super::{Lab, Plan, Pod, STORE, Topology};
+use super::{Lab, Plan, Pod, Topology, world};
 
 /// Hosts that nobody strikes: the first ones.
 const SPARED: usize = 2;
@@ -197,13 +196,12 @@ impl Chaos {
 
     fn act(&mut self, step: Step, host: usize, cut: &mut Option<(usize, Duration)>) -> anyhow::Result<String> {
         let name = self.lab.hosts[host].name.clone();
-        let number = host + 1;
         let netns = &self.lab.hosts[host].netns;
         let pause = Duration::from_millis(fastrand::u64(..3_000));
         Ok(match step {
             Step::Fault(fault) => {
                 // The daemon may put right the first half before the second is done; or another step has taken what would be changed.
-                let done = fault.strike(&self.lab, host).unwrap_or(false);
+                let done = fault.strike(&self.lab, host).is_ok_and(|began| began.is_some());
                 format!("{name}: {}{}", fault.name, if done { "" } else { " (in part)" })
             }
             Step::VtepMac if self.backend == "vxlan" => {
@@ -218,18 +216,11 @@ impl Chaos {
                 format!("{name}: eth0 has the MTU {mtu}")
             }
             Step::Address => {
-                let other =
-                    if shell(netns, "ip -o -4 addr show dev eth0")?.contains(&format!("10.0.0.{number}/")) { 100 + number } else { number };
-                shell(
-                    netns,
-                    &format!(
-                        "ip addr flush dev eth0; ip addr add 10.0.0.{other}/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0"
-                    ),
-                )?;
-                format!("{name}: eth0 has the address 10.0.0.{other}")
+                let other = world::move_host(&self.lab, host)?;
+                format!("{name}: eth0 has the address {other}")
             }
             Step::NewInterface => {
-                self.new_interface(&name, number)?;
+                world::new_interface(&self.lab, &self.root, host)?;
                 format!("{name}: eth0 is deleted and made anew")
             }
             Step::KillDaemon => {
@@ -240,12 +231,7 @@ impl Chaos {
                 format!("{name}: the daemon is {} for {:.1} s", if kill { "killed" } else { "ended" }, pause.as_secs_f64())
             }
             Step::SecondDaemon => {
-                let mut command = Command::new(&self.lab.plan.program);
-                command.arg(format!("--subnet-file={}", self.lab.hosts[host].subnet_file().display()));
-                command.arg(format!("--etcd-endpoints=http://{STORE}"));
-                let output = netns.run(|| command.output())??;
-                let said = String::from_utf8_lossy(&output.stderr);
-                ensure!(!output.status.success() && said.contains("another flanneld (pid "), "a second daemon was not refused: {said}");
+                world::refuse_second(&self.lab, host)?;
                 format!("{name}: a second daemon is refused")
             }
             Step::Pod => {
@@ -271,40 +257,21 @@ impl Chaos {
                 format!("the store hangs for {:.1} s", pause.as_secs_f64())
             }
             Step::Backup => {
-                self.copy_store("store", "backup")?;
+                world::copy_store(&mut self.lab, &self.root, "store", "backup")?;
                 self.backup = true;
                 "the store is saved".to_owned()
             }
             Step::RestoreStore if self.backup => {
-                self.copy_store("backup", "store")?;
+                world::copy_store(&mut self.lab, &self.root, "backup", "store")?;
                 "the store is restored from its backup".to_owned()
             }
             Step::Partition | Step::RestoreStore => {
                 let hosts: Vec<usize> = (SPARED..self.lab.hosts.len()).filter(|_| fastrand::bool()).collect();
-                let drops: String = hosts
-                    .iter()
-                    .map(|host| {
-                        format!(
-                            "nft add rule inet chaos in ip saddr {{ 10.0.0.{0}, 10.0.0.{1} }} tcp dport 2379 drop; ",
-                            host + 1,
-                            host + 101
-                        )
-                    })
-                    .collect();
-                let hook = "nft add table inet chaos; nft add chain inet chaos in '{ type filter hook input priority 0; }'";
-                shell(&self.lab.middle, &format!("{hook}; {drops}"))?;
-                std::thread::sleep(pause * 3);
-                shell(&self.lab.middle, "nft delete table inet chaos")?;
+                world::cut_from_store(&self.lab, &hosts, pause * 3)?;
                 format!("{} hosts lose the store for {:.1} s", hosts.len(), (pause * 3).as_secs_f64())
             }
             Step::DeleteLease => {
-                let subnet = self.lab.hosts[host].subnet.clone();
-                let delete = async |store: &crate::store::Etcd| {
-                    let snapshot = store.snapshot().await?;
-                    let Some(entry) = snapshot.entries.iter().find(|entry| entry.key.to_string() == subnet) else { return Ok(false) };
-                    store.delete_lease(&entry.key, entry.mod_revision).await
-                };
-                let done: bool = self.lab.with_store(delete)?;
+                let done = world::delete_lease(&self.lab, host)?;
                 format!("{name}: its lease is deleted{}", if done { "" } else { " (not there)" })
             }
             Step::Junk => {
@@ -317,48 +284,6 @@ impl Chaos {
                 format!("a lease of 10.244.{n}.0/24 that says nonsense")
             }
         })
-    }
-
-    fn new_interface(&self, name: &str, number: usize) -> anyhow::Result<()> {
-        let (netns, place) = (&self.lab.hosts[number - 1].netns, self.root.join("netns").join(name));
-        shell(netns, "ip link del eth0")?;
-        shell(
-            &self.lab.middle,
-            &format!("ip link add {name} type veth peer name {name}x; ip link set {name} master lan0; ip link set {name} up"),
-        )?;
-        // iproute2 knows namespaces by names in a folder of its own.
-        let alias = format!("chaos-{}-{name}", std::process::id());
-        let file = format!("/run/netns/{alias}");
-        shell(
-            &self.lab.middle,
-            &format!(
-                "mkdir -p /run/netns; touch {file}; mount --bind {} {file}; ip link set {name}x netns {alias}; umount {file}; rm {file}",
-                place.display()
-            ),
-        )?;
-        shell(
-            netns,
-            // It speaks to its neighbours, as a host does that comes up: else they send to its old MAC for some seconds.
-            &format!(
-                "ip link set {name}x name eth0; ip link set eth0 up; ip addr add 10.0.0.{number}/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0; \
-                 for i in $(seq 1 {}); do ping -c 1 -W 1 10.0.0.$i > /dev/null & done; wait",
-                self.lab.hosts.len()
-            ),
-        )?;
-        Ok(())
-    }
-
-    /// The files of the store are copied while it does not run, as a careful operator would.
-    fn copy_store(&mut self, from: &str, to: &str) -> anyhow::Result<()> {
-        self.lab.kill_store()?;
-        let (from, to) = (self.root.join(from), self.root.join(to));
-        let _ = std::fs::remove_dir_all(&to);
-        std::fs::create_dir_all(&to)?;
-        for file in std::fs::read_dir(&from)? {
-            let file = file?;
-            std::fs::copy(file.path(), to.join(file.file_name()))?;
-        }
-        self.lab.start_store()
     }
 
     /// After all of it, everything is as it should be.

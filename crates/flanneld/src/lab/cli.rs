@@ -54,17 +54,7 @@ pub enum LabCommand {
         command: Vec<String>,
     },
     /// Make each thing go wrong that the lab knows, and print how soon it is right again (needs ip and nft)
-    Faults {
-        /// Number of hosts
-        #[arg(long, default_value_t = 5, value_name = "N")]
-        hosts: usize,
-        /// How often each
-        #[arg(long, default_value_t = 100, value_name = "N")]
-        rounds: usize,
-        /// Print one JSON document instead of a table
-        #[arg(long)]
-        json: bool,
-    },
+    Faults(faults::FaultsArgs),
     /// Let everything go wrong at random, and see that pods reach each other all the same (needs ip and nft)
     Chaos(chaos::ChaosArgs),
     /// Connect to addresses outside for a lab (started by the lab itself)
@@ -76,8 +66,8 @@ pub enum LabCommand {
 pub fn main(args: LabArgs) -> ExitCode {
     let done = match &args.command {
         Some(LabCommand::Exec { place, command }) => exec::run(place, command).map(|()| true),
-        Some(LabCommand::Faults { hosts, rounds, json }) => {
-            this_program().and_then(|program| faults::measure(&program, &isolate(&program)?, *hosts, *rounds, *json).map(|()| true))
+        Some(LabCommand::Faults(args)) => {
+            this_program().and_then(|program| faults::measure(&program, &isolate(&program)?, args).map(|()| true))
         }
         Some(LabCommand::Chaos(args)) => this_program().and_then(|program| chaos::run(&program, &isolate(&program)?, args)),
         Some(LabCommand::Outside) => outside::serve().map(|()| true),

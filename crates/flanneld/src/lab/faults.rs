@@ -2,10 +2,12 @@
 //! `lab chaos` draws from it.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use clap::Args;
 use flannel::desired::{Key, Object, ROUTE_PROTOCOL, Route, Scope};
 use flannel::{Family, Observed, Op};
 use kernel::Kernel;
@@ -13,7 +15,8 @@ use kernel::netns::Netns;
 use serde_json::{Value, json};
 
 use super::ping::{ping_all, ping_during};
-use super::{Lab, Plan, Pod};
+use super::world::{self, Stage, World};
+use super::{Lab, Plan, Pod, StoreKind};
 
 /// The labs in which faults are measured: backend, nftables or iptables.
 const LABS: [(&str, bool); 3] = [("host-gw", true), ("vxlan", true), ("vxlan", false)];
@@ -64,7 +67,7 @@ pub enum Act {
     Change(fn(&Object) -> Option<Object>),
     /// A shell script in the host's namespace. `$FILE` is its `subnet.env`.
     Script(&'static str),
-    /// So much changes at once that the kernel loses notifications, and one of our routes goes among it.
+    /// So much changes while the daemon has no processor that the kernel loses notifications, and one of our routes goes among it.
     Overrun,
 }
 
@@ -196,39 +199,40 @@ impl Fault {
         }
     }
 
-    /// Makes it happen on a host. False if there is nothing there that it could happen to.
+    /// Makes it happen on a host. Returns from when on it could be put right; nothing if there is nothing there that it could
+    /// happen to.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn strike(&self, lab: &Lab, host: usize) -> anyhow::Result<bool> {
+    pub fn strike(&self, lab: &Lab, host: usize) -> anyhow::Result<Option<Instant>> {
         let netns = &lab.hosts[host].netns;
+        let began = Instant::now();
         match self.act {
             Act::Script(script) => {
                 let file = lab.hosts[host].subnet_file();
                 shell(netns, &format!("FILE={}; {script}", file.display()))
                     .with_context(|| format!("{}: {}", lab.hosts[host].name, self.name))?;
-                Ok(true)
             }
             Act::Delete(which) => {
                 let whole = observe(lab, host)?;
                 let found: Vec<&Object> = whole.iter().filter(|(key, _)| which(key)).map(|(_, object)| object).collect();
                 if found.is_empty() {
-                    return Ok(false);
+                    return Ok(None);
                 }
-                apply(netns, &[Op::Delete(found[fastrand::usize(..found.len())].clone())])
+                apply(netns, &[Op::Delete(found[fastrand::usize(..found.len())].clone())])?;
             }
             Act::Change(to) => {
                 let whole = observe(lab, host)?;
                 let found: Vec<Object> = whole.iter().filter_map(|(_, object)| to(object)).collect();
                 if found.is_empty() {
-                    return Ok(false);
+                    return Ok(None);
                 }
-                apply(netns, &[Op::Set(found[fastrand::usize(..found.len())].clone())])
+                apply(netns, &[Op::Set(found[fastrand::usize(..found.len())].clone())])?;
             }
             Act::Overrun => {
                 let whole = observe(lab, host)?;
                 let Some(route) = whole.iter().find(|(key, _)| matches!(key, Key::Route(..))).map(|(_, object)| object.clone()) else {
-                    return Ok(false);
+                    return Ok(None);
                 };
                 let foreign = |n: u32| {
                     let dst = flannel::Subnet::new(std::net::Ipv4Addr::from_bits(0xc612_0000 + n).into(), 32).ok()?;
@@ -238,11 +242,18 @@ impl Fault {
                 let routes: Vec<Object> = (0..30_000).filter_map(foreign).collect();
                 let there: Vec<Op> = routes.iter().cloned().map(Op::Set).collect();
                 let mut gone: Vec<Op> = routes.into_iter().map(Op::Delete).collect();
-                gone.insert(gone.len() / 2, Op::Delete(route));
-                apply(netns, &there)?;
-                apply(netns, &gone)
+                gone.push(Op::Delete(route));
+                let pid = lab.hosts[host].pid().context("its daemon does not run")?;
+                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).context("a process has a number")?;
+                rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
+                let done = apply(netns, &there).and_then(|()| apply(netns, &gone));
+                let began = Instant::now();
+                rustix::process::kill_process(pid, rustix::process::Signal::CONT)?;
+                done?;
+                return Ok(Some(began));
             }
         }
+        Ok(Some(began))
     }
 
     /// How long it may take to be put right.
@@ -254,10 +265,9 @@ impl Fault {
     }
 }
 
-fn apply(netns: &Netns, ops: &[Op]) -> anyhow::Result<bool> {
+fn apply(netns: &Netns, ops: &[Op]) -> anyhow::Result<()> {
     let outcomes = netns.run(|| anyhow::Ok(Kernel::open()?.apply(ops)))??;
-    outcomes.into_iter().try_for_each(|outcome| outcome.map_err(anyhow::Error::new))?;
-    Ok(true)
+    outcomes.into_iter().try_for_each(|outcome| outcome.map_err(anyhow::Error::new))
 }
 
 /// Runs a shell script in a namespace.
@@ -294,17 +304,29 @@ pub fn observe(lab: &Lab, host: usize) -> anyhow::Result<Observed> {
 
 /// What is measured of one fault, in one lab.
 #[derive(Debug, Clone)]
-pub struct Row {
+struct Row {
     name: String,
     place: String,
-    noticed: Noticed,
-    /// Until all was as before, each time, ordered.
+    /// How it is noticed, and whether it shall be within 100 ms.
+    noticed: Option<Noticed>,
+    /// Until all was as before, or as it should be now, each time, ordered.
     healed: Vec<Duration>,
     /// Echo requests, one a millisecond, that were lost each time, ordered.
     lost: Vec<usize>,
 }
 
 impl Row {
+    fn new(name: &str, place: &str, noticed: Option<Noticed>) -> Row {
+        Row { name: name.to_owned(), place: place.to_owned(), noticed, healed: Vec::new(), lost: Vec::new() }
+    }
+
+    fn push(&mut self, (healed, lost): (Duration, usize)) {
+        self.healed.push(healed);
+        self.lost.push(lost);
+        self.healed.sort();
+        self.lost.sort_unstable();
+    }
+
     fn percentile<T: Copy>(values: &[T], percent: usize) -> Option<T> {
         values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied()
     }
@@ -315,9 +337,13 @@ impl Row {
 
     /// As a line of the table.
     fn text(&self) -> String {
-        let noticed = if self.noticed == Noticed::Told { "told" } else { "audit" };
+        let noticed = match self.noticed {
+            Some(Noticed::Told) => "told",
+            Some(Noticed::Audit) => "audit",
+            None => "",
+        };
         let lost = |percent| Row::percentile(&self.lost, percent).map_or("-".to_owned(), |lost| lost.to_string());
-        let short = if self.millis(99) > 100.0 { " (over 100)" } else { "" };
+        let short = if self.noticed.is_some() && self.millis(99) > 100.0 { " (over 100)" } else { "" };
         format!(
             "| {} | {} | {noticed} | {} | {:.1} | {:.1}{short} | {} | {} |",
             self.name,
@@ -332,55 +358,67 @@ impl Row {
 
     fn json(&self) -> Value {
         json!({
-            "fault": self.name, "lab": self.place, "rounds": self.healed.len(), "told": self.noticed == Noticed::Told,
+            "fault": self.name, "lab": self.place, "rounds": self.healed.len(), "told": self.noticed.map(|noticed| noticed == Noticed::Told),
             "p50_ms": self.millis(50), "p99_ms": self.millis(99),
             "lost_p50": Row::percentile(&self.lost, 50), "lost_p99": Row::percentile(&self.lost, 99),
         })
     }
 }
 
+/// What `lab faults` is told.
+#[derive(Debug, Clone, Args)]
+pub struct FaultsArgs {
+    /// Number of hosts
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub hosts: usize,
+    /// How often each; a tenth as often what happens to a whole host, or to the store
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    pub rounds: usize,
+    /// An etcd program, of which three members are started for what can happen to those (needs etcdctl)
+    #[arg(long, value_name = "PROGRAM")]
+    pub etcd_program: Option<PathBuf>,
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Measures all faults, each so often, and prints a table.
 ///
 /// # Errors
 /// When something is not put right in time: the text says what.
-pub fn measure(program: &std::path::Path, scratch: &std::path::Path, hosts: usize, rounds: usize, as_json: bool) -> anyhow::Result<()> {
+pub fn measure(program: &Path, scratch: &Path, args: &FaultsArgs) -> anyhow::Result<()> {
+    ensure!((2..=20).contains(&args.hosts), "--hosts: {} is out of range: faults want 2 to 20", args.hosts);
     let mut rows: Vec<Row> = Vec::new();
     for (backend, nftables) in LABS {
-        let mut plan = Plan::new(hosts, &json!({ "Type": backend }), program);
+        let mut plan = Plan::new(args.hosts, &json!({ "Type": backend }), program);
         plan.config["EnableNFTables"] = nftables.into();
         let place = format!("{backend}, {}", if nftables { "nftables" } else { "iptables" });
-        eprintln!("· {place}: {rounds} rounds of each");
-        let mut lab = Lab::start(plan, &scratch.join(place.replace(", ", "-")))?;
-        lab.settle()?;
-        let pods: Vec<Pod> = (0..hosts).map(|host| lab.add_pod(host)).collect::<anyhow::Result<_>>()?;
+        eprintln!("· {place}: {} rounds of each", args.rounds);
+        let mut stage = stage(plan, &scratch.join(place.replace(", ", "-")))?;
         // Rounds outside: so no object is taken so often that it looks like a fight.
         let mut found: BTreeMap<usize, Row> = BTreeMap::new();
-        for round in 0..rounds {
-            let host = round % hosts;
+        for round in 0..args.rounds {
             for (at, fault) in FAULTS.iter().enumerate().filter(|(_, fault)| fault.fits(backend, nftables)) {
                 // What only the audit finds takes a minute.
                 if fault.noticed == Noticed::Audit && round >= 2 {
                     continue;
                 }
-                let (healed, lost) = once(&lab, &pods, host, fault)?;
-                let row = found.entry(at).or_insert_with(|| Row {
-                    name: fault.name.to_owned(),
-                    place: place.clone(),
-                    noticed: fault.noticed,
-                    healed: Vec::new(),
-                    lost: Vec::new(),
-                });
-                row.healed.push(healed);
-                row.lost.push(lost);
+                let measured = once(&stage.lab, &stage.pods, round % args.hosts, fault)?;
+                found.entry(at).or_insert_with(|| Row::new(fault.name, &place, Some(fault.noticed))).push(measured);
             }
         }
         rows.extend(found.into_values());
+        if nftables {
+            let worlds: Vec<World> = world::HOSTS.iter().chain(&world::STORES).copied().collect();
+            rows.extend(worlds_of(&mut stage, &worlds, backend, args.rounds.div_ceil(10))?);
+        }
     }
-    for row in &mut rows {
-        row.healed.sort();
-        row.lost.sort_unstable();
+    if let Some(etcd) = &args.etcd_program {
+        eprintln!("· three members of etcd: {} rounds of each", args.rounds.div_ceil(10));
+        let mut stage = stage(members(etcd, args.hosts, program), &scratch.join("etcd"))?;
+        rows.extend(worlds_of(&mut stage, &world::etcd::ETCD, "vxlan", args.rounds.div_ceil(10))?);
     }
-    if as_json {
+    if args.json {
         println!("{}", serde_json::to_string_pretty(&rows.iter().map(Row::json).collect::<Vec<_>>())?);
         return Ok(());
     }
@@ -390,6 +428,49 @@ pub fn measure(program: &std::path::Path, scratch: &std::path::Path, hosts: usiz
     Ok(())
 }
 
+/// A cluster over an etcd of three members that asks for a password.
+pub fn members(etcd: &Path, hosts: usize, program: &Path) -> Plan {
+    let mut plan = Plan { store: StoreKind::Members(etcd.to_owned()), ..Plan::new(hosts, &json!({ "Type": "vxlan" }), program) };
+    plan.login = Some(("root".to_owned(), "root".to_owned()));
+    plan.env.extend(["USERNAME", "PASSWORD"].map(|name| (format!("FLANNELD_ETCD_{name}"), "flannel".to_owned())));
+    plan
+}
+
+/// A cluster to which things are about to happen: its hosts have a pod each.
+///
+/// # Errors
+/// When a part does not come up.
+pub fn stage(plan: Plan, root: &Path) -> anyhow::Result<Stage> {
+    let hosts = plan.hosts;
+    let mut lab = Lab::wire(plan, root)?;
+    lab.start_store()?;
+    lab.put_config()?;
+    if matches!(lab.plan.store, StoreKind::Members(_)) {
+        world::etcd::enable_auth(&lab)?;
+    }
+    (0..hosts).try_for_each(|host| lab.start_daemon(host, &[]))?;
+    lab.settle()?;
+    let pods: Vec<Pod> = (0..hosts).map(|host| lab.add_pod(host)).collect::<anyhow::Result<_>>()?;
+    Ok(Stage { lab, pods, root: root.to_owned(), count: 0 })
+}
+
+/// Measures what happens to hosts and stores.
+fn worlds_of(stage: &mut Stage, worlds: &[World], backend: &str, rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let place = match stage.lab.plan.store {
+        StoreKind::Members(_) => format!("{backend}, etcd"),
+        _ => backend.to_owned(),
+    };
+    let mut rows = Vec::new();
+    for world in worlds.iter().filter(|world| backend == "vxlan" || !world.vxlan) {
+        let mut row = Row::new(world.name, &place, None);
+        for round in 0..rounds {
+            row.push(world::once(stage, world, round % stage.pods.len())?);
+        }
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
 /// Makes a fault happen, and waits until all is as it was before. Returns how long that took, and how many of the pings of one a
 /// millisecond to the next host were lost meanwhile.
 ///
@@ -397,14 +478,20 @@ pub fn measure(program: &std::path::Path, scratch: &std::path::Path, hosts: usiz
 /// When it is not put right in its time; the text says what differs.
 pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Result<(Duration, usize)> {
     let whole = observe(lab, host)?;
-    let repaired = |lab: &Lab| Ok::<_, anyhow::Error>(lab.hosts[host].state()?["objects"]["repaired"].as_u64().unwrap_or(0));
-    let before = repaired(lab)?;
+    // What must have grown by the end, so that it came back by the daemon's hand and for that reason, and was not merely never gone.
+    // (An interface that goes down takes nothing of VXLAN's.)
+    let proof = match fault.act {
+        Act::Overrun => "overruns",
+        _ => "repaired",
+    };
+    let count = |lab: &Lab| Ok::<_, anyhow::Error>(lab.hosts[host].state()?["objects"][proof].as_u64().unwrap_or(0));
+    let before = count(lab)?;
     let other = (host + 1) % pods.len();
     let mut outcome = Ok(Duration::ZERO);
     let (_, lost) = ping_during(&pods[host].netns, pods[other].address, || {
         outcome = (|| {
-            let began = Instant::now();
-            ensure!(fault.strike(lab, host)?, "{}: there is nothing that it could happen to", fault.name);
+            let began = fault.strike(lab, host)?;
+            let began = began.with_context(|| format!("{}: there is nothing that it could happen to", fault.name))?;
             loop {
                 let now = observe(lab, host)?;
                 if now == whole {
@@ -423,10 +510,9 @@ pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Resu
         })();
     })?;
     let healed = outcome?;
-    // It came back by the daemon's hand, and was not merely never gone. (An interface that goes down takes nothing of VXLAN's.)
     let end = Instant::now() + Duration::from_secs(2);
-    while !matches!(fault.act, Act::Script(_)) && repaired(lab)? == before {
-        ensure!(Instant::now() < end, "{}: the daemon did not notice", fault.name);
+    while !matches!(fault.act, Act::Script(_)) && count(lab)? == before {
+        ensure!(Instant::now() < end, "{}: the daemon counts no {proof}", fault.name);
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok((healed, lost))

@@ -81,6 +81,7 @@ impl<H> Reconciler<H> {
                     })
                     .collect(),
                 repaired: self.repairs.total(),
+                overruns: self.overruns,
                 fights: self.repairs.fights().map(|(key, times, by)| state::Fight { object: key.to_string(), by, times }).collect(),
             },
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use flanneld::lab::faults::{self, FAULTS, Noticed};
 use flanneld::lab::ping::ping_all;
-use flanneld::lab::{Lab, Pod, StoreKind};
+use flanneld::lab::{Lab, Pod, StoreKind, world};
 use kernel::netns::Netns;
 
 use crate::cluster::{eventually, ping_all_from};
@@ -166,6 +166,79 @@ pub(crate) fn a_full_disk_under_subnet_env(root: &Path) {
     lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
     lab.stop_daemon(0, true).unwrap();
     shell(&h1, &format!("umount {}", small.display()));
+}
+
+pub(crate) fn a_full_disk_under_the_store(root: &Path) {
+    let mut lab = Lab::wire(crate::plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
+    let h1 = Netns::open(&root.join("netns/h1")).unwrap();
+    let folder = root.join("store");
+    shell(&h1, &format!("mount -t tmpfs -o size=4m small {}", folder.display()));
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    lab.wait_state(0, "its lease", |state| state["store"]["connected"] == true).unwrap();
+    let fill = |count: u32| -> u32 {
+        lab.middle
+            .run(|| {
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+                    let address = format!("http://{}", flanneld::lab::STORE);
+                    let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+                    let mut kv = flanneld::etcd::kv_client::KvClient::new(channel);
+                    for n in 0..count {
+                        let key = format!("fill/{n:06}").into_bytes();
+                        let put = flanneld::etcd::PutRequest { key, value: vec![7; 4_000], ..Default::default() };
+                        if let Err(status) = kv.put(put).await {
+                            assert!(status.message().contains("the store cannot write its file"), "{status}");
+                            return n;
+                        }
+                    }
+                    count
+                })
+            })
+            .unwrap()
+    };
+    let acknowledged = fill(5_000);
+    assert!((10..5_000).contains(&acknowledged), "{acknowledged}");
+    let log = || std::fs::read_to_string(root.join("store.log")).unwrap();
+    eventually("it says why it ended", || log().contains("cannot write the store's file"));
+    // The daemon keeps what it has.
+    assert_eq!(lab.hosts[0].state().unwrap()["subnet"], "10.244.1.0/24");
+    lab.kill_store().unwrap();
+    shell(&h1, &format!("mount -o remount,size=64m {}", folder.display()));
+    lab.start_store().unwrap();
+    let count = lab.middle.run(|| {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let address = format!("http://{}", flanneld::lab::STORE);
+            let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
+            let key = b"fill/".to_vec();
+            let range_end = flanneld::etcd::prefix_end(&key);
+            let all = flanneld::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
+            flanneld::etcd::kv_client::KvClient::new(channel).range(all).await.unwrap().into_inner().count
+        })
+    });
+    assert!(count.unwrap() >= i64::from(acknowledged), "what was acknowledged is there");
+    lab.wait_state(0, "the store again", |state| state["store"]["connected"] == true).unwrap();
+    lab.stop_daemon(0, true).unwrap();
+    lab.kill_store().unwrap();
+    shell(&h1, &format!("umount {}", folder.display()));
+}
+
+pub(crate) fn what_happens_to_hosts_and_the_store_is_followed(root: &Path) {
+    let mut stage = faults::stage(crate::plan(3, "vxlan", StoreKind::Embedded), root).unwrap();
+    for (at, world) in world::HOSTS.iter().chain(&world::STORES).enumerate() {
+        let (_, lost) = world::once(&mut stage, world, at % 3).unwrap_or_else(|error| panic!("{error:#}"));
+        assert!(lost <= usize::from(at < world::HOSTS.len()) * 2_000, "{}: {lost} pings lost", world.name);
+    }
+}
+
+pub(crate) fn three_members_of_etcd(root: &Path) {
+    let plan = faults::members(&crate::stores::tool("FLANNEL_ETCD_3_6"), 3, Path::new(crate::cluster::PROGRAM));
+    let mut stage = faults::stage(plan, root).unwrap();
+    for (host, world) in world::etcd::ETCD.iter().enumerate() {
+        let (_, lost) = world::once(&mut stage, world, host % 3).unwrap_or_else(|error| panic!("{error:#}"));
+        // A route that is flushed is gone for a moment.
+        assert!(lost <= 5, "{}: {lost} pings lost", world.name);
+    }
 }
 
 /// Kills of the embedded store in the middle of writing; a run that is to prove more sets this variable.
