@@ -227,7 +227,7 @@ const V6: Keys = Keys {
     limits: (126, 124, 62, 64),
 };
 
-fn network(fields: &Fields, family: Family, subnets: Subnets) -> Result<Option<Network>, ConfigError> {
+fn network(fields: &Fields<'_>, family: Family, subnets: Subnets) -> Result<Option<Network>, ConfigError> {
     let keys = match family {
         Family::V4 => V4,
         Family::V6 => V6,
@@ -303,7 +303,7 @@ fn network(fields: &Fields, family: Family, subnets: Subnets) -> Result<Option<N
     Ok(Some(Network { network, subnet_len, min, max }))
 }
 
-fn address(fields: &Fields, field: &'static str, family: Family) -> Result<Option<IpAddr>, ConfigError> {
+fn address(fields: &Fields<'_>, field: &'static str, family: Family) -> Result<Option<IpAddr>, ConfigError> {
     let Some(text) = get::<String>(fields, field)? else { return Ok(None) };
     let ip = match family {
         Family::V4 => text.parse().map(|ip: Ipv4Addr| IpAddr::V4(ip)),
@@ -316,10 +316,10 @@ fn address(fields: &Fields, field: &'static str, family: Family) -> Result<Optio
     }
 }
 
-fn backend(fields: &Fields) -> Result<BackendConfig, ConfigError> {
+fn backend(fields: &Fields<'_>) -> Result<BackendConfig, ConfigError> {
     const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"udp\", \"extension\" or \"alloc\"";
     // Upstream's default, whatever its documentation says.
-    let Some(backend) = get::<Fields>(fields, "Backend")? else { return Ok(BackendConfig::Udp { port: UDP_PORT }) };
+    let Some(backend) = get::<Fields<'_>>(fields, "Backend")? else { return Ok(BackendConfig::Udp { port: UDP_PORT }) };
     let kind: String = typed(&backend, "Backend.Type", "type")?.unwrap_or_default();
     match kind.to_lowercase().as_str() {
         "alloc" => Ok(BackendConfig::Alloc),
@@ -335,7 +335,7 @@ fn backend(fields: &Fields) -> Result<BackendConfig, ConfigError> {
     }
 }
 
-fn extension(backend: &Fields) -> Result<ExtensionConfig, ConfigError> {
+fn extension(backend: &Fields<'_>) -> Result<ExtensionConfig, ConfigError> {
     let command = |field, key| typed::<String>(backend, field, key).map(|line| line.unwrap_or_default().into());
     Ok(ExtensionConfig {
         pre_startup: command("Backend.PreStartupCommand", "prestartupcommand")?,
@@ -346,14 +346,14 @@ fn extension(backend: &Fields) -> Result<ExtensionConfig, ConfigError> {
     })
 }
 
-fn port(backend: &Fields, default: u16) -> Result<Option<u16>, ConfigError> {
+fn port(backend: &Fields<'_>, default: u16) -> Result<Option<u16>, ConfigError> {
     let port = typed::<i64>(backend, "Backend.Port", "port")?.unwrap_or(0);
     let port = u16::try_from(port)
         .map_err(|_| invalid("Backend.Port", format!("{port} is out of range: it must be 0 (the default, {default}) to 65535")))?;
     Ok((port != 0).then_some(port))
 }
 
-fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
+fn vxlan(backend: &Fields<'_>) -> Result<VxlanConfig, ConfigError> {
     let vni = typed::<i64>(backend, "Backend.VNI", "vni")?.unwrap_or(1);
     let vni = u32::try_from(vni)
         .ok()
@@ -376,11 +376,11 @@ fn vxlan(backend: &Fields) -> Result<VxlanConfig, ConfigError> {
     })
 }
 
-fn get<'a, T: Deserialize<'a>>(fields: &'a Fields, field: &'static str) -> Result<Option<T>, ConfigError> {
+fn get<'a, T: Deserialize<'a>>(fields: &Fields<'a>, field: &'static str) -> Result<Option<T>, ConfigError> {
     typed(fields, field, &field.to_lowercase())
 }
 
-fn typed<'a, T: Deserialize<'a>>(fields: &'a Fields, field: &'static str, key: &str) -> Result<Option<T>, ConfigError> {
+fn typed<'a, T: Deserialize<'a>>(fields: &Fields<'a>, field: &'static str, key: &str) -> Result<Option<T>, ConfigError> {
     fields.get(key).map_err(|source| ConfigError::Type { field, source })
 }
 

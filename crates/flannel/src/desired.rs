@@ -300,24 +300,42 @@ pub enum Owner {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Desired {
     claims: BTreeMap<(Key, Owner), Object>,
-    parts: BTreeMap<Owner, Vec<Key>>,
+    parts: BTreeMap<Owner, Box<[Key]>>,
 }
 
 impl Desired {
     /// Replaces one owner's part and returns the keys that it had or has.
     pub fn set_part(&mut self, owner: Owner, objects: Vec<Object>) -> Vec<Key> {
-        let mut touched = self.parts.remove(&owner).unwrap_or_default();
-        for key in &touched {
-            self.claims.remove(&(key.clone(), owner));
+        self.set_parts(vec![(owner, objects)])
+    }
+
+    /// Replaces parts, each of another owner, and returns the keys that they had or have.
+    pub fn set_parts(&mut self, parts: Vec<(Owner, Vec<Object>)>) -> Vec<Key> {
+        let count = parts.len();
+        let (mut touched, mut named) = (Vec::new(), Vec::with_capacity(count));
+        // Owners come in order, and so do, as a rule, the first objects of each, the second ones, and so on. Kept apart, a long
+        // list of them is nearly sorted; mixed, to sort it would cost more than all the rest.
+        let mut columns: Vec<Vec<((Key, Owner), Object)>> = Vec::new();
+        for (owner, objects) in parts {
+            for key in self.parts.remove(&owner).into_iter().flatten() {
+                let claim = (key, owner);
+                self.claims.remove(&claim);
+                touched.push(claim.0);
+            }
+            let keys: Box<[Key]> = objects.iter().map(Object::key).collect();
+            columns.resize_with(columns.len().max(keys.len()), || Vec::with_capacity(count));
+            for ((column, key), object) in columns.iter_mut().zip(&keys).zip(objects) {
+                column.push(((key.clone(), owner), object));
+            }
+            if !keys.is_empty() {
+                named.push((owner, keys));
+            }
         }
-        let keys: Vec<Key> = objects.iter().map(Object::key).collect();
-        for (key, object) in keys.iter().zip(objects) {
-            self.claims.insert((key.clone(), owner), object);
-        }
-        touched.extend(keys.iter().cloned());
-        if !keys.is_empty() {
-            self.parts.insert(owner, keys);
-        }
+        columns.iter_mut().for_each(|column| column.sort_by(|(a, _), (b, _)| a.cmp(b)));
+        let claims = columns.into_iter().flatten().collect::<Vec<_>>();
+        touched.extend(claims.iter().map(|((key, _), _)| key.clone()));
+        put(&mut self.parts, named);
+        put(&mut self.claims, claims);
         touched.sort();
         touched.dedup();
         touched
@@ -340,7 +358,7 @@ impl Desired {
 
     /// The keys of one owner's part.
     pub fn part(&self, owner: &Owner) -> &[Key] {
-        self.parts.get(owner).map_or(&[], Vec::as_slice)
+        self.parts.get(owner).map_or(&[], |keys| keys)
     }
 
     /// Claims that do not count because a lower owner has their key.
@@ -350,6 +368,18 @@ impl Desired {
             let first = last.replace(key) != Some(key);
             (!first).then_some((key, owner))
         })
+    }
+}
+
+/// Puts entries into a map, in the place of those that it has. If they are more than it has, it is built anew: in one go that costs
+/// half, and the map is packed twice as tightly as by one insertion after the other.
+fn put<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if entries.len() <= map.len() {
+        return map.extend(entries);
+    }
+    let few = std::mem::replace(map, entries.into_iter().collect());
+    for (key, value) in few {
+        map.entry(key).or_insert(value);
     }
 }
 
@@ -479,14 +509,10 @@ impl Observed {
 }
 
 impl Extend<Object> for Observed {
-    /// Takes note of many objects. The map is built anew if they are as many as it has: in one go it is packed twice as
-    /// tightly as by one insertion after the other.
+    /// Takes note of many objects.
     fn extend<I: IntoIterator<Item = Object>>(&mut self, objects: I) {
         let new: Vec<(Key, Object)> = objects.into_iter().map(|object| (object.key(), object)).collect();
-        match new.len() > self.objects.len() {
-            true => self.objects = std::mem::take(&mut self.objects).into_iter().chain(new).collect(),
-            false => self.objects.extend(new),
-        }
+        put(&mut self.objects, new);
     }
 }
 

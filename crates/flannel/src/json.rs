@@ -1,30 +1,54 @@
 //! JSON as Go's `encoding/json` reads it: field names match case-insensitively, unknown fields are ignored, the last
 //! duplicate wins (specification, section 0, point 1). One place, so that every wire form is equally tolerant.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-/// A JSON object whose field names are lower-cased, each value kept as it was written.
+/// A JSON object, each value kept as it was written. There are few fields in one, and ten thousand objects in a list of leases: so
+/// they are looked for one after the other, and nothing is copied that need not be.
 #[derive(Debug, Default)]
-pub(crate) struct Fields(BTreeMap<String, Box<RawValue>>);
+pub(crate) struct Fields<'a>(Vec<(Name<'a>, &'a RawValue)>);
 
-impl<'de> Deserialize<'de> for Fields {
+/// A field's name, lower-cased but for ASCII letters, whose case is ignored when it is looked for.
+#[derive(Debug)]
+struct Name<'a>(Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Name<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl<'de> Visitor<'de> for Text {
+            type Value = Name<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a field's name")
+            }
+            fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Name<'de>, E> {
+                Ok(Name(if text.is_ascii() { Cow::Borrowed(text) } else { Cow::Owned(text.to_lowercase()) }))
+            }
+            fn visit_str<E: Error>(self, text: &str) -> Result<Name<'de>, E> {
+                Ok(Name(Cow::Owned(text.to_lowercase())))
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Object;
         impl<'de> Visitor<'de> for Object {
-            type Value = Fields;
+            type Value = Fields<'de>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a JSON object")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
-                let mut fields = BTreeMap::new();
-                while let Some((name, value)) = map.next_entry::<String, Box<RawValue>>()? {
-                    fields.insert(name.to_lowercase(), value);
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields<'de>, A::Error> {
+                let mut fields = Vec::with_capacity(4);
+                while let Some(field) = map.next_entry::<Name<'de>, &'de RawValue>()? {
+                    fields.push(field);
                 }
                 Ok(Fields(fields))
             }
@@ -33,20 +57,20 @@ impl<'de> Deserialize<'de> for Fields {
     }
 }
 
-impl Fields {
+impl<'a> Fields<'a> {
     /// Parses one object; trailing text is an error.
-    pub(crate) fn parse(text: &str) -> Result<Fields, serde_json::Error> {
+    pub(crate) fn parse(text: &'a str) -> Result<Fields<'a>, serde_json::Error> {
         serde_json::from_str(text)
     }
 
     /// The value of a field named in lower case, as it was written.
-    pub(crate) fn raw(&self, name: &str) -> Option<&RawValue> {
+    pub(crate) fn raw(&self, name: &str) -> Option<&'a RawValue> {
         debug_assert_eq!(name, name.to_lowercase());
-        self.0.get(name).map(Box::as_ref)
+        self.0.iter().rev().find(|(field, _)| field.0.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
     }
 
     /// A field that must have type `T` when it is there. JSON `null` counts as absent.
-    pub(crate) fn get<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Result<Option<T>, serde_json::Error> {
+    pub(crate) fn get<T: Deserialize<'a>>(&self, name: &str) -> Result<Option<T>, serde_json::Error> {
         match self.raw(name) {
             None => Ok(None),
             Some(raw) => serde_json::from_str::<Option<T>>(raw.get()),

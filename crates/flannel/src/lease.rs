@@ -1,5 +1,6 @@
 //! Leases: who owns which slice of the pod network, and the set of them that the store's events fold into.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -81,8 +82,8 @@ pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Peer>,
     /// Leases that are there, of which nothing readable was ever told.
     unreadable: BTreeSet<LeaseKey>,
-    /// Keys named since `Init`, while a list is under way.
-    listing: Option<BTreeSet<LeaseKey>>,
+    /// Keys named since `Init`, while a list is under way, in the order of their coming.
+    listing: Option<Vec<LeaseKey>>,
     complete: bool,
 }
 
@@ -92,23 +93,24 @@ impl LeaseSet {
     pub fn fold(&mut self, event: StoreEvent) -> Vec<LeaseKey> {
         match event {
             StoreEvent::Init => {
-                self.listing = Some(BTreeSet::new());
+                self.listing = Some(Vec::new());
                 Vec::new()
             }
             StoreEvent::Apply(Lease { key, peer }) => {
                 if let Some(named) = &mut self.listing {
-                    named.insert(key);
+                    named.push(key);
                 }
                 self.unreadable.remove(&key);
-                if self.leases.get(&key) == Some(&peer) {
-                    return Vec::new();
+                match self.leases.entry(key) {
+                    Entry::Occupied(known) if *known.get() == peer => return Vec::new(),
+                    Entry::Occupied(mut known) => drop(known.insert(peer)),
+                    Entry::Vacant(place) => drop(place.insert(peer)),
                 }
-                self.leases.insert(key, peer);
                 vec![key]
             }
             StoreEvent::Keep(key) => {
                 if let Some(named) = &mut self.listing {
-                    named.insert(key);
+                    named.push(key);
                 }
                 if !self.leases.contains_key(&key) {
                     self.unreadable.insert(key);
@@ -117,16 +119,17 @@ impl LeaseSet {
             }
             StoreEvent::Delete(key) => {
                 if let Some(named) = &mut self.listing {
-                    named.remove(&key);
+                    named.retain(|named| *named != key);
                 }
                 let was_there = self.leases.remove(&key).is_some() | self.unreadable.remove(&key);
                 was_there.then_some(key).into_iter().collect()
             }
             StoreEvent::InitDone => {
                 self.complete = true;
-                let Some(named) = self.listing.take() else { return Vec::new() };
+                let Some(mut named) = self.listing.take() else { return Vec::new() };
+                named.sort_unstable();
                 let known = self.leases.keys().chain(&self.unreadable);
-                let gone: Vec<LeaseKey> = known.filter(|key| !named.contains(key)).copied().collect();
+                let gone: Vec<LeaseKey> = known.filter(|key| named.binary_search(key).is_err()).copied().collect();
                 for key in &gone {
                     self.leases.remove(key);
                     self.unreadable.remove(key);
@@ -134,6 +137,11 @@ impl LeaseSet {
                 gone
             }
         }
+    }
+
+    /// Packs the map: one that was filled in order is half empty.
+    pub(crate) fn pack(&mut self) {
+        self.leases = std::mem::take(&mut self.leases).into_iter().collect();
     }
 
     /// Has the store ever said that a list was complete? Until then nothing may be pruned: an empty cluster and a

@@ -95,8 +95,15 @@ impl Picture {
 
     /// Folds an event of the store in.
     pub fn fold(&mut self, event: StoreEvent) -> Touched {
-        let leases = self.leases.fold(event);
-        let keys = leases.iter().flat_map(|key| self.paint_lease(*key)).collect();
+        self.fold_all([event])
+    }
+
+    /// Folds events in, and then paints each lease that changed, once.
+    pub fn fold_all(&mut self, events: impl IntoIterator<Item = StoreEvent>) -> Touched {
+        let mut leases: Vec<LeaseKey> = events.into_iter().flat_map(|event| self.leases.fold(event)).collect();
+        leases.sort_unstable();
+        leases.dedup();
+        let keys = self.paint_leases(&leases);
         Touched { leases, keys }
     }
 
@@ -129,7 +136,7 @@ impl Picture {
         self.own = own;
         let all: Vec<LeaseKey> = self.leases.iter().map(|(key, _)| *key).collect();
         let mut keys = self.paint_node();
-        keys.extend(all.into_iter().flat_map(|key| self.paint_lease(key)));
+        keys.extend(self.paint_leases(&all));
         keys
     }
 
@@ -177,6 +184,11 @@ impl Picture {
         }
     }
 
+    /// Gives back the memory that a long list left half used.
+    pub fn pack(&mut self) {
+        self.leases.pack();
+    }
+
     fn gateways(&self) -> Vec<Cidr> {
         self.own.subnets().iter().map(|(_, own)| Cidr { addr: own.first_host(), len: own.prefix_len() }).collect()
     }
@@ -204,7 +216,13 @@ impl Picture {
         self.desired.set_part(Owner::Node, objects)
     }
 
-    fn paint_lease(&mut self, key: LeaseKey) -> Vec<Key> {
+    fn paint_leases(&mut self, keys: &[LeaseKey]) -> Vec<Key> {
+        let parts = keys.iter().map(|key| (Owner::Lease(*key), self.objects_of(*key))).collect();
+        self.desired.set_parts(parts)
+    }
+
+    /// What one lease shall have in the kernel. What it cannot have is noted.
+    fn objects_of(&mut self, key: LeaseKey) -> Vec<Object> {
         let Part { objects, refusals } = match self.leases.get(&key) {
             Some(peer) => self.backend.peer_part(self.context(), &key, peer),
             None => Part::default(),
@@ -214,7 +232,7 @@ impl Picture {
         } else {
             self.refusals.insert(key, refusals);
         }
-        self.desired.set_part(Owner::Lease(key), objects)
+        objects
     }
 
     /// What to look for in the kernel in order to compare it with this picture. Rules are looked for in both flavours

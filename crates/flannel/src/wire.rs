@@ -101,7 +101,7 @@ pub fn value(peer: &Peer) -> String {
 /// # Errors
 /// [`WireError::Json`] and [`WireError::Field`].
 pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
-    let fields: Fields = serde_json::from_slice(text).map_err(WireError::Json)?;
+    let fields: Fields<'_> = serde_json::from_slice(text).map_err(WireError::Json)?;
     let string = |field: &'static str| {
         fields.get::<String>(&field.to_lowercase()).map_err(|error| WireError::Field { field, problem: error.to_string() })
     };

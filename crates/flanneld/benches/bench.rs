@@ -65,72 +65,12 @@ fn main() {
     }
     let peers = std::env::var_os("PEER_FLANNELD").map_or_else(Vec::new, |program| scale::peers(&scratch, Path::new(&program), sizes));
     bursts(&scratch, if quick { 200 } else { 1_000 });
-    core(if quick { 10_000 } else { 100_000 });
     if let Some(folder) = std::env::var_os("FLANNEL_BENCH_OUT") {
         plot::write(Path::new(&folder), &rows, &peers);
     }
     if !std::env::args().any(|arg| arg == "etcd") {
         kubernetes(&scratch, quick);
     }
-}
-
-/// The deciding alone, without any kernel: leases folded into a picture, and that compared with an empty kernel and with one
-/// that has all.
-fn core(size: usize) {
-    use flannel::diff::{Prune, diff};
-    use flannel::traffic::{Flavour, TrafficConfig};
-    use flannel::{Backend, Config, Node, Observed, Picture, StoreEvent};
-    let config =
-        Config::parse(&json!({ "Network": NETWORK, "SubnetLen": SUBNET_LEN, "Backend": { "Type": "vxlan" } }).to_string()).unwrap();
-    let v4 = |text: &str| PerFamily { v4: text.parse().ok(), v6: None };
-    let (addrs, public) = (v4("172.20.0.1"), v4("172.20.0.1"));
-    let node = Node { ext: name("eth0"), mtu: 1500, addrs, public, routes: vec![("172.0.0.0/8".parse().unwrap(), true)] };
-    let own = LeaseKey::new(PerFamily { v4: "100.127.1.0/25".parse().ok(), v6: None }).unwrap();
-    // There are not so many /25 in the network: these are smaller.
-    let leases: Vec<Lease> = (1..=size)
-        .map(|i| {
-            let number = u32::try_from(i).unwrap();
-            let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + (number << 5))), 27).ok();
-            Lease { key: LeaseKey::new(PerFamily { v4, v6: None }).unwrap(), ..lease(i % 60_000 + 1, "vxlan", false) }
-        })
-        .map(|mut lease| {
-            lease.peer.backend_data.v4 = lease.peer.backend_data.v4.map(|_| {
-                let bits = match lease.key.subnets().v4.unwrap().network() {
-                    IpAddr::V4(ip) => ip.to_bits(),
-                    IpAddr::V6(_) => 0,
-                };
-                format!("{{\"VNI\":1,\"VtepMAC\":\"{}\"}}", mac(bits >> 5)).into()
-            });
-            lease
-        })
-        .collect();
-    let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None });
-    let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
-    let before = own_rss();
-    let mut picture = Picture::new(config, node, backend, traffic, own);
-    let began = Instant::now();
-    picture.fold(StoreEvent::Init);
-    leases.into_iter().for_each(|lease| drop(picture.fold(StoreEvent::Apply(lease))));
-    picture.fold(StoreEvent::InitDone);
-    let fold = millis(began.elapsed());
-    let began = Instant::now();
-    let all = diff(picture.desired(), &Observed::default(), Prune::Yes);
-    let to_empty = millis(began.elapsed());
-    let observed: Observed = all.iter().map(|op| op.object().clone()).collect();
-    let memory = own_rss() - before;
-    let began = Instant::now();
-    assert_eq!(diff(picture.desired(), &observed, Prune::Yes), []);
-    let to_same = millis(began.elapsed());
-    println!("\n| the pure core, {size} leases, vxlan: {} objects | |\n|---|--:|", all.len());
-    println!("| fold all leases | {fold:.0} ms |\n| compare with an empty kernel | {to_empty:.0} ms |");
-    println!("| compare with a kernel that has all | {to_same:.0} ms |\n| memory of picture, kernel and operations | {memory:.0} MB |");
-}
-
-/// Resident memory of this process, in MB.
-fn own_rss() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1024.0
 }
 
 /// Many changes at once: how long until the kernel has them all.

@@ -12,6 +12,7 @@ use anyhow::Context;
 use flannel::alloc::is_mine;
 use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
+use flannel::picture::Touched;
 use flannel::traffic::iptables::Variant;
 use flannel::{Family, Object, Observed, Op, OpError, Picture, StoreEvent};
 use kernel::netlink::NetlinkError;
@@ -258,32 +259,21 @@ impl<H: Host> Reconciler<H> {
 
     async fn on_leases(&mut self, events: Vec<StoreEvent>, inputs: &mut Inputs) {
         let began = Instant::now();
-        let mut keys = BTreeSet::new();
-        let mut leases = BTreeSet::new();
         let was_complete = self.picture.leases().is_complete();
-        let mut listed = false;
-        let mut batch = events;
+        let mut events = events;
         // What waits already is part of this change.
-        loop {
-            for event in batch {
-                listed |= event == StoreEvent::InitDone;
-                let touched = self.picture.fold(event);
-                keys.extend(touched.keys);
-                leases.extend(touched.leases);
-            }
-            match inputs.events.try_recv() {
-                Ok(more) => batch = more,
-                Err(_) => break,
-            }
+        while let Ok(more) = inputs.events.try_recv() {
+            events.extend(more);
+        }
+        let listed = events.contains(&StoreEvent::InitDone);
+        let Touched { leases, keys } = self.picture.fold_all(events);
+        if listed && leases.len() > MANY {
+            self.picture.pack();
         }
         // What failed with what a lease said before may succeed with what it says now.
-        for key in &keys {
-            if let Some(failure) = self.failures.get_mut(key) {
-                failure.due = began;
-            }
-        }
+        self.failures.iter_mut().filter(|(key, _)| keys.binary_search(key).is_ok()).for_each(|(_, failure)| failure.due = began);
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
-        if leases.contains(&own) || listed {
+        if listed || leases.binary_search(&own).is_ok() {
             self.check_own(inputs, LISTED);
         }
         if complete && !was_complete {
@@ -292,7 +282,7 @@ impl<H: Host> Reconciler<H> {
         let ops = match complete && !was_complete {
             // Only now is it known what of the past is superfluous.
             true => diff(self.picture.desired(), &self.observed, Prune::Yes),
-            false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
+            false => diff_keys(self.picture.desired(), &self.observed, &keys.into_iter().collect(), self.prune()),
         };
         let count = ops.len();
         self.adopting &= !complete;

@@ -1,7 +1,5 @@
 //! What the loop tells: the log of a change of leases, and `/state`.
 
-use std::collections::BTreeSet;
-
 use flannel::LeaseKey;
 use flannel::desired::{Key, Owner};
 use tokio::time::Instant;
@@ -10,7 +8,7 @@ use super::{LOGGED, Reconciler};
 use crate::state;
 
 impl<H> Reconciler<H> {
-    pub(super) fn log(&self, leases: &BTreeSet<LeaseKey>, operations: usize, began: Instant) {
+    pub(super) fn log(&self, leases: &[LeaseKey], operations: usize, began: Instant) {
         let millis = began.elapsed().as_millis();
         if leases.len() > LOGGED {
             let refused = leases.iter().filter(|key| self.picture.refusals().contains_key(key)).count();
