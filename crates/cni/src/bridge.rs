@@ -298,7 +298,8 @@ fn configure_container(
         if config.dad {
             write_sysctl(&format!("net/ipv6/conf/{ifname}/enhanced_dad"), "1")?;
         }
-        link::set_arp_notify(&mut socket, index).map_err(failed(format!("let {ifname} tell of itself in the container")))?;
+        link::set_ipv4_conf(&mut socket, index, link::ARP_NOTIFY, 1)
+            .map_err(failed(format!("let {ifname} tell of itself in the container")))?;
         if result.ips.iter().any(|ip| Family::of(ip.address.addr) == Family::V6) {
             write_sysctl(&format!("net/ipv6/conf/{ifname}/disable_ipv6"), "0")?;
             write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")?;
@@ -433,8 +434,10 @@ fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError>
 }
 
 fn del(request: &Request) -> Result<(), CniError> {
-    // First, because the kernel is done with it by the time that the link is gone.
-    let rules = if boolean(&request.conf, "ipMasq")?.unwrap_or(false) { masq::remove(request).map(Some) } else { Ok(None) };
+    // First, because the kernel is done with it by the time that the link is gone. What the container still sends meanwhile
+    // comes to nothing in any case.
+    let masquerades = boolean(&request.conf, "ipMasq");
+    let rules = masquerades.and_then(|on| if on == Some(true) { masq::remove(request).map(Some) } else { Ok(None) });
     delete_link(request)?;
     // All are tried: what is left of one must not keep the other.
     let addresses = ipam(request, Command::Del, None);

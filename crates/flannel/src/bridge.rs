@@ -19,7 +19,11 @@ pub struct Bridge {
     pub up: bool,
     /// Does it take frames for everybody?
     pub promiscuous: bool,
-    /// Addresses of this host's pods' gateways that it has.
+    /// Does it tell VLANs apart? Then it is not kept, because VLANs of ports are not known.
+    pub vlans: bool,
+    /// May packets to 127.0.0.0/8 leave by it? So the portmap plugin wants it.
+    pub route_localnet: bool,
+    /// Its addresses within this host's subnets.
     pub addrs: BTreeSet<Cidr>,
     /// The pods' ends.
     pub ports: BTreeMap<IfName, Port>,
@@ -38,14 +42,20 @@ pub struct Port {
 }
 
 /// What the bridge shall be, by what it was known to be and what it is. One that was never seen with a gateway's address is not
-/// known, and nothing is wanted of it. While it is well, whatever the plugin makes of it is right.
+/// known, and nothing is wanted of it; neither of one that tells VLANs apart, or that was given another gateway's address. While it
+/// is well, whatever the plugin makes of it is right.
 pub fn keep(known: Option<&Bridge>, is: Option<&Bridge>, gateways: &[Cidr]) -> Option<Bridge> {
     let known = known.filter(|known| gateways.iter().any(|gateway| known.addrs.contains(gateway)));
     let Some(is) = is else { return known.cloned() };
+    if is.vlans {
+        return None;
+    }
     let mut want = is.clone();
     if let Some(known) = known.filter(|known| known.name == is.name) {
         want.up = true;
-        want.addrs.extend(known.addrs.iter().filter(|addr| gateways.contains(addr)));
+        // Who gave it another one of the same subnet meant that.
+        let is_free = |gateway: &&Cidr| !is.addrs.iter().any(|addr| gateway.subnet().contains(addr.addr));
+        want.addrs.extend(gateways.iter().filter(|gateway| known.addrs.contains(gateway)).filter(is_free));
         // Its ends are there and belong to nothing: they were its ports.
         let lost = known.ports.iter().filter(|(name, _)| is.loose.contains(*name));
         want.ports.extend(lost.map(|(name, port)| (*name, *port)));
@@ -55,7 +65,7 @@ pub fn keep(known: Option<&Bridge>, is: Option<&Bridge>, gateways: &[Cidr]) -> O
 
 impl fmt::Display for Bridge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Bridge { name, mac, mtu, up, promiscuous, addrs, ports, loose: _ } = self;
+        let Bridge { name, mac, mtu, up, promiscuous, vlans: _, route_localnet: _, addrs, ports, loose: _ } = self;
         let (up, promiscuous) = (if *up { "up" } else { "down" }, if *promiscuous { " promisc" } else { "" });
         write!(f, "bridge {name} {mac} mtu {mtu} {up}{promiscuous}")?;
         addrs.iter().try_for_each(|addr| write!(f, " {addr}"))?;
@@ -82,6 +92,8 @@ mod tests {
             mtu: 1450,
             up,
             promiscuous: false,
+            vlans: false,
+            route_localnet: false,
             addrs: words.map(|addr| addr.parse().unwrap()).collect(),
             ports: names(parts.next()).into_iter().map(|name| (name, Port { hairpin: true, isolated: false })).collect(),
             loose: names(parts.next()).into_iter().collect(),
@@ -118,9 +130,25 @@ mod tests {
     }
 
     #[test]
+    fn a_renamed_bridge_is_the_one_and_one_with_vlans_is_none() {
+        let gateways = ["10.244.1.1/24".parse().unwrap()];
+        let known = bridge("up 10.244.1.1/24 | a b").unwrap();
+        let renamed = Bridge { name: "pods".parse().unwrap(), ..known.clone() };
+        assert_eq!(keep(Some(&known), Some(&renamed), &gateways), Some(renamed));
+        assert_eq!(keep(Some(&known), Some(&Bridge { vlans: true, ..known.clone() }), &gateways), None);
+    }
+
+    #[test]
     fn what_is_not_ours_is_left_alone() {
         check("", "", expect!["nothing"]);
         check("", "up 192.168.0.1/24 | a", expect!["nothing"]);
+        // Somebody moved the gateway; the other family's, or another network's, address is no gateway.
+        check("up 10.244.1.1/24 | a", "up 10.244.1.254/24 | a", expect!["nothing"]);
+        check(
+            "up 10.244.1.1/24 | a",
+            "up 10.9.0.1/24 | a",
+            expect!["bridge cni0 02:00:00:00:00:01 mtu 1450 up 10.9.0.1/24 10.244.1.1/24, 1 ports: a"],
+        );
         // This node has another subnet by now.
         check("up 10.244.9.1/24 | a", "", expect!["nothing"]);
     }

@@ -338,6 +338,8 @@ impl<H: Host> Reconciler<H> {
     async fn on_kernel(&mut self, heard: Vec<Heard>) {
         let mut keys = BTreeSet::new();
         let mut authors = BTreeMap::new();
+        // Whether the pods' bridge changed, and by whom.
+        let mut bridge: Option<Option<Author>> = None;
         for Heard { change, by } in heard {
             let mut touched = BTreeSet::new();
             match change {
@@ -362,21 +364,14 @@ impl<H: Host> Reconciler<H> {
                     self.look(scope, &[Key::EnvFile], &mut touched).await;
                 }
                 Changed::Bridge => {
-                    let Scope { gateways, bridge, .. } = self.picture.scope();
-                    let known: Vec<Key> = bridge.map(Key::Bridge).into_iter().collect();
-                    self.look(Scope { gateways, bridge, ..Scope::default() }, &known, &mut touched).await;
-                    touched.extend(self.picture.keep_bridge(&self.observed));
+                    let Scope { gateways, bridge: name, .. } = self.picture.scope();
+                    let seen: Vec<Key> = self.observed.bridge().map(|seen| Key::Bridge(seen.name)).into_iter().collect();
+                    self.look(Scope { gateways, bridge: name, ..Scope::default() }, &seen, &mut touched).await;
+                    bridge = Some(by.clone());
                 }
-                Changed::Port(bridge, name, port) => {
-                    if self.observed.add_port(bridge, name, port) {
-                        touched.extend(self.picture.keep_bridge(&self.observed));
-                    }
-                }
-                Changed::PortGone(name) => {
-                    if self.observed.remove_port(name) {
-                        touched.extend(self.picture.keep_bridge(&self.observed));
-                    }
-                }
+                Changed::Port(of, name, port) if self.observed.add_port(of, name, port) => drop(bridge.get_or_insert(None)),
+                Changed::PortGone(name) if self.observed.remove_port(name) => drop(bridge.get_or_insert(None)),
+                Changed::Port(..) | Changed::PortGone(_) => {}
                 Changed::Link(_) | Changed::Everything => {
                     self.overruns += u64::from(change == Changed::Everything);
                     if change == Changed::Everything || change == Changed::Link(self.picture.node().ext) {
@@ -392,6 +387,11 @@ impl<H: Host> Reconciler<H> {
             }
             // Not `append`, which costs what is there already.
             keys.extend(touched);
+        }
+        if let Some(by) = bridge {
+            let kept = self.picture.keep_bridge(&self.observed);
+            authors.extend(by.into_iter().flat_map(|by| kept.iter().map(move |key| (key.clone(), by.clone()))));
+            keys.extend(kept);
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.repair(ops, "somebody changed", &authors).await;

@@ -2,22 +2,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use flannel::IfName;
 use flannel::bridge::Bridge;
 use flannel::desired::Scope;
+use flannel::{Cidr, IfName};
 
 use crate::link::{self, LinkInfo};
 use crate::netlink::{NetlinkError, Socket};
 use crate::{addr, sysctl};
 
-/// Finds it among all links: by its name, or by a gateway's address. One that tells VLANs apart is not looked at, because VLANs of
-/// ports are not read.
+/// Finds it among all links: by its name, or, where there is none of that name, by a gateway's address.
 pub(crate) fn observe(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) -> Result<Option<Bridge>, NetlinkError> {
-    for info in links.iter().filter(|link| link.kind == "bridge" && !link.vlan_filtering && !scope.gateways.is_empty()) {
+    let bridges = || links.iter().filter(|link| link.kind == "bridge" && !scope.gateways.is_empty());
+    let known = bridges().find(|link| Some(link.name) == scope.bridge);
+    for info in known.map_or_else(|| bridges().collect(), |known| vec![known]) {
         let found = addr::list(socket, info.index)?;
         let on_it = found.iter().filter(|found| found.index == info.index).map(|found| found.addr.cidr);
-        let addrs: BTreeSet<_> = on_it.filter(|cidr| scope.gateways.contains(cidr)).collect();
-        if scope.bridge.map_or(addrs.is_empty(), |known| known != info.name) {
+        let in_subnet = |cidr: &Cidr| scope.gateways.iter().any(|gateway| gateway.subnet().contains(cidr.addr));
+        let addrs: BTreeSet<Cidr> = on_it.filter(in_subnet).collect();
+        if known.is_none() && !scope.gateways.iter().any(|gateway| addrs.contains(gateway)) {
             continue;
         }
         let Some(mac) = info.mac else { continue };
@@ -29,12 +31,18 @@ pub(crate) fn observe(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) ->
             mtu: info.mtu,
             up: info.up,
             promiscuous: info.promiscuous,
+            vlans: info.vlan_filtering,
+            route_localnet: sysctl::read(&route_localnet(info.name)).is_ok_and(|value| value.as_deref() == Some("1")),
             addrs,
             ports: ports.collect(),
             loose: loose.map(|link| link.name).collect(),
         }));
     }
     Ok(None)
+}
+
+fn route_localnet(name: IfName) -> String {
+    format!("net/ipv4/conf/{name}/route_localnet")
 }
 
 /// Makes it as wanted. Ports that are not there any more are passed over, and those of another bridge are left to that one.
@@ -56,14 +64,18 @@ pub(crate) fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError
             link::get(socket, name)?.ok_or_else(gone)?
         }
     };
-    if have.kind != "bridge" {
-        return Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("{name} is no bridge") });
+    if have.kind != "bridge" || have.vlan_filtering {
+        let what = if have.vlan_filtering { "tells VLANs apart by now" } else { "is no bridge" };
+        return Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("{name} {what}") });
     }
     if have.mac != Some(want.mac) {
         link::set_mac(socket, have.index, want.mac)?;
     }
     if have.promiscuous != want.promiscuous {
         link::set_promiscuous(socket, have.index, want.promiscuous)?;
+    }
+    if want.route_localnet {
+        link::set_ipv4_conf(socket, have.index, link::ROUTE_LOCALNET, 1)?;
     }
     if have.up != want.up {
         link::set_up(socket, have.index, want.up)?;
@@ -79,6 +91,11 @@ pub(crate) fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError
             _ => {}
         }
     }
-    want.addrs.iter().try_for_each(|addr| addr::set(socket, have.index, *addr))?;
+    for addr in &want.addrs {
+        match addr::add(socket, have.index, *addr) {
+            Err(error) if !error.is_exists() => outcome = Err(error),
+            _ => {}
+        }
+    }
     outcome
 }

@@ -48,7 +48,6 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let family = Family::of(container.addr);
     let proto = [crate::addr::family_number(family), 0, 0, 0];
-    let there = nft::handles(&mut socket, proto, TABLE)?.iter().any(|rule| rule.chain == "prerouting");
     let rule = |batch: &mut Batch, chain: &str, comment: &str, expressions: &dyn Fn(&mut Body<'_>)| {
         batch.message(nft::kind(nft::NEWRULE), CREATE | APPEND, |body| {
             body.bytes(&proto).attr_str(nft::TABLE, TABLE).attr_str(nft::RULE_CHAIN, chain).nest(nft::RULE_EXPRESSIONS, expressions);
@@ -57,7 +56,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
             }
         });
     };
-    let frame = |batch: &mut Batch| {
+    let frame = |batch: &mut Batch, there: bool| {
         batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
             body.bytes(&proto).attr_str(nft::TABLE, TABLE);
         });
@@ -95,7 +94,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     if snat == Snat::Local && family == Family::V4 {
         sources.push("127.0.0.1/32".parse().expect("it is a prefix"));
     }
-    nft::add_rules(&mut socket, there, frame, |batch| {
+    nft::add_rules(&mut socket, (proto, TABLE, "prerouting"), frame, |batch| {
         for mapping in mappings {
             rule(batch, HOSTPORTS, id, &|list| {
                 if let Some(ip) = mapping.host_ip.filter(|ip| !ip.is_unspecified()) {

@@ -404,19 +404,23 @@ fn set_flag(socket: &mut Socket, index: u32, flag: u32, on: bool) -> Result<(), 
     })
 }
 
-/// Lets a link tell its neighbours of itself by ARP when it goes up (`net/ipv4/conf/…/arp_notify`).
+/// `IPV4_DEVCONF_ARP_NOTIFY` (`linux/ip.h`): the link tells its neighbours of itself when it goes up.
+pub const ARP_NOTIFY: u16 = 22;
+/// `IPV4_DEVCONF_ROUTE_LOCALNET`: packets to 127.0.0.0/8 may leave by the link.
+pub const ROUTE_LOCALNET: u16 = 26;
+
+/// Sets a sysctl of `net/ipv4/conf/` of a link by its number in `linux/ip.h`, without `/proc/sys`.
 ///
 /// # Errors
 /// What the kernel answers.
-pub fn set_arp_notify(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
+pub fn set_ipv4_conf(socket: &mut Socket, index: u32, number: u16, value: u32) -> Result<(), NetlinkError> {
     const AF_INET: u16 = 2;
     const IFLA_INET_CONF: u16 = 1;
-    const IPV4_DEVCONF_ARP_NOTIFY: u16 = 22;
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0)).nest(IFLA_AF_SPEC, |spec| {
             spec.nest(AF_INET, |inet| {
                 inet.nest(IFLA_INET_CONF, |conf| {
-                    conf.attr_u32(IPV4_DEVCONF_ARP_NOTIFY, 1);
+                    conf.attr_u32(number, value);
                 });
             });
         });

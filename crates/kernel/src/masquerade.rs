@@ -22,11 +22,9 @@ const INET: [u8; 4] = [1, 0, 0, 0];
 /// What the kernel answers; then no rule was added.
 pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    // Whether the chains were there already is seen by their rules: only new ones get those that all share.
-    let there = nft::handles(&mut socket, INET, NAME)?.iter().any(|rule| rule.chain == POSTROUTING);
     let (ifname, id) = attachment.split_once(':').unwrap_or((attachment, ""));
     let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", begin(network, attachment));
-    let frame = |batch: &mut Batch| {
+    let frame = |batch: &mut Batch, there: bool| {
         batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
             body.bytes(&INET).attr_str(TABLE, NAME);
             body.attr(nft::TABLE_USERDATA, &nft::comment("Masquerading for plugins from github.com/containernetworking/plugins"));
@@ -48,7 +46,7 @@ pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), Ne
         }
         rule(batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
     };
-    nft::add_rules(&mut socket, there, frame, |batch| {
+    nft::add_rules(&mut socket, (INET, NAME, POSTROUTING), frame, |batch| {
         for address in addresses {
             let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
             let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];

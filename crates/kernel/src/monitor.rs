@@ -298,7 +298,7 @@ fn is_link(message: &Received<'_>) -> bool {
 #[derive(Debug, Default)]
 struct Bridges {
     names: BTreeMap<u32, IfName>,
-    /// Links that were a port once.
+    /// Links that are a port, or were one when they were heard of last.
     ports: BTreeSet<u32>,
 }
 
@@ -320,7 +320,7 @@ impl Bridges {
             return Some(Changed::Port(*bridge, link.name, link.port));
         }
         // One that is being deleted leaves its bridge as well, but is down by then.
-        (link.up && self.ports.contains(&link.index)).then_some(Changed::Bridge)
+        (link.up && self.ports.remove(&link.index)).then_some(Changed::Bridge)
     }
 }
 

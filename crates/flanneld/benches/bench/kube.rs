@@ -22,7 +22,8 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 
 /// A Node as a kubelet keeps it: images, conditions, addresses; annotated by a flanneld.
 fn node(i: usize) -> Value {
-    let lease = lease(i, "vxlan", false);
+    // The first /24 is the own Node's.
+    let lease = lease(i + 1, "vxlan", false);
     let (cidr, public) = (lease.key.to_string(), lease.peer.public.v4.unwrap().to_string());
     let images: Vec<Value> = (0..50)
         .map(|n| json!({ "names": [format!("registry.example/team-{n}/service@sha256:{n:064x}"), format!("registry.example/team-{n}/service:v1.{n}.0")], "sizeBytes": 50_000_000 + n }))

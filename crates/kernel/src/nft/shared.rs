@@ -72,22 +72,24 @@ pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Resul
 
 /// Adds rules to a table that many share. Its chains, which `frame` describes, are named only if they are not there: the kernel
 /// takes a chain that is named again for a change of it, and the closing of the socket then waits for an RCU grace period (10 ms).
+/// Whether they are is told by the rules of `base`; `frame` is told it too, so that it adds what all share to a new one only.
 pub(crate) fn add_rules(
     socket: &mut Socket,
-    there: bool,
-    frame: impl Fn(&mut Batch),
+    (proto, table, base): ([u8; 4], &str, &str),
+    frame: impl Fn(&mut Batch, bool),
     rules: impl Fn(&mut Batch),
 ) -> Result<(), NetlinkError> {
+    let there = |socket: &mut Socket| Ok(handles(socket, proto, table)?.iter().any(|rule| rule.chain == base));
     let mut batch = Batch::new();
-    if there {
+    if there(socket)? {
         rules(&mut batch);
         match socket.transaction(SUBSYSTEM, std::mem::take(&mut batch)) {
-            // Only a part of it is there.
+            // Only a part of it is there, or somebody just deleted it.
             Err(error) if error.is_not_found() => {}
             outcome => return outcome,
         }
     }
-    frame(&mut batch);
+    frame(&mut batch, there(socket)?);
     rules(&mut batch);
     socket.transaction(SUBSYSTEM, batch)
 }
