@@ -373,11 +373,12 @@ fn container_mac(netns: &Netns, ifname: IfName) -> Result<Mac, CniError> {
 fn set_gateway(host: &mut Socket, bridge: &LinkInfo, config: &Config, gateway: Cidr) -> Result<(), CniError> {
     let name = bridge.name;
     let addrs = addr::list(host, bridge.index).map_err(failed(format!("read the addresses of {name}")))?;
+    // One that it has beside does no harm.
+    if addrs.iter().any(|a| a.addr.cidr == gateway) {
+        return Ok(());
+    }
     let same_family = addrs.iter().map(|a| a.addr.cidr).filter(|have| Family::of(have.addr) == Family::of(gateway.addr));
     for have in same_family {
-        if have == gateway {
-            return Ok(());
-        }
         // Several IPv6 networks may share a bridge; of IPv4 there is one.
         if have.addr.is_ipv6() && !have.subnet().overlaps(gateway.subnet()) {
             continue;

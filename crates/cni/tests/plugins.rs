@@ -208,6 +208,15 @@ fn the_bridge_plugin_alone(host: &Host) {
     other["forceAddress"] = true.into();
     host.call("bridge", "ADD", "c2", &other).unwrap();
     assert_eq!(inside(&host.netns, "br9").0, ["10.8.0.1/24"]);
+    // An address that somebody put before the gateway's is in nobody's way.
+    other["forceAddress"] = false.into();
+    let ip = |args: &[&str]| assert!(host.netns.run(|| Command::new("ip").args(args).status()).unwrap().unwrap().success());
+    ip(&["addr", "flush", "dev", "br9"]);
+    ip(&["addr", "add", "192.0.2.1/24", "dev", "br9"]);
+    ip(&["addr", "add", "10.8.0.1/24", "dev", "br9"]);
+    let _third = host.pod("c3");
+    host.call("bridge", "ADD", "c3", &other).unwrap();
+    assert_eq!(inside(&host.netns, "br9").0, ["192.0.2.1/24", "10.8.0.1/24"]);
 }
 
 fn an_ipv6_range_works_beside_an_ipv4_one(host: &Host) {
