@@ -41,32 +41,42 @@ pub struct World {
     pub name: &'static str,
     /// With VXLAN only.
     pub vxlan: bool,
+    /// Does it take something away by which pods reach each other, for a moment?
+    pub cuts: bool,
     /// Does it to a host and waits.
-    pub run: fn(&mut Stage, usize) -> anyhow::Result<Duration>,
+    pub run: Run,
 }
 
-const fn any(name: &'static str, run: fn(&mut Stage, usize) -> anyhow::Result<Duration>) -> World {
-    World { name, vxlan: false, run }
+type Run = fn(&mut Stage, usize) -> anyhow::Result<Duration>;
+
+/// Something of which pods notice nothing.
+const fn unnoticed(name: &'static str, run: Run) -> World {
+    World { name, vxlan: false, cuts: false, run }
+}
+
+/// Something that cuts pods off for a moment.
+const fn cutting(name: &'static str, run: Run) -> World {
+    World { name, vxlan: false, cuts: true, run }
 }
 
 /// What happens to a host.
 pub const HOSTS: [World; 7] = [
-    any("the interface has another MTU: pods' MTU follows", mtu),
-    any("the interface has another address: all peers follow", address),
-    any("the interface is deleted, comes back with another index: pods carry", interface),
-    World { name: "the VTEP has another MAC: all peers follow", vxlan: true, run: vtep_mac },
-    any("the daemon is killed and started again: it is ready", daemon),
-    any("a second daemon is started: it is refused", second_daemon),
-    any("an operator deletes the lease: all peers have it again", lease_deleted),
+    unnoticed("the interface has another MTU: pods' MTU follows", mtu),
+    cutting("the interface has another address: all peers follow", address),
+    cutting("the interface is deleted, comes back with another index: pods carry", interface),
+    World { vxlan: true, ..cutting("the VTEP has another MAC: all peers follow", vtep_mac) },
+    unnoticed("the daemon is killed and started again: it is ready", daemon),
+    unnoticed("a second daemon is started: it is refused", second_daemon),
+    cutting("an operator deletes the lease: all peers have it again", lease_deleted),
 ];
 
 /// What happens to the store.
 pub const STORES: [World; 5] = [
-    any("the store is away, all routes are flushed: they are back", flush_without_store),
-    any("the store is killed and started after 2 s: all hear of a new lease", store_killed),
-    any("the store hangs for 4 s: all hear of a new lease", store_hangs),
-    any("the store is restored from an older backup: all is as it says", store_restored),
-    any("half of the hosts lose the store for 3 s: all hear of a new lease", partition),
+    cutting("the store is away, all routes are flushed: they are back", flush_without_store),
+    unnoticed("the store is killed and started after 2 s: all hear of a new lease", store_killed),
+    unnoticed("the store hangs for 4 s: all hear of a new lease", store_hangs),
+    unnoticed("the store is restored from an older backup: all is as it says", store_restored),
+    unnoticed("half of the hosts lose the store for 3 s: all hear of a new lease", partition),
 ];
 
 impl Stage {

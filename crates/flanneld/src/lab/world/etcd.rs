@@ -2,22 +2,24 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Stage, World, any};
+use super::{Stage, World, cutting, unnoticed};
 use crate::lab::faults::{observe, shell};
 use crate::lab::members::{MEMBERS, endpoints};
 
 /// What happens to it.
 pub const ETCD: [World; 6] = [
-    any("a member is killed: all hear of a new lease", member_killed),
-    any("a member loses the other two: all hear of a new lease", member_isolated),
-    any("a member does not answer hosts any more: all hear of a new lease", member_silent),
-    any("a host is cut off while leases change and are compacted: all hear of a new lease", compacted),
-    any("the quota is full, all routes are flushed: they are back", quota_full),
-    any("the daemons' right is revoked, all routes are flushed: they are back", right_revoked),
+    unnoticed("a member is killed: all hear of a new lease", member_killed),
+    unnoticed("a member loses the other two: all hear of a new lease", member_isolated),
+    unnoticed("a member does not answer hosts any more: all hear of a new lease", member_silent),
+    unnoticed("a host is cut off while leases change and are compacted: all hear of a new lease", compacted),
+    cutting("the quota is full, all routes are flushed: they are back", quota_full),
+    cutting("the daemons' right is revoked, all routes are flushed: they are back", right_revoked),
 ];
 
-/// `etcdctl` as root, after the members' addresses.
-const CTL: &str = "ETCDCTL_API=3 etcdctl --user root:root";
+/// `etcdctl`, with the patience that a busy machine asks for.
+const PLAIN: &str = "ETCDCTL_API=3 etcdctl --command-timeout=60s --dial-timeout=20s";
+/// The same as root.
+const CTL: &str = "ETCDCTL_API=3 etcdctl --command-timeout=60s --dial-timeout=20s --user root:root";
 const ROLE: &str = "--prefix=true readwrite /coreos.com/network/";
 
 /// Makes users and passwords, and the etcd ask for them.
@@ -25,7 +27,7 @@ const ROLE: &str = "--prefix=true readwrite /coreos.com/network/";
 /// # Errors
 /// When `etcdctl` fails.
 pub fn enable_auth(lab: &crate::lab::Lab) -> anyhow::Result<()> {
-    let ctl = format!("ETCDCTL_API=3 etcdctl --endpoints {}", endpoints());
+    let ctl = format!("{PLAIN} --endpoints {}", endpoints());
     shell(
         &lab.middle,
         &format!(
