@@ -143,11 +143,7 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
             let family = Family::of(*gateway);
             // A kernel that does not answer is asked in the other way.
             if !sysctl::forwards(&mut host, family).unwrap_or(false) {
-                let forwarding = match family {
-                    Family::V4 => "net/ipv4/ip_forward",
-                    Family::V6 => "net/ipv6/conf/all/forwarding",
-                };
-                write_sysctl(forwarding, "1")?;
+                write_sysctl(family.forwarding(), "1")?;
             }
         }
     }

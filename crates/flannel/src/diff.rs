@@ -26,7 +26,7 @@ pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
     let mut ops: Vec<Op> = replaced_deletes(observed, &replaced);
     let mut deletes: Vec<Op> = Vec::new();
     let mut superfluous = |have: &Object| {
-        if prune == Prune::Yes && survives(have) && !is_the_plugins(have) {
+        if prune == Prune::Yes && survives(have) && !stays(have) {
             deletes.push(Op::Delete(have.clone()));
         }
     };
@@ -58,7 +58,7 @@ pub fn diff_keys(desired: &Desired, observed: &Observed, keys: &BTreeSet<Key>, p
     for key in keys {
         match (desired.get(key), observed.get(key)) {
             (Some(want), have) if have != Some(want) => ops.push(Op::Set(want.clone())),
-            (None, Some(have)) if prune == Prune::Yes && !is_the_plugins(have) => deletes.push(Op::Delete(have.clone())),
+            (None, Some(have)) if prune == Prune::Yes && !stays(have) => deletes.push(Op::Delete(have.clone())),
             _ => {}
         }
     }
@@ -89,9 +89,9 @@ fn is_compatible(want: &Link, have: &Link) -> bool {
     }
 }
 
-/// Is it kept but never taken away, because the CNI plugin made it?
-fn is_the_plugins(object: &Object) -> bool {
-    matches!(object, Object::Bridge(_))
+/// Is it never taken away? The CNI plugin made the bridge, and a sysctl has no absence.
+fn stays(object: &Object) -> bool {
+    matches!(object, Object::Bridge(_) | Object::Sysctl(..))
 }
 
 fn is_replaced(replaced: &[IfName], key: &Key) -> bool {

@@ -51,6 +51,13 @@ pub struct Peer {
     pub backend_data: PerFamily<Box<str>>,
 }
 
+impl Peer {
+    /// Do the two publish an address in common? Then they are one host.
+    pub fn shares_address(&self, other: &Peer) -> bool {
+        self.public.iter().any(|(family, ip)| other.public.get(family) == Some(ip))
+    }
+}
+
 /// A lease: its key and its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
@@ -61,7 +68,7 @@ pub struct Lease {
 }
 
 /// What a store tells about leases. A (re)list is `Init`, then an `Apply` for each lease there is, then `InitDone`:
-/// only then is a lease that was not mentioned known to be gone.
+/// only then is a lease that was not mentioned known to be gone; or, after `Older`, in doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreEvent {
     /// A list of all leases begins.
@@ -72,6 +79,9 @@ pub enum StoreEvent {
     Keep(LeaseKey),
     /// This lease is gone.
     Delete(LeaseKey),
+    /// The list that `Init` began is older than what was told before: the store lost data, or was restored from a backup. What it
+    /// does not name may be there all the same, and its host will write it again.
+    Older,
     /// The list that `Init` began is complete.
     InitDone,
 }
@@ -82,8 +92,12 @@ pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Peer>,
     /// Leases that are there, of which nothing readable was ever told.
     unreadable: BTreeSet<LeaseKey>,
+    /// Leases of which a store that lost data knows nothing; until they are told of again, or given up.
+    doubtful: BTreeSet<LeaseKey>,
     /// Keys named since `Init`, while a list is under way, in the order of their coming.
     listing: Option<Vec<LeaseKey>>,
+    /// Is that list older than what was told before?
+    is_older: bool,
     complete: bool,
 }
 
@@ -94,6 +108,11 @@ impl LeaseSet {
         match event {
             StoreEvent::Init => {
                 self.listing = Some(Vec::new());
+                self.is_older = false;
+                Vec::new()
+            }
+            StoreEvent::Older => {
+                self.is_older = true;
                 Vec::new()
             }
             StoreEvent::Apply(Lease { key, peer }) => {
@@ -101,17 +120,22 @@ impl LeaseSet {
                     named.push(key);
                 }
                 self.unreadable.remove(&key);
+                self.doubtful.remove(&key);
+                let is_known = self.doubtful.is_empty() || self.leases.contains_key(&key);
+                let mut touched = if is_known { Vec::new() } else { self.replaced_by(&key, &peer) };
                 match self.leases.entry(key) {
-                    Entry::Occupied(known) if *known.get() == peer => return Vec::new(),
+                    Entry::Occupied(known) if *known.get() == peer => return touched,
                     Entry::Occupied(mut known) => drop(known.insert(peer)),
                     Entry::Vacant(place) => drop(place.insert(peer)),
                 }
-                vec![key]
+                touched.push(key);
+                touched
             }
             StoreEvent::Keep(key) => {
                 if let Some(named) = &mut self.listing {
                     named.push(key);
                 }
+                self.doubtful.remove(&key);
                 if !self.leases.contains_key(&key) {
                     self.unreadable.insert(key);
                 }
@@ -121,22 +145,61 @@ impl LeaseSet {
                 if let Some(named) = &mut self.listing {
                     named.retain(|named| *named != key);
                 }
-                let was_there = self.leases.remove(&key).is_some() | self.unreadable.remove(&key);
-                was_there.then_some(key).into_iter().collect()
+                self.remove(&key).then_some(key).into_iter().collect()
             }
             StoreEvent::InitDone => {
                 self.complete = true;
                 let Some(mut named) = self.listing.take() else { return Vec::new() };
                 named.sort_unstable();
                 let known = self.leases.keys().chain(&self.unreadable);
-                let gone: Vec<LeaseKey> = known.filter(|key| named.binary_search(key).is_err()).copied().collect();
-                for key in &gone {
-                    self.leases.remove(key);
-                    self.unreadable.remove(key);
+                let mut gone: Vec<LeaseKey> = known.filter(|key| named.binary_search(key).is_err()).copied().collect();
+                if std::mem::take(&mut self.is_older) {
+                    self.doubtful.extend(gone);
+                    return Vec::new();
                 }
+                // A list that is no older than the one that raised the doubt does not settle it.
+                gone.retain(|key| !self.doubtful.contains(key));
+                self.remove_all(&gone);
                 gone
             }
         }
+    }
+
+    /// Removes a lease, and returns whether it was there.
+    fn remove(&mut self, key: &LeaseKey) -> bool {
+        self.doubtful.remove(key);
+        self.leases.remove(key).is_some() | self.unreadable.remove(key)
+    }
+
+    fn remove_all(&mut self, keys: &[LeaseKey]) {
+        for key in keys {
+            self.remove(key);
+        }
+    }
+
+    /// Removes the doubtful leases that this new one shows to be gone: their host has it instead, or it has their subnet.
+    fn replaced_by(&mut self, key: &LeaseKey, peer: &Peer) -> Vec<LeaseKey> {
+        let same_host = |other: &LeaseKey| self.leases.get(other).is_some_and(|other| peer.shares_address(other));
+        let gone: Vec<LeaseKey> = self.doubtful.iter().filter(|other| other.overlaps(key) || same_host(other)).copied().collect();
+        self.remove_all(&gone);
+        gone
+    }
+
+    /// Leases of which a store that lost data knows nothing, and that were not told of again.
+    pub fn doubtful(&self) -> &BTreeSet<LeaseKey> {
+        &self.doubtful
+    }
+
+    /// Removes the leases that are still in doubt, and returns them.
+    pub(crate) fn give_up(&mut self) -> Vec<LeaseKey> {
+        let gone: Vec<LeaseKey> = self.doubtful.iter().copied().collect();
+        self.remove_all(&gone);
+        gone
+    }
+
+    /// Does the list that is under way not name a lease that is there?
+    pub(crate) fn is_missed(&self, key: &LeaseKey) -> bool {
+        self.leases.contains_key(key) && self.listing.as_ref().is_some_and(|named| !named.contains(key))
     }
 
     /// Packs the map: one that was filled in order is half empty.
@@ -227,6 +290,38 @@ mod tests {
         set.fold(StoreEvent::Init);
         assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.2.0/24")]);
         assert_eq!(set.unreadable().count(), 0);
+    }
+
+    /// After a list of three leases, an older list that names none of them.
+    fn robbed() -> LeaseSet {
+        let mut set = LeaseSet::default();
+        let three = [apply("10.1.1.0/24", "192.0.2.1"), apply("10.1.2.0/24", "192.0.2.2"), apply("10.1.3.0/24", "192.0.2.3")];
+        let lists = [StoreEvent::Init].into_iter().chain(three).chain([StoreEvent::InitDone, StoreEvent::Init, StoreEvent::Older]);
+        lists.for_each(|event| drop(set.fold(event)));
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        set
+    }
+
+    #[test]
+    fn what_an_older_list_does_not_name_is_in_doubt_until_it_is_told_of_or_given_up() {
+        let mut set = robbed();
+        assert_eq!((set.len(), set.doubtful().len()), (3, 3));
+        assert!(set.fold(apply("10.1.1.0/24", "192.0.2.1")).is_empty(), "written again as it was, it is no change");
+        // The next list is of the same store, and knows no more of the others.
+        set.fold(StoreEvent::Init);
+        set.fold(apply("10.1.1.0/24", "192.0.2.1"));
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        assert_eq!(set.fold(StoreEvent::Delete(key("10.1.2.0/24"))), [key("10.1.2.0/24")]);
+        assert_eq!(set.give_up(), [key("10.1.3.0/24")]);
+        assert_eq!((set.len(), set.doubtful().len()), (1, 0));
+    }
+
+    #[test]
+    fn a_host_that_has_another_lease_by_now_ends_the_doubt_about_its_old_one() {
+        let mut set = robbed();
+        assert_eq!(set.fold(apply("10.1.9.0/24", "192.0.2.1")), [key("10.1.1.0/24"), key("10.1.9.0/24")]);
+        assert_eq!(set.fold(apply("10.1.2.0/25", "192.0.2.9")), [key("10.1.2.0/24"), key("10.1.2.0/25")]);
+        assert_eq!(set.doubtful().iter().collect::<Vec<_>>(), [&key("10.1.3.0/24")]);
     }
 
     #[test]

@@ -47,6 +47,14 @@ impl Family {
         }
     }
 
+    /// The sysctl by which a host forwards packets of this family, with slashes, below `/proc/sys`.
+    pub fn forwarding(self) -> &'static str {
+        match self {
+            Family::V4 => "net/ipv4/ip_forward",
+            Family::V6 => "net/ipv6/conf/all/forwarding",
+        }
+    }
+
     /// The all-zero address (`0.0.0.0` or `::`).
     pub fn unspecified(self) -> IpAddr {
         self.address(0)

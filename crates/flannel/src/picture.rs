@@ -100,7 +100,24 @@ impl Picture {
 
     /// Folds events in, and then paints each lease that changed, once.
     pub fn fold_all(&mut self, events: impl IntoIterator<Item = StoreEvent>) -> Touched {
-        let mut leases: Vec<LeaseKey> = events.into_iter().flat_map(|event| self.leases.fold(event)).collect();
+        let mut leases = Vec::new();
+        for event in events {
+            // A list without this node's own lease is of a store that has lost more than that.
+            if event == StoreEvent::InitDone && self.leases.is_missed(&self.own) {
+                self.leases.fold(StoreEvent::Older);
+            }
+            leases.extend(self.leases.fold(event));
+        }
+        self.repaint(leases)
+    }
+
+    /// Takes leave of the leases of which a store that lost data knows nothing, and that nobody wrote again.
+    pub fn give_up_doubtful(&mut self) -> Touched {
+        let leases = self.leases.give_up();
+        self.repaint(leases)
+    }
+
+    fn repaint(&mut self, mut leases: Vec<LeaseKey>) -> Touched {
         leases.sort_unstable();
         leases.dedup();
         let keys = self.paint_leases(&leases);
@@ -180,7 +197,15 @@ impl Picture {
         match (kept, known) {
             (Some(kept), Some(known)) if kept == *known => vec![Key::Bridge(known.name)],
             (None, None) => Vec::new(),
-            (kept, _) => self.desired.set_part(Owner::Pods, kept.map(|bridge| Object::Bridge(Box::new(bridge))).into_iter().collect()),
+            (None, Some(_)) => self.desired.set_part(Owner::Pods, Vec::new()),
+            (Some(kept), _) => {
+                // A gateway forwards: the plugin has set these.
+                let of = |family| kept.addrs.iter().any(|addr| gateways.contains(addr) && Family::of(addr.addr) == family);
+                let forwarding = Family::ALL.into_iter().filter(|family| of(*family)).map(|family| family.forwarding().to_owned());
+                let sysctls: Vec<Object> = forwarding.map(|path| Object::Sysctl(path, "1".to_owned())).collect();
+                let bridge = Object::Bridge(Box::new(kept));
+                self.desired.set_part(Owner::Pods, [bridge].into_iter().chain(sysctls).collect())
+            }
         }
     }
 
@@ -249,7 +274,7 @@ impl Picture {
             Key::Bridge(name) => Some(*name),
             _ => None,
         });
-        for key in self.desired.part(&Owner::Node) {
+        for key in self.desired.part(&Owner::Node).iter().chain(self.desired.part(&Owner::Pods)) {
             match self.desired.get(key) {
                 Some(Object::Link(link)) => scope.links.push(link.name),
                 Some(Object::Sysctl(path, value)) => scope.sysctls.push((path.clone(), value.clone())),
@@ -310,5 +335,74 @@ impl Picture {
     /// What cannot be, and why, by lease.
     pub fn refusals(&self) -> &BTreeMap<LeaseKey, Vec<Refusal>> {
         &self.refusals
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bridge::Bridge;
+    use crate::lease::Lease;
+    use crate::traffic::Flavour;
+
+    fn key(text: &str) -> LeaseKey {
+        LeaseKey::new(PerFamily { v4: text.parse().ok(), v6: None }).unwrap()
+    }
+
+    /// Host 1 of a pod network, with plain routes.
+    fn picture() -> Picture {
+        let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#).unwrap();
+        let addrs = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
+        let ext = "eth0".parse().unwrap();
+        let node = Node { ext, mtu: 1500, addrs, public: addrs, routes: vec![("192.0.2.0/24".parse().unwrap(), true)] };
+        let backend = Backend::new(&config, &node, PerFamily::default());
+        let traffic = TrafficConfig { masquerade: false, fully_random: false, forward: false, flavour: Flavour::Nftables };
+        Picture::new(config, node, backend, traffic, key("10.244.1.0/24"))
+    }
+
+    fn list(picture: &mut Picture, hosts: &[u8]) -> Touched {
+        let lease = |host: &u8| {
+            let public = PerFamily { v4: format!("192.0.2.{host}").parse().ok(), v6: None };
+            let peer = Peer { public, backend_type: "host-gw".into(), ..Peer::default() };
+            StoreEvent::Apply(Lease { key: key(&format!("10.244.{host}.0/24")), peer })
+        };
+        let leases = hosts.iter().map(lease);
+        picture.fold_all([StoreEvent::Init].into_iter().chain(leases).chain([StoreEvent::InitDone]))
+    }
+
+    #[test]
+    fn a_list_without_our_own_lease_takes_nothing_away_at_once() {
+        let mut picture = picture();
+        list(&mut picture, &[1, 2, 3]);
+        assert_eq!(list(&mut picture, &[1, 2]).leases, [key("10.244.3.0/24")], "a store that knows us knows what it says");
+        assert_eq!(list(&mut picture, &[]), Touched::default());
+        // What is told again is settled, the rest goes when its time is over.
+        assert_eq!(list(&mut picture, &[1]), Touched::default());
+        let Touched { leases, keys } = picture.give_up_doubtful();
+        assert_eq!((leases, keys), (vec![key("10.244.2.0/24")], vec![Key::Route("10.244.2.0/24".parse().unwrap(), 2)]));
+        assert!(picture.leases().get(&key("10.244.1.0/24")).is_some());
+    }
+
+    #[test]
+    fn a_gateway_forwards() {
+        let mut picture = picture();
+        let bridge = Bridge {
+            name: "cni0".parse().unwrap(),
+            mac: Mac([2, 0, 0, 0, 0, 1]),
+            mtu: 1500,
+            up: true,
+            promiscuous: false,
+            vlans: false,
+            route_localnet: false,
+            addrs: ["10.244.1.1/24".parse().unwrap()].into(),
+            ports: BTreeMap::new(),
+            loose: [].into(),
+        };
+        let observed: Observed = [Object::Bridge(Box::new(bridge))].into_iter().collect();
+        let forwarding = ("net/ipv4/ip_forward".to_owned(), "1".to_owned());
+        assert!(!picture.scope().sysctls.contains(&forwarding));
+        let touched = picture.keep_bridge(&observed);
+        assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), Key::Sysctl(forwarding.0.clone())]);
+        assert_eq!(picture.scope().sysctls, [forwarding]);
     }
 }

@@ -107,6 +107,7 @@ fn event() -> impl Strategy<Value = StoreEvent> {
     prop_oneof![
         1 => Just(StoreEvent::Init),
         1 => Just(StoreEvent::InitDone),
+        1 => Just(StoreEvent::Older),
         6 => lease().prop_map(StoreEvent::Apply),
         3 => lease().prop_map(|lease| StoreEvent::Delete(lease.key)),
         1 => lease().prop_map(|lease| StoreEvent::Keep(lease.key)),

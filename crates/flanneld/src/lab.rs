@@ -707,8 +707,7 @@ fn prepare_middle(networks: usize, families: Families) -> anyhow::Result<()> {
         }
     }
     if networks > 1 {
-        sysctl::write("net/ipv4/ip_forward", "1")?;
-        sysctl::write("net/ipv6/conf/all/forwarding", "1")?;
+        flannel::Family::ALL.iter().try_for_each(|family| sysctl::write(family.forwarding(), "1"))?;
     }
     Ok(())
 }

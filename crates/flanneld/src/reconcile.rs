@@ -39,6 +39,9 @@ const SETTLE: Duration = Duration::from_millis(5);
 const OWN: Duration = Duration::from_secs(5);
 /// How long after a list it is looked at again whether the store is followed.
 const LISTED: Duration = Duration::from_millis(100);
+/// How long a lease's routes stay that a store which lost data knows nothing of: its host writes it again within seconds, and one whose
+/// daemon is being replaced within minutes. A route that leads to nobody harms nobody.
+const DOUBT: Duration = Duration::from_secs(300);
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// An interface that is not as it should be is looked at again after the first, doubling up to the second: it may get its address
@@ -143,6 +146,8 @@ pub struct Reconciler<H> {
     overruns: u64,
     /// When it is looked at next whether the lease is still this node's.
     own_check: Option<Instant>,
+    /// When leases are given up that the store has lost.
+    doubt: Option<Instant>,
     /// When a lease with another's or old data was written anew, and how long that was enough.
     corrected: Option<(Instant, Duration)>,
     /// When a VTEP's new link-layer address was followed last.
@@ -180,6 +185,7 @@ impl<H: Host> Reconciler<H> {
             repairs: Repairs::default(),
             overruns: 0,
             own_check: None,
+            doubt: None,
             corrected: None,
             followed: None,
             syncing: Some(syncing),
@@ -229,7 +235,13 @@ impl<H: Host> Reconciler<H> {
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
         let resync = self.resync.map(|(at, _)| at);
-        let timer = retry.into_iter().chain(resync).chain(self.interface.0).chain(self.own_check).fold(self.read_at, Instant::min);
+        let timer = retry
+            .into_iter()
+            .chain(resync)
+            .chain(self.interface.0)
+            .chain(self.own_check)
+            .chain(self.doubt)
+            .fold(self.read_at, Instant::min);
         // Store and kernel are served in turn, so that a flood of the one does not keep the other waiting.
         self.kernel_first = !self.kernel_first;
         let (kernel_first, news, events) = (self.kernel_first, &mut self.news, &mut inputs.events);
@@ -266,10 +278,12 @@ impl<H: Host> Reconciler<H> {
             events.extend(more);
         }
         let listed = events.contains(&StoreEvent::InitDone);
+        let doubtful = self.picture.leases().doubtful().len();
         let Touched { leases, keys } = self.picture.fold_all(events);
         if listed && leases.len() > MANY {
             self.picture.pack();
         }
+        self.note_doubt(doubtful);
         // What failed with what a lease said before may succeed with what it says now.
         self.failures.iter_mut().filter(|(key, _)| keys.binary_search(key).is_ok()).for_each(|(_, failure)| failure.due = began);
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
@@ -298,12 +312,43 @@ impl<H: Host> Reconciler<H> {
         }
     }
 
+    /// Takes note of leases that the store has lost, of which so many were known before.
+    fn note_doubt(&mut self, before: usize) {
+        let leases = self.picture.leases().doubtful().len();
+        if leases > before {
+            self.doubt = Some(Instant::now() + DOUBT);
+            let text = "the store has lost data, or was restored from a backup; routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
+            tracing::warn!(leases, "{text}");
+            self.notices.tell("StoreLostLeases", format!("{text} ({leases} leases)"));
+        } else if leases == 0 && self.doubt.take().is_some() {
+            tracing::info!("no lease that the store had lost is in doubt any more");
+        }
+    }
+
+    /// Leases that the store had lost, and that nobody wrote again, are no leases any more.
+    async fn give_up_doubtful(&mut self, connected: bool) {
+        if !connected {
+            // Nobody can write to it.
+            self.doubt = Some(Instant::now() + DOUBT);
+            return;
+        }
+        let began = Instant::now();
+        self.doubt = None;
+        let Touched { leases, keys } = self.picture.give_up_doubtful();
+        tracing::warn!(leases = leases.len(), "leases that the store had lost were not written again; their routes go");
+        let ops = diff_keys(self.picture.desired(), &self.observed, &keys.into_iter().collect(), self.prune());
+        let count = ops.len();
+        self.execute(ops).await;
+        self.log(&leases, count, began);
+    }
+
     /// Tells the keeper if the lease that it holds is another's by now, or gone, or says what this node said long ago: a store
     /// may be restored from an older backup.
     fn check_own(&mut self, inputs: &Inputs, again: Duration) {
         self.own_check = None;
         let (leases, held) = (self.picture.leases(), *inputs.held.borrow());
-        let (said, now) = (leases.get(&held.key).filter(|peer| is_mine(&peer.public, &held.published)), self.picture.own_peer());
+        let said = leases.get(&held.key).filter(|_| !leases.doubtful().contains(&held.key));
+        let (said, now) = (said.filter(|peer| is_mine(&peer.public, &held.published)), self.picture.own_peer());
         match said {
             _ if !leases.is_complete() => {}
             // Of a store that is not followed nothing new is known; a list comes a moment before the store counts as followed.
@@ -463,6 +508,9 @@ impl<H: Host> Reconciler<H> {
         if self.own_check.is_some_and(|at| at <= now) {
             self.check_own(inputs, OWN);
         }
+        if self.doubt.is_some_and(|at| at <= now) {
+            self.give_up_doubtful(*inputs.connected.borrow()).await;
+        }
         if self.interface.0.is_some_and(|at| at <= now) {
             self.look_at_interface(&inputs.claim).await;
         }
@@ -570,11 +618,13 @@ impl<H: Host> Reconciler<H> {
                     let attempts = self.failures.get(&key).map_or(1, |failure| failure.attempts + 1);
                     if self.failures.get(&key).is_none_or(|failure| failure.error.errno != error.errno) {
                         tracing::warn!(object = %key, %error, "this cannot be set; it is tried again, others are not affected");
-                        // A container's /proc/sys is read-only as a rule, and nothing depends on ours.
-                        if key == Key::EnvFile {
-                            self.notices.tell("SubnetFile", format!("the CNI plugins cannot be told of this node: {error}"));
-                        } else if !matches!(key, Key::Sysctl(_)) {
-                            self.notices.tell("KernelRefused", format!("{key}: {error}"));
+                        match &key {
+                            Key::EnvFile => {
+                                self.notices.tell("SubnetFile", format!("the CNI plugins cannot be told of this node: {error}"));
+                            }
+                            // A container's /proc/sys is read-only as a rule, and nothing depends on ours but forwarding.
+                            Key::Sysctl(path) if Family::ALL.iter().all(|family| family.forwarding() != path) => {}
+                            _ => self.notices.tell("KernelRefused", format!("{key}: {error}")),
                         }
                     }
                     let wait = RETRY.0.saturating_mul(1 << attempts.min(10).saturating_sub(1)).min(RETRY.1);

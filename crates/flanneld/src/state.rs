@@ -33,6 +33,8 @@ pub struct Store {
     pub connected: bool,
     /// Leases that are there, this node's included.
     pub leases: usize,
+    /// Those of them that a store which lost data knows nothing of, until their hosts have written them again.
+    pub doubtful: usize,
     /// Did it ever say that a list was complete?
     pub complete: bool,
 }
@@ -108,6 +110,7 @@ impl State {
         put("ready", "gauge", "1 if nothing is waited for.", &[("", u8::from(ready).to_string())]);
         put("store_connected", "gauge", "1 if the store is being followed.", &[("", u8::from(self.store.connected).to_string())]);
         put("leases", "gauge", "Leases in the store, this node's included.", &[("", number(self.store.leases))]);
+        put("leases_doubtful", "gauge", "Leases that the store has lost.", &[("", number(self.store.doubtful))]);
         let peers = [("{state=\"programmed\"}", number(self.peers.programmed)), ("{state=\"refused\"}", number(self.peers.refused.len()))];
         put("peers", "gauge", "Other hosts, by what could be done for them.", &peers);
         put("objects", "gauge", "Objects that shall be in the kernel.", &[("", number(self.objects.desired))]);
@@ -132,7 +135,7 @@ mod tests {
             interface: "eth0".to_owned(),
             public_ip: None,
             mtu: 1450,
-            store: Store { connected: true, leases: 3, complete: true },
+            store: Store { connected: true, leases: 3, doubtful: 1, complete: true },
             peers: Peers { programmed: 2, refused: Vec::new() },
             objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, fights: Vec::new() },
         };
@@ -145,6 +148,7 @@ mod tests {
                 "flannel_ready 0",
                 "flannel_store_connected 1",
                 "flannel_leases 3",
+                "flannel_leases_doubtful 1",
                 r#"flannel_peers{state="programmed"} 2"#,
                 r#"flannel_peers{state="refused"} 0"#,
                 "flannel_objects 9",

@@ -109,7 +109,7 @@ impl Kernel {
             }
             Op::Delete(Object::Addr(link, cidr)) => self.index(*link).and_then(|index| addr::delete(&mut self.route, index, *cidr)),
             Op::Set(Object::Bridge(wanted)) => bridge::set(&mut self.route, wanted),
-            Op::Set(Object::Sysctl(path, value)) => sysctl::write(path, value).map_err(io_error),
+            Op::Set(Object::Sysctl(path, value)) => sysctl::set(&mut self.route, path, value),
             Op::Set(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::replace(socket, ruleset)),
             Op::Delete(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::delete(socket, ruleset.family)),
             Op::Set(Object::Iptables(rules)) => self.set_iptables(rules),
@@ -117,7 +117,7 @@ impl Kernel {
             Op::Set(Object::Blackhole(dst)) => route::set_blackhole(&mut self.route, *dst),
             Op::Delete(Object::Blackhole(dst)) => route::delete_blackhole(&mut self.route, *dst),
             Op::Set(Object::EnvFile(file)) => crate::file::write_env(file).map_err(io_error),
-            // A sysctl has no absence, the file always has a successor, the bridge is the plugin's, and the rest is small and batched.
+            // A sysctl and the bridge stay, the file always has a successor, and the rest is small and batched.
             Op::Delete(Object::Sysctl(..) | Object::EnvFile(_) | Object::Bridge(_)) | Op::Set(_) | Op::Delete(_) => Ok(()),
         }
     }

@@ -404,7 +404,9 @@ fn set_flag(socket: &mut Socket, index: u32, flag: u32, on: bool) -> Result<(), 
     })
 }
 
-/// `IPV4_DEVCONF_ARP_NOTIFY` (`linux/ip.h`): the link tells its neighbours of itself when it goes up.
+/// `IPV4_DEVCONF_FORWARDING` (`linux/ip.h`): packets that come in by the link are forwarded.
+pub const FORWARDING: u16 = 1;
+/// `IPV4_DEVCONF_ARP_NOTIFY`: the link tells its neighbours of itself when it goes up.
 pub const ARP_NOTIFY: u16 = 22;
 /// `IPV4_DEVCONF_ROUTE_LOCALNET`: packets to 127.0.0.0/8 may leave by the link.
 pub const ROUTE_LOCALNET: u16 = 26;

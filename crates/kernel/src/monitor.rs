@@ -15,7 +15,7 @@ use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
 use crate::link::LinkInfo;
 use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
-use crate::{addr, link, neigh, nft, observe, route};
+use crate::{addr, link, neigh, nft, observe, route, sysctl};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
@@ -23,6 +23,19 @@ const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV4_ROUTE: u32 = 7;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
 const RTNLGRP_IPV6_ROUTE: u32 = 11;
+const RTNLGRP_IPV4_NETCONF: u32 = 24;
+const RTNLGRP_IPV6_NETCONF: u32 = 25;
+/// What is listened to.
+const GROUPS: [u32; 8] = [
+    RTNLGRP_LINK,
+    RTNLGRP_NEIGH,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_IPV4_NETCONF,
+    RTNLGRP_IPV6_NETCONF,
+];
 const NFNLGRP_NFTABLES: u32 = 7;
 
 /// A change that somebody made.
@@ -115,9 +128,7 @@ impl Monitor {
     /// When the kernel refuses the sockets.
     pub fn open(scope: Scope, external: IfName, own_port: u32) -> Result<Monitor, NetlinkError> {
         let route = Socket::open(Protocol::Route)?;
-        for group in [RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE] {
-            route.join(group)?;
-        }
+        GROUPS.iter().try_for_each(|group| route.join(*group))?;
         // A kernel without nf_tables has nothing to tell of it.
         let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());
         let file = scope.file.clone().and_then(WatchedFile::new);
@@ -378,6 +389,10 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
             let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
             let link = *names.get(&index).filter(|name| watched.scope.links.contains(name))?;
             Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }))
+        }
+        sysctl::RTM_NEWNETCONF => {
+            let (family, on) = sysctl::decode_forwarding(message.body)?;
+            Some(Changed::Set(Object::Sysctl(family.forwarding().to_owned(), sysctl::on_off(on))))
         }
         _ => None,
     }

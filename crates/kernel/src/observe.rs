@@ -63,7 +63,7 @@ impl Kernel {
         for (path, wanted) in &scope.sysctls {
             // What the kernel does not have for a link that is there (IPv6 switched off) cannot be other than it shall be.
             let on_a_link = links.iter().any(|link| path.split('/').any(|part| part == link.name.as_str()));
-            let value = sysctl::read(path).ok().and_then(|value| value.or_else(|| on_a_link.then(|| wanted.clone())));
+            let value = sysctl::value(&mut self.route, path).or_else(|| on_a_link.then(|| wanted.clone()));
             value.into_iter().for_each(|value| observed.push(Object::Sysctl(path.clone(), value)));
         }
         scope.file.as_deref().and_then(crate::file::read_env).into_iter().for_each(|file| observed.push(Object::EnvFile(Box::new(file))));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use flannel::Family;
 
 use crate::addr::family_number;
+use crate::link;
 use crate::netlink::{NetlinkError, Socket, attrs, u32_at};
 
 fn path(name: &str) -> PathBuf {
@@ -39,7 +40,7 @@ pub fn write(name: &str, value: &str) -> io::Result<()> {
     std::fs::write(path(name), value).map_err(|error| io::Error::new(error.kind(), format!("sysctl {name} = {value}: {error}")))
 }
 
-/// Does this namespace forward packets of this family (`net/ipv4/ip_forward`, `net/ipv6/conf/all/forwarding`)? Asked by netlink
+/// Does this namespace forward packets of this family ([`Family::forwarding`])? Asked by netlink
 /// (`linux/netconf.h`): the kernel keeps what was looked up below `/proc/sys/net` by its name alone, so that with a thousand network
 /// namespaces each look there walks a list of a thousand, for half a millisecond.
 ///
@@ -47,17 +48,59 @@ pub fn write(name: &str, value: &str) -> io::Result<()> {
 /// What the kernel answers.
 pub fn forwards(socket: &mut Socket, family: Family) -> Result<bool, NetlinkError> {
     const RTM_GETNETCONF: u16 = 82;
-    const NETCONFA_IFINDEX: u16 = 1;
-    const NETCONFA_FORWARDING: u16 = 2;
-    const ALL: i32 = -1;
     socket.get(
         RTM_GETNETCONF,
         |body| {
             body.bytes(&[family_number(family), 0, 0, 0]).attr_u32(NETCONFA_IFINDEX, ALL.cast_unsigned());
         },
-        |body| {
-            let (_, value) = attrs(body.get(4..)?).find(|(kind, _)| *kind == NETCONFA_FORWARDING)?;
-            Some(u32_at(value, 0)? != 0)
-        },
+        |body| decode_forwarding(body).map(|(_, on)| on),
     )
+}
+
+/// What is announced of all interfaces' forwarding, by `RTM_NEWNETCONF`.
+pub(crate) const RTM_NEWNETCONF: u16 = 80;
+const NETCONFA_IFINDEX: u16 = 1;
+const NETCONFA_FORWARDING: u16 = 2;
+/// `NETCONFA_IFINDEX_ALL`
+const ALL: i32 = -1;
+
+/// Whether the namespace forwards packets of a family, as a message of `linux/netconf.h` says; `None` if it says nothing of that,
+/// or of one interface.
+pub(crate) fn decode_forwarding(body: &[u8]) -> Option<(Family, bool)> {
+    let family = Family::ALL.into_iter().find(|family| body.first() == Some(&family_number(*family)))?;
+    let number =
+        |wanted| attrs(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u32_at(value, 0));
+    (number(NETCONFA_IFINDEX)? == ALL.cast_unsigned()).then_some(())?;
+    Some((family, number(NETCONFA_FORWARDING)? != 0))
+}
+
+/// The value of a sysctl among those that shall be kept; `None` if the kernel does not have it or does not say.
+pub(crate) fn value(socket: &mut Socket, path: &str) -> Option<String> {
+    match Family::ALL.into_iter().find(|family| family.forwarding() == path) {
+        Some(family) => forwards(socket, family).ok().map(on_off),
+        None => read(path).ok().flatten(),
+    }
+}
+
+/// The value of a sysctl that is a switch.
+pub(crate) fn on_off(on: bool) -> String {
+    if on { "1" } else { "0" }.to_owned()
+}
+
+/// Makes a sysctl have this value. Forwarding of IPv4 that is not to be had because `/proc/sys` is read-only, as in a container, is
+/// switched on at each interface there is; that is no more than a makeshift, and an error all the same.
+///
+/// # Errors
+/// What the kernel answers; the text names the sysctl.
+pub(crate) fn set(socket: &mut Socket, path: &str, value: &str) -> Result<(), NetlinkError> {
+    let Err(error) = write(path, value) else { return Ok(()) };
+    let mut message = error.to_string();
+    if path == Family::V4.forwarding() && value == "1" {
+        // Ports of a bridge forward nothing themselves.
+        for link in link::list(socket)?.iter().filter(|link| link.master == 0) {
+            link::set_ipv4_conf(socket, link.index, link::FORWARDING, 1)?;
+        }
+        message.push_str("; until then it is on at each interface there is now, by netlink");
+    }
+    Err(NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EROFS), message })
 }

@@ -20,7 +20,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 17] = [
+    let tests: [(&str, fn()); 18] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -34,6 +34,7 @@ fn main() {
         ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
         ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
+        ("forwarding_that_is_switched_off_is_heard_of", forwarding_that_is_switched_off_is_heard_of),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("a_file_is_watched_also_when_its_folder_goes", a_file_is_watched_also_when_its_folder_goes),
         ("one_daemon_at_a_time", one_daemon_at_a_time),
@@ -480,6 +481,26 @@ fn ten_thousand_operations_in_one_batch() {
     let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
     apply(&mut kernel, &deletes);
     assert!(kernel.observe(&routes()).unwrap().is_empty());
+}
+
+fn forwarding_that_is_switched_off_is_heard_of() {
+    let sysctls: Vec<(String, String)> = Family::ALL.map(|family| (family.forwarding().to_owned(), "1".to_owned())).into();
+    let wanted: Vec<Object> = sysctls.iter().map(|(path, value)| Object::Sysctl(path.clone(), value.clone())).collect();
+    let scope = Scope { sysctls: sysctls.clone(), ..scope() };
+    let mut kernel = Kernel::open().unwrap();
+    let set: Vec<Op> = wanted.iter().cloned().map(Op::Set).collect();
+    assert!(kernel.apply(&set).iter().all(Result::is_ok));
+    let observed = kernel.observe(&scope).unwrap();
+    assert!(wanted.iter().all(|object| observed.get(&object.key()) == Some(object)));
+
+    let mut monitor = Monitor::open(scope.clone(), name("eth0"), kernel.port()).unwrap();
+    for (path, _) in &sysctls {
+        std::fs::write(std::path::Path::new("/proc/sys").join(path), "0").unwrap();
+        let off = Object::Sysctl(path.clone(), "0".to_owned());
+        let heard: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|heard| heard.change).collect();
+        assert_eq!(heard, [Changed::Set(off.clone())]);
+        assert_eq!(kernel.observe(&scope).unwrap().get(&off.key()), Some(&off));
+    }
 }
 
 fn the_monitor_hears_others_and_not_ourselves() {

@@ -51,6 +51,7 @@ enum Step {
     KillStore,
     PauseStore,
     RestoreStore,
+    EmptyStore,
     Backup,
     Partition,
     DeleteLease,
@@ -59,7 +60,7 @@ enum Step {
 
 impl Step {
     fn draw(backend: &str) -> Step {
-        const OTHERS: [Step; 15] = [
+        const OTHERS: [Step; 16] = [
             Step::VtepMac,
             Step::Mtu,
             Step::Address,
@@ -71,6 +72,7 @@ impl Step {
             Step::KillStore,
             Step::PauseStore,
             Step::RestoreStore,
+            Step::EmptyStore,
             Step::Backup,
             Step::Partition,
             Step::DeleteLease,
@@ -264,6 +266,10 @@ impl Chaos {
             Step::RestoreStore if self.backup => {
                 world::copy_store(&mut self.lab, &self.root, "backup", "store")?;
                 "the store is restored from its backup".to_owned()
+            }
+            Step::EmptyStore => {
+                world::empty_store(&mut self.lab, &self.root)?;
+                "the store comes back empty".to_owned()
             }
             Step::Partition | Step::RestoreStore => {
                 let hosts: Vec<usize> = (SPARED..self.lab.hosts.len()).filter(|_| fastrand::bool()).collect();

@@ -80,7 +80,7 @@ fn is_link(key: &Key) -> bool {
 }
 
 /// All faults of a host, but for its VTEP's MAC and its interface, after which it is not as it was.
-pub const FAULTS: [Fault; 31] = [
+pub const FAULTS: [Fault; 32] = [
     told("a route is deleted", Place::Any, Act::Delete(|key| matches!(key, Key::Route(..)))),
     told(
         "a route is replaced by another gateway's",
@@ -158,6 +158,7 @@ pub const FAULTS: [Fault; 31] = [
         Place::Any,
         Act::Script("ip link set $(ip -o link show master cni0 | head -1 | cut -d: -f2 | cut -d@ -f1) nomaster"),
     ),
+    told("forwarding is switched off", Place::Any, Act::Script("echo 0 > /proc/sys/net/ipv4/ip_forward")),
     told("nft flush ruleset", Place::Any, Act::Script("nft flush ruleset")),
     told("our nftables table is deleted", Place::Any, Act::Script("nft delete table ip flannel-ipv4")),
     told(
@@ -182,7 +183,7 @@ pub const FAULTS: [Fault; 31] = [
         ),
     ),
     Fault {
-        name: "a sysctl of ours is changed",
+        name: "a sysctl of the device is changed",
         place: Place::Vxlan,
         act: Act::Script("echo 1 > /proc/sys/net/ipv6/conf/flannel.1/accept_ra"),
         noticed: Noticed::Audit,
@@ -287,10 +288,11 @@ pub fn shell(netns: &Netns, script: &str) -> anyhow::Result<String> {
 pub fn observe(lab: &Lab, host: usize) -> anyhow::Result<Observed> {
     let nftables = lab.plan.config["EnableNFTables"] == true;
     let accept_ra = ("net/ipv6/conf/flannel.1/accept_ra".to_owned(), "0".to_owned());
+    let forwarding = (Family::V4.forwarding().to_owned(), "1".to_owned());
     let vxlan = lab.plan.config["Backend"]["Type"] == "vxlan";
     let scope = Scope {
         links: vec!["flannel.1".parse()?],
-        sysctls: if vxlan { vec![accept_ra] } else { Vec::new() },
+        sysctls: [forwarding].into_iter().chain(vxlan.then_some(accept_ra)).collect(),
         rulesets: if nftables { vec![Family::V4] } else { Vec::new() },
         iptables: if nftables { Vec::new() } else { vec![Family::V4] },
         networks: vec!["10.244.0.0/16".parse()?],

@@ -71,11 +71,12 @@ pub const HOSTS: [World; 7] = [
 ];
 
 /// What happens to the store.
-pub const STORES: [World; 5] = [
+pub const STORES: [World; 6] = [
     cutting("the store is away, all routes are flushed: they are back", flush_without_store),
     unnoticed("the store is killed and started after 2 s: all hear of a new lease", store_killed),
     unnoticed("the store hangs for 4 s: all hear of a new lease", store_hangs),
-    unnoticed("the store is restored from an older backup: all is as it says", store_restored),
+    unnoticed("the store is restored from an older backup: all hear of a new lease", store_restored),
+    unnoticed("the store comes back empty: all leases are in it again", store_emptied),
     unnoticed("half of the hosts lose the store for 3 s: all hear of a new lease", partition),
 ];
 
@@ -362,12 +363,36 @@ fn store_restored(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
     stage.lab.with_store(async |store| store.put_lease(&lease, 0, 0).await)?;
     stage.until(Instant::now(), "all hosts hear of a new lease", |stage| stage.others(usize::MAX, |seen| has_route(seen, key)))?;
     copy_store(&mut stage.lab, &root, "backup", "store")?;
-    let began = Instant::now();
-    let took = stage.until(began, "what the backup does not know is gone", |stage| {
-        Ok(stage.connected()? && stage.others(usize::MAX, |seen| !has_route(seen, key))?)
+    let took = stage.heard(Instant::now())?;
+    // What the backup does not know is in doubt, and stays until it is told of.
+    ensure!(stage.others(usize::MAX, |seen| has_route(seen, key))?, "a route was taken because a backup does not know its lease");
+    stage.lab.with_store(async |store| {
+        ensure!(store.put_lease(&lease, 0, 0).await?, "the store has the lease all the same");
+        let snapshot = store.snapshot().await?;
+        let entry = snapshot.entries.iter().find(|entry| entry.key == key).context("the lease was just written")?;
+        Ok(store.delete_lease(&key, entry.mod_revision).await?)
     })?;
-    stage.heard(Instant::now())?;
+    stage.until(Instant::now(), "the doubt is over", |stage| stage.others(usize::MAX, |seen| !has_route(seen, key)))?;
     Ok(took)
+}
+
+fn store_emptied(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
+    empty_store(&mut stage.lab, &stage.root)?;
+    let hosts = stage.lab.hosts.len();
+    stage.until(Instant::now(), "all leases are in the store again", |stage| {
+        Ok(stage.lab.with_store(async |store| store.snapshot().await)?.entries.len() == hosts)
+    })
+}
+
+/// The store loses all that it had; an operator gives it the network configuration again.
+///
+/// # Errors
+/// When the system refuses.
+pub(super) fn empty_store(lab: &mut Lab, root: &std::path::Path) -> anyhow::Result<()> {
+    lab.kill_store()?;
+    std::fs::remove_dir_all(root.join("store"))?;
+    lab.start_store()?;
+    lab.put_config()
 }
 
 fn partition(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {

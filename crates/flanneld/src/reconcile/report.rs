@@ -62,7 +62,12 @@ impl<H> Reconciler<H> {
             interface: picture.node().ext.to_string(),
             public_ip: picture.node().public.iter().next().map(|(_, ip)| ip.to_string()),
             mtu: picture.backend().mtu(picture.node()),
-            store: state::Store { connected, leases: picture.leases().len(), complete: picture.leases().is_complete() },
+            store: state::Store {
+                connected,
+                leases: picture.leases().len(),
+                doubtful: picture.leases().doubtful().len(),
+                complete: picture.leases().is_complete(),
+            },
             peers: state::Peers {
                 programmed: picture.leases().iter().filter(|(key, _)| !picture.desired().part(&Owner::Lease(**key)).is_empty()).count(),
                 refused: picture.refusals().iter().map(reasons).chain(picture.desired().conflicts().map(conflict)).collect(),

@@ -1,8 +1,8 @@
 //! The etcd client: configuration, leases, and the watch whose every end is a fresh snapshot.
 
 mod keeper;
+mod seen;
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
 pub use self::keeper::{AcquireError, Keeper};
+use self::seen::Seen;
 use super::connect::{Access, Connection, Endpoints, Wire, describe};
 use super::{Claim, Held, Link, Obstacle, Store};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
@@ -37,8 +38,6 @@ use crate::notice::Notice;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a list is believed that was asked for by another part of the start.
 const SEED: Duration = Duration::from_secs(5);
-/// Unreadable entries of which it is remembered that they were reported.
-const REPORTED: usize = 1_000;
 
 /// What a store could not do.
 #[derive(Debug, Clone, Error)]
@@ -357,12 +356,7 @@ impl Etcd {
     }
 
     /// One snapshot and the watch from its revision on. Returns why it ended.
-    async fn snapshot_and_watch(
-        &self,
-        events: &mpsc::Sender<Vec<StoreEvent>>,
-        link: &mut Link,
-        reported: &mut BTreeSet<(String, i64)>,
-    ) -> String {
+    async fn snapshot_and_watch(&self, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link, seen: &mut Seen) -> String {
         let snapshot = match self.take_seed() {
             Some(snapshot) => snapshot,
             None => match self.snapshot().await {
@@ -370,9 +364,10 @@ impl Etcd {
                 Err(error) => return error.to_string(),
             },
         };
-        report(&snapshot.unreadable, reported);
+        seen.report(&snapshot.unreadable);
         let revision = snapshot.revision;
         let mut list = vec![StoreEvent::Init];
+        list.extend(seen.list(revision, &snapshot.entries).then_some(StoreEvent::Older));
         list.extend(snapshot.entries.into_iter().map(event));
         list.push(StoreEvent::InitDone);
         if events.send(list).await.is_err() {
@@ -425,13 +420,16 @@ impl Etcd {
             for change in &answer.events {
                 let Some(kv) = &change.kv else { continue };
                 let (entry, unreadable) = self.read(kv);
-                match change.r#type() {
-                    EventType::Put => {
-                        report(unreadable.as_slice(), reported);
-                        news.extend(entry.map(event));
-                    }
+                let is_there = change.r#type() == EventType::Put;
+                if let Some(entry) = &entry {
+                    seen.change(entry.key, kv.mod_revision, is_there);
+                }
+                if is_there {
+                    seen.report(unreadable.as_slice());
+                    news.extend(entry.map(event));
+                } else {
                     // A deletion carries no value, so only its key is read.
-                    EventType::Delete => news.extend(entry.map(|entry| StoreEvent::Delete(entry.key))),
+                    news.extend(entry.map(|entry| StoreEvent::Delete(entry.key)));
                 }
             }
             if !news.is_empty() && events.send(news).await.is_err() {
@@ -483,13 +481,13 @@ impl Store for Etcd {
     /// However the watch ends (compaction, cancellation, a lost connection or leader), a fresh snapshot follows, so
     /// that nothing that happened in between is missed, and nothing is believed gone that was not seen gone.
     async fn follow(self, _: Config, events: mpsc::Sender<Vec<StoreEvent>>, mut link: Link) {
-        let mut reported = BTreeSet::new();
+        let mut seen = Seen::default();
         let mut moves = self.0.moves.subscribe();
         loop {
             // A turn that is given up costs nothing: the next begins with a fresh snapshot.
             let outcome = tokio::select! {
                 biased;
-                outcome = self.snapshot_and_watch(&events, &mut link, &mut reported) => outcome,
+                outcome = self.snapshot_and_watch(&events, &mut link, &mut seen) => outcome,
                 _ = moves.changed() => "this host has another address: connecting anew".to_owned(),
             };
             if events.is_closed() {
@@ -515,15 +513,6 @@ fn event(entry: Entry) -> StoreEvent {
     match entry.peer {
         Some(peer) => StoreEvent::Apply(Lease { key: entry.key, peer }),
         None => StoreEvent::Keep(entry.key),
-    }
-}
-
-/// Says once of each unreadable entry that it is skipped.
-fn report(unreadable: &[Unreadable], reported: &mut BTreeSet<(String, i64)>) {
-    for Unreadable { key, revision, reason } in unreadable {
-        if reported.len() < REPORTED && reported.insert((key.clone(), *revision)) {
-            tracing::warn!(key, reason, "skipping an entry of the store that is no readable lease; the others are not affected");
-        }
     }
 }
 

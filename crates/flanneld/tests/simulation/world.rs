@@ -34,6 +34,8 @@ const PREFIX: &str = "/coreos.com/network";
 const NETWORK: &str = "10.244.0.0/16";
 /// How long the cluster has to come to rest: longer than any wait between two tries, and than an audit.
 const REST: Duration = Duration::from_secs(240);
+/// How much longer, where the store lost data, or a machine's own lease: what it does not know any more is kept for so long.
+const DOUBT: Duration = Duration::from_secs(300);
 /// Longer than a lease lives.
 const DAY: Duration = Duration::from_secs(25 * 3600);
 
@@ -118,6 +120,8 @@ struct World {
     operator: Cable,
     truth: Truth,
     backup: Option<Backup>,
+    /// The store as it was before there was any lease.
+    empty: Backup,
     foreign: Vec<(usize, Object)>,
 }
 
@@ -162,6 +166,7 @@ impl World {
             octet,
             turns: Rc::default(),
         });
+        let empty = store.backup();
         let world = World {
             store,
             backend,
@@ -170,6 +175,7 @@ impl World {
             operator,
             truth: Truth::default(),
             backup: None,
+            empty,
             foreign: Vec::new(),
         };
         world.witness();
@@ -190,6 +196,9 @@ impl World {
                     let before = leases.clone();
                     let touched = leases.fold(event).into_iter().filter(|key| before.get(key).is_some());
                     history.extend(touched.map(|key| (Instant::now(), key)));
+                    // What is in doubt may be given up.
+                    let lost = leases.doubtful().difference(before.doubtful());
+                    history.extend(lost.map(|key| (Instant::now(), *key)));
                 }
             }
         });
@@ -224,6 +233,9 @@ impl World {
         }
         self.make_peace().await;
         self.wait(REST).await;
+        if self.machines.iter().any(|machine| machine.robbed) {
+            self.wait(DOUBT).await;
+        }
         self.judge().await
     }
 
@@ -334,8 +346,8 @@ impl World {
                 1 => self.backup = Some(self.store.backup()),
                 2 => self.restart_store(None).await,
                 _ => {
-                    let backup = self.backup.take();
-                    self.restart_store(backup).await;
+                    let backup = self.backup.take().unwrap_or_else(|| self.empty.clone());
+                    self.restart_store(Some(backup)).await;
                 }
             },
             20 => self.machines[at].host.lock().refuses = pick(&[0, 2, 5, 20]),

@@ -204,6 +204,7 @@ mod tests {
             StoreEvent::Keep(key) => format!("keep {key}"),
             StoreEvent::Delete(key) => format!("delete {key}"),
             StoreEvent::Init => "init".to_owned(),
+            StoreEvent::Older => "older".to_owned(),
             StoreEvent::InitDone => "done".to_owned(),
         };
         events.iter().map(one).collect::<Vec<_>>().join("; ")

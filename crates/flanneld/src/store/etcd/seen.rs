@@ -1,0 +1,90 @@
+//! What is remembered of a store from one watch to the next: enough to know one that lost data, or was restored from a backup.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use flannel::LeaseKey;
+
+use super::{Entry, Unreadable};
+
+/// Unreadable entries of which it is remembered that they were reported.
+const REPORTED: usize = 1_000;
+
+/// What the store said.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// The unreadable entries that were reported.
+    reported: BTreeSet<(String, i64)>,
+    /// All that happened up to this revision was told.
+    revision: i64,
+    /// The revision of each lease that is there.
+    leases: BTreeMap<LeaseKey, i64>,
+}
+
+impl Seen {
+    /// Says once of each unreadable entry that it is skipped.
+    pub(super) fn report(&mut self, unreadable: &[Unreadable]) {
+        for Unreadable { key, revision, reason } in unreadable {
+            if self.reported.len() < REPORTED && self.reported.insert((key.clone(), *revision)) {
+                tracing::warn!(key, reason, "skipping an entry of the store that is no readable lease; the others are not affected");
+            }
+        }
+    }
+
+    /// Takes note of a list. True if it contradicts what was told before: revisions only grow, and what was changed at a revision that
+    /// is known is known. Then the store lost data, whether or not it has written as much again since.
+    pub(super) fn list(&mut self, revision: i64, entries: &[Entry]) -> bool {
+        let is_known = |entry: &Entry| entry.mod_revision > self.revision || self.leases.get(&entry.key) == Some(&entry.mod_revision);
+        let is_older = revision < self.revision || self.revision > 0 && !entries.iter().all(is_known);
+        self.revision = revision;
+        self.leases = entries.iter().map(|entry| (entry.key, entry.mod_revision)).collect();
+        is_older
+    }
+
+    /// Takes note of a lease that was put, or deleted, at this revision.
+    pub(super) fn change(&mut self, key: LeaseKey, revision: i64, is_there: bool) {
+        self.revision = self.revision.max(revision);
+        if is_there {
+            self.leases.insert(key, revision);
+        } else {
+            self.leases.remove(&key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flannel::PerFamily;
+
+    fn entry((octet, mod_revision): (u8, i64)) -> Entry {
+        Entry { key: key(octet), peer: None, create_revision: 0, mod_revision, lease: 0 }
+    }
+
+    fn key(octet: u8) -> LeaseKey {
+        LeaseKey::new(PerFamily { v4: Some(format!("10.1.{octet}.0/24").parse().unwrap()), v6: None }).unwrap()
+    }
+
+    /// A store that said, at revision 10, leases 1 and 2 (of revisions 5 and 8), then changed 1 and 3 at 12 and 13 and deleted 2 at 14.
+    #[track_caller]
+    fn check(revision: i64, leases: &[(u8, i64)], is_older: bool) {
+        let mut seen = Seen::default();
+        assert!(!seen.list(10, &[(1, 5), (2, 8)].map(entry)), "the first list contradicts nothing");
+        [(1, 12, true), (3, 13, true), (2, 14, false)].into_iter().for_each(|(octet, at, there)| seen.change(key(octet), at, there));
+        let list: Vec<Entry> = leases.iter().copied().map(entry).collect();
+        assert_eq!(seen.list(revision, &list), is_older);
+        assert!(!seen.list(revision, &list), "what it says again it does not contradict");
+    }
+
+    #[test]
+    fn a_store_that_lost_data_is_known() {
+        check(14, &[(1, 12), (3, 13)], false);
+        check(20, &[(1, 12), (4, 15)], false);
+        check(20, &[], false);
+        check(9, &[(1, 5), (2, 8)], true);
+        check(3, &[], true);
+        // It has written as much since as it lost.
+        check(14, &[(1, 5), (2, 8), (4, 13)], true);
+        check(20, &[(1, 12), (3, 13), (2, 8)], true);
+        check(20, &[(3, 12)], true);
+    }
+}
