@@ -13,7 +13,7 @@ cargo xtask VERB
   test [FILTER]    install what the tests need, then check formatting, lints and docs and run every test
   dist             build what is installed, in target/dist: flanneld, and the CNI plugin statically linked under its names
   image            build the container image from nothing but this checkout: target/image/flannel.tar, for `ctr image import`
-  bench [quick|etcd|kubernetes|idle]   measure, side by side with the kernel's own cost; prints tables (see docs/performance.md), and
+  bench [quick|etcd|kubernetes|idle|LEASES]   measure, side by side with the kernel's own cost; prints tables (see docs/performance.md), and
                    without `quick` writes docs/bench/
   kubernetes       build the Kubernetes control plane that the tests and `flanneld lab --kube` use (ten minutes, once)
   simulate [COUNT [FROM]]   run so many lives of a simulated cluster (default 10000), each by its seed, and print those that fail

@@ -4,6 +4,8 @@
 //! lease's few objects. When two parts claim one key (two peers that publish the same VTEP MAC), the lower owner has
 //! it, whatever the order of arrival.
 
+mod sum;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -15,6 +17,8 @@ use crate::lease::LeaseKey;
 use crate::net::{Cidr, Family, IfName, Mac, Subnet, Vni};
 use crate::traffic::Ruleset;
 use crate::traffic::iptables::{Iptables, Variant};
+
+pub use self::sum::Desired;
 
 /// A link of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -296,81 +300,6 @@ pub enum Owner {
     Lease(LeaseKey),
 }
 
-/// What shall be in the kernel.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Desired {
-    claims: BTreeMap<(Key, Owner), Object>,
-    parts: BTreeMap<Owner, Box<[Key]>>,
-}
-
-impl Desired {
-    /// Replaces one owner's part and returns the keys that it had or has.
-    pub fn set_part(&mut self, owner: Owner, objects: Vec<Object>) -> Vec<Key> {
-        self.set_parts(vec![(owner, objects)])
-    }
-
-    /// Replaces parts, each of another owner, and returns the keys that they had or have.
-    pub fn set_parts(&mut self, parts: Vec<(Owner, Vec<Object>)>) -> Vec<Key> {
-        let count = parts.len();
-        let (mut touched, mut named) = (Vec::new(), Vec::with_capacity(count));
-        // Owners come in order, and so do, as a rule, the first objects of each, the second ones, and so on. Kept apart, a long
-        // list of them is nearly sorted; mixed, to sort it would cost more than all the rest.
-        let mut columns: Vec<Vec<((Key, Owner), Object)>> = Vec::new();
-        for (owner, objects) in parts {
-            for key in self.parts.remove(&owner).into_iter().flatten() {
-                let claim = (key, owner);
-                self.claims.remove(&claim);
-                touched.push(claim.0);
-            }
-            let keys: Box<[Key]> = objects.iter().map(Object::key).collect();
-            columns.resize_with(columns.len().max(keys.len()), || Vec::with_capacity(count));
-            for ((column, key), object) in columns.iter_mut().zip(&keys).zip(objects) {
-                column.push(((key.clone(), owner), object));
-            }
-            if !keys.is_empty() {
-                named.push((owner, keys));
-            }
-        }
-        columns.iter_mut().for_each(|column| column.sort_by(|(a, _), (b, _)| a.cmp(b)));
-        let claims = columns.into_iter().flatten().collect::<Vec<_>>();
-        touched.extend(claims.iter().map(|((key, _), _)| key.clone()));
-        put(&mut self.parts, named);
-        put(&mut self.claims, claims);
-        touched.sort();
-        touched.dedup();
-        touched
-    }
-
-    /// The object that shall be at this key.
-    pub fn get(&self, key: &Key) -> Option<&Object> {
-        let mut claims = self.claims.range((key.clone(), Owner::Node)..);
-        claims.next().filter(|((claimed, _), _)| claimed == key).map(|(_, object)| object)
-    }
-
-    /// All objects that shall be, in the order of doing.
-    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
-        let mut last = None;
-        self.claims.iter().filter_map(move |((key, _), object)| {
-            let first = last.replace(key) != Some(key);
-            first.then_some((key, object))
-        })
-    }
-
-    /// The keys of one owner's part.
-    pub fn part(&self, owner: &Owner) -> &[Key] {
-        self.parts.get(owner).map_or(&[], |keys| keys)
-    }
-
-    /// Claims that do not count because a lower owner has their key.
-    pub fn conflicts(&self) -> impl Iterator<Item = (&Key, &Owner)> {
-        let mut last = None;
-        self.claims.keys().filter_map(move |(key, owner)| {
-            let first = last.replace(key) != Some(key);
-            (!first).then_some((key, owner))
-        })
-    }
-}
-
 /// Puts entries into a map, in the place of those that it has. If they are more than it has, it is built anew: in one go that costs
 /// half, and the map is packed twice as tightly as by one insertion after the other.
 fn put<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
@@ -495,6 +424,11 @@ impl Observed {
     /// All objects, in the order of doing.
     pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
         self.objects.iter()
+    }
+
+    /// Packs the map: one that was filled in parts is half empty.
+    pub fn pack(&mut self) {
+        self.objects = std::mem::take(&mut self.objects).into_iter().collect();
     }
 
     /// How many objects there are.

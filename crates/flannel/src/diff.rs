@@ -1,8 +1,6 @@
 //! From what is to what shall be, as operations in an order that loses no packet: what others stand on first, adds
 //! before deletes, deletes in reverse.
 
-use std::collections::BTreeSet;
-
 use crate::desired::{Desired, Key, Link, LinkKind, Object, Observed};
 use crate::net::IfName;
 use crate::op::Op;
@@ -47,10 +45,10 @@ pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
     ops
 }
 
-/// The same, limited to these keys: the cost follows their number. A link that must be created anew takes all that
+/// The same, limited to these keys, which come in order: the cost follows their number. A link that must be created anew takes all that
 /// stands on it along, so for that one the whole picture is compared.
-pub fn diff_keys(desired: &Desired, observed: &Observed, keys: &BTreeSet<Key>, prune: Prune) -> Vec<Op> {
-    if keys.iter().any(|key| replaced_link(desired, observed, key).is_some()) {
+pub fn diff_keys<'a>(desired: &Desired, observed: &Observed, keys: impl IntoIterator<Item = &'a Key> + Copy, prune: Prune) -> Vec<Op> {
+    if keys.into_iter().any(|key| replaced_link(desired, observed, key).is_some()) {
         return diff(desired, observed, prune);
     }
     let mut ops = Vec::new();
@@ -110,6 +108,7 @@ mod tests {
     use crate::lease::LeaseKey;
     use crate::net::PerFamily;
     use expect_test::{Expect, expect};
+    use std::collections::BTreeSet;
 
     fn route(dst: &str, via: &str) -> Object {
         Object::Route(Route {
@@ -144,7 +143,7 @@ mod tests {
         d.set_part(Owner::Node, desired);
         let o: Observed = observed.into_iter().collect();
         let ops = diff(&d, &o, prune);
-        let keys = d.iter().map(|(key, _)| key.clone()).chain(o.iter().map(|(key, _)| key.clone())).collect();
+        let keys: BTreeSet<Key> = d.iter().map(|(key, _)| key.clone()).chain(o.iter().map(|(key, _)| key.clone())).collect();
         assert_eq!(ops, diff_keys(&d, &o, &keys, prune), "limited to all keys it is the same");
         want.assert_eq(&ops.iter().map(|op| format!("{op}\n")).collect::<String>());
     }

@@ -151,8 +151,17 @@ impl LeaseSet {
                 self.complete = true;
                 let Some(mut named) = self.listing.take() else { return Vec::new() };
                 named.sort_unstable();
-                let known = self.leases.keys().chain(&self.unreadable);
-                let mut gone: Vec<LeaseKey> = known.filter(|key| named.binary_search(key).is_err()).copied().collect();
+                // All are in order, so one walk compares them.
+                let missed = |known: &mut dyn Iterator<Item = &LeaseKey>| {
+                    let mut named = named.iter().peekable();
+                    let mut is_missed = |key: &LeaseKey| {
+                        while named.next_if(|named| *named < key).is_some() {}
+                        named.peek() != Some(&key)
+                    };
+                    known.filter(|key| is_missed(key)).copied().collect::<Vec<_>>()
+                };
+                let mut gone = missed(&mut self.leases.keys());
+                gone.extend(missed(&mut self.unreadable.iter()));
                 if std::mem::take(&mut self.is_older) {
                     self.doubtful.extend(gone);
                     return Vec::new();
@@ -236,6 +245,13 @@ impl LeaseSet {
     /// Is there none?
     pub fn is_empty(&self) -> bool {
         self.leases.is_empty()
+    }
+}
+
+impl FromIterator<Lease> for LeaseSet {
+    /// A set as a list would make it, but for its completeness.
+    fn from_iter<I: IntoIterator<Item = Lease>>(leases: I) -> LeaseSet {
+        LeaseSet { leases: leases.into_iter().map(|lease| (lease.key, lease.peer)).collect(), ..LeaseSet::default() }
     }
 }
 

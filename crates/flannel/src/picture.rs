@@ -175,8 +175,8 @@ impl Picture {
     pub fn foreign_macs(&self, observed: &Observed) -> Option<PerFamily<Mac>> {
         let before = self.backend.macs();
         let mut macs = before;
-        for key in self.desired.part(&Owner::Node) {
-            let (Some(Object::Link(want)), Some(Object::Link(have))) = (self.desired.get(key), observed.get(key)) else { continue };
+        for want in self.desired.part(&Owner::Node) {
+            let (Object::Link(want), Some(Object::Link(have))) = (want, observed.get(&want.key())) else { continue };
             let LinkKind::Vxlan { local, .. } = want.kind else { continue };
             let is_free = self.desired.get(&Key::Fdb(want.name, have.mac)).is_none();
             if have.kind == want.kind && have.mac.is_unicast() && is_free {
@@ -189,7 +189,7 @@ impl Picture {
     /// Takes note of the bridge of this host's pods, and wants it to stay. Returns what in the kernel may have to change.
     pub fn keep_bridge(&mut self, observed: &Observed) -> Vec<Key> {
         let gateways = self.gateways();
-        let known = match self.desired.part(&Owner::Pods).first().and_then(|key| self.desired.get(key)) {
+        let known = match self.desired.part(&Owner::Pods).first() {
             Some(Object::Bridge(known)) => Some(&**known),
             _ => None,
         };
@@ -212,6 +212,7 @@ impl Picture {
     /// Gives back the memory that a long list left half used.
     pub fn pack(&mut self) {
         self.leases.pack();
+        self.desired.pack();
     }
 
     fn gateways(&self) -> Vec<Cidr> {
@@ -270,14 +271,14 @@ impl Picture {
         scope.retired.clone_from(&self.retired);
         scope.file = self.file.as_ref().map(|(path, _)| path.clone());
         scope.gateways = self.gateways();
-        scope.bridge = self.desired.part(&Owner::Pods).first().and_then(|key| match key {
-            Key::Bridge(name) => Some(*name),
+        scope.bridge = self.desired.part(&Owner::Pods).first().and_then(|object| match object {
+            Object::Bridge(bridge) => Some(bridge.name),
             _ => None,
         });
-        for key in self.desired.part(&Owner::Node).iter().chain(self.desired.part(&Owner::Pods)) {
-            match self.desired.get(key) {
-                Some(Object::Link(link)) => scope.links.push(link.name),
-                Some(Object::Sysctl(path, value)) => scope.sysctls.push((path.clone(), value.clone())),
+        for object in self.desired.part(&Owner::Node).iter().chain(self.desired.part(&Owner::Pods)) {
+            match object {
+                Object::Link(link) => scope.links.push(link.name),
+                Object::Sysctl(path, value) => scope.sysctls.push((path.clone(), value.clone())),
                 _ => {}
             }
         }

@@ -1,6 +1,6 @@
 //! What must hold for every input, checked on random ones.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel::alloc::{Choice, choose};
@@ -137,6 +137,40 @@ fn picture() -> Picture {
 
 proptest! {
     #[test]
+    fn of_those_who_claim_a_key_the_lowest_has_it(
+        changes in prop::collection::vec(prop::collection::vec((0u8..4, prop::collection::vec(object(), 0..4)), 1..4), 1..12)
+    ) {
+        let owner = |n: u8| match n {
+            0 => Owner::Node,
+            n => Owner::Lease(LeaseKey::new(PerFamily { v4: format!("10.244.{n}.0/24").parse().ok(), v6: None }).expect("it has a subnet")),
+        };
+        let mut desired = Desired::default();
+        let mut parts: BTreeMap<Owner, Vec<Object>> = BTreeMap::new();
+        for change in changes {
+            let change: BTreeMap<Owner, Vec<Object>> = change.into_iter().map(|(n, objects)| (owner(n), objects)).collect();
+            let before = change.keys().flat_map(|owner| parts.get(owner).into_iter().flatten());
+            let touched: BTreeSet<Key> = before.chain(change.values().flatten()).map(Object::key).collect();
+            prop_assert_eq!(desired.set_parts(change.clone().into_iter().collect()), touched.into_iter().collect::<Vec<_>>());
+            parts.extend(change);
+            let mut wanted: BTreeMap<Key, &Object> = BTreeMap::new();
+            for objects in parts.values() {
+                // Within a part the last one counts.
+                let own: BTreeMap<Key, &Object> = objects.iter().map(|object| (object.key(), object)).collect();
+                for (key, object) in own {
+                    wanted.entry(key).or_insert(object);
+                }
+            }
+            prop_assert_eq!(desired.iter().map(|(key, object)| (key.clone(), object)).collect::<BTreeMap<_, _>>(), wanted.clone());
+            prop_assert!(wanted.iter().all(|(key, object)| desired.get(key) == Some(object)));
+            let claims: usize = parts.values().map(|objects| objects.iter().map(Object::key).collect::<BTreeSet<_>>().len()).sum();
+            prop_assert_eq!(desired.conflicts().count(), claims - wanted.len());
+            let mut afresh = Desired::default();
+            afresh.set_parts(parts.clone().into_iter().collect());
+            prop_assert_eq!(&afresh, &desired);
+        }
+    }
+
+    #[test]
     fn applying_the_diff_makes_it_so(want in objects(), have in objects()) {
         let want = desired(want);
         let mut have = observed(have, &want);
@@ -180,7 +214,7 @@ proptest! {
         }
         for event in events {
             let touched = picture.fold(event);
-            let keys = touched.keys.into_iter().collect();
+            let keys: BTreeSet<Key> = touched.keys.into_iter().collect();
             for op in diff_keys(picture.desired(), &kernel, &keys, Prune::Yes) {
                 kernel.apply(&op);
             }

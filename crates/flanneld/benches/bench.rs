@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: what things cost, each beside the kernel's own cost of the same objects in the same run, because
 //! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else;
-//! `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld to measure beside ours, `PEER_CNI_DIR` a folder with other
-//! plugins `bridge` and `host-local`.
+//! `-- 10000` measures the daemon with so many leases alone; `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld to measure beside ours, `PEER_CNI_DIR` a folder with other
+//! plugins `bridge` and `host-local`, and `flannel` where it can be had.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 
@@ -39,7 +39,8 @@ fn main() {
         let scratch = isolate(Path::new(PROGRAM)).unwrap();
         return kubernetes(&scratch, quick);
     }
-    let plugin = plugin();
+    let only: Option<usize> = std::env::args().find_map(|arg| arg.parse().ok());
+    let plugin = only.is_none().then(plugin);
     let scratch = isolate(Path::new(PROGRAM)).unwrap();
     println!(
         "kernel {}, {} processors, release build",
@@ -49,9 +50,12 @@ fn main() {
     println!(
         "store: embedded, its file on a tmpfs. Times in ms unless said otherwise; raw: the same objects by netlink from this process.\n"
     );
-    pods::run(&scratch.join("cni"), &plugin);
-    let sizes: &[usize] = if quick { &[100, 1_000] } else { &[100, 1_000, 5_000, 10_000, 20_000] };
-    small(&scratch.join("small"));
+    if let Some(plugin) = plugin {
+        pods::run(&scratch.join("cni"), &plugin);
+        small(&scratch.join("small"));
+    }
+    let all: &[usize] = if quick { &[100, 1_000] } else { &[100, 1_000, 5_000, 10_000, 20_000] };
+    let sizes = only.as_ref().map_or(all, std::slice::from_ref);
     println!("\n{}", scale::HEADER);
     let mut rows = Vec::new();
     for (backend, dual) in [("host-gw", false), ("vxlan", false), ("vxlan+DirectRouting", false), ("host-gw", true), ("vxlan", true)] {
@@ -62,6 +66,9 @@ fn main() {
             println!("{}", row.line());
             rows.push(row);
         }
+    }
+    if only.is_some() {
+        return;
     }
     let peers = std::env::var_os("PEER_FLANNELD").map_or_else(Vec::new, |program| scale::peers(&scratch, Path::new(&program), sizes));
     bursts(&scratch, if quick { 200 } else { 1_000 });

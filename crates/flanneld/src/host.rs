@@ -40,8 +40,9 @@ pub trait Host {
     /// When the kernel refuses to be read.
     fn observe(&self, scope: Scope) -> impl Future<Output = Result<Observed, NetlinkError>>;
 
-    /// Executes operations and returns them with their outcomes.
-    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>>;
+    /// Executes operations and returns them with their outcomes. They begin at once, as far as the host can, not when they are
+    /// waited for; what is begun later is executed later.
+    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<Self>;
 
     /// Reads interfaces and routes, and asks how `reach` is reached.
     ///

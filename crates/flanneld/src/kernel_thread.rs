@@ -1,5 +1,5 @@
-//! The one thread of the daemon that writes to the kernel: it owns the sockets, a bounded channel leads in, an answer
-//! comes out of each command. And the one that listens: what it hears goes out by a bounded channel.
+//! The one thread of the daemon that writes to the kernel: it owns the sockets, a queue leads in (as long as what its callers wait
+//! for), an answer comes out of each command. And the one that listens: what it hears goes out by a bounded channel.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -18,7 +18,7 @@ type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 /// A handle to the thread, which ends with the last handle.
 #[derive(Debug, Clone)]
 pub struct KernelThread {
-    jobs: mpsc::Sender<Job>,
+    jobs: std::sync::mpsc::Sender<Job>,
     /// The netlink port of the thread's socket.
     port: u32,
     /// What was said to be unreadable last, so that it is not said each time.
@@ -33,12 +33,8 @@ impl KernelThread {
     pub fn start() -> Result<KernelThread, NetlinkError> {
         let mut kernel = Kernel::open()?;
         let port = kernel.port();
-        let (jobs, mut inbox) = mpsc::channel::<Job>(4);
-        let work = move || {
-            while let Some(job) = inbox.blocking_recv() {
-                job(&mut kernel);
-            }
-        };
+        let (jobs, inbox) = std::sync::mpsc::channel::<Job>();
+        let work = move || inbox.into_iter().for_each(|job| job(&mut kernel));
         std::thread::Builder::new()
             .name("kernel".to_owned())
             .spawn(work)
@@ -46,18 +42,21 @@ impl KernelThread {
         Ok(KernelThread { jobs, port, said: std::cell::RefCell::new(None) })
     }
 
-    /// Runs a function on the kernel.
-    async fn call<T: Send + 'static>(&self, f: impl FnOnce(&mut Kernel) -> T + Send + 'static) -> T {
+    /// Runs a function on the kernel. It is in the queue before its end is waited for.
+    fn call<T: Send + 'static, F>(&self, f: F) -> impl Future<Output = T> + use<T, F>
+    where
+        F: FnOnce(&mut Kernel) -> T + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |kernel| {
             // Who asked may have been stopped; the work is done all the same.
             let _ = reply.send(f(kernel));
         });
         let alive = "the kernel thread ends with its last handle, and its panic ends the process";
-        if self.jobs.send(job).await.is_err() {
+        if self.jobs.send(job).is_err() {
             unreachable!("{alive}");
         }
-        answer.await.expect(alive)
+        async move { answer.await.expect(alive) }
     }
 }
 
@@ -76,12 +75,11 @@ impl Host for KernelThread {
         observed
     }
 
-    async fn apply(&self, ops: Vec<Op>) -> Vec<(Op, Outcome)> {
+    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
         self.call(move |kernel| {
             let outcomes = kernel.apply(&ops);
             ops.into_iter().zip(outcomes).collect()
         })
-        .await
     }
 
     async fn surroundings(&self, reach: Option<IpAddr>) -> Result<Surroundings, NetlinkError> {

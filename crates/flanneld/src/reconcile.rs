@@ -14,7 +14,7 @@ use flannel::desired::{Key, Owner, Scope};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::picture::Touched;
 use flannel::traffic::iptables::Variant;
-use flannel::{Family, Object, Observed, Op, OpError, Picture, StoreEvent};
+use flannel::{Family, LeaseKey, Object, Observed, Op, OpError, Outcome, Picture, StoreEvent};
 use kernel::netlink::NetlinkError;
 use kernel::{Author, Changed, Heard};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -51,8 +51,14 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::f
 const FOLLOW_MAC: Duration = Duration::from_secs(5);
 /// Leases that change together up to this number are logged one by one.
 const LOGGED: usize = 8;
-/// A list that changes more leases than this has left more memory behind than is needed again.
+/// A long list is put into an empty kernel in parts, so many…
+const PARTS: usize = 16;
+/// …and of no fewer leases than this.
+const PART: usize = 256;
+/// A list that changes more leases than this has left more memory behind than is needed again…
 const MANY: usize = 256;
+/// …which is given back so much later.
+const TIDY: Duration = Duration::from_millis(500);
 
 /// What wakes the loop.
 enum Wake {
@@ -148,6 +154,8 @@ pub struct Reconciler<H> {
     own_check: Option<Instant>,
     /// When leases are given up that the store has lost.
     doubt: Option<Instant>,
+    /// When memory is given back that a long list left half used.
+    tidy: Option<Instant>,
     /// When a lease with another's or old data was written anew, and how long that was enough.
     corrected: Option<(Instant, Duration)>,
     /// When a VTEP's new link-layer address was followed last.
@@ -186,6 +194,7 @@ impl<H: Host> Reconciler<H> {
             overruns: 0,
             own_check: None,
             doubt: None,
+            tidy: None,
             corrected: None,
             followed: None,
             syncing: Some(syncing),
@@ -200,9 +209,9 @@ impl<H: Host> Reconciler<H> {
         reconciler.resync = legacy.then(|| (Instant::now() + resync, resync));
         // A sysctl that cannot be written (a read-only /proc/sys), and rules that iptables does not take now (another holds
         // its lock), are shown and tried again, but stop nothing.
-        let can_wait = |key: &&Key| matches!(key, Key::Sysctl(_) | Key::Iptables(..));
-        let own = reconciler.picture.desired().part(&Owner::Node).iter().filter(|key| !can_wait(key));
-        let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(key)).map(|failure| failure.error.to_string()).collect();
+        let can_wait = |key: &Key| matches!(key, Key::Sysctl(_) | Key::Iptables(..));
+        let own = reconciler.picture.desired().part(&Owner::Node).iter().map(Object::key).filter(|key| !can_wait(key));
+        let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(&key)).map(|failure| failure.error.to_string()).collect();
         anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
         reconciler.execute(file).await;
         if let Some(failure) = reconciler.failures.get(&Key::EnvFile) {
@@ -234,14 +243,8 @@ impl<H: Host> Reconciler<H> {
 
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
-        let resync = self.resync.map(|(at, _)| at);
-        let timer = retry
-            .into_iter()
-            .chain(resync)
-            .chain(self.interface.0)
-            .chain(self.own_check)
-            .chain(self.doubt)
-            .fold(self.read_at, Instant::min);
+        let others = [retry, self.resync.map(|(at, _)| at), self.interface.0, self.own_check, self.doubt, self.tidy];
+        let timer = others.into_iter().flatten().fold(self.read_at, Instant::min);
         // Store and kernel are served in turn, so that a flood of the one does not keep the other waiting.
         self.kernel_first = !self.kernel_first;
         let (kernel_first, news, events) = (self.kernel_first, &mut self.news, &mut inputs.events);
@@ -279,10 +282,12 @@ impl<H: Host> Reconciler<H> {
         }
         let listed = events.contains(&StoreEvent::InitDone);
         let doubtful = self.picture.leases().doubtful().len();
-        let Touched { leases, keys } = self.picture.fold_all(events);
-        if listed && leases.len() > MANY {
-            self.picture.pack();
-        }
+        let early = self.write_in_parts(&mut events).await;
+        let Touched { mut leases, keys } = self.picture.fold_all(events);
+        let in_parts = !early.is_empty();
+        leases.extend(early);
+        leases.sort_unstable();
+        leases.dedup();
         self.note_doubt(doubtful);
         // What failed with what a lease said before may succeed with what it says now.
         self.failures.iter_mut().filter(|(key, _)| keys.binary_search(key).is_ok()).for_each(|(_, failure)| failure.due = began);
@@ -293,23 +298,47 @@ impl<H: Host> Reconciler<H> {
         if complete && !was_complete {
             self.picture.keep_unreadable(&self.observed);
         }
-        let ops = match complete && !was_complete {
+        let ops = match complete && !was_complete || in_parts {
             // Only now is it known what of the past is superfluous.
             true => diff(self.picture.desired(), &self.observed, Prune::Yes),
-            false => diff_keys(self.picture.desired(), &self.observed, &keys.into_iter().collect(), self.prune()),
+            false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
         };
         let count = ops.len();
         self.adopting &= !complete;
         self.execute(ops).await;
         self.log(&leases, count, began);
-        if listed && leases.len() > MANY {
-            kernel::process::release_memory();
-        }
         if complete && let Some(guard) = self.syncing.take() {
             let (leases, refused, failed) = (self.picture.leases().len(), self.picture.refusals().len(), self.failures.len());
             tracing::info!(leases, refused, failed, "the store's list of leases is complete and was put into the kernel");
             drop(guard);
         }
+        if listed && leases.len() > MANY {
+            // Not while anybody waits.
+            self.tidy = Some(Instant::now() + TIDY);
+        }
+    }
+
+    /// Puts a long list of leases, none of which is in the kernel yet, there in parts: it writes one while the next is folded. Takes
+    /// them from `events` and returns them. Claims of one part on what another has are settled when all are there.
+    async fn write_in_parts(&mut self, events: &mut Vec<StoreEvent>) -> Vec<LeaseKey> {
+        let end = events.iter().position(|event| *event == StoreEvent::InitDone).unwrap_or(0);
+        if end < 2 * PART || self.observed.len() > PART {
+            return Vec::new();
+        }
+        let rest = events.split_off(end);
+        let mut list = std::mem::replace(events, rest).into_iter();
+        let (mut touched, mut writing) = (Vec::new(), Vec::new());
+        while list.len() > 0 {
+            let Touched { leases, keys } = self.picture.fold_all(list.by_ref().take((end / PARTS).max(PART)));
+            touched.extend(leases);
+            let ops = diff_keys(self.picture.desired(), &self.observed, &keys, Prune::No);
+            writing.push(self.host.apply(ops));
+        }
+        for written in writing {
+            let outcomes = written.await;
+            self.conclude(outcomes);
+        }
+        touched
     }
 
     /// Takes note of leases that the store has lost, of which so many were known before.
@@ -336,7 +365,7 @@ impl<H: Host> Reconciler<H> {
         self.doubt = None;
         let Touched { leases, keys } = self.picture.give_up_doubtful();
         tracing::warn!(leases = leases.len(), "leases that the store had lost were not written again; their routes go");
-        let ops = diff_keys(self.picture.desired(), &self.observed, &keys.into_iter().collect(), self.prune());
+        let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         let count = ops.len();
         self.execute(ops).await;
         self.log(&leases, count, began);
@@ -462,7 +491,7 @@ impl<H: Host> Reconciler<H> {
             Ok(node) if node == current => String::new(),
             Ok(node) if node.ext == current.ext => {
                 tracing::info!(interface = %node.ext, was = %list(&current.addrs), is = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, "the interface has changed; this node's lease and devices follow");
-                let keys = self.picture.set_node(node).into_iter().collect();
+                let keys: BTreeSet<Key> = self.picture.set_node(node).into_iter().collect();
                 let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
                 self.execute(ops).await;
                 self.publish(claim);
@@ -508,6 +537,11 @@ impl<H: Host> Reconciler<H> {
         if self.own_check.is_some_and(|at| at <= now) {
             self.check_own(inputs, OWN);
         }
+        if self.tidy.take_if(|at| *at <= now).is_some() {
+            self.picture.pack();
+            self.observed.pack();
+            kernel::process::release_memory();
+        }
         if self.doubt.is_some_and(|at| at <= now) {
             self.give_up_doubtful(*inputs.connected.borrow()).await;
         }
@@ -526,7 +560,7 @@ impl<H: Host> Reconciler<H> {
             self.repair(ops, "somebody changed", &BTreeMap::new()).await;
         }
         if now < self.read_at {
-            let due = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
+            let due: Vec<Key> = self.failures.iter().filter(|(_, failure)| failure.due <= now).map(|(key, _)| key.clone()).collect();
             let ops = diff_keys(self.picture.desired(), &self.observed, &due, self.prune());
             // What is not wanted any more is no failure any more.
             let wanted: BTreeSet<Key> = ops.iter().map(|op| op.object().key()).collect();
@@ -603,8 +637,13 @@ impl<H: Host> Reconciler<H> {
         if ops.is_empty() {
             return;
         }
-        let mut done = Vec::with_capacity(ops.len());
-        for (op, outcome) in self.host.apply(ops).await {
+        let outcomes = self.host.apply(ops).await;
+        self.conclude(outcomes);
+    }
+
+    fn conclude(&mut self, outcomes: Vec<(Op, Outcome)>) {
+        let mut done = Vec::with_capacity(outcomes.len());
+        for (op, outcome) in outcomes {
             let key = op.object().key();
             match outcome {
                 Ok(()) => {

@@ -128,6 +128,10 @@ impl Monitor {
     /// When the kernel refuses the sockets.
     pub fn open(scope: Scope, external: IfName, own_port: u32) -> Result<Monitor, NetlinkError> {
         let route = Socket::open(Protocol::Route)?;
+        if own_port != 0 {
+            // Ten thousand routes of our own are not to fill the queue. Without it they are left out by `drain`.
+            let _ = route.leave_out(&[route::RTM_NEWROUTE, route::RTM_DELROUTE, neigh::RTM_NEWNEIGH, neigh::RTM_DELNEIGH], own_port);
+        }
         GROUPS.iter().try_for_each(|group| route.join(*group))?;
         // A kernel without nf_tables has nothing to tell of it.
         let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());

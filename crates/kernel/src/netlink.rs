@@ -330,6 +330,32 @@ impl Socket {
             .map_err(|e| NetlinkError::Socket("join a multicast group", e))
     }
 
+    /// Leaves notifications of these kinds out that tell of what the socket of this port did: they take no room in the queue, and
+    /// nobody is woken.
+    ///
+    /// # Errors
+    /// [`NetlinkError::Socket`].
+    pub(crate) fn leave_out(&self, kinds: &[u16], port: u32) -> Result<(), NetlinkError> {
+        // Offsets of nlmsg_type and nlmsg_pid in struct nlmsghdr (linux/netlink.h), which is in the byte order of the machine; BPF
+        // reads in that of the network.
+        const KIND: u32 = 4;
+        const PORT: u32 = 12;
+        let step = |code: u32, (jt, jf), k| libc::sock_filter { code: u16::try_from(code).expect("codes are small"), jt, jf, k };
+        let skip = |count: usize| u8::try_from(count).expect("kinds are few");
+        let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        let mut program = vec![step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, (0, 0), KIND)];
+        for (at, kind) in kinds.iter().enumerate() {
+            // Past the other kinds and the next instruction.
+            program.push(step(is, (skip(kinds.len() - at), 0), kind.to_be().into()));
+        }
+        program.push(step(libc::BPF_RET | libc::BPF_K, (0, 0), u32::MAX));
+        program.push(step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, (0, 0), PORT));
+        program.push(step(is, (0, 1), port.to_be()));
+        program.push(step(libc::BPF_RET | libc::BPF_K, (0, 0), 0));
+        program.push(step(libc::BPF_RET | libc::BPF_K, (0, 0), u32::MAX));
+        sys::set_filter(self.fd.as_fd(), &program).map_err(|e| NetlinkError::Socket("give it a filter", e))
+    }
+
     /// The port that the kernel gave the socket.
     pub fn port(&self) -> u32 {
         self.port

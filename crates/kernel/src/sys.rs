@@ -36,6 +36,17 @@ pub(crate) fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_i
     check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut size) }).map(drop)
 }
 
+/// Gives a socket a filter, a program of classic BPF (`linux/filter.h`): what it refuses is not put into the socket's queue.
+pub(crate) fn set_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let count = libc::c_ushort::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len: count, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the pointer and the length describe `program`, which points to as many instructions as it says; the kernel copies them.
+    let set = unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const program).cast(), len::<libc::sock_fprog>())
+    };
+    check(set).map(drop)
+}
+
 /// Binds a netlink socket to a port of the kernel's choice and returns the port.
 pub(crate) fn bind_netlink(fd: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: all-zero is a valid sockaddr_nl.

@@ -167,15 +167,33 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
     }
 }
 
-/// Other plugins, called as a plugin `flannel` would delegate to them: what that one's own start costs is not in it.
+/// Other plugins: the whole chain where their folder has a `flannel`, else what it would delegate to, without what its own start costs.
 fn other<'a>(lab: &'a Lab, folder: &Path, masquerade: bool) -> Chain<'a> {
     let state = lab.hosts[0].directory.join("peer");
-    let conf = json!({
-        "cniVersion": "1.0.0", "name": "peer", "type": "bridge", "bridge": "peer0", "mtu": 1500, "isGateway": true,
-        "isDefaultGateway": true, "hairpinMode": true, "ipMasq": masquerade,
-        "ipam": { "type": "host-local", "dataDir": state, "ranges": [[{ "subnet": "198.19.0.0/20" }]], "routes": [{ "dst": NETWORK }] },
-    });
-    Chain { lab, program: folder.join("bridge"), conf }
+    let ipam = json!({ "type": "host-local", "dataDir": state.join("ipam") });
+    let delegate = json!({ "bridge": "peer0", "isDefaultGateway": true, "hairpinMode": true, "ipMasq": masquerade });
+    let chain = |kind: &str, conf: Value| Chain { lab, program: folder.join(kind), conf };
+    if folder.join("flannel").exists() {
+        std::fs::create_dir_all(&state).unwrap();
+        let file = state.join("subnet.env");
+        let text = format!("FLANNEL_NETWORK={NETWORK}\nFLANNEL_SUBNET=198.19.0.1/20\nFLANNEL_MTU=1500\nFLANNEL_IPMASQ=true\n");
+        std::fs::write(&file, text).unwrap();
+        return chain(
+            "flannel",
+            json!({
+                "cniVersion": "0.3.1", "name": "peer", "type": "flannel", "subnetFile": file, "dataDir": state, "ipam": ipam,
+                "delegate": delegate,
+            }),
+        );
+    }
+    let mut conf = delegate;
+    for (key, value) in [("cniVersion", json!("1.0.0")), ("name", json!("peer")), ("type", json!("bridge")), ("mtu", json!(1500))] {
+        conf[key] = value;
+    }
+    conf["ipam"] = ipam;
+    conf["ipam"]["ranges"] = json!([[{ "subnet": "198.19.0.0/20" }]]);
+    conf["ipam"]["routes"] = json!([{ "dst": NETWORK }]);
+    chain("bridge", conf)
 }
 
 fn raw_pod(i: usize, pod: &Netns) {

@@ -90,6 +90,8 @@ pub(crate) fn measure(root: &Path, backend: &str, dual: bool, size: usize, with_
         std::thread::sleep(time);
         (used(&lab) - before) * 60.0 / time.as_secs_f64()
     });
+    // What a long list left half used is given back after a moment.
+    std::thread::sleep(Duration::from_secs(1));
     let memory = rss(&lab);
     let (list, read_all) = (median(|| list(&lab)), median(|| read_all(&lab, backend, dual)));
     // Everything is right already.

@@ -73,7 +73,7 @@ impl<H> Reconciler<H> {
                 refused: picture.refusals().iter().map(reasons).chain(picture.desired().conflicts().map(conflict)).collect(),
             },
             objects: state::Objects {
-                desired: picture.desired().iter().count(),
+                desired: picture.desired().len(),
                 failed: self
                     .failures
                     .iter()

@@ -230,6 +230,8 @@ impl Etcd {
             snapshot.entries.extend(entry);
             snapshot.unreadable.extend(unreadable);
         }
+        // The store's order is that of text. Who is given them in order has less to do.
+        snapshot.entries.sort_unstable_by_key(|entry| entry.key);
         Ok(snapshot)
     }
 

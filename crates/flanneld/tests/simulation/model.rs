@@ -311,14 +311,17 @@ impl Host for ModelHost {
         Ok(observed)
     }
 
-    async fn apply(&self, ops: Vec<Op>) -> Vec<(Op, Outcome)> {
-        moment().await;
-        let outcomes: Vec<Outcome> = {
-            let mut model = self.lock();
-            ops.iter().map(|op| model.execute(op)).collect()
-        };
-        moment().await;
-        ops.into_iter().zip(outcomes).collect()
+    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
+        let host = self.clone();
+        async move {
+            moment().await;
+            let outcomes: Vec<Outcome> = {
+                let mut model = host.lock();
+                ops.iter().map(|op| model.execute(op)).collect()
+            };
+            moment().await;
+            ops.into_iter().zip(outcomes).collect()
+        }
     }
 
     async fn surroundings(&self, _: Option<IpAddr>) -> Result<Surroundings, NetlinkError> {

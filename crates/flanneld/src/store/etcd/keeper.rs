@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use flannel::alloc::{self, Choice, OutOfSubnets};
 use flannel::renewal::{LEASE_TTL, Renewal, Step};
-use flannel::{Lease, LeaseKey, LeaseSet, PerFamily, StoreEvent, Subnet};
+use flannel::{Lease, LeaseKey, LeaseSet, Peer, PerFamily, Subnet};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -292,11 +292,9 @@ fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
 
-/// The leases for the choice of a subnet. One whose value cannot be read is somebody's all the same.
+/// The leases for the choice of a subnet, which is made by keys and addresses. One whose value cannot be read is somebody's all the same.
 fn lease_set(snapshot: &Snapshot) -> LeaseSet {
-    let mut set = LeaseSet::default();
-    for entry in &snapshot.entries {
-        set.fold(StoreEvent::Apply(Lease { key: entry.key, peer: entry.peer.clone().unwrap_or_default() }));
-    }
-    set
+    let public = |entry: &Entry| entry.peer.as_ref().map(|peer| peer.public).unwrap_or_default();
+    let leases = snapshot.entries.iter().map(|entry| Lease { key: entry.key, peer: Peer { public: public(entry), ..Peer::default() } });
+    leases.collect()
 }

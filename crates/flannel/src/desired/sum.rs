@@ -1,0 +1,199 @@
+//! What shall be in the kernel, as the sum of what each owner wants.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Key, Object, Owner, put};
+
+/// What shall be in the kernel.
+#[derive(Debug, Clone, Default)]
+pub struct Desired {
+    /// What each owner wants. An owner keeps its place, by which `claims` names it: its name is long, and it has several keys.
+    parts: Vec<Part>,
+    /// Places of `parts` that are nobody's.
+    free: Vec<u32>,
+    places: BTreeMap<Owner, u32>,
+    /// Who has a key: of those that claim it the lowest owner.
+    claims: BTreeMap<Key, Claim>,
+    /// Claims on a key that a lower owner has.
+    rivals: BTreeSet<(Key, Owner)>,
+}
+
+#[derive(Debug, Clone)]
+struct Part {
+    owner: Owner,
+    objects: Box<[Object]>,
+}
+
+/// An object by its place: that of its part, and its own within it.
+#[derive(Debug, Clone, Copy)]
+struct Claim {
+    part: u32,
+    at: u32,
+}
+
+impl Desired {
+    /// Replaces one owner's part and returns the keys that it had or has.
+    pub fn set_part(&mut self, owner: Owner, objects: Vec<Object>) -> Vec<Key> {
+        self.set_parts(vec![(owner, objects)])
+    }
+
+    /// Replaces parts, each of another owner, and returns the keys that they had or have, in order.
+    pub fn set_parts(&mut self, parts: Vec<(Owner, Vec<Object>)>) -> Vec<Key> {
+        let count = parts.len();
+        let mut touched = Vec::new();
+        let mut placed = Vec::new();
+        // Owners come in order, and so do, as a rule, the first objects of each, the second ones, and so on. Kept apart, a long
+        // list of them is nearly sorted; mixed, to sort it would cost more than all the rest.
+        let mut columns: Vec<Vec<(Key, Claim)>> = Vec::new();
+        for (owner, objects) in parts {
+            let known = self.places.get(&owner).copied();
+            known.into_iter().for_each(|place| self.clear(place, &mut touched));
+            if objects.is_empty() {
+                known.into_iter().for_each(|place| self.free.push(place));
+                self.places.remove(&owner);
+                continue;
+            }
+            columns.resize_with(columns.len().max(objects.len()), || Vec::with_capacity(count));
+            let place = known.unwrap_or_else(|| {
+                let place = self.new_place(owner);
+                placed.push((owner, place));
+                place
+            });
+            for ((column, object), at) in columns.iter_mut().zip(&objects).zip(0..) {
+                column.push((object.key(), Claim { part: place, at }));
+            }
+            self.parts[index(place)].objects = objects.into();
+        }
+        put(&mut self.places, placed);
+        columns.iter_mut().for_each(|column| column.sort_by(|(a, _), (b, _)| a.cmp(b)));
+        let claims = columns.into_iter().flatten().collect::<Vec<_>>();
+        touched.extend(claims.iter().map(|(key, _)| key.clone()));
+        self.claim(claims);
+        touched.sort();
+        touched.dedup();
+        touched
+    }
+
+    fn new_place(&mut self, owner: Owner) -> u32 {
+        let part = Part { owner, objects: Box::default() };
+        if let Some(place) = self.free.pop() {
+            self.parts[index(place)] = part;
+            return place;
+        }
+        self.parts.push(part);
+        u32::try_from(self.parts.len() - 1).expect("there are fewer hosts than IPv4 addresses")
+    }
+
+    /// Takes a part's claims back. What others claim as well is theirs now.
+    fn clear(&mut self, place: u32, touched: &mut Vec<Key>) {
+        let Part { owner, objects } = &mut self.parts[index(place)];
+        let owner = *owner;
+        let keys: Vec<Key> = std::mem::take(objects).iter().map(Object::key).collect();
+        for key in &keys {
+            if self.claims.get(key).is_some_and(|claim| claim.part == place) {
+                self.claims.remove(key);
+                let mut heirs = self.rivals.range((key.clone(), Owner::Node)..).take_while(|(claimed, _)| claimed == key);
+                if let Some((_, heir)) = heirs.next() {
+                    let heir = *heir;
+                    let part = self.places[&heir];
+                    // As in one part, the last of two objects with one key counts.
+                    let at = self.parts[index(part)].objects.iter().rposition(|object| object.key() == *key);
+                    let at = at.and_then(|at| u32::try_from(at).ok()).expect("who claims a key has an object there");
+                    self.rivals.remove(&(key.clone(), heir));
+                    self.claims.insert(key.clone(), Claim { part, at });
+                }
+            } else if !self.rivals.is_empty() {
+                self.rivals.remove(&(key.clone(), owner));
+            }
+        }
+        touched.extend(keys);
+    }
+
+    fn claim(&mut self, mut claims: Vec<(Key, Claim)>) {
+        let is_bulk = claims.len() > self.claims.len();
+        let few = if is_bulk { std::mem::take(&mut self.claims) } else { BTreeMap::new() };
+        if is_bulk {
+            // Built in one go the map costs half, and is packed twice as tightly as by one insertion after the other.
+            claims.sort_by(|(a, _), (b, _)| a.cmp(b));
+            let mut more = Vec::new();
+            claims.dedup_by(|(key, claim), (kept, _)| {
+                let is_same = key == kept;
+                if is_same {
+                    more.push((key.clone(), *claim));
+                }
+                is_same
+            });
+            self.claims = claims.into_iter().collect();
+            claims = more;
+            claims.extend(few);
+        }
+        for (key, claim) in claims {
+            let owner = |claim: &Claim| self.parts[index(claim.part)].owner;
+            match self.claims.get_mut(&key) {
+                None => drop(self.claims.insert(key, claim)),
+                // The last of two objects with one key counts.
+                Some(has) if has.part == claim.part => has.at = has.at.max(claim.at),
+                Some(has) if owner(&claim) < owner(has) => {
+                    let loser = owner(has);
+                    *has = claim;
+                    self.rivals.insert((key, loser));
+                }
+                Some(_) => drop(self.rivals.insert((key, owner(&claim)))),
+            }
+        }
+    }
+
+    /// Packs the maps: those that were filled one entry after the other are half empty.
+    pub(crate) fn pack(&mut self) {
+        self.claims = std::mem::take(&mut self.claims).into_iter().collect();
+        self.places = std::mem::take(&mut self.places).into_iter().collect();
+        self.parts.shrink_to_fit();
+    }
+
+    fn object(&self, claim: Claim) -> &Object {
+        &self.parts[index(claim.part)].objects[index(claim.at)]
+    }
+
+    /// The object that shall be at this key.
+    pub fn get(&self, key: &Key) -> Option<&Object> {
+        self.claims.get(key).map(|claim| self.object(*claim))
+    }
+
+    /// All objects that shall be, in the order of doing.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        self.claims.iter().map(|(key, claim)| (key, self.object(*claim)))
+    }
+
+    /// How many objects shall be.
+    pub fn len(&self) -> usize {
+        self.claims.len()
+    }
+
+    /// Shall there be none?
+    pub fn is_empty(&self) -> bool {
+        self.claims.is_empty()
+    }
+
+    /// What one owner wants.
+    pub fn part(&self, owner: &Owner) -> &[Object] {
+        self.places.get(owner).map_or(&[], |place| &self.parts[index(*place)].objects)
+    }
+
+    /// Claims that do not count because a lower owner has their key.
+    pub fn conflicts(&self) -> impl Iterator<Item = (&Key, &Owner)> {
+        self.rivals.iter().map(|(key, owner)| (key, owner))
+    }
+}
+
+impl PartialEq for Desired {
+    /// Equal if each owner wants the same, in whatever order they came.
+    fn eq(&self, other: &Desired) -> bool {
+        self.places.len() == other.places.len() && self.places.keys().all(|owner| self.part(owner) == other.part(owner))
+    }
+}
+
+impl Eq for Desired {}
+
+fn index(place: u32) -> usize {
+    usize::try_from(place).expect("an address has 32 bits at least")
+}
