@@ -268,6 +268,16 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
     let spaces = [inside(&nodes[0], "p1"), inside(&nodes[1], "p2")];
     ping_all_from(&spaces[0], &addresses[1]);
     ping_all_from(&spaces[1], &addresses[0]);
+    // Somebody switches forwarding off, and the daemon's /proc/sys is read-only: pods carry all the same, and an Event says so.
+    if family != PodFamily::V6 {
+        let write = || std::fs::write("/proc/sys/net/ipv4/ip_forward", "0");
+        lab.hosts[0].netns.run(write).unwrap().unwrap();
+        let v4: Vec<IpAddr> = addresses[1].iter().copied().filter(IpAddr::is_ipv4).collect();
+        ping_all_from(&spaces[0], &v4);
+        eventually("an Event tells of it", || {
+            events(&lab, "h1").iter().any(|(reason, text)| reason == "KernelRefused" && text.contains("ip_forward"))
+        });
+    }
     // Which takes its time: each daemon is probed before the next one's turn.
     if (backend, family) == ("vxlan", PodFamily::V4) {
         let names = || -> BTreeSet<String> {
