@@ -121,7 +121,9 @@ impl LeaseSet {
                 }
                 self.unreadable.remove(&key);
                 self.doubtful.remove(&key);
-                let is_known = self.doubtful.is_empty() || self.leases.contains_key(&key);
+                // What an older list says ends no doubt about what was told since; neither does who can have no route.
+                let is_old = self.is_older || peer.public.is_empty();
+                let is_known = self.doubtful.is_empty() || is_old || self.leases.contains_key(&key);
                 let mut touched = if is_known { Vec::new() } else { self.replaced_by(&key, &peer) };
                 match self.leases.entry(key) {
                     Entry::Occupied(known) if *known.get() == peer => return touched,
@@ -338,6 +340,17 @@ mod tests {
         assert_eq!(set.fold(apply("10.1.9.0/24", "192.0.2.1")), [key("10.1.1.0/24"), key("10.1.9.0/24")]);
         assert_eq!(set.fold(apply("10.1.2.0/25", "192.0.2.9")), [key("10.1.2.0/24"), key("10.1.2.0/25")]);
         assert_eq!(set.doubtful().iter().collect::<Vec<_>>(), [&key("10.1.3.0/24")]);
+    }
+
+    #[test]
+    fn what_an_older_list_says_ends_no_doubt_about_newer_leases() {
+        let mut set = robbed();
+        for event in [StoreEvent::Init, StoreEvent::Older] {
+            set.fold(event);
+        }
+        assert_eq!(set.fold(apply("10.1.9.0/24", "192.0.2.1")), [key("10.1.9.0/24")]);
+        assert!(set.fold(StoreEvent::InitDone).is_empty());
+        assert_eq!(set.doubtful().len(), 3);
     }
 
     #[test]

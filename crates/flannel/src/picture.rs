@@ -266,6 +266,8 @@ impl Picture {
     pub fn scope(&self) -> Scope {
         let networks = || self.config.networks.iter();
         let mut scope = Scope { networks: networks().map(|(_, network)| network.network).collect(), ..Scope::default() };
+        // Read whether or not they are wanted yet, so that it is known what they are when the first pod comes.
+        scope.sysctls = Family::ALL.map(|family| (family.forwarding().to_owned(), "1".to_owned())).into();
         scope.rulesets = Family::ALL.into();
         scope.iptables = Family::ALL.into();
         scope.retired.clone_from(&self.retired);
@@ -278,7 +280,9 @@ impl Picture {
         for object in self.desired.part(&Owner::Node).iter().chain(self.desired.part(&Owner::Pods)) {
             match object {
                 Object::Link(link) => scope.links.push(link.name),
-                Object::Sysctl(path, value) => scope.sysctls.push((path.clone(), value.clone())),
+                Object::Sysctl(path, value) if !scope.sysctls.iter().any(|(known, _)| known == path) => {
+                    scope.sysctls.push((path.clone(), value.clone()));
+                }
                 _ => {}
             }
         }
@@ -400,10 +404,10 @@ mod tests {
             loose: [].into(),
         };
         let observed: Observed = [Object::Bridge(Box::new(bridge))].into_iter().collect();
-        let forwarding = ("net/ipv4/ip_forward".to_owned(), "1".to_owned());
-        assert!(!picture.scope().sysctls.contains(&forwarding));
+        let forwarding = Object::Sysctl("net/ipv4/ip_forward".to_owned(), "1".to_owned());
+        assert_eq!(picture.desired().get(&forwarding.key()), None);
         let touched = picture.keep_bridge(&observed);
-        assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), Key::Sysctl(forwarding.0.clone())]);
-        assert_eq!(picture.scope().sysctls, [forwarding]);
+        assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), forwarding.key()]);
+        assert_eq!(picture.desired().get(&forwarding.key()), Some(&forwarding));
     }
 }

@@ -281,14 +281,14 @@ impl<H: Host> Reconciler<H> {
             events.extend(more);
         }
         let listed = events.contains(&StoreEvent::InitDone);
-        let doubtful = self.picture.leases().doubtful().len();
+        let doubtful = self.picture.leases().doubtful().clone();
         let early = self.write_in_parts(&mut events).await;
         let Touched { mut leases, keys } = self.picture.fold_all(events);
         let in_parts = !early.is_empty();
         leases.extend(early);
         leases.sort_unstable();
         leases.dedup();
-        self.note_doubt(doubtful);
+        self.note_doubt(&doubtful, listed);
         // What failed with what a lease said before may succeed with what it says now.
         self.failures.iter_mut().filter(|(key, _)| keys.binary_search(key).is_ok()).for_each(|(_, failure)| failure.due = began);
         let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
@@ -341,23 +341,34 @@ impl<H: Host> Reconciler<H> {
         touched
     }
 
-    /// Takes note of leases that the store has lost, of which so many were known before.
-    fn note_doubt(&mut self, before: usize) {
-        let leases = self.picture.leases().doubtful().len();
-        if leases > before {
+    /// Takes note of leases that the store has lost, beside those that were in doubt before.
+    fn note_doubt(&mut self, before: &BTreeSet<LeaseKey>, listed: bool) {
+        let own = self.picture.own();
+        let doubtful = self.picture.leases().doubtful();
+        if doubtful.is_empty() {
+            if self.doubt.take().is_some() {
+                tracing::info!("no lease that the store had lost is in doubt any more");
+            }
+            return;
+        }
+        let leases = doubtful.len();
+        // That its own is gone is the keeper's to say.
+        let is_news = doubtful.difference(before).any(|key| *key != own);
+        // A list means that the store was away, and nobody could write to it.
+        if listed || is_news {
             self.doubt = Some(Instant::now() + DOUBT);
-            let text = "the store has lost data, or was restored from a backup; routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
+        }
+        if is_news {
+            let text = "the store seems to have lost data (restored from a backup, perhaps); routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
             tracing::warn!(leases, "{text}");
             self.notices.tell("StoreLostLeases", format!("{text} ({leases} leases)"));
-        } else if leases == 0 && self.doubt.take().is_some() {
-            tracing::info!("no lease that the store had lost is in doubt any more");
         }
     }
 
     /// Leases that the store had lost, and that nobody wrote again, are no leases any more.
     async fn give_up_doubtful(&mut self, connected: bool) {
-        if !connected {
-            // Nobody can write to it.
+        if !connected || self.picture.leases().doubtful().contains(&self.picture.own()) {
+            // Nobody can write to it, or this node cannot, and so perhaps nobody.
             self.doubt = Some(Instant::now() + DOUBT);
             return;
         }
@@ -418,6 +429,9 @@ impl<H: Host> Reconciler<H> {
             let mut touched = BTreeSet::new();
             match change {
                 Changed::Set(object) => {
+                    if matches!(object, Object::Sysctl(..)) {
+                        self.try_sysctls();
+                    }
                     touched.insert(object.key());
                     self.observed.insert(object);
                 }
@@ -441,6 +455,7 @@ impl<H: Host> Reconciler<H> {
                     let Scope { gateways, bridge: name, .. } = self.picture.scope();
                     let seen: Vec<Key> = self.observed.bridge().map(|seen| Key::Bridge(seen.name)).into_iter().collect();
                     self.look(Scope { gateways, bridge: name, ..Scope::default() }, &seen, &mut touched).await;
+                    self.try_sysctls();
                     bridge = Some(by.clone());
                 }
                 Changed::Port(of, name, port) if self.observed.add_port(of, name, port) => drop(bridge.get_or_insert(None)),
@@ -463,12 +478,25 @@ impl<H: Host> Reconciler<H> {
             keys.extend(touched);
         }
         if let Some(by) = bridge {
+            let is_first = self.picture.desired().part(&Owner::Pods).is_empty();
             let kept = self.picture.keep_bridge(&self.observed);
+            if is_first {
+                // The plugin is about to do the same: nobody has changed anything.
+                let ops = diff_keys(self.picture.desired(), &self.observed, &kept, self.prune());
+                self.execute(ops).await;
+            }
             authors.extend(by.into_iter().flat_map(|by| kept.iter().map(move |key| (key.clone(), by.clone()))));
             keys.extend(kept);
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.repair(ops, "somebody changed", &authors).await;
+    }
+
+    /// A sysctl that could not be written is tried again at once, not when its turn comes: where `/proc/sys` is read-only, what was done
+    /// instead for each interface is undone by whoever changes it, and is not done for a new one.
+    fn try_sysctls(&mut self) {
+        let refused = |(key, failure): &(&Key, &mut Failure)| matches!(key, Key::Sysctl(_)) && failure.error.errno != 0;
+        self.failures.iter_mut().filter(refused).for_each(|(_, failure)| failure.due = Instant::now());
     }
 
     /// Reads traffic rules or the file anew and adds its keys to those to compare.

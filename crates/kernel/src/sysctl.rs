@@ -96,11 +96,17 @@ pub(crate) fn set(socket: &mut Socket, path: &str, value: &str) -> Result<(), Ne
     let Err(error) = write(path, value) else { return Ok(()) };
     let mut message = error.to_string();
     if path == Family::V4.forwarding() && value == "1" {
-        // Ports of a bridge forward nothing themselves.
+        // Ports of a bridge forward nothing themselves. One that goes this instant, or has no IPv4, forwards nothing either.
         for link in link::list(socket)?.iter().filter(|link| link.master == 0) {
-            link::set_ipv4_conf(socket, link.index, link::FORWARDING, 1)?;
+            let _ = link::set_ipv4_conf(socket, link.index, link::FORWARDING, 1);
         }
         message.push_str("; until then it is on at each interface there is now, by netlink");
     }
-    Err(NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EROFS), message })
+    let errno = match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+        io::ErrorKind::PermissionDenied => libc::EACCES,
+        io::ErrorKind::InvalidInput => libc::EINVAL,
+        _ => libc::EIO,
+    };
+    Err(NetlinkError::Refused { errno, message })
 }

@@ -375,6 +375,7 @@ impl Etcd {
         if events.send(list).await.is_err() {
             return "nobody listens".to_owned();
         }
+        seen.told();
 
         let key = self.subnets().into_bytes();
         let create = WatchCreateRequest { range_end: prefix_end(&key), key, start_revision: revision + 1, ..WatchCreateRequest::default() };

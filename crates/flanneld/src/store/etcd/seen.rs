@@ -18,6 +18,8 @@ pub(super) struct Seen {
     revision: i64,
     /// The revision of each lease that is there.
     leases: BTreeMap<LeaseKey, i64>,
+    /// Did a list contradict what was told before, of which nobody was told yet?
+    is_older: bool,
 }
 
 impl Seen {
@@ -34,10 +36,15 @@ impl Seen {
     /// is known is known. Then the store lost data, whether or not it has written as much again since.
     pub(super) fn list(&mut self, revision: i64, entries: &[Entry]) -> bool {
         let is_known = |entry: &Entry| entry.mod_revision > self.revision || self.leases.get(&entry.key) == Some(&entry.mod_revision);
-        let is_older = revision < self.revision || self.revision > 0 && !entries.iter().all(is_known);
+        self.is_older |= revision < self.revision || self.revision > 0 && !entries.iter().all(is_known);
         self.revision = revision;
         self.leases = entries.iter().map(|entry| (entry.key, entry.mod_revision)).collect();
-        is_older
+        self.is_older
+    }
+
+    /// The list was told.
+    pub(super) fn told(&mut self) {
+        self.is_older = false;
     }
 
     /// Takes note of a lease that was put, or deleted, at this revision.
@@ -72,6 +79,8 @@ mod tests {
         [(1, 12, true), (3, 13, true), (2, 14, false)].into_iter().for_each(|(octet, at, there)| seen.change(key(octet), at, there));
         let list: Vec<Entry> = leases.iter().copied().map(entry).collect();
         assert_eq!(seen.list(revision, &list), is_older);
+        assert_eq!(seen.list(revision, &list), is_older, "nobody was told yet");
+        seen.told();
         assert!(!seen.list(revision, &list), "what it says again it does not contradict");
     }
 
