@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use flannel::bridge::Port;
-use flannel::{Cidr, IfName};
+use flannel::{Cidr, IfName, Mac};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
 use kernel::{addr, link, process, route, sysctl};
@@ -698,6 +698,8 @@ fn prepare_middle(networks: usize, families: Families) -> anyhow::Result<()> {
         let bridge = format!("lan{network}");
         link::create_bridge(&mut socket, name(&bridge), 0)?;
         let at = index(&mut socket, &bridge)?;
+        // One of its own: else it has that of a port, and hosts lose the store when that host's interface is made anew.
+        link::set_mac(&mut socket, at, Mac([2, 0, 0, 0, u8::try_from(network)?, 254]))?;
         // Nobody else is there, so no time is spent on looking for duplicates.
         sysctl::write(&format!("net/ipv6/conf/{bridge}/accept_dad"), "0")?;
         link::set_up(&mut socket, at, true)?;
