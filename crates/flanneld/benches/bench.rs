@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: what things cost, each beside the kernel's own cost of the same objects in the same run, because
 //! machines differ and are noisy. `-- quick` leaves out the large sizes, `-- etcd` Kubernetes, and `-- kubernetes` all else;
-//! `-- 10000` measures the daemon with so many leases alone; `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld to measure beside ours, `PEER_CNI_DIR` a folder with other
-//! plugins `bridge` and `host-local`, and `flannel` where it can be had.
+//! `-- 10000` measures the daemon with so many leases alone; `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld
+//! to measure beside ours, `PEER_CNI_DIR` a folder with other plugins `bridge` and `host-local`, and `flannel` where it can be had.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
 

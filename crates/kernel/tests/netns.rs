@@ -474,6 +474,7 @@ fn iptables_are_written_and_repaired() {
 fn ten_thousand_operations_in_one_batch() {
     external();
     let mut kernel = Kernel::open().unwrap();
+    let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     let sets: Vec<Op> = (0..10_000).map(|i| Op::Set(peer_route(i, "192.0.2.2"))).collect();
     apply(&mut kernel, &sets);
     let observed = kernel.observe(&routes()).unwrap();
@@ -481,6 +482,8 @@ fn ten_thousand_operations_in_one_batch() {
     let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
     apply(&mut kernel, &deletes);
     assert!(kernel.observe(&routes()).unwrap().is_empty());
+    // Twenty thousand notifications are more than fit the queue.
+    assert_eq!(monitor.drain().unwrap(), [], "our own writing fills no queue");
 }
 
 fn forwarding_that_is_switched_off_is_heard_of() {
