@@ -482,8 +482,9 @@ fn ten_thousand_operations_in_one_batch() {
     let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
     apply(&mut kernel, &deletes);
     assert!(kernel.observe(&routes()).unwrap().is_empty());
-    // Twenty thousand notifications are more than fit the queue.
-    assert_eq!(monitor.drain().unwrap(), [], "our own writing fills no queue");
+    // Twenty thousand notifications are more than fit the queue. That eth0 came up may be heard of late.
+    let heard = monitor.drain().unwrap();
+    assert!(heard.iter().all(|heard| heard.change == Changed::Link(name("eth0"))), "our own writing fills no queue: {heard:?}");
 }
 
 fn forwarding_that_is_switched_off_is_heard_of() {
