@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
@@ -27,6 +28,9 @@ use crate::etcd::*;
 /// The largest request that is read, in bytes. etcd's own limit is 1.5 MiB by default; a thousand leases in one
 /// transaction need a fifth of that.
 const MAX_REQUEST: usize = 16 << 20;
+
+/// From the store's failure to its end: for the answers that are on their way.
+const PARTING: Duration = Duration::from_secs(1);
 
 /// What `flanneld store` is told.
 #[derive(Debug, Clone, clap::Args)]
@@ -96,16 +100,25 @@ impl Bound {
         let server = tonic::transport::Server::builder().add_routes(service.routes());
         // Without this an answer in two segments waits for a delayed ack: 40 ms.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        // A store that cannot write is of no use to anybody: it ends, and is started again.
-        let mut revision = engine.revision();
-        let failed = async move { while revision.changed().await.is_ok() {} };
-        // Watches never end by themselves, so a graceful end would wait for ever: what is acknowledged is on disk.
+        // A store that cannot write is of no use to anybody: it ends, and is started again. Those whose requests it
+        // refused hear why first; a stream of keep-alives never ends by itself, so they have a moment for that.
+        let parted = async {
+            failed(engine.revision()).await;
+            tokio::time::sleep(PARTING).await;
+        };
         tokio::select! {
-            served = server.serve_with_incoming(incoming) => Ok(served?),
-            () = failed => anyhow::bail!("the store's file cannot be written: see the log"),
-            () = stop => Ok(()),
+            served = server.serve_with_incoming_shutdown(incoming, failed(engine.revision())) => served?,
+            () = parted => {}
+            // Watches never end by themselves either: what is acknowledged is on disk.
+            () = stop => return Ok(()),
         }
+        anyhow::bail!("the store's file cannot be written: see the log")
     }
+}
+
+/// Ends when the engine has: it could not write.
+async fn failed(mut revision: watch::Receiver<i64>) {
+    while revision.changed().await.is_ok() {}
 }
 
 #[derive(Debug, Clone)]
