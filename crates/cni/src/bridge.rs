@@ -12,6 +12,7 @@ use ::flannel::{Cidr, Family, IfName, Mac};
 use kernel::link::{self, LinkInfo, OPER_UNKNOWN, OPER_UP, VethEnd};
 use kernel::netlink::{NetlinkError, Protocol, Socket};
 use kernel::netns::Netns;
+use kernel::pod_rules::Notes;
 use kernel::{addr, masquerade, route, spoofcheck, sysctl};
 use serde_json::{Map, Value};
 
@@ -38,6 +39,8 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             // Both are tried, as for a DEL.
             let addresses = ipam(request, Command::Gc, None);
             if Config::new(request)?.ip_masq.is_some() {
+                let notes = Notes::hold();
+                notes.retain_masquerade(&request.name, &valid);
                 masquerade::retain(&request.name, &valid).map_err(failed("remove the masquerading of containers that are gone"))?;
             }
             addresses.map(|_| None)
@@ -150,7 +153,7 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     if let Some(backend) = config.ip_masq.filter(|_| !result.ips.is_empty()) {
         undo.masquerade = true;
         let addresses: Vec<Cidr> = result.ips.iter().map(|ip| ip.address).collect();
-        masq::add(request, backend, &addresses)?;
+        masq::add(request, backend, &addresses, veth.index)?;
     }
     // A container's end that stays down keeps the host's end from becoming operational.
     if !config.leave_down {

@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 
 use ::flannel::{Cidr, Family, IfName};
+use kernel::link;
 use kernel::netlink::{NetlinkError, Protocol, Socket};
 use kernel::netns::Netns;
+use kernel::pod_rules::{Notes, Rules};
 use serde_json::Value;
 
 use crate::protocol::{CniError, Request, field};
@@ -46,6 +48,27 @@ pub(crate) fn ifname(request: &Request) -> Result<IfName, CniError> {
 pub(crate) fn in_container<T>(netns: &Netns, f: impl FnOnce(&mut Socket) -> Result<T, CniError>) -> Result<T, CniError> {
     let work = || f(&mut Socket::open(Protocol::Route).map_err(failed("open netlink in the container"))?);
     netns.run(work).map_err(|error| CniError::environment(format!("CNI_NETNS: cannot enter it: {error}")))?
+}
+
+/// The index of the host's end of the container's link, if the result tells of one and it is a veth.
+pub(crate) fn host_end(result: &CniResult) -> Result<Option<u32>, CniError> {
+    let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
+    for name in
+        result.interfaces.iter().filter(|interface| interface.sandbox.is_empty()).filter_map(|interface| interface.name.parse().ok())
+    {
+        let found = link::get(&mut socket, name).map_err(failed(format!("read {name}")))?;
+        if let Some(end) = found.filter(|link| link.kind == "veth") {
+            return Ok(Some(end.index));
+        }
+    }
+    Ok(None)
+}
+
+/// Notes rules that were written, so that the daemon puts them back. Without the note the container has them all the same.
+pub(crate) fn note(notes: &Notes, end: u32, request: &Request, rules: Rules) {
+    if let Err(error) = notes.keep(end, &request.ifname, rules) {
+        eprintln!("nobody will put the container's rules back when they are flushed: {error}");
+    }
 }
 
 /// Names the act and the object of a kernel error.

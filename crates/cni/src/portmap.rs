@@ -6,10 +6,11 @@ use std::net::IpAddr;
 use ::flannel::{Cidr, Family};
 use kernel::hostport::{self, Mapping, Snat};
 use kernel::netlink::{Protocol, Socket};
+use kernel::pod_rules::{Notes, Rules};
 use kernel::{conntrack, link, route, sysctl};
 use serde_json::Value;
 
-use crate::chained::{container_address, failed, previous};
+use crate::chained::{container_address, failed, host_end, note, previous};
 use crate::chains::{Table, comment, given_name, name};
 use crate::lock;
 use crate::protocol::{CniError, Command, Request, array, boolean, number, object, string};
@@ -150,7 +151,13 @@ fn add(request: &Request, config: &Config, result: &CniResult, family: Family) -
         Backend::Nftables => {
             // The first one makes the chains, and the rules that all share.
             let _lock = lock::host()?;
-            hostport::add(&request.container_id, container, &mappings, config.snat).map_err(failed("map the container's ports"))?;
+            let notes = Notes::hold();
+            let id = &request.container_id;
+            hostport::add(id, container, &mappings, config.snat).map_err(failed("map the container's ports"))?;
+            if let Some(end) = host_end(result)? {
+                let rules = Rules::Ports { id: id.clone(), container, mappings: mappings.clone(), snat: config.snat };
+                note(&notes, end, request, rules);
+            }
         }
         Backend::Iptables => add_iptables(request, config, container, &mappings)?,
     }
@@ -238,7 +245,11 @@ fn add_iptables(request: &Request, config: &Config, container: Cidr, mappings: &
 }
 
 fn remove(request: &Request) -> Result<(), CniError> {
-    hostport::remove(&request.container_id).map_err(failed("remove the container's port mappings"))?;
+    let notes = Notes::hold();
+    notes.forget_ports(&request.container_id, &request.ifname);
+    let _removal = hostport::remove(&request.container_id).map_err(failed("remove the container's port mappings"))?;
+    // Others need not wait for what the kernel does then.
+    drop(notes);
     let chain = own_chain(request);
     for family in Family::ALL {
         if let Some(mut table) = Table::read_if_chain(family, "nat", &chain)? {

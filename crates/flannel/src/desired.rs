@@ -156,6 +156,8 @@ pub enum Object {
     Ruleset(Ruleset),
     /// Our chains of iptables of one family.
     Iptables(Iptables),
+    /// How many of the sets of rules that the plugins wrote for pods (portmap, `ipMasq`) are not as they were; none, that is wanted.
+    PodRules(usize),
     /// What the operator's own commands make of a peer.
     Extension(Box<ExtensionPeer>),
     /// The bridge of this host's pods.
@@ -190,6 +192,8 @@ pub enum Key {
     Ruleset(Family),
     /// By family and packet filter.
     Iptables(Family, Variant),
+    /// A host has one kind.
+    PodRules,
     /// By lease.
     Extension(LeaseKey),
     /// A node has one. It is last: what it promises to the plugins is there by then.
@@ -212,6 +216,7 @@ impl Object {
             Object::Ruleset(ruleset) => Key::Ruleset(ruleset.family),
             Object::Iptables(rules) => Key::Iptables(rules.family, rules.variant),
             Object::Bridge(bridge) => Key::Bridge(bridge.name),
+            Object::PodRules(_) => Key::PodRules,
             Object::EnvFile(_) => Key::EnvFile,
         }
     }
@@ -220,7 +225,7 @@ impl Object {
     pub fn stands_on(&self, name: IfName) -> bool {
         match self {
             Object::Link(_) | Object::Bridge(_) | Object::Forward(..) | Object::Blackhole(_) => false,
-            Object::Ruleset(_) | Object::Iptables(_) | Object::Extension(_) | Object::EnvFile(_) => false,
+            Object::Ruleset(_) | Object::Iptables(_) | Object::PodRules(_) | Object::Extension(_) | Object::EnvFile(_) => false,
             Object::Addr(link, _) => *link == name,
             Object::Sysctl(path, _) => path.split('/').any(|part| part == name.as_str()),
             Object::Neigh(neigh) => neigh.link == name,
@@ -245,6 +250,7 @@ impl fmt::Display for Key {
             Key::Blackhole(dst) => write!(f, "blackhole route {dst}"),
             Key::Ruleset(family) => write!(f, "{family} traffic rules of nftables"),
             Key::Iptables(family, variant) => write!(f, "{family} traffic rules of iptables-{variant}"),
+            Key::PodRules => f.write_str("rules that the plugins wrote for pods"),
             Key::EnvFile => f.write_str("subnet file"),
         }
     }
@@ -282,6 +288,8 @@ impl fmt::Display for Object {
             Object::Forward(dst, host) => write!(f, "forward {dst} to {host}"),
             Object::Extension(peer) => write!(f, "extension {}: {}", peer.key, peer.add),
             Object::Blackhole(dst) => write!(f, "route blackhole {dst}"),
+            Object::PodRules(0) => f.write_str("rules that the plugins wrote for pods (portmap, ipMasq)"),
+            Object::PodRules(missing) => write!(f, "rules that the plugins wrote for pods: {missing} are not as they were"),
             Object::Ruleset(ruleset) => f.write_str(ruleset.to_string().trim_end()),
             Object::Iptables(rules) => f.write_str(rules.to_string().trim_end()),
             Object::EnvFile(file) => write!(f, "file {}: {}", file.path.display(), file.text.trim_end().replace('\n', " ")),
@@ -335,6 +343,8 @@ pub struct Scope {
     pub gateways: Vec<Cidr>,
     /// That bridge, once it is known: it may have lost them.
     pub bridge: Option<IfName>,
+    /// Rules that the plugins wrote for this host's pods.
+    pub pod_rules: bool,
     /// Plain routes that a Go flanneld left, while they are looked for.
     pub adopt: Option<Adopt>,
 }

@@ -87,9 +87,9 @@ fn is_compatible(want: &Link, have: &Link) -> bool {
     }
 }
 
-/// Is it never taken away? The CNI plugin made the bridge, and a sysctl has no absence.
+/// Is it never taken away? The CNI plugins made the bridge and the pods' rules, and a sysctl has no absence.
 fn stays(object: &Object) -> bool {
-    matches!(object, Object::Bridge(_) | Object::Sysctl(..))
+    matches!(object, Object::Bridge(_) | Object::PodRules(_) | Object::Sysctl(..))
 }
 
 fn is_replaced(replaced: &[IfName], key: &Key) -> bool {

@@ -238,6 +238,7 @@ impl Picture {
                 etcd_leases: self.etcd_leases.clone(),
                 ours: true,
             })));
+            objects.push(Object::PodRules(0));
         }
         self.desired.set_part(Owner::Node, objects)
     }
@@ -273,6 +274,7 @@ impl Picture {
         scope.retired.clone_from(&self.retired);
         scope.file = self.file.as_ref().map(|(path, _)| path.clone());
         scope.gateways = self.gateways();
+        scope.pod_rules = self.file.is_some();
         scope.bridge = self.desired.part(&Owner::Pods).first().and_then(|object| match object {
             Object::Bridge(bridge) => Some(bridge.name),
             _ => None,

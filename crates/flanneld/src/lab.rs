@@ -574,14 +574,34 @@ impl Lab {
     /// # Errors
     /// What the plugin says.
     pub fn cni(&self, host: usize, plugin: &str, verb: &str, container: &str, netns: &Path, ifname: &str) -> anyhow::Result<String> {
-        let (mut command, conf) = self.cni_command(host, plugin, verb, container, netns, ifname);
-        let mut child = self.hosts[host].netns.run(|| command.spawn())?.with_context(|| format!("cannot start the plugin {plugin}"))?;
+        self.call(host, self.cni_command(host, plugin, verb, container, netns, ifname))
+    }
+
+    /// Maps a port of a pod's host to the pod, or takes the mapping away, with the portmap plugin.
+    ///
+    /// # Errors
+    /// What the plugin says.
+    pub fn map_port(&self, pod: &Pod, verb: &str, port: u16) -> anyhow::Result<()> {
+        let mappings = json!([{ "hostPort": port, "containerPort": 80, "protocol": "tcp" }]);
+        let conf = json!({
+            "cniVersion": "1.0.0",
+            "name": "lab",
+            "type": "portmap",
+            "runtimeConfig": { "portMappings": mappings },
+            "prevResult": pod.result,
+        });
+        let (command, _) = self.cni_command(pod.host, "portmap", verb, &pod.name, &pod.path, "eth0");
+        self.call(pod.host, (command, conf.to_string())).map(drop)
+    }
+
+    fn call(&self, host: usize, (mut command, conf): (Command, String)) -> anyhow::Result<String> {
+        let mut child = self.hosts[host].netns.run(|| command.spawn())?.with_context(|| format!("cannot start {command:?}"))?;
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(conf.as_bytes())?;
         }
         let output = child.wait_with_output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(output.status.success(), "CNI {verb} of {container}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success(), "{command:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
         Ok(text)
     }
 }
@@ -592,6 +612,9 @@ impl Drop for Lab {
         for child in self.hosts.iter_mut().filter_map(|host| host.daemon.as_mut()).chain(self.store.iter_mut()) {
             let _ = child.kill();
             let _ = child.wait();
+        }
+        for host in &self.hosts {
+            let _ = host.netns.run(kernel::pod_rules::clear);
         }
         for name in std::fs::read_dir(self.root.join("netns")).into_iter().flatten().flatten() {
             let _ = netns::unbind(&name.path());

@@ -207,9 +207,9 @@ impl<H: Host> Reconciler<H> {
         reconciler.execute(ops).await;
         let legacy = reconciler.picture.desired().iter().any(|(key, _)| matches!(key, Key::Iptables(_, Variant::Legacy)));
         reconciler.resync = legacy.then(|| (Instant::now() + resync, resync));
-        // A sysctl that cannot be written (a read-only /proc/sys), and rules that iptables does not take now (another holds
-        // its lock), are shown and tried again, but stop nothing.
-        let can_wait = |key: &Key| matches!(key, Key::Sysctl(_) | Key::Iptables(..));
+        // A sysctl that cannot be written (a read-only /proc/sys), rules that iptables does not take now (another holds its lock),
+        // and those of pods, are shown and tried again, but stop nothing.
+        let can_wait = |key: &Key| matches!(key, Key::Sysctl(_) | Key::Iptables(..) | Key::PodRules);
         let own = reconciler.picture.desired().part(&Owner::Node).iter().map(Object::key).filter(|key| !can_wait(key));
         let refused: Vec<String> = own.filter_map(|key| reconciler.failures.get(&key)).map(|failure| failure.error.to_string()).collect();
         anyhow::ensure!(refused.is_empty(), "the kernel refuses what this node needs: {}", refused.join("; "));
@@ -446,6 +446,10 @@ impl<H: Host> Reconciler<H> {
                 Changed::Iptables(family) => {
                     let scope = Scope { iptables: vec![family], ..Scope::default() };
                     self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut touched).await;
+                }
+                Changed::PodRules => {
+                    let scope = Scope { pod_rules: true, ..Scope::default() };
+                    self.look(scope, &[Key::PodRules], &mut touched).await;
                 }
                 Changed::File => {
                     let scope = Scope { file: self.picture.scope().file, ..Scope::default() };

@@ -114,11 +114,14 @@ impl Kernel {
             Op::Delete(Object::Ruleset(ruleset)) => self.netfilter().and_then(|socket| nft::delete(socket, ruleset.family)),
             Op::Set(Object::Iptables(rules)) => self.set_iptables(rules),
             Op::Delete(Object::Iptables(rules)) => self.set_iptables(&Iptables { chains: Vec::new(), ..rules.clone() }),
+            Op::Set(Object::PodRules(_)) => self.restore_pod_rules(),
             Op::Set(Object::Blackhole(dst)) => route::set_blackhole(&mut self.route, *dst),
             Op::Delete(Object::Blackhole(dst)) => route::delete_blackhole(&mut self.route, *dst),
             Op::Set(Object::EnvFile(file)) => crate::file::write_env(file).map_err(io_error),
             // A sysctl and the bridge stay, the file always has a successor, and the rest is small and batched.
-            Op::Delete(Object::Sysctl(..) | Object::EnvFile(_) | Object::Bridge(_)) | Op::Set(_) | Op::Delete(_) => Ok(()),
+            Op::Delete(Object::Sysctl(..) | Object::EnvFile(_) | Object::Bridge(_) | Object::PodRules(_)) | Op::Set(_) | Op::Delete(_) => {
+                Ok(())
+            }
         }
     }
 

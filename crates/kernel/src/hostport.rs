@@ -1,20 +1,23 @@
 //! Ports of the host that lead to containers, as the portmap plugin wants them: table `cni_hostport` of each family, shared
 //! with the reference plugin, whose rules carry the container's id as comment (specification, section 7.5).
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel::traffic::{Match, Rule, Verdict};
 use flannel::{Cidr, Family, Subnet};
 
 use crate::netlink::{APPEND, Batch, Body, CREATE, NetlinkError, Protocol, Socket};
-use crate::nft::{self, Jump};
+use crate::nft::{self, Jump, Removal};
 
-const TABLE: &str = "cni_hostport";
+pub(crate) const TABLE: &str = "cni_hostport";
 const HOSTPORTS: &str = "hostports";
 /// Empty: what older releases of the reference plugin wrote stands here.
 const HOSTIP_HOSTPORTS: &str = "hostip_hostports";
 const ALL: &str = "hostports_all";
 const MASQUERADING: &str = "masquerading";
+/// What comes from outside begins here.
+const BASE: &str = "prerouting";
 
 /// A port of the host that leads to a port of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,9 +48,12 @@ pub enum Snat {
 /// # Errors
 /// What the kernel answers; then no rule was added.
 pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Result<(), NetlinkError> {
-    let mut socket = Socket::open(Protocol::Netfilter)?;
+    add_by(&mut Socket::open(Protocol::Netfilter)?, id, container, mappings, snat)
+}
+
+pub(crate) fn add_by(socket: &mut Socket, id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Result<(), NetlinkError> {
     let family = Family::of(container.addr);
-    let proto = [crate::addr::family_number(family), 0, 0, 0];
+    let proto = proto(family);
     let rule = |batch: &mut Batch, chain: &str, comment: &str, expressions: &dyn Fn(&mut Body<'_>)| {
         batch.message(nft::kind(nft::NEWRULE), CREATE | APPEND, |body| {
             body.bytes(&proto).attr_str(nft::TABLE, TABLE).attr_str(nft::RULE_CHAIN, chain).nest(nft::RULE_EXPRESSIONS, expressions);
@@ -64,7 +70,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
             (HOSTIP_HOSTPORTS, None),
             (HOSTPORTS, None),
             (ALL, None),
-            ("prerouting", Some((0, -100))),
+            (BASE, Some((0, -100))),
             ("output", Some((3, -100))),
             (MASQUERADING, Some((4, 100))),
         ] {
@@ -73,7 +79,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
         if there {
             return;
         }
-        for chain in ["prerouting", "output"] {
+        for chain in [BASE, "output"] {
             rule(batch, chain, "", &|list| {
                 nft::encode_local_destination(list);
                 nft::encode_jump(list, Jump::Call, ALL);
@@ -94,7 +100,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
     if snat == Snat::Local && family == Family::V4 {
         sources.push("127.0.0.1/32".parse().expect("it is a prefix"));
     }
-    nft::add_rules(&mut socket, (proto, TABLE, "prerouting"), frame, |batch| {
+    nft::add_rules(socket, (proto, TABLE, BASE), frame, |batch| {
         for mapping in mappings {
             rule(batch, HOSTPORTS, id, &|list| {
                 if let Some(ip) = mapping.host_ip.filter(|ip| !ip.is_unspecified()) {
@@ -117,7 +123,7 @@ pub fn add(id: &str, container: Cidr, mappings: &[Mapping], snat: Snat) -> Resul
 }
 
 /// A comment as the kernel keeps it: 127 bytes of it.
-fn cut(id: &str) -> &str {
+pub(crate) fn comment(id: &str) -> &str {
     id.get(..127).unwrap_or(id)
 }
 
@@ -125,15 +131,16 @@ fn cut(id: &str) -> &str {
 ///
 /// # Errors
 /// What the kernel answers.
-pub fn remove(id: &str) -> Result<(), NetlinkError> {
-    let Some(mut socket) = nft::open()? else { return Ok(()) };
-    for family in Family::ALL {
-        let proto = [crate::addr::family_number(family), 0, 0, 0];
-        let mut rules = nft::handles(&mut socket, proto, TABLE)?;
-        rules.retain(|rule| rule.comment == cut(id));
-        nft::delete_handles(&mut socket, proto, TABLE, &rules)?;
-    }
-    Ok(())
+pub fn remove(id: &str) -> Result<Removal, NetlinkError> {
+    let Some(mut socket) = nft::open()? else { return Ok(Removal::default()) };
+    Family::ALL.into_iter().try_for_each(|family| remove_by(&mut socket, family, comment(id)))?;
+    Ok(Removal::of(socket))
+}
+
+pub(crate) fn remove_by(socket: &mut Socket, family: Family, comment: &str) -> Result<(), NetlinkError> {
+    let mut rules = nft::handles(socket, proto(family), TABLE)?;
+    rules.retain(|rule| rule.comment == comment);
+    nft::delete_handles(socket, proto(family), TABLE, &rules)
 }
 
 /// How many rules of a container there are in a family: one a mapping.
@@ -141,7 +148,15 @@ pub fn remove(id: &str) -> Result<(), NetlinkError> {
 /// # Errors
 /// What the kernel answers.
 pub fn count(id: &str, family: Family) -> Result<usize, NetlinkError> {
-    let mut socket = Socket::open(Protocol::Netfilter)?;
-    let rules = nft::handles(&mut socket, [crate::addr::family_number(family), 0, 0, 0], TABLE)?;
-    Ok(rules.iter().filter(|rule| rule.comment == cut(id) && rule.chain == HOSTPORTS).count())
+    let rules = nft::handles(&mut Socket::open(Protocol::Netfilter)?, proto(family), TABLE)?;
+    Ok(rules.iter().filter(|rule| rule.comment == comment(id) && rule.chain == HOSTPORTS).count())
+}
+
+/// The same of all containers, by their comments.
+pub(crate) fn count_by(socket: &mut Socket, family: Family) -> Result<BTreeMap<String, usize>, NetlinkError> {
+    Ok(nft::count(&nft::handles(socket, proto(family), TABLE)?, BASE, HOSTPORTS))
+}
+
+fn proto(family: Family) -> [u8; 4] {
+    [crate::addr::family_number(family), 0, 0, 0]
 }

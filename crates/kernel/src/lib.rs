@@ -23,6 +23,7 @@ pub mod netlink;
 pub mod netns;
 pub mod nft;
 mod observe;
+pub mod pod_rules;
 pub mod process;
 pub mod qdisc;
 pub mod route;

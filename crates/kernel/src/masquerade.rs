@@ -2,14 +2,16 @@
 //! shared with the reference plugins, one rule an address (specification, section 7.3). A rule is found again by the
 //! beginning of its comment.
 
+use std::collections::BTreeMap;
+
 use flannel::traffic::{Match, Rule, Verdict};
 use flannel::{Cidr, Family, Subnet};
 use sha2::{Digest, Sha512};
 
 use crate::netlink::{APPEND, Batch, Body, CREATE, NetlinkError, Protocol, Socket};
-use crate::nft::{self, Jump, RULE_CHAIN, RULE_EXPRESSIONS, RULE_USERDATA, TABLE};
+use crate::nft::{self, Jump, RULE_CHAIN, RULE_EXPRESSIONS, RULE_USERDATA, Removal, TABLE};
 
-const NAME: &str = "cni_plugins_masquerade";
+pub(crate) const NAME: &str = "cni_plugins_masquerade";
 const CHECKS: &str = "masq_checks";
 const POSTROUTING: &str = "postrouting";
 /// `NFPROTO_INET`
@@ -21,9 +23,12 @@ const INET: [u8; 4] = [1, 0, 0, 0];
 /// # Errors
 /// What the kernel answers; then no rule was added.
 pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
-    let mut socket = Socket::open(Protocol::Netfilter)?;
+    add_by(&mut Socket::open(Protocol::Netfilter)?, network, attachment, addresses)
+}
+
+pub(crate) fn add_by(socket: &mut Socket, network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
     let (ifname, id) = attachment.split_once(':').unwrap_or((attachment, ""));
-    let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", begin(network, attachment));
+    let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", name(network, attachment));
     let frame = |batch: &mut Batch, there: bool| {
         batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
             body.bytes(&INET).attr_str(TABLE, NAME);
@@ -46,7 +51,7 @@ pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), Ne
         }
         rule(batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
     };
-    nft::add_rules(&mut socket, (INET, NAME, POSTROUTING), frame, |batch| {
+    nft::add_rules(socket, (INET, NAME, POSTROUTING), frame, |batch| {
         for address in addresses {
             let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
             let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];
@@ -58,18 +63,12 @@ pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), Ne
     })
 }
 
-/// What is left of a removal: the kernel frees the rules after an RCU grace period, and whoever closes the socket before
-/// waits for that, about 10 ms. So it is dropped after other work.
-#[derive(Debug)]
-#[must_use = "dropped at once it waits"]
-pub struct Removal(#[expect(dead_code, reason = "held open")] Option<Socket>);
-
 /// Removes the rules that [`add`] made. That there are none is success.
 ///
 /// # Errors
 /// What the kernel answers.
 pub fn remove(network: &str, attachment: &str) -> Result<Removal, NetlinkError> {
-    let wanted = begin(network, attachment);
+    let wanted = name(network, attachment);
     delete(|comment| comment.starts_with(&wanted))
 }
 
@@ -79,16 +78,29 @@ pub fn remove(network: &str, attachment: &str) -> Result<Removal, NetlinkError> 
 /// What the kernel answers.
 pub fn retain(network: &str, attachments: &[String]) -> Result<(), NetlinkError> {
     let ours = format!("{}-", digest(network));
-    let valid: Vec<String> = attachments.iter().map(|attachment| begin(network, attachment)).collect();
+    let valid: Vec<String> = attachments.iter().map(|attachment| name(network, attachment)).collect();
     delete(|comment| comment.starts_with(&ours) && !valid.iter().any(|valid| comment.starts_with(valid))).map(drop)
 }
 
 fn delete(wanted: impl Fn(&str) -> bool) -> Result<Removal, NetlinkError> {
-    let Some(mut socket) = nft::open()? else { return Ok(Removal(None)) };
-    let mut rules = nft::handles(&mut socket, INET, NAME)?;
+    let Some(mut socket) = nft::open()? else { return Ok(Removal::default()) };
+    delete_by(&mut socket, wanted)?;
+    Ok(Removal::of(socket))
+}
+
+fn delete_by(socket: &mut Socket, wanted: impl Fn(&str) -> bool) -> Result<(), NetlinkError> {
+    let mut rules = nft::handles(socket, INET, NAME)?;
     rules.retain(|rule| rule.chain == CHECKS && wanted(&rule.comment));
-    nft::delete_handles(&mut socket, INET, NAME, &rules)?;
-    Ok(Removal(Some(socket)))
+    nft::delete_handles(socket, INET, NAME, &rules)
+}
+
+pub(crate) fn remove_by(socket: &mut Socket, name: &str) -> Result<(), NetlinkError> {
+    delete_by(socket, |comment| comment.starts_with(name))
+}
+
+/// How many rules there are, by the names of their attachments: one an address.
+pub(crate) fn count_by(socket: &mut Socket) -> Result<BTreeMap<String, usize>, NetlinkError> {
+    Ok(nft::count(&nft::handles(socket, INET, NAME)?, POSTROUTING, CHECKS))
 }
 
 fn rule(batch: &mut Batch, chain: &str, comment: &str, expressions: impl FnOnce(&mut Body<'_>)) {
@@ -101,7 +113,7 @@ fn rule(batch: &mut Batch, chain: &str, comment: &str, expressions: impl FnOnce(
 }
 
 /// How the comments of an attachment's rules begin, the reference plugins' too: by this they are found.
-fn begin(network: &str, attachment: &str) -> String {
+pub(crate) fn name(network: &str, attachment: &str) -> String {
     format!("{}-{}", digest(network), digest(attachment))
 }
 

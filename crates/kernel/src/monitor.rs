@@ -15,7 +15,7 @@ use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
 use crate::link::LinkInfo;
 use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
-use crate::{addr, link, neigh, nft, observe, route, sysctl};
+use crate::{addr, hostport, link, masquerade, neigh, nft, observe, route, sysctl};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
@@ -58,6 +58,8 @@ pub enum Changed {
     Rules(Family),
     /// Something in iptables' tables of this family changed, in those that nf_tables holds.
     Iptables(Family),
+    /// Rules that plugins wrote for pods were deleted, perhaps by a plugin.
+    PodRules,
     /// The file for the CNI plugins.
     File,
     /// Notifications were lost: anything may have changed.
@@ -407,6 +409,10 @@ fn decode_rules(message: &Received<'_>) -> Option<Changed> {
     if matches!(table, "nat" | "filter") {
         let family = *message.body.first()?;
         return Family::ALL.into_iter().find(|f| addr::family_number(*f) == family).map(Changed::Iptables);
+    }
+    if matches!(table, hostport::TABLE | masquerade::NAME) {
+        let is_deletion = [nft::DELTABLE, nft::DELCHAIN, nft::DELRULE].iter().any(|kind| message.kind == nft::kind(*kind));
+        return is_deletion.then_some(Changed::PodRules);
     }
     Family::ALL.into_iter().find(|family| flannel::traffic::table_name(*family) == table).map(Changed::Rules)
 }

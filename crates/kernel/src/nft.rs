@@ -11,21 +11,23 @@ use flannel::{Family, Subnet};
 
 use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, str_in};
 
+pub use shared::Removal;
 pub(crate) use shared::{
-    Jump, RULE_USERDATA, add_rules, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface, encode_jump,
-    encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated, encode_verdict, handles, open,
+    Jump, RULE_USERDATA, add_rules, count, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface,
+    encode_jump, encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated, encode_verdict, handles,
+    open,
 };
 
 pub(crate) const SUBSYSTEM: u16 = 10;
 pub(crate) const NEWTABLE: u16 = 0;
 const GETTABLE: u16 = 1;
-const DELTABLE: u16 = 2;
+pub(crate) const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 pub(crate) const DELCHAIN: u16 = 5;
 pub(crate) const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
-const DELRULE: u16 = 8;
+pub(crate) const DELRULE: u16 = 8;
 
 /// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE` and `NFTA_RULE_TABLE` have the same number.
 pub(crate) const TABLE: u16 = 1;

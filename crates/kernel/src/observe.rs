@@ -67,6 +67,12 @@ impl Kernel {
             value.into_iter().for_each(|value| observed.push(Object::Sysctl(path.clone(), value)));
         }
         scope.file.as_deref().and_then(crate::file::read_env).into_iter().for_each(|file| observed.push(Object::EnvFile(Box::new(file))));
+        if scope.pod_rules {
+            match self.observe_pod_rules() {
+                Ok(wrong) => observed.push(Object::PodRules(wrong)),
+                Err(error) => self.trouble = Some(format!("the plugins' rules: {error}")),
+            }
+        }
         for family in &scope.rulesets {
             match self.netfilter().and_then(|socket| nft::list(socket, *family)) {
                 Ok(found) => found.into_iter().for_each(|ruleset| observed.push(Object::Ruleset(ruleset))),

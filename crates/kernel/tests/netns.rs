@@ -9,10 +9,12 @@ use flannel::desired::{Key, Link, LinkKind, Object, Owner, ROUTE_PROTOCOL, Route
 use flannel::diff::{Prune, diff};
 use flannel::traffic::iptables::Variant;
 use flannel::traffic::{self, Flavour, TrafficConfig};
-use flannel::{Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
+use flannel::{Cidr, Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
+use kernel::hostport::{self, Mapping, Snat};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
-use kernel::{Changed, Heard, Kernel, Monitor, addr, link, netns, route};
+use kernel::pod_rules::{Notes, Rules};
+use kernel::{Changed, Heard, Kernel, Monitor, addr, link, masquerade, netns, route};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 fn main() {
@@ -20,7 +22,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
     }
-    let tests: [(&str, fn()); 18] = [
+    let tests: [(&str, fn()); 19] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
         ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
@@ -34,6 +36,7 @@ fn main() {
         ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
         ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
+        ("what_plugins_wrote_for_pods_is_written_again", what_plugins_wrote_for_pods_is_written_again),
         ("forwarding_that_is_switched_off_is_heard_of", forwarding_that_is_switched_off_is_heard_of),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("a_file_is_watched_also_when_its_folder_goes", a_file_is_watched_also_when_its_folder_goes),
@@ -505,6 +508,81 @@ fn forwarding_that_is_switched_off_is_heard_of() {
         assert_eq!(heard, [Changed::Set(off.clone())]);
         assert_eq!(kernel.observe(&scope).unwrap().get(&off.key()), Some(&off));
     }
+}
+
+fn what_plugins_wrote_for_pods_is_written_again() {
+    let end = link::get(&mut external(), name("wire")).unwrap().unwrap().index;
+    let mut kernel = Kernel::open().unwrap();
+    let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
+    let scope = Scope { pod_rules: true, ..Scope::default() };
+    let wrong = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::PodRules).cloned();
+    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)), "no plugin has written any");
+
+    let addresses: [Cidr; 2] = ["10.244.1.5/24".parse().unwrap(), "fd00::5/64".parse().unwrap()];
+    let mapping = |host_port| Mapping { protocol: 6, host_port, container_port: 80, host_ip: None };
+    let (network, attachment) = ("cbr0".to_owned(), "eth0:abc".to_owned());
+    let mut all = vec![Rules::Masquerade { network: network.clone(), attachment: attachment.clone(), addresses: addresses.to_vec() }];
+    let mappings = vec![mapping(80), mapping(81)];
+    all.extend(addresses.map(|container| Rules::Ports { id: "abc".to_owned(), container, mappings: mappings.clone(), snat: Snat::Local }));
+    let add = |end| {
+        let notes = Notes::hold();
+        masquerade::add(&network, &attachment, &addresses).unwrap();
+        addresses.iter().for_each(|address| hostport::add("abc", *address, &mappings, Snat::Local).unwrap());
+        all.iter().for_each(|rules| notes.keep(end, "eth0", rules.clone()).unwrap());
+    };
+    let flush = || (masquerade::remove(&network, &attachment).unwrap(), hostport::remove("abc").unwrap());
+    let ports = || Family::ALL.map(|family| hostport::count("abc", family).unwrap());
+    let mut is_told = || monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::PodRules);
+    add(end);
+    assert!(!is_told() && wrong(&mut kernel) == Some(Object::PodRules(0)));
+
+    drop(flush());
+    assert!(is_told() && wrong(&mut kernel) == Some(Object::PodRules(3)));
+    // What is no note is none of ours.
+    let namespace = Netns::current().unwrap().id().unwrap().1;
+    let junk = format!("/run/flannel/pods/{namespace}-junk");
+    std::fs::write(&junk, "end 1\nports no").unwrap();
+    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [2, 2]));
+    // One rule of several.
+    let mut nft = std::process::Command::new("nft");
+    let listed = nft.args(["-a", "list", "chain", "ip", "cni_hostport", "hostports"]).output().unwrap();
+    let handle = String::from_utf8(listed.stdout)
+        .unwrap()
+        .lines()
+        .find_map(|line| line.split("dnat").nth(1)?.split("# handle ").nth(1).map(str::to_owned))
+        .unwrap();
+    let deleted =
+        std::process::Command::new("nft").args(["delete", "rule", "ip", "cni_hostport", "hostports", "handle", &handle]).status().unwrap();
+    assert!(deleted.success() && is_told() && wrong(&mut kernel) == Some(Object::PodRules(1)));
+    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [2, 2]));
+
+    // While a plugin holds the notes the daemon does not wait.
+    drop(flush());
+    let held = Notes::hold();
+    let outcome = kernel.apply(&[Op::Set(Object::PodRules(0))]).remove(0);
+    assert!(outcome.unwrap_err().text.contains("a plugin holds /run/flannel/pods"));
+    // It forgets what it deletes.
+    held.forget_masquerade(&network, &attachment);
+    held.forget_ports("abc", "eth0");
+    drop(held);
+    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)));
+
+    // The link of a pod that is gone has ended: so do its rules.
+    add(end + 1000);
+    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(3)));
+    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [0, 0]));
+    assert!(
+        std::fs::read_dir("/run/flannel/pods")
+            .unwrap()
+            .flatten()
+            .filter(|file| file.file_name().to_string_lossy().starts_with(&namespace.to_string()))
+            .count()
+            == 1
+    );
+    std::fs::remove_file(junk).unwrap();
 }
 
 fn the_monitor_hears_others_and_not_ourselves() {

@@ -2,10 +2,13 @@
 //! configuration.
 
 use ::flannel::{Cidr, Family};
-use kernel::masquerade::{self, Removal};
+use kernel::masquerade;
+use kernel::nft::Removal;
+use kernel::pod_rules::{Notes, Rules};
 
 use super::config::MasqBackend;
 use super::{attachment, failed};
+use crate::chained::note;
 use crate::chains::{Table, comment, name};
 use crate::lock;
 use crate::protocol::{CniError, Request};
@@ -14,11 +17,16 @@ fn chain(request: &Request) -> String {
     name("CNI-", &request.name, &request.container_id)
 }
 
-pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr]) -> Result<(), CniError> {
+/// `end` is the index of the host's end of the container's link.
+pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr], end: u32) -> Result<(), CniError> {
     if backend == MasqBackend::Nftables {
         // The first one makes the chain, and the rules that all share.
         let _lock = lock::host()?;
-        return masquerade::add(&request.name, &attachment(request), addresses).map_err(failed("masquerade the container's addresses"));
+        let (notes, network, attachment) = (Notes::hold(), request.name.clone(), attachment(request));
+        masquerade::add(&network, &attachment, addresses).map_err(failed("masquerade the container's addresses"))?;
+        let rules = Rules::Masquerade { network, attachment, addresses: addresses.to_vec() };
+        note(&notes, end, request, rules);
+        return Ok(());
     }
     let (chain, text) = (chain(request), comment(&format!("name: \"{}\" id: \"{}\"", request.name, request.container_id)));
     for family in Family::ALL {
@@ -40,6 +48,8 @@ pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr]) -
 /// The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
 pub(super) fn remove(request: &Request) -> Result<Removal, CniError> {
     let chains = remove_chains(request);
+    let notes = Notes::hold();
+    notes.forget_masquerade(&request.name, &attachment(request));
     let removal = masquerade::remove(&request.name, &attachment(request)).map_err(failed("remove the container's masquerading"));
     chains.and(removal)
 }

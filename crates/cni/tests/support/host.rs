@@ -33,6 +33,7 @@ impl Host {
     }
 
     pub(crate) fn tear_down(&self) {
+        self.netns.run(kernel::pod_rules::clear).unwrap();
         for file in std::fs::read_dir(&self.root).unwrap().flatten() {
             if file.file_name().to_string_lossy().starts_with("ns-") {
                 netns::unbind(&file.path()).unwrap();

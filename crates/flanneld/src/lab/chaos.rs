@@ -9,7 +9,7 @@ use clap::Args;
 use kernel::netns::Netns;
 use serde_json::json;
 
-use super::faults::{FAULTS, Fault, Noticed, observe, shell, silent_pairs};
+use super::faults::{FAULTS, Fault, Noticed, PORT, observe, shell, silent_pairs};
 use super::ping::ping_each;
 use super::{Lab, Plan, Pod, Topology, world};
 
@@ -116,6 +116,7 @@ pub fn run(program: &Path, scratch: &Path, args: &ChaosArgs) -> anyhow::Result<b
     let mut lab = Lab::start(plan, &root)?;
     lab.settle()?;
     let pods: Vec<Pod> = (0..args.hosts).map(|host| lab.add_pod(host)).collect::<anyhow::Result<_>>()?;
+    pods.iter().try_for_each(|pod| lab.map_port(pod, "ADD", PORT))?;
     for host in &lab.hosts {
         // Somebody else's route, which must be there at the end.
         shell(&host.netns, "ip route add 10.244.251.0/24 via 10.0.0.254 dev lo onlink proto static metric 77")?;
@@ -238,6 +239,8 @@ impl Chaos {
             }
             Step::Pod => {
                 let pod = self.lab.add_pod(host)?;
+                self.lab.map_port(&pod, "ADD", PORT + 1)?;
+                self.lab.map_port(&pod, "DEL", PORT + 1)?;
                 self.lab.cni(host, "flannel", "DEL", &pod.name, &pod.path, "eth0")?;
                 kernel::netns::unbind(&pod.path)?;
                 format!("{name}: {} came and went", pod.name)

@@ -20,6 +20,8 @@ use super::{Lab, Plan, Pod, StoreKind};
 
 /// The labs in which faults are measured: backend, nftables or iptables.
 const LABS: [(&str, bool); 3] = [("host-gw", true), ("vxlan", true), ("vxlan", false)];
+/// The port of each host that leads to its first pod.
+pub const PORT: u16 = 30_080;
 /// Until something is put right that is heard of.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Until something is put right that nobody tells: an audit and a bit.
@@ -80,7 +82,7 @@ fn is_link(key: &Key) -> bool {
 }
 
 /// All faults of a host, but for its VTEP's MAC and its interface, after which it is not as it was.
-pub const FAULTS: [Fault; 32] = [
+pub const FAULTS: [Fault; 34] = [
     told("a route is deleted", Place::Any, Act::Delete(|key| matches!(key, Key::Route(..)))),
     told(
         "a route is replaced by another gateway's",
@@ -166,6 +168,8 @@ pub const FAULTS: [Fault; 32] = [
         Place::Any,
         Act::Script("nft flush chain ip flannel-ipv4 $(nft list table ip flannel-ipv4 | awk '$1 == \"chain\" { print $2; exit }')"),
     ),
+    told("portmap's table is deleted", Place::Any, Act::Script("nft delete table ip cni_hostport")),
+    told("portmap's rules are flushed", Place::Any, Act::Script("nft flush table ip cni_hostport")),
     told("iptables' chains are flushed", Place::Iptables, Act::Script("iptables -t nat -F FLANNEL-POSTRTG; iptables -F FLANNEL-FWD")),
     told("the jumps to them are deleted", Place::Iptables, Act::Script("iptables -t nat -F POSTROUTING; iptables -F FORWARD")),
     told("subnet.env is deleted", Place::Any, Act::Script("rm $FILE")),
@@ -299,6 +303,7 @@ pub fn observe(lab: &Lab, host: usize) -> anyhow::Result<Observed> {
         file: Some(lab.hosts[host].subnet_file()),
         gateways: vec![lab.hosts[host].subnet.replace(".0/", ".1/").parse()?],
         bridge: Some("cni0".parse()?),
+        pod_rules: true,
         ..Scope::default()
     };
     Ok(lab.hosts[host].netns.run(|| Kernel::open()?.observe(&scope))??)
@@ -453,6 +458,7 @@ pub fn stage(plan: Plan, root: &Path) -> anyhow::Result<Stage> {
     (0..hosts).try_for_each(|host| lab.start_daemon(host, &[]))?;
     lab.settle()?;
     let pods: Vec<Pod> = (0..hosts).map(|host| lab.add_pod(host)).collect::<anyhow::Result<_>>()?;
+    pods.iter().try_for_each(|pod| lab.map_port(pod, "ADD", PORT))?;
     Ok(Stage { lab, pods, root: root.to_owned(), count: 0 })
 }
 

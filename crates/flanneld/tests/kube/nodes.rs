@@ -238,24 +238,29 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
             assert!(subnets.any(|subnet| subnet.contains(*address)), "{address} is not of {cidrs}");
         }
     }
-    // By the other's address, by its host's port, and by the service's address.
+    let ask = |node: usize, target: &str, want: &str| {
+        let script =
+            format!("for i in 1 2 3 4 5 6 7 8; do /bin/busybox nc -w 2 {target} < /dev/null | grep -E '{want}' && break; sleep 0.3; done");
+        let got = nodes[node].shell(&script);
+        assert!(got.starts_with('p'), "{target} from {node}: {got:?}");
+    };
+    // By the other's address, by its host's port, and by the service's address; and by the port again after somebody has deleted
+    // the plugin's rules, which the daemon knows by its own mount of /run/flannel.
     for (node, other) in [(0, 1), (1, 0)] {
-        let ask = |target: &str, want: &str| {
-            let script = format!(
-                "for i in 1 2 3 4 5 6 7 8; do /bin/busybox nc -w 2 {target} < /dev/null | grep -E '{want}' && break; sleep 0.3; done"
-            );
-            let got = nodes[node].shell(&script);
-            assert!(got.starts_with('p'), "{target} from {node}: {got:?}");
-        };
         let want = format!("^p{}$", other + 1);
-        for address in &addresses[other] {
-            ask(&format!("{address} 80"), &want);
-            let host = lab.hosts[other].addresses().into_iter().find(|host| host.is_ipv4() == address.is_ipv4()).unwrap();
-            ask(&format!("{host} 8077"), &want);
-        }
+        let ports: Vec<String> = addresses[other]
+            .iter()
+            .filter_map(|address| lab.hosts[other].addresses().into_iter().find(|host| host.is_ipv4() == address.is_ipv4()))
+            .map(|host| format!("{host} 8077"))
+            .collect();
+        addresses[other].iter().for_each(|address| ask(node, &format!("{address} 80"), &want));
+        ports.iter().for_each(|port| ask(node, port, &want));
         if has_service {
-            ask("10.96.0.77 80", "^p[12]$");
+            ask(node, "10.96.0.77 80", "^p[12]$");
         }
+        let deleted = nodes[other].shell("nft list tables | grep cni_hostport | while read table; do nft delete $table; echo $table; done");
+        assert!(deleted.contains("cni_hostport"), "{deleted}");
+        ports.iter().for_each(|port| ask(node, port, &want));
     }
     // The way from pod to pod, in the pods themselves; and the daemons are rolled over while it is used.
     let inside = |node: &Node, name: &str| -> Netns {

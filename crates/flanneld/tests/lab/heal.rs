@@ -113,6 +113,7 @@ pub(crate) fn every_fault_is_put_right(root: &Path) {
         let mut lab = Lab::start(plan, &root.join(format!("{backend}-{nftables}"))).unwrap();
         lab.settle().unwrap();
         let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
+        pods.iter().for_each(|pod| lab.map_port(pod, "ADD", faults::PORT).unwrap());
         // That the audit finds a sysctl takes a minute: `lab faults` measures it.
         for fault in FAULTS.iter().filter(|fault| fault.fits(backend, nftables) && fault.noticed == Noticed::Told) {
             faults::once(&lab, &pods, 0, fault).unwrap_or_else(|error| panic!("{backend}: {}: {error:#}", fault.name));

@@ -104,6 +104,7 @@ impl Model {
             Key::Link(name) => self.tell(Changed::Link(*name)),
             Key::Addr(name, _) => self.tell(Changed::Link(*name)),
             Key::Ruleset(family) => self.tell(Changed::Rules(*family)),
+            Key::PodRules => self.tell(Changed::PodRules),
             Key::EnvFile => self.tell(Changed::File),
             Key::Sysctl(_) => {}
             key => self.tell(Changed::Gone(key.clone())),
@@ -121,6 +122,7 @@ impl Model {
             }
             Object::Addr(name, _) => Some(Changed::Link(*name)),
             Object::Ruleset(rules) => Some(Changed::Rules(rules.family)),
+            Object::PodRules(_) => Some(Changed::PodRules),
             Object::EnvFile(_) => Some(Changed::File),
             Object::Sysctl(..) => None,
             // A foreign route says no more than that ours is not there.
@@ -265,6 +267,7 @@ impl Model {
             Object::Route(route) => scope.has_route(route),
             Object::Sysctl(path, _) => scope.sysctls.iter().any(|(wanted, _)| wanted == path),
             Object::Ruleset(rules) => scope.rulesets.contains(&rules.family),
+            Object::PodRules(_) => scope.pod_rules,
             Object::EnvFile(file) => scope.file.as_ref() == Some(&file.path),
             _ => false,
         };

@@ -1,6 +1,7 @@
 //! What the CNI plugins need of nf_tables: tables that they share with others, in which a rule is found again by its
 //! comment, and the expressions of their rules.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel::traffic::Match;
@@ -115,6 +116,29 @@ pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, r
             other => other,
         }),
         other => other,
+    }
+}
+
+/// How many rules a chain of a shared table has, by the first words of their comments, up to a comma. None, as long as `base`, where packets come in, has no
+/// rule that leads there.
+pub(crate) fn count(rules: &[Handle], base: &str, chain: &str) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    if rules.iter().any(|rule| rule.chain == base) {
+        let words = rules.iter().filter(|rule| rule.chain == chain).filter_map(|rule| rule.comment.split(',').next());
+        words.for_each(|words| *counts.entry(words.to_owned()).or_default() += 1);
+    }
+    counts
+}
+
+/// What is left of a removal: the kernel frees the rules after an RCU grace period, and whoever closes the socket before
+/// waits for that, about 10 ms. So it is dropped after other work.
+#[derive(Debug, Default)]
+#[must_use = "dropped at once it waits"]
+pub struct Removal(#[expect(dead_code, reason = "held open")] Option<Socket>);
+
+impl Removal {
+    pub(crate) fn of(socket: Socket) -> Removal {
+        Removal(Some(socket))
     }
 }
 
