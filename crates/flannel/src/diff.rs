@@ -74,14 +74,14 @@ fn replaced_link(desired: &Desired, observed: &Observed, key: &Key) -> Option<If
     }
 }
 
-/// Can `have` become `want` without being created anew? Learning and the local address can be changed in place, the latter
-/// within its family.
+/// Can `have` become `want` without being created anew? Learning, the interface below and the local address can be changed in
+/// place, the latter within its family. (An interface that was only renamed is another by its name: the device goes on.)
 fn is_compatible(want: &Link, have: &Link) -> bool {
     match (&want.kind, &have.kind) {
         (
-            LinkKind::Vxlan { vni, port, local, lower, gbp, learning: _ },
-            LinkKind::Vxlan { vni: vni2, port: port2, local: local2, lower: lower2, gbp: gbp2, learning: _ },
-        ) => (vni, port, local.is_ipv4(), lower, gbp) == (vni2, port2, local2.is_ipv4(), lower2, gbp2),
+            LinkKind::Vxlan { vni, port, local, gbp, lower: _, learning: _ },
+            LinkKind::Vxlan { vni: vni2, port: port2, local: local2, gbp: gbp2, lower: _, learning: _ },
+        ) => (vni, port, local.is_ipv4(), gbp) == (vni2, port2, local2.is_ipv4(), gbp2),
         (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => want.kind == have.kind,
         _ => false,
     }
@@ -183,6 +183,21 @@ mod tests {
                 delete link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 7 dstport 8472 local 192.0.2.1 dev eth0 nolearning
                 set link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
                 set addr 10.1.1.0/32 dev flannel.1
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_device_whose_interface_has_another_name_is_changed_in_place() {
+        let Object::Link(mut renamed) = link(1, 1450) else { panic!("it is a link") };
+        let LinkKind::Vxlan { lower, .. } = &mut renamed.kind else { panic!("of VXLAN") };
+        *lower = "ens3".parse().unwrap();
+        check(
+            vec![link(1, 1450), addr()],
+            vec![Object::Link(renamed), addr()],
+            Prune::Yes,
+            expect![[r#"
+                set link flannel.1 0e:00:00:00:00:01 mtu 1450 up vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0 nolearning
             "#]],
         );
     }

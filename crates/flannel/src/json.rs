@@ -77,6 +77,16 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A field that must be a text when it is there; the same as [`Fields::get`], without a copy of what has no escapes.
+    pub(crate) fn text(&self, name: &str) -> Result<Option<Cow<'a, str>>, serde_json::Error> {
+        let Some(raw) = self.raw(name).map(RawValue::get) else { return Ok(None) };
+        let plain = raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).filter(|text| !text.contains('\\'));
+        match plain {
+            Some(text) => Ok(Some(Cow::Borrowed(text))),
+            None => Ok(serde_json::from_str::<Option<String>>(raw)?.map(Cow::Owned)),
+        }
+    }
+
     /// Is the field there with the value `null`?
     pub(crate) fn is_null(&self, name: &str) -> bool {
         self.raw(name).is_some_and(|raw| raw.get().trim() == "null")

@@ -79,6 +79,8 @@ pub enum StoreEvent {
     Keep(LeaseKey),
     /// This lease is gone.
     Delete(LeaseKey),
+    /// This lease is gone, and this node's own went with it: somebody deleted them all. Its host will write it again.
+    Vanished(LeaseKey),
     /// The list that `Init` began is older than what was told before: the store lost data, or was restored from a backup. What it
     /// does not name may be there all the same, and its host will write it again.
     Older,
@@ -148,6 +150,12 @@ impl LeaseSet {
                     named.retain(|named| *named != key);
                 }
                 self.remove(&key).then_some(key).into_iter().collect()
+            }
+            StoreEvent::Vanished(key) => {
+                if self.leases.contains_key(&key) || self.unreadable.contains(&key) {
+                    self.doubtful.insert(key);
+                }
+                Vec::new()
             }
             StoreEvent::InitDone => {
                 self.complete = true;

@@ -111,6 +111,19 @@ impl Picture {
         self.repaint(leases)
     }
 
+    /// Where this node's own lease is deleted with others', somebody deleted them all (`etcdctl del --prefix`, perhaps): the others'
+    /// hosts are alive as this one is.
+    pub fn doubt_deletes(&self, events: &mut [StoreEvent]) {
+        if events.contains(&StoreEvent::Delete(self.own)) {
+            for event in events {
+                match event {
+                    StoreEvent::Delete(key) if *key != self.own => *event = StoreEvent::Vanished(*key),
+                    _ => {}
+                }
+            }
+        }
+    }
+
     /// Takes leave of the leases of which a store that lost data knows nothing, and that nobody wrote again.
     pub fn give_up_doubtful(&mut self) -> Touched {
         let leases = self.leases.give_up();
@@ -388,6 +401,21 @@ mod tests {
         let Touched { leases, keys } = picture.give_up_doubtful();
         assert_eq!((leases, keys), (vec![key("10.244.2.0/24")], vec![Key::Route("10.244.2.0/24".parse().unwrap(), 2)]));
         assert!(picture.leases().get(&key("10.244.1.0/24")).is_some());
+    }
+
+    #[test]
+    fn what_is_deleted_with_our_own_lease_stays_for_a_while() {
+        let delete = |octet: u8| StoreEvent::Delete(key(&format!("10.244.{octet}.0/24")));
+        let mut picture = picture();
+        list(&mut picture, &[1, 2, 3]);
+        let mut events = [delete(2)];
+        picture.doubt_deletes(&mut events);
+        assert_eq!(picture.fold_all(events).leases, [key("10.244.2.0/24")], "one that goes alone is gone");
+        let mut events = [delete(1), delete(3), delete(9)];
+        picture.doubt_deletes(&mut events);
+        assert_eq!(picture.fold_all(events).leases, [key("10.244.1.0/24")]);
+        assert_eq!(picture.leases().doubtful().iter().copied().collect::<Vec<_>>(), [key("10.244.3.0/24")]);
+        assert!(picture.leases().get(&key("10.244.3.0/24")).is_some());
     }
 
     #[test]

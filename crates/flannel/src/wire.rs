@@ -101,16 +101,20 @@ pub fn value(peer: &Peer) -> String {
 /// # Errors
 /// [`WireError::Json`] and [`WireError::Field`].
 pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
-    let fields: Fields<'_> = serde_json::from_slice(text).map_err(WireError::Json)?;
-    let string = |field: &'static str| {
-        fields.get::<String>(&field.to_lowercase()).map_err(|error| WireError::Field { field, problem: error.to_string() })
+    // Checked at once, not text by text.
+    let fields = match std::str::from_utf8(text) {
+        Ok(text) => Fields::parse(text),
+        Err(_) => serde_json::from_slice(text),
     };
+    let fields = fields.map_err(WireError::Json)?;
+    let string =
+        |field: &'static str, name: &str| fields.text(name).map_err(|error| WireError::Field { field, problem: error.to_string() });
     let mut public = PerFamily::default();
     if fields.is_null("publicip") {
         return Err(WireError::Field { field: "PublicIP", problem: "null is no IPv4 address".to_owned() });
     }
-    for (field, family) in [("PublicIP", Family::V4), ("PublicIPv6", Family::V6)] {
-        let Some(text) = string(field)? else { continue };
+    for (field, name, family) in [("PublicIP", "publicip", Family::V4), ("PublicIPv6", "publicipv6", Family::V6)] {
+        let Some(text) = string(field, name)? else { continue };
         let ip: Option<IpAddr> = text.parse().ok().filter(|ip| Family::of(*ip) == family);
         let ip = ip.ok_or_else(|| WireError::Field { field, problem: format!("{text:?} is no {family} address") })?;
         public.set(family, (ip != family.unspecified()).then_some(ip));
@@ -120,7 +124,7 @@ pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
         let data = fields.raw(name).filter(|_| !fields.is_null(name)).and_then(compact);
         backend_data.set(family, data);
     }
-    let backend_type = string("BackendType")?.unwrap_or_default().into();
+    let backend_type = string("BackendType", "backendtype")?.unwrap_or_default().into();
     Ok(Peer { public, backend_type, backend_data })
 }
 

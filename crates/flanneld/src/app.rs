@@ -111,7 +111,7 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
     let config = persist(&starting, &notices, async || store.config().await).await?;
     let public = persist(&starting, &notices, async || store.node_public().await).await?;
     let facts = Facts::new(args, &public);
-    let node = facts.node(&host, &config).await?;
+    let node = facts.node(&host, &config, PerFamily::default()).await?;
     if let BackendConfig::Vxlan(vxlan) = &config.backend
         && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
     {

@@ -24,18 +24,19 @@ impl Facts {
             iface: args.iface.clone(),
             iface_regex: args.iface_regex.clone(),
             can_reach: None,
+            current: PerFamily::default(),
             public: PerFamily { v4: stored.v4.or(args.public_ip), v6: stored.v6.or(args.public_ipv6) },
         };
         Facts { wanted, can_reach: args.iface_can_reach }
     }
 
-    /// This host as it is now.
+    /// This host as it is now. `current` are the addresses that are in use, if any are.
     ///
     /// # Errors
     /// When the kernel cannot be read, or no interface is as it is wanted.
-    pub async fn node(&self, host: &impl Host, config: &Config) -> anyhow::Result<Node> {
+    pub async fn node(&self, host: &impl Host, config: &Config, current: PerFamily<IpAddr>) -> anyhow::Result<Node> {
         let around = host.surroundings(self.can_reach).await.context("cannot read the kernel's interfaces and routes")?;
-        let wanted = Wanted { can_reach: around.reach, ..self.wanted.clone() };
+        let wanted = Wanted { can_reach: around.reach, current, ..self.wanted.clone() };
         let node = Node::choose(&around.interfaces, &around.routes, &wanted, config)?;
         if config.backend == BackendConfig::HostGw && node.public.v4 != node.addrs.v4 {
             bail!(

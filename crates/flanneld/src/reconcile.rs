@@ -282,6 +282,7 @@ impl<H: Host> Reconciler<H> {
         }
         let listed = events.contains(&StoreEvent::InitDone);
         let doubtful = self.picture.leases().doubtful().clone();
+        self.picture.doubt_deletes(&mut events);
         let early = self.write_in_parts(&mut events).await;
         let Touched { mut leases, keys } = self.picture.fold_all(events);
         let in_parts = !early.is_empty();
@@ -471,8 +472,7 @@ impl<H: Host> Reconciler<H> {
                         (self.interface.0, self.interface.2) = (Some(Instant::now() + SETTLE), LOOK_AGAIN.0);
                     }
                     self.read_at = self.read_at.min(Instant::now() + SETTLE);
-                    // What failed for want of the link need not fail any more. What is fought over has its own pace.
-                    self.failures.values_mut().filter(|failure| failure.error.errno != 0).for_each(|failure| failure.due = Instant::now());
+                    self.try_failed();
                 }
             }
             if let Some(author) = by {
@@ -494,6 +494,11 @@ impl<H: Host> Reconciler<H> {
         }
         let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
         self.repair(ops, "somebody changed", &authors).await;
+    }
+
+    /// A link is there or has changed: what failed for want of it need not fail any more. What is fought over has its own pace.
+    fn try_failed(&mut self) {
+        self.failures.values_mut().filter(|failure| failure.error.errno != 0).for_each(|failure| failure.due = Instant::now());
     }
 
     /// A sysctl that could not be written is tried again at once, not when its turn comes: where `/proc/sys` is read-only, what was done
@@ -519,7 +524,7 @@ impl<H: Host> Reconciler<H> {
     /// another one would be chosen now, changes nothing.
     async fn look_at_interface(&mut self, claim: &watch::Sender<Claim>) {
         let current = self.picture.node().clone();
-        let problem = match self.facts.node(&self.host, self.picture.config()).await {
+        let problem = match self.facts.node(&self.host, self.picture.config(), current.addrs).await {
             Ok(node) if node == current => String::new(),
             Ok(node) if node.ext == current.ext => {
                 tracing::info!(interface = %node.ext, was = %list(&current.addrs), is = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, "the interface has changed; this node's lease and devices follow");
@@ -610,6 +615,10 @@ impl<H: Host> Reconciler<H> {
                 self.follow_macs(&inputs.claim);
                 self.picture.keep_bridge(&self.observed);
                 let ops = diff(self.picture.desired(), &self.observed, self.prune());
+                // A peer that is not on the link may be there by now: of the routes that say so nothing is heard.
+                if !self.picture.refusals().is_empty() {
+                    self.interface.0.get_or_insert(now);
+                }
                 self.read_at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
                 self.repair(ops, "the kernel did not hold", &BTreeMap::new()).await;
                 if self.observed.len() > MANY {
@@ -677,6 +686,9 @@ impl<H: Host> Reconciler<H> {
         let mut done = Vec::with_capacity(outcomes.len());
         for (op, outcome) in outcomes {
             let key = op.object().key();
+            if matches!((&op, &outcome), (Op::Set(Object::Link(_)), Ok(()))) {
+                self.try_failed();
+            }
             match outcome {
                 Ok(()) => {
                     done.push(op);

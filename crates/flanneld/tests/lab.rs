@@ -82,12 +82,13 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 47] = [
+    let others: [(&str, Test); 48] = [
         ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
         ("udp_on_another_port", process::udp_on_another_port),
         ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
         ("the_interface_changes_and_all_follow", heal::the_interface_changes),
         ("every_fault_is_put_right", heal::every_fault_is_put_right),
+        ("a_second_address_and_another_name_change_nothing", heal::a_second_address_and_another_name),
         ("a_flush_does_not_take_the_ports_of_pods", pod_rules::a_flush_does_not_take_the_ports_of_pods),
         ("a_vteps_new_mac_is_kept_and_told", heal::a_vteps_new_mac_is_kept_and_told),
         ("a_full_disk_under_subnet_env_is_told_and_waited_out", heal::a_full_disk_under_subnet_env),

@@ -257,13 +257,15 @@ pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> 
     let LinkKind::Vxlan { vni, port, local, lower, gbp, learning } = &link.kind else {
         return Err(NetlinkError::Garbled("a link of a foreign kind cannot be set"));
     };
+    let lower =
+        get(socket, *lower)?.ok_or(NetlinkError::Refused { errno: libc::ENODEV, message: format!("there is no interface {lower}") })?;
     if let Some(have) = get(socket, link.name)? {
         // The kernel takes a change of MTU and a change of what is VXLAN's own in separate requests only.
-        if have.vxlan.is_some_and(|vxlan| vxlan.learning != *learning || vxlan.local != Some(*local)) {
+        if have.vxlan.is_some_and(|vxlan| (vxlan.learning, vxlan.local, vxlan.lower) != (*learning, Some(*local), lower.index)) {
             socket.request(RTM_NEWLINK, 0, |body| {
                 body.bytes(&ifinfomsg(have.index, 0, 0));
                 linkinfo(body, "vxlan", |data| {
-                    data.attr(IFLA_VXLAN_LEARNING, &[u8::from(*learning)]);
+                    data.attr_u32(IFLA_VXLAN_LINK, lower.index).attr(IFLA_VXLAN_LEARNING, &[u8::from(*learning)]);
                     data.attr_ip(if local.is_ipv4() { IFLA_VXLAN_LOCAL } else { IFLA_VXLAN_LOCAL6 }, *local);
                 });
             })?;
@@ -275,8 +277,6 @@ pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> 
             }
         });
     }
-    let lower =
-        get(socket, *lower)?.ok_or(NetlinkError::Refused { errno: libc::ENODEV, message: format!("there is no interface {lower}") })?;
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, flags, IFF_UP));
         body.attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu).attr(IFLA_ADDRESS, &link.mac.0);

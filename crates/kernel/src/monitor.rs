@@ -374,17 +374,24 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
                 let there = message.kind == route::RTM_NEWROUTE;
                 return Some(if there { Changed::Set(object) } else { Changed::Gone(object.key()) });
             }
-            let info = route::decode(message.body)?;
-            let dev = *names.get(&info.oif)?;
-            let route = observe::to_route(&info, dev);
-            // A foreign route that was put in the place of one of ours takes that away.
-            let there = message.kind == route::RTM_NEWROUTE && watched.scope.has_route(&route);
-            let object = Object::Route(route);
-            Some(if there { Changed::Set(object) } else { Changed::Gone(object.key()) })
+            // A foreign route that was put in the place of one of ours takes that away, wherever it leads.
+            let (dst, metric) = route::decode_key(message.body)?;
+            let found = route::decode(message.body).and_then(|info| Some(observe::to_route(&info, *names.get(&info.oif)?)));
+            match found {
+                Some(route) if message.kind == route::RTM_NEWROUTE && watched.scope.has_route(&route) => {
+                    Some(Changed::Set(Object::Route(route)))
+                }
+                None if message.kind == route::RTM_DELROUTE || !watched.scope.networks.iter().any(|network| network.covers(dst)) => None,
+                _ => Some(Changed::Gone(Key::Route(dst, metric))),
+            }
         }
         neigh::RTM_NEWNEIGH => {
-            let entry = neigh::decode(message.body)?;
-            let link = *names.get(&entry.index).filter(|name| watched.scope.links.contains(name))?;
+            let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
+            let link = *names.get(&index).filter(|name| watched.scope.links.contains(name))?;
+            let Some(entry) = neigh::decode(message.body) else {
+                // It lost its other address: it failed, or somebody said so.
+                return Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }));
+            };
             let object = match entry.fdb {
                 true => Object::Fdb(Fdb { link, mac: entry.mac, dst: entry.ip }),
                 false => Object::Neigh(Neigh { link, ip: entry.ip, mac: entry.mac }),

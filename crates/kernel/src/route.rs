@@ -230,6 +230,21 @@ pub(crate) fn list_blackholes(socket: &mut Socket, family: Family) -> Result<Vec
     }
 }
 
+/// Destination and metric of a route of the main table, of whatever type: by these the kernel replaces one with another.
+pub(crate) fn decode_key(body: &[u8]) -> Option<(Subnet, u32)> {
+    let [family, dst_len, _, _, table, ..] = *body.first_chunk::<8>()?;
+    let (mut dst, mut metric) = (None, 0);
+    for (kind, value) in attrs(body.get(12..)?) {
+        match kind {
+            RTA_DST => dst = ip_in(value),
+            RTA_PRIORITY => metric = u32_at(value, 0)?,
+            _ => {}
+        }
+    }
+    let dst = Subnet::new(dst?, dst_len).ok().filter(|dst| family_number(dst.family()) == family && table == RT_TABLE_MAIN)?;
+    Some((dst, metric))
+}
+
 /// The destination of a blackhole route of ours in a route message.
 pub(crate) fn decode_blackhole(body: &[u8]) -> Option<Subnet> {
     let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;

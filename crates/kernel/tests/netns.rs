@@ -57,7 +57,7 @@ fn name(text: &str) -> IfName {
     text.parse().unwrap()
 }
 
-/// An external interface `eth0` with 192.0.2.1/24: one end of a veth pair, up.
+/// An external interface `eth0` with 192.0.2.1/24: one end of a veth pair, up. That it came up may be heard of a second later.
 fn external() -> Socket {
     let mut socket = Socket::open(Protocol::Route).unwrap();
     let end = |text| link::VethEnd { name: name(text), mac: None, netns: None };
@@ -234,6 +234,22 @@ fn mtu_mac_and_state_are_changed_in_place() {
     let scope = Scope { links: vec![name("flannel.1")], ..Scope::default() };
     assert_eq!(kernel.observe(&scope).unwrap().get(&Key::Link(name("flannel.1"))), Some(&Object::Link(changed)));
     assert_eq!(index(), before, "it is the same device");
+
+    // The interface below is renamed, and known by that name; then another is to be below.
+    let mut socket = Socket::open(Protocol::Route).unwrap();
+    let rename = |from: &str, to: &str| {
+        let renamed = std::process::Command::new("ip").args(["link", "set", from, "name", to]).status().unwrap();
+        assert!(renamed.success());
+    };
+    link::set_up(&mut socket, link::get(&mut Socket::open(Protocol::Route).unwrap(), name("eth0")).unwrap().unwrap().index, false).unwrap();
+    rename("eth0", "ens3");
+    let wanted = vxlan(Family::V4, 1, 1300);
+    let outcome = kernel.apply(&[Op::Set(wanted.clone())]).remove(0);
+    assert!(outcome.unwrap_err().text.contains("there is no interface eth0"));
+    assert_eq!(index(), before, "it goes on");
+    rename("wire", "eth0");
+    apply(&mut kernel, &[Op::Set(wanted.clone())]);
+    assert_eq!((kernel.observe(&scope).unwrap().get(&wanted.key()), index()), (Some(&wanted), before));
 }
 
 fn peer_route(i: u32, via: &str) -> Object {
@@ -591,7 +607,9 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let mut kernel = Kernel::open().unwrap();
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
-    let mut hear = || monitor.drain().unwrap();
+    // That eth0 came up may be heard of at any time.
+    let late = |heard: &Heard| heard.change == Changed::Link(name("eth0"));
+    let mut hear = || monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect::<Vec<_>>();
     let changes = |heard: Vec<Heard>| heard.into_iter().map(|heard| heard.change).collect::<Vec<_>>();
     assert_eq!(hear(), [], "our own routes are no news");
 
@@ -612,6 +630,27 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let heard = changes(hear());
     assert_eq!(heard, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
 
+    // In the place of one of ours, by a device that nobody watches, and of another type.
+    let ip = |arguments: &str| {
+        assert!(std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "{arguments}");
+    };
+    ip("link add other type veth peer name another");
+    ip("link set other up");
+    ip("link set another up");
+    hear();
+    let gone = Changed::Gone(peer_route(2, "192.0.2.3").key());
+    for route in ["10.128.2.0/24 dev other", "unreachable 10.128.2.0/24"] {
+        apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
+        hear();
+        ip(&format!("route replace {route} metric 2"));
+        assert_eq!(changes(hear()), std::slice::from_ref(&gone), "{route}");
+    }
+    ip("route add 198.51.100.0/24 dev other");
+    assert_eq!(hear(), [], "what is not ours is no news there");
+    apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
+    ip("link del other");
+    hear();
+
     // A device with entries, deleted by somebody.
     let desired = picture();
     let on_v4: Vec<Op> = desired
@@ -621,14 +660,18 @@ fn the_monitor_hears_others_and_not_ourselves() {
         .collect();
     apply(&mut kernel, &on_v4);
     hear();
+    // A neighbour that is said to have failed has no link-layer address.
+    let neigh = on_v4.iter().find_map(|op| if let Object::Neigh(neigh) = op.object() { Some(*neigh) } else { None }).unwrap();
+    ip(&format!("neigh replace {} dev flannel.1 nud failed", neigh.ip));
+    assert_eq!(changes(hear()), [Changed::Gone(Key::Neigh(neigh.link, neigh.ip))]);
     link::delete(&mut socket, name("flannel.1")).unwrap();
     assert!(changes(hear()).contains(&Changed::Link(name("flannel.1"))));
 
     // The external interface, and the rules.
     link::set_up(&mut socket, eth0, false).unwrap();
-    assert!(changes(hear()).contains(&Changed::Link(name("eth0"))));
+    assert!(changes(monitor.drain().unwrap()).contains(&Changed::Link(name("eth0"))));
     apply(&mut other, &rules().into_iter().map(Op::Set).collect::<Vec<_>>());
-    let heard = hear();
+    let heard: Vec<Heard> = monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect();
     // The kernel names the thread.
     assert!(heard.iter().all(|heard| heard.by.as_ref().is_some_and(|author| this.trim().starts_with(&author.program))), "{heard:?}");
     let heard = changes(heard);

@@ -28,6 +28,8 @@ pub struct Vxlan {
     outer_mtu: u32,
     /// The VTEP's link-layer address of each enabled family.
     macs: PerFamily<Mac>,
+    /// The devices' names, IPv4's first.
+    devices: [IfName; 2],
 }
 
 /// The device's name: `flannel.<VNI>`, or `flannel-v6.<VNI>`.
@@ -51,12 +53,18 @@ impl Vxlan {
         }
         // More than the interface carries would be promised in vain; the kernel clamps the device as well.
         let outer_mtu = vxlan.mtu.unwrap_or(node.mtu).min(node.mtu);
-        Vxlan { config: vxlan.clone(), outer_mtu, macs }
+        let devices = Family::ALL.map(|family| device_name(family, vxlan.vni));
+        Vxlan { config: vxlan.clone(), outer_mtu, macs, devices }
     }
 
     /// The link-layer addresses of this host's VTEPs.
     pub(super) fn macs(&self) -> PerFamily<Mac> {
         self.macs
+    }
+
+    fn device(&self, family: Family) -> IfName {
+        let [v4, v6] = self.devices;
+        if family == Family::V4 { v4 } else { v6 }
     }
 
     /// The MTU for pods. With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one,
@@ -84,7 +92,7 @@ impl Vxlan {
         let mut objects = Vec::new();
         for (family, mac) in self.macs.iter() {
             let (Some(local), Some(own)) = (context.node.addrs.get(family), context.own.subnets().get(family)) else { continue };
-            let name = device_name(family, self.config.vni);
+            let name = self.device(family);
             let kind = LinkKind::Vxlan {
                 vni: self.config.vni,
                 port: self.config.port.unwrap_or(VXLAN_PORT),
@@ -116,7 +124,7 @@ impl Vxlan {
         if self.macs.get(family) == Some(&mac) {
             return Err(Refusal::OwnMac(mac));
         }
-        let link = device_name(family, self.config.vni);
+        let link = self.device(family);
         // The peer's subnet address stands for its VTEP; nothing else has it.
         let vtep = subnet.network();
         Ok(vec![
@@ -143,7 +151,7 @@ pub fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
     let fields = Fields::parse(data).map_err(|error| error.to_string())?;
     // VNI is decoded for its type and otherwise ignored, as upstream does; very old nodes omit it.
     fields.get::<u32>("vni").map_err(|error| format!("VNI: {error}"))?;
-    let text: String = fields.get("vtepmac").map_err(|error| format!("VtepMAC: {error}"))?.ok_or("VtepMAC is missing")?;
+    let text = fields.text("vtepmac").map_err(|error| format!("VtepMAC: {error}"))?.ok_or("VtepMAC is missing")?;
     let mac: Mac = text.parse().map_err(|error| format!("VtepMAC: {error}"))?;
     if !mac.is_unicast() {
         return Err(format!("VtepMAC: {mac} is not the address of a station"));

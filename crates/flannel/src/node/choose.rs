@@ -22,6 +22,9 @@ pub struct Wanted {
     pub can_reach: Option<(IpAddr, Result<Reach, String>)>,
     /// `--public-ip`, `--public-ipv6`.
     pub public: PerFamily<IpAddr>,
+    /// The addresses that are in use. As long as they are there, others that come beside them (a virtual one that moves from
+    /// host to host, perhaps) do not take their place.
+    pub current: PerFamily<IpAddr>,
 }
 
 /// How the kernel would send to an address.
@@ -160,7 +163,7 @@ impl<'a> Choice<'a> {
         for interface in self.interfaces {
             let mut fixed = PerFamily::default();
             for family in &self.families {
-                fixed.set(*family, interface.usable(*family).into_iter().find(|ip| regex.is_match(&ip.to_string())));
+                fixed.set(*family, self.usable(interface, *family).into_iter().find(|ip| regex.is_match(&ip.to_string())));
             }
             if self.families.iter().all(|family| fixed.get(*family).is_some()) {
                 return Ok((interface, fixed));
@@ -201,7 +204,7 @@ impl<'a> Choice<'a> {
         }
         let (mut addrs, mut public) = (PerFamily::default(), PerFamily::default());
         for &family in &self.families {
-            let addr = fixed.get(family).copied().or_else(|| interface.usable(family).first().copied());
+            let addr = fixed.get(family).copied().or_else(|| self.usable(interface, family).first().copied());
             let addr = addr.ok_or(NodeError::NoAddress(interface.name, family))?;
             if let Some(network) = self.config.network(family).filter(|network| network.contains(addr)) {
                 return Err(NodeError::Overlap(network, addr, interface.name));
@@ -218,22 +221,25 @@ impl<'a> Choice<'a> {
     }
 }
 
-impl Interface {
-    fn holds(&self, ip: IpAddr) -> bool {
-        self.addrs.iter().any(|a| a.cidr.addr == ip)
-    }
-
-    /// The addresses that can be used, best first: global before link-local, permanent before dynamic, stable before
-    /// temporary; never a deprecated one.
-    fn usable(&self, family: Family) -> Vec<IpAddr> {
+impl Choice<'_> {
+    /// The addresses that can be used, best first: the one that is in use, then global before link-local, permanent before
+    /// dynamic, stable before temporary; never a deprecated one.
+    fn usable(&self, interface: &Interface, family: Family) -> Vec<IpAddr> {
         let is_usable = |a: &&InterfaceAddr| {
             let ip = a.cidr.addr;
             let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
             Family::of(ip) == family && !a.deprecated && !ip.is_loopback() && !ip.is_multicast() && !ip.is_unspecified() && !broadcast
         };
-        let mut usable: Vec<&InterfaceAddr> = self.addrs.iter().filter(is_usable).collect();
-        usable.sort_by_key(|a| (is_link_local(a.cidr.addr), !a.permanent, a.temporary));
+        let current = self.wanted.current.get(family);
+        let mut usable: Vec<&InterfaceAddr> = interface.addrs.iter().filter(is_usable).collect();
+        usable.sort_by_key(|a| (Some(&a.cidr.addr) != current, is_link_local(a.cidr.addr), !a.permanent, a.temporary));
         usable.iter().map(|a| a.cidr.addr).collect()
+    }
+}
+
+impl Interface {
+    fn holds(&self, ip: IpAddr) -> bool {
+        self.addrs.iter().any(|a| a.cidr.addr == ip)
     }
 }
 
@@ -288,6 +294,7 @@ mod tests {
                     let said = if value == "198.51.100.9" { Ok(reach) } else { Err("Network is unreachable".to_owned()) };
                     wanted.can_reach = Some((value.parse().unwrap(), said));
                 }
+                "current" => wanted.current.set(Family::of(value.parse().unwrap()), value.parse().ok()),
                 "public" => wanted.public.set(Family::of(value.parse().unwrap()), value.parse().ok()),
                 _ => panic!("{flag}"),
             }
@@ -311,6 +318,22 @@ mod tests {
         assert_eq!(choose(V4, ""), "eth0 192.0.2.10 near 192.0.2.77");
         assert_eq!(choose(V6, ""), "eth0 2001:db8::10 near 192.0.2.77");
         assert_eq!(choose(DUAL, ""), "eth0 192.0.2.10,2001:db8::10 near 192.0.2.77");
+    }
+
+    #[test]
+    fn an_address_in_use_stays_while_it_can_be_used() {
+        for (flags, want) in [
+            ("", "192.0.2.10"),
+            ("current=192.0.2.11", "192.0.2.11"),
+            ("regex=^192 current=192.0.2.11", "192.0.2.11"),
+            // It is deprecated; it is gone; another is asked for.
+            ("current=192.0.2.9", "192.0.2.10"),
+            ("current=192.0.2.77", "192.0.2.10"),
+            ("iface=192.0.2.10 current=192.0.2.11", "192.0.2.10"),
+        ] {
+            let chosen = choose(V4, flags);
+            assert!(chosen.contains(&format!("{want} ")), "{flags}: {chosen}");
+        }
     }
 
     #[test]

@@ -71,12 +71,13 @@ pub const HOSTS: [World; 7] = [
 ];
 
 /// What happens to the store.
-pub const STORES: [World; 6] = [
+pub const STORES: [World; 7] = [
     cutting("the store is away, all routes are flushed: they are back", flush_without_store),
     unnoticed("the store is killed and started after 2 s: all hear of a new lease", store_killed),
     unnoticed("the store hangs for 4 s: all hear of a new lease", store_hangs),
     unnoticed("the store is restored from an older backup: all hear of a new lease", store_restored),
     unnoticed("the store comes back empty: all leases are in it again", store_emptied),
+    unnoticed("an operator deletes all leases: all are in it again", leases_deleted),
     unnoticed("half of the hosts lose the store for 3 s: all hear of a new lease", partition),
 ];
 
@@ -378,8 +379,19 @@ fn store_restored(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
 
 fn store_emptied(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
     empty_store(&mut stage.lab, &stage.root)?;
+    all_again(stage, Instant::now())
+}
+
+fn leases_deleted(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    stage.lab.with_store(async |store| store.delete_everything().await)?;
+    stage.lab.put_config()?;
+    all_again(stage, began)
+}
+
+fn all_again(stage: &Stage, began: Instant) -> anyhow::Result<Duration> {
     let hosts = stage.lab.hosts.len();
-    stage.until(Instant::now(), "all leases are in the store again", |stage| {
+    stage.until(began, "all leases are in the store again", |stage| {
         Ok(stage.lab.with_store(async |store| store.snapshot().await)?.entries.len() == hosts)
     })
 }

@@ -106,6 +106,29 @@ pub(crate) fn the_interface_changes(root: &Path) {
     }
 }
 
+pub(crate) fn a_second_address_and_another_name(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
+    let h1 = Netns::open(&root.join("netns/h1")).unwrap();
+    // The first address is DHCP's, the second a virtual one, which looks more lasting and will move on to another host.
+    shell(&h1, "ip addr change 10.0.0.1/24 dev eth0 valid_lft 3600 preferred_lft 3600; ip addr add 10.0.0.200/24 dev eth0");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(published(&lab, 0), "10.0.0.1");
+    shell(&h1, "ip addr del 10.0.0.200/24 dev eth0");
+    // The device goes on under an interface of another name, and says what is the matter.
+    let (_, lost) = flanneld::lab::ping::ping_during(&pods[0].netns, pods[1].address, || {
+        shell(&h1, "ip link set eth0 name ens3");
+        lab.wait_state(0, "the name is missed", |state| state["objects"]["failed"].to_string().contains("there is no interface eth0"))
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        shell(&h1, "ip link set ens3 name eth0");
+    })
+    .unwrap();
+    assert_eq!(lost, 0);
+    lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
+    back("pods", &pods);
+}
+
 pub(crate) fn every_fault_is_put_right(root: &Path) {
     for (backend, nftables) in [("host-gw", true), ("vxlan", true), ("vxlan", false)] {
         let mut plan = crate::plan(2, backend, StoreKind::Embedded);

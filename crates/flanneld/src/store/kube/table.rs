@@ -205,6 +205,7 @@ mod tests {
             StoreEvent::Delete(key) => format!("delete {key}"),
             StoreEvent::Init => "init".to_owned(),
             StoreEvent::Older => "older".to_owned(),
+            StoreEvent::Vanished(key) => format!("vanished {key}"),
             StoreEvent::InitDone => "done".to_owned(),
         };
         events.iter().map(one).collect::<Vec<_>>().join("; ")
