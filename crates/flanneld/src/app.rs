@@ -143,6 +143,8 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
     let traffic = traffic(args, &config);
     let earlier = before.as_ref().map(|file| previous_networks(&file.text)).unwrap_or_default();
     // The file and the routes have the same life: neither survives a reboot.
+    // A store that does not know the lease that this node had before may have lost all others' as well.
+    let has_forgotten = held.is_new && before.as_ref().is_some_and(|file| file.ours && !file.etcd_leases.is_empty());
     let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && before.is_none_or(|file| !file.ours);
     let plain_routes = match &config.backend {
         BackendConfig::HostGw => true,
@@ -157,7 +159,7 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
         run_command(&host, "Backend.PostStartupCommand", command).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let start = Start { picture, host, facts, resync, adopt, syncing, notices: notices.clone() };
+    let start = Start { picture, host, facts, resync, adopt, has_forgotten, syncing, notices: notices.clone() };
     let reconciler = Reconciler::start(start).await?;
     tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
     drop(starting);

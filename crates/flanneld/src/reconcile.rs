@@ -42,6 +42,8 @@ const LISTED: Duration = Duration::from_millis(100);
 /// How long a lease's routes stay that a store which lost data knows nothing of: its host writes it again within seconds, and one whose
 /// daemon is being replaced within minutes. A route that leads to nobody harms nobody.
 const DOUBT: Duration = Duration::from_secs(300);
+/// What is said of it.
+const LOST: &str = "the store seems to have lost data (restored from a backup, perhaps); routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
 /// A failed object is tried again after the first, doubling up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// An interface that is not as it should be is looked at again after the first, doubling up to the second: it may get its address
@@ -121,6 +123,8 @@ pub struct Start<H> {
     pub resync: Duration,
     /// May a Go flanneld have run on this host?
     pub adopt: bool,
+    /// Has the store forgotten the lease that this node had before?
+    pub has_forgotten: bool,
     /// Held until the first complete list of leases is in the kernel.
     pub syncing: Guard,
     /// Where an operator is told.
@@ -154,6 +158,8 @@ pub struct Reconciler<H> {
     own_check: Option<Instant>,
     /// When leases are given up that the store has lost.
     doubt: Option<Instant>,
+    /// Until when the store's lists are not believed to be whole, because it has forgotten this node's own lease.
+    distrust: Option<Instant>,
     /// When memory is given back that a long list left half used.
     tidy: Option<Instant>,
     /// When a lease with another's or old data was written anew, and how long that was enough.
@@ -172,7 +178,7 @@ impl<H: Host> Reconciler<H> {
     /// # Errors
     /// When the kernel cannot be read, or refuses one of the node's own objects.
     pub async fn start(start: Start<H>) -> anyhow::Result<Reconciler<H>> {
-        let Start { picture, host, facts, resync, adopt, syncing, notices } = start;
+        let Start { picture, host, facts, resync, adopt, has_forgotten, syncing, notices } = start;
         let scope = picture.scope();
         let news = host.watch(scope.clone(), picture.node().ext).context("cannot subscribe to the kernel's changes")?;
         let reading = if adopt { picture.scope_with_adoption() } else { scope };
@@ -194,12 +200,17 @@ impl<H: Host> Reconciler<H> {
             overruns: 0,
             own_check: None,
             doubt: None,
+            distrust: has_forgotten.then(|| Instant::now() + DOUBT),
             tidy: None,
             corrected: None,
             followed: None,
             syncing: Some(syncing),
             notices,
         };
+        if has_forgotten {
+            tracing::warn!("the store does not know the lease that this node had before: {LOST}");
+            reconciler.notices.tell("StoreLostLeases", LOST.to_owned());
+        }
         reconciler.picture.keep_bridge(&reconciler.observed);
         let ops = diff(reconciler.picture.desired(), &reconciler.observed, Prune::No);
         // The plugins are told last, when all that they are promised is there.
@@ -243,7 +254,7 @@ impl<H: Host> Reconciler<H> {
 
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let retry = self.failures.values().map(|failure| failure.due).min();
-        let others = [retry, self.resync.map(|(at, _)| at), self.interface.0, self.own_check, self.doubt, self.tidy];
+        let others = [retry, self.resync.map(|(at, _)| at), self.interface.0, self.own_check, self.doubt, self.distrust, self.tidy];
         let timer = others.into_iter().flatten().fold(self.read_at, Instant::min);
         // Store and kernel are served in turn, so that a flood of the one does not keep the other waiting.
         self.kernel_first = !self.kernel_first;
@@ -301,7 +312,7 @@ impl<H: Host> Reconciler<H> {
         }
         let ops = match complete && !was_complete || in_parts {
             // Only now is it known what of the past is superfluous.
-            true => diff(self.picture.desired(), &self.observed, Prune::Yes),
+            true => diff(self.picture.desired(), &self.observed, self.prune_all()),
             false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
         };
         let count = ops.len();
@@ -360,9 +371,8 @@ impl<H: Host> Reconciler<H> {
             self.doubt = Some(Instant::now() + DOUBT);
         }
         if is_news {
-            let text = "the store seems to have lost data (restored from a backup, perhaps); routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
-            tracing::warn!(leases, "{text}");
-            self.notices.tell("StoreLostLeases", format!("{text} ({leases} leases)"));
+            tracing::warn!(leases, "{LOST}");
+            self.notices.tell("StoreLostLeases", format!("{LOST} ({leases} leases)"));
         }
     }
 
@@ -582,6 +592,14 @@ impl<H: Host> Reconciler<H> {
         if self.doubt.is_some_and(|at| at <= now) {
             self.give_up_doubtful(*inputs.connected.borrow()).await;
         }
+        if self.distrust.is_some_and(|at| at <= now) {
+            let connected = *inputs.connected.borrow();
+            self.distrust = (!connected).then(|| now + DOUBT);
+            if connected {
+                // What nobody has written again goes.
+                self.read_at = now;
+            }
+        }
         if self.interface.0.is_some_and(|at| at <= now) {
             self.look_at_interface(&inputs.claim).await;
         }
@@ -614,7 +632,7 @@ impl<H: Host> Reconciler<H> {
                 }
                 self.follow_macs(&inputs.claim);
                 self.picture.keep_bridge(&self.observed);
-                let ops = diff(self.picture.desired(), &self.observed, self.prune());
+                let ops = diff(self.picture.desired(), &self.observed, self.prune_all());
                 // A peer that is not on the link may be there by now: of the routes that say so nothing is heard.
                 if !self.picture.refusals().is_empty() {
                     self.interface.0.get_or_insert(now);
@@ -632,8 +650,14 @@ impl<H: Host> Reconciler<H> {
         }
     }
 
+    /// May what changed be deleted, if nobody wants it?
     fn prune(&self) -> Prune {
         if self.picture.leases().is_complete() { Prune::Yes } else { Prune::No }
+    }
+
+    /// May all be deleted that nobody wants?
+    fn prune_all(&self) -> Prune {
+        if self.distrust.is_none() { self.prune() } else { Prune::No }
     }
 
     /// Puts right what the kernel does not hold. What somebody undoes again and again is put right ever more slowly, down to

@@ -60,6 +60,8 @@ pub struct Held {
     pub published: PerFamily<IpAddr>,
     /// The etcd lease on the key; 0 for one that needs no renewal.
     pub etcd_lease: i64,
+    /// Did the store not know it before?
+    pub is_new: bool,
 }
 
 /// A place where leases are kept. Clones are handles to the same.

@@ -71,12 +71,13 @@ pub const HOSTS: [World; 7] = [
 ];
 
 /// What happens to the store.
-pub const STORES: [World; 7] = [
+pub const STORES: [World; 8] = [
     cutting("the store is away, all routes are flushed: they are back", flush_without_store),
     unnoticed("the store is killed and started after 2 s: all hear of a new lease", store_killed),
     unnoticed("the store hangs for 4 s: all hear of a new lease", store_hangs),
     unnoticed("the store is restored from an older backup: all hear of a new lease", store_restored),
     unnoticed("the store comes back empty: all leases are in it again", store_emptied),
+    unnoticed("the same, and the daemon is started again just then", store_emptied_at_start),
     unnoticed("an operator deletes all leases: all are in it again", leases_deleted),
     unnoticed("half of the hosts lose the store for 3 s: all hear of a new lease", partition),
 ];
@@ -379,6 +380,13 @@ fn store_restored(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
 
 fn store_emptied(stage: &mut Stage, _: usize) -> anyhow::Result<Duration> {
     empty_store(&mut stage.lab, &stage.root)?;
+    all_again(stage, Instant::now())
+}
+
+fn store_emptied_at_start(stage: &mut Stage, host: usize) -> anyhow::Result<Duration> {
+    stage.lab.stop_daemon(host, true)?;
+    empty_store(&mut stage.lab, &stage.root)?;
+    stage.lab.start_daemon(host, &[])?;
     all_again(stage, Instant::now())
 }
 

@@ -218,7 +218,7 @@ impl Kube {
             let patch = json!({ "metadata": { "annotations": missing } });
             self.api().patch_node("write this node's annotations", self.node(), &patch).await?;
         }
-        Ok((Held { key, published: peer.public, etcd_lease: 0 }, node.metadata.uid, missing.len()))
+        Ok((Held { key, published: peer.public, etcd_lease: 0, is_new: false }, node.metadata.uid, missing.len()))
     }
 
     /// Tells the scheduler that pods can be put here (specification, section 4.7).

@@ -233,9 +233,8 @@ impl World {
         }
         self.make_peace().await;
         self.wait(REST).await;
-        if self.machines.iter().any(|machine| machine.robbed) {
-            self.wait(DOUBT).await;
-        }
+        // What the store has lost, or a daemon that just began does not believe to be gone, is given up.
+        self.wait(DOUBT).await;
         self.judge().await
     }
 

@@ -87,7 +87,8 @@ impl Keeper {
             Some(choice) => choice,
             None => alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?,
         };
-        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease };
+        let is_new = matches!(choice, Choice::Create(_));
+        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease, is_new };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
             tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
@@ -111,7 +112,7 @@ impl Keeper {
         }
         if done {
             // Keys that differ may overlap all the same: in one family of two, or in size. The older lease has the subnet.
-            if matches!(choice, Choice::Create(_)) && self.is_younger(&key, snapshot.revision).await? {
+            if is_new && self.is_younger(&key, snapshot.revision).await? {
                 tracing::info!(subnet = %key, "another host was faster with a part of this subnet; giving it back");
                 self.store.revoke(etcd_lease).await;
                 return Ok(None);
