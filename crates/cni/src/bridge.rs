@@ -12,11 +12,11 @@ use ::flannel::{Cidr, Family, IfName, Mac};
 use kernel::link::{self, LinkInfo, OPER_UNKNOWN, OPER_UP, VethEnd};
 use kernel::netlink::{NetlinkError, Protocol, Socket};
 use kernel::netns::Netns;
-use kernel::pod_rules::Notes;
 use kernel::{addr, masquerade, route, spoofcheck, sysctl};
 use serde_json::{Map, Value};
 
 use crate::delegate;
+use crate::lock;
 use crate::loopback::open_netns;
 use crate::protocol::{CniError, Command, Request, boolean, field, number, object, string};
 use crate::result::{CniResult, Interface, Route};
@@ -39,7 +39,7 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             // Both are tried, as for a DEL.
             let addresses = ipam(request, Command::Gc, None);
             if Config::new(request)?.ip_masq.is_some() {
-                let notes = Notes::hold();
+                let notes = lock::notes()?;
                 notes.retain_masquerade(&request.name, &valid);
                 masquerade::retain(&request.name, &valid).map_err(failed("remove the masquerading of containers that are gone"))?;
             }

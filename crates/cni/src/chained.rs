@@ -51,17 +51,11 @@ pub(crate) fn in_container<T>(netns: &Netns, f: impl FnOnce(&mut Socket) -> Resu
 }
 
 /// The index of the host's end of the container's link, if the result tells of one and it is a veth.
-pub(crate) fn host_end(result: &CniResult) -> Result<Option<u32>, CniError> {
-    let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-    for name in
-        result.interfaces.iter().filter(|interface| interface.sandbox.is_empty()).filter_map(|interface| interface.name.parse().ok())
-    {
-        let found = link::get(&mut socket, name).map_err(failed(format!("read {name}")))?;
-        if let Some(end) = found.filter(|link| link.kind == "veth") {
-            return Ok(Some(end.index));
-        }
-    }
-    Ok(None)
+pub(crate) fn host_end(result: &CniResult) -> Option<u32> {
+    let mut socket = Socket::open(Protocol::Route).ok()?;
+    let names = result.interfaces.iter().filter(|interface| interface.sandbox.is_empty()).map(|interface| interface.name.parse());
+    let mut links = names.flatten().filter_map(|name| link::get(&mut socket, name).ok().flatten());
+    links.find(|link| link.kind == "veth").map(|link| link.index)
 }
 
 /// Notes rules that were written, so that the daemon puts them back. Without the note the container has them all the same.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ::flannel::{Cidr, Family};
 use kernel::hostport::{self, Mapping, Snat};
 use kernel::netlink::{Protocol, Socket};
-use kernel::pod_rules::{Notes, Rules};
+use kernel::pod_rules::Rules;
 use kernel::{conntrack, link, route, sysctl};
 use serde_json::Value;
 
@@ -151,10 +151,10 @@ fn add(request: &Request, config: &Config, result: &CniResult, family: Family) -
         Backend::Nftables => {
             // The first one makes the chains, and the rules that all share.
             let _lock = lock::host()?;
-            let notes = Notes::hold();
+            let notes = lock::notes()?;
             let id = &request.container_id;
             hostport::add(id, container, &mappings, config.snat).map_err(failed("map the container's ports"))?;
-            if let Some(end) = host_end(result)? {
+            if let Some(end) = host_end(result) {
                 let rules = Rules::Ports { id: id.clone(), container, mappings: mappings.clone(), snat: config.snat };
                 note(&notes, end, request, rules);
             }
@@ -171,10 +171,9 @@ fn add(request: &Request, config: &Config, result: &CniResult, family: Family) -
                 .map_err(|error| CniError::failed(error.to_string()))?;
         }
     }
-    for mapping in mappings.iter().filter(|mapping| mapping.protocol == 17) {
-        if let Err(error) = conntrack::forget_udp(family, mapping.host_port) {
-            eprintln!("portmap: cannot forget old UDP connections to port {}: {error}", mapping.host_port);
-        }
+    let udp: Vec<u16> = mappings.iter().filter(|mapping| mapping.protocol == 17).map(|mapping| mapping.host_port).collect();
+    if let Err(error) = conntrack::forget_udp(family, &udp) {
+        eprintln!("portmap: cannot forget old UDP connections to ports {udp:?}: {error}");
     }
     Ok(())
 }
@@ -245,7 +244,7 @@ fn add_iptables(request: &Request, config: &Config, container: Cidr, mappings: &
 }
 
 fn remove(request: &Request) -> Result<(), CniError> {
-    let notes = Notes::hold();
+    let notes = lock::notes()?;
     notes.forget_ports(&request.container_id, &request.ifname);
     let _removal = hostport::remove(&request.container_id).map_err(failed("remove the container's port mappings"))?;
     // Others need not wait for what the kernel does then.

@@ -740,6 +740,8 @@ fn prepare_middle(networks: usize, families: Families) -> anyhow::Result<()> {
 fn make_host(root: &Path, middle: &Netns, i: usize, network: usize, families: Families) -> anyhow::Result<Host> {
     use std::os::fd::AsFd;
     let netns = Netns::create()?;
+    // Those of a lab that was killed: the kernel gives the number of a namespace that has ended to another.
+    netns.run(kernel::pod_rules::clear)?;
     let host_name = format!("h{i}");
     netns.bind(&root.join("netns").join(&host_name))?;
     let address = Ipv4Addr::new(10, 0, u8::try_from(network)?, u8::try_from(i)?);

@@ -42,6 +42,8 @@ const LISTED: Duration = Duration::from_millis(100);
 /// How long a lease's routes stay that a store which lost data knows nothing of: its host writes it again within seconds, and one whose
 /// daemon is being replaced within minutes. A route that leads to nobody harms nobody.
 const DOUBT: Duration = Duration::from_secs(300);
+/// Programs that delete rules of pods because the pods end: those of the plugins, ours and others'.
+const PLUGINS: [&str; 4] = ["portmap", "bridge", "flannel", "flannel-cni"];
 /// What is said of it.
 const LOST: &str = "the store seems to have lost data (restored from a backup, perhaps); routes of leases that it does not know any more stay for five minutes, in which their hosts write them again";
 /// A failed object is tried again after the first, doubling up to the second.
@@ -458,6 +460,8 @@ impl<H: Host> Reconciler<H> {
                     let scope = Scope { iptables: vec![family], ..Scope::default() };
                     self.look(scope, &Variant::ALL.map(|variant| Key::Iptables(family, variant)), &mut touched).await;
                 }
+                // A plugin deletes what it wrote itself.
+                Changed::PodRules if by.as_ref().is_some_and(|author| PLUGINS.contains(&author.program.as_str())) => {}
                 Changed::PodRules => {
                     let scope = Scope { pod_rules: true, ..Scope::default() };
                     self.look(scope, &[Key::PodRules], &mut touched).await;
@@ -731,6 +735,8 @@ impl<H: Host> Reconciler<H> {
                             }
                             // A container's /proc/sys is read-only as a rule, and nothing depends on ours but forwarding.
                             Key::Sysctl(path) if Family::ALL.iter().all(|family| family.forwarding() != path) => {}
+                            // A plugin is at work.
+                            Key::PodRules if error.errno == EBUSY => {}
                             _ => self.notices.tell("KernelRefused", format!("{key}: {error}")),
                         }
                     }
@@ -742,6 +748,8 @@ impl<H: Host> Reconciler<H> {
         self.observed.apply_all(done);
     }
 }
+
+const EBUSY: i32 = 16;
 
 /// What would help when the kernel lacks something. A container cannot load modules.
 fn advice(key: &Key, errno: i32) -> &'static str {

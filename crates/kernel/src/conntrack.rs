@@ -15,19 +15,23 @@ const PROTO_NUM: u16 = 1;
 const PROTO_DST_PORT: u16 = 3;
 const UDP: u8 = 17;
 
-/// Forgets UDP "connections" to a port. A datagram to a port that leads to a container only since now would otherwise
+/// Forgets UDP "connections" to some ports. A datagram to a port that leads to a container only since now would otherwise
 /// follow the entry that its predecessors made.
 ///
 /// # Errors
 /// What the kernel answers.
-pub fn forget_udp(family: Family, port: u16) -> Result<(), NetlinkError> {
+pub fn forget_udp(family: Family, ports: &[u16]) -> Result<(), NetlinkError> {
+    if ports.is_empty() {
+        return Ok(());
+    }
     let header = [family_number(family), 0, 0, 0];
     let mut socket = Socket::open(Protocol::Netfilter)?;
     let read = |body: &[u8]| {
         let find = |bytes, wanted| attrs(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
         let tuple = find(body.get(4..)?, TUPLE_ORIG)?;
         let proto = find(tuple, TUPLE_PROTO)?;
-        let ours = find(proto, PROTO_NUM)? == [UDP] && find(proto, PROTO_DST_PORT)? == port.to_be_bytes();
+        let port = u16::from_be_bytes(find(proto, PROTO_DST_PORT)?.try_into().ok()?);
+        let ours = find(proto, PROTO_NUM)? == [UDP] && ports.contains(&port);
         ours.then(|| tuple.to_vec())
     };
     let found = socket.dump(

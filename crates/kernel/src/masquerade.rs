@@ -2,14 +2,12 @@
 //! shared with the reference plugins, one rule an address (specification, section 7.3). A rule is found again by the
 //! beginning of its comment.
 
-use std::collections::BTreeMap;
-
 use flannel::traffic::{Match, Rule, Verdict};
 use flannel::{Cidr, Family, Subnet};
 use sha2::{Digest, Sha512};
 
 use crate::netlink::{APPEND, Batch, Body, CREATE, NetlinkError, Protocol, Socket};
-use crate::nft::{self, Jump, RULE_CHAIN, RULE_EXPRESSIONS, RULE_USERDATA, Removal, TABLE};
+use crate::nft::{self, Jump, Part, RULE_CHAIN, RULE_EXPRESSIONS, RULE_USERDATA, Removal, TABLE};
 
 pub(crate) const NAME: &str = "cni_plugins_masquerade";
 const CHECKS: &str = "masq_checks";
@@ -23,44 +21,50 @@ const INET: [u8; 4] = [1, 0, 0, 0];
 /// # Errors
 /// What the kernel answers; then no rule was added.
 pub fn add(network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
-    add_by(&mut Socket::open(Protocol::Netfilter)?, network, attachment, addresses)
+    let mut socket = Socket::open(Protocol::Netfilter)?;
+    nft::add_rules(&mut socket, &place(), |batch| encode(batch, network, attachment, addresses))
 }
 
-pub(crate) fn add_by(socket: &mut Socket, network: &str, attachment: &str, addresses: &[Cidr]) -> Result<(), NetlinkError> {
+/// The table: chains, and the rules that all containers share.
+pub(crate) fn place() -> nft::Shared {
+    let frame = |batch: &mut Batch, part: Part| match part {
+        Part::Chains => {
+            batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
+                body.bytes(&INET).attr_str(TABLE, NAME);
+                body.attr(nft::TABLE_USERDATA, &nft::comment("Masquerading for plugins from github.com/containernetworking/plugins"));
+            });
+            let text = "Masquerade traffic from certain IPs to any (non-multicast) IP outside their subnet";
+            nft::encode_chain_with(batch, INET, NAME, CHECKS, None, text);
+            nft::encode_chain(batch, INET, NAME, POSTROUTING, Some((4, 100, "nat")));
+        }
+        Part::Rules => {
+            for family in Family::ALL {
+                rule(batch, POSTROUTING, "", |list| {
+                    nft::encode_family(list, family);
+                    nft::encode_rule(
+                        list,
+                        &Rule { matches: vec![Match::Destination { net: family.multicast(), not: false }], verdict: Verdict::Return },
+                    );
+                });
+            }
+            rule(batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
+        }
+    };
+    nft::Shared { proto: INET, table: NAME, shared: &[POSTROUTING], own: &[CHECKS], frame: Box::new(frame) }
+}
+
+/// Appends the rules of an attachment, one an address.
+pub(crate) fn encode(batch: &mut Batch, network: &str, attachment: &str, addresses: &[Cidr]) {
     let (ifname, id) = attachment.split_once(':').unwrap_or((attachment, ""));
     let comment = format!("{}, net: {network}, if: {ifname}, id: {id}", name(network, attachment));
-    let frame = |batch: &mut Batch, there: bool| {
-        batch.message(nft::kind(nft::NEWTABLE), CREATE, |body| {
-            body.bytes(&INET).attr_str(TABLE, NAME);
-            body.attr(nft::TABLE_USERDATA, &nft::comment("Masquerading for plugins from github.com/containernetworking/plugins"));
+    for address in addresses {
+        let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
+        let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];
+        rule(batch, CHECKS, &comment, |list| {
+            nft::encode_family(list, Family::of(address.addr));
+            nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
         });
-        let text = "Masquerade traffic from certain IPs to any (non-multicast) IP outside their subnet";
-        nft::encode_chain_with(batch, INET, NAME, CHECKS, None, text);
-        nft::encode_chain(batch, INET, NAME, POSTROUTING, Some((4, 100, "nat")));
-        if there {
-            return;
-        }
-        for family in Family::ALL {
-            rule(batch, POSTROUTING, "", |list| {
-                nft::encode_family(list, family);
-                nft::encode_rule(
-                    list,
-                    &Rule { matches: vec![Match::Destination { net: family.multicast(), not: false }], verdict: Verdict::Return },
-                );
-            });
-        }
-        rule(batch, POSTROUTING, "", |list| nft::encode_jump(list, Jump::Goto, CHECKS));
-    };
-    nft::add_rules(socket, (INET, NAME, POSTROUTING), frame, |batch| {
-        for address in addresses {
-            let single = Subnet::new(address.addr, Family::of(address.addr).bits()).expect("a whole address is a prefix");
-            let matches = vec![Match::Source { net: single, not: false }, Match::Destination { net: address.subnet(), not: true }];
-            rule(batch, CHECKS, &comment, |list| {
-                nft::encode_family(list, Family::of(address.addr));
-                nft::encode_rule(list, &Rule { matches, verdict: Verdict::Masquerade { fully_random: false } });
-            });
-        }
-    })
+    }
 }
 
 /// Removes the rules that [`add`] made. That there are none is success.
@@ -84,23 +88,10 @@ pub fn retain(network: &str, attachments: &[String]) -> Result<(), NetlinkError>
 
 fn delete(wanted: impl Fn(&str) -> bool) -> Result<Removal, NetlinkError> {
     let Some(mut socket) = nft::open()? else { return Ok(Removal::default()) };
-    delete_by(&mut socket, wanted)?;
-    Ok(Removal::of(socket))
-}
-
-fn delete_by(socket: &mut Socket, wanted: impl Fn(&str) -> bool) -> Result<(), NetlinkError> {
-    let mut rules = nft::handles(socket, INET, NAME)?;
+    let mut rules = nft::handles(&mut socket, INET, NAME)?;
     rules.retain(|rule| rule.chain == CHECKS && wanted(&rule.comment));
-    nft::delete_handles(socket, INET, NAME, &rules)
-}
-
-pub(crate) fn remove_by(socket: &mut Socket, name: &str) -> Result<(), NetlinkError> {
-    delete_by(socket, |comment| comment.starts_with(name))
-}
-
-/// How many rules there are, by the names of their attachments: one an address.
-pub(crate) fn count_by(socket: &mut Socket) -> Result<BTreeMap<String, usize>, NetlinkError> {
-    Ok(nft::count(&nft::handles(socket, INET, NAME)?, POSTROUTING, CHECKS))
+    nft::delete_handles(&mut socket, INET, NAME, &rules)?;
+    Ok(Removal::of(socket))
 }
 
 fn rule(batch: &mut Batch, chain: &str, comment: &str, expressions: impl FnOnce(&mut Body<'_>)) {

@@ -223,7 +223,9 @@ impl Monitor {
         while let Some(socket) = &mut self.netfilter {
             // A transaction is a message for each of its rules, once is enough; its last message says whose it was.
             let more = socket.notifications(false, |message| match decode_rules(&message) {
-                Some(change) if rules.iter().any(|known| known.change == change) => {}
+                // Of pods' rules it matters who deleted them: each transaction counts.
+                Some(change) if rules.iter().any(|known| known.change == change && (known.by.is_none() || change != Changed::PodRules)) => {
+                }
                 Some(change) => rules.push(Heard { change, by: None }),
                 None => {
                     let author = decode_generation(&message);

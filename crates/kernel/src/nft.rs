@@ -13,9 +13,9 @@ use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, st
 
 pub use shared::Removal;
 pub(crate) use shared::{
-    Jump, RULE_USERDATA, add_rules, count, delete_handles, encode_chain, encode_chain_with, encode_dnat, encode_input_interface,
-    encode_jump, encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated, encode_verdict, handles,
-    open,
+    Handle, Jump, Part, RULE_USERDATA, Shared, add_rules, delete_handles, encode_chain, encode_chain_with, encode_delete, encode_dnat,
+    encode_input_interface, encode_jump, encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated,
+    encode_verdict, handles, open,
 };
 
 pub(crate) const SUBSYSTEM: u16 = 10;

@@ -20,11 +20,14 @@ use rustix::fs::FlockOperation;
 use sha2::{Digest, Sha256};
 
 use crate::hostport::{self, Mapping, Snat};
-use crate::netlink::{NetlinkError, Socket};
-use crate::{Kernel, link, masquerade};
+use crate::netlink::{Batch, NetlinkError, Socket};
+use crate::nft::{self, Handle};
+use crate::{Kernel, conntrack, link, masquerade};
 
 /// Where the notes are, a file for each call of [`hostport::add`] and [`masquerade::add`].
 const FOLDER: &str = "/run/flannel/pods";
+/// Groups of rules that are written in one transaction: a request has to fit the socket's buffer.
+const PART: usize = 64;
 /// How long a plugin waits for another, or for the daemon.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the daemon does, which has other work.
@@ -68,12 +71,18 @@ struct Note {
 pub struct Notes(Option<(File, u64)>);
 
 impl Notes {
-    /// Waits for the folder, and makes it if it is not there. After ten seconds the work goes on without it.
-    pub fn hold() -> Notes {
-        let _ = DirBuilder::new().recursive(true).create(Path::new(FOLDER).parent().expect("it has one"));
+    /// Waits for the folder, and makes it if it is not there.
+    ///
+    /// # Errors
+    /// `TimedOut` when somebody holds it for ten seconds: a note that is left behind would put back what is deleted now.
+    pub fn hold() -> io::Result<Notes> {
+        let _ = DirBuilder::new().recursive(true).mode(0o755).create(Path::new(FOLDER).parent().expect("it has one"));
         // Only root can enter: else anybody could stop all work by holding it.
         let _ = DirBuilder::new().mode(0o700).create(FOLDER);
-        Notes(hold(PATIENCE))
+        match hold(PATIENCE) {
+            None if is_private() => Err(io::Error::new(io::ErrorKind::TimedOut, format!("{FOLDER} is held by another process"))),
+            held => Ok(Notes(held)),
+        }
     }
 
     /// Notes rules that are in the kernel now. `end` is the index of the host's end of the container's link.
@@ -100,7 +109,7 @@ impl Notes {
     /// Forgets the masquerading of a network but for these attachments.
     pub fn retain_masquerade(&self, network: &str, attachments: &[String]) {
         let Some((_, namespace)) = &self.0 else { return };
-        for (path, note) in read(*namespace) {
+        for (path, note) in read(*namespace).unwrap_or_default() {
             match note.rules {
                 Rules::Masquerade { network: of, attachment, .. } if of == network && !attachments.contains(&attachment) => {
                     let _ = std::fs::remove_file(path);
@@ -120,14 +129,14 @@ impl Notes {
 
 /// Forgets all of the calling thread's network namespace, which is about to end: a test's.
 pub fn clear() {
-    for (path, _) in namespace().map(read).unwrap_or_default() {
+    for (path, _) in namespace().and_then(|namespace| read(namespace).ok()).unwrap_or_default() {
         let _ = std::fs::remove_file(path);
     }
 }
 
 fn hold(patience: Duration) -> Option<(File, u64)> {
     let namespace = namespace()?;
-    let folder = File::open(FOLDER).ok()?;
+    let folder = File::open(FOLDER).ok().filter(|_| is_private())?;
     let end = Instant::now() + patience;
     while rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive).is_err() {
         if Instant::now() > end {
@@ -136,6 +145,12 @@ fn hold(patience: Duration) -> Option<(File, u64)> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Some((folder, namespace))
+}
+
+/// Is the folder there, and does it belong to this user alone? What somebody else can write there is no note.
+fn is_private() -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    std::fs::symlink_metadata(FOLDER).is_ok_and(|meta| meta.is_dir() && meta.uid() == own && meta.mode() & 0o022 == 0)
 }
 
 /// The inode of the calling thread's network namespace. Several may share the folder.
@@ -168,11 +183,12 @@ impl Rules {
         }
     }
 
-    /// In which table they are, by whose name, and how many that are counted.
+    /// In which table they are, how their comments begin, up to a comma, and how many they are.
     fn place(&self) -> (Table, String, usize) {
         match self {
-            Rules::Ports { id, container, mappings, .. } => {
-                (Table::Ports(Family::of(container.addr)), hostport::comment(id).to_owned(), mappings.len())
+            Rules::Ports { id, container, mappings, snat } => {
+                let size = hostport::size(*container, mappings, *snat);
+                (Table::Ports(Family::of(container.addr)), hostport::comment(id).to_owned(), size)
             }
             Rules::Masquerade { network, attachment, addresses } => {
                 (Table::Masquerade, masquerade::name(network, attachment), addresses.len())
@@ -180,11 +196,20 @@ impl Rules {
         }
     }
 
-    fn add(&self, socket: &mut Socket) -> Result<(), NetlinkError> {
+    fn encode(&self, batch: &mut Batch) {
         match self {
-            Rules::Ports { id, container, mappings, snat } => hostport::add_by(socket, id, *container, mappings, *snat),
-            Rules::Masquerade { network, attachment, addresses } => masquerade::add_by(socket, network, attachment, addresses),
+            Rules::Ports { id, container, mappings, snat } => hostport::encode(batch, id, *container, mappings, *snat),
+            Rules::Masquerade { network, attachment, addresses } => masquerade::encode(batch, network, attachment, addresses),
         }
+    }
+
+    /// Ports whose UDP "connections" may have been made while the rules were away.
+    fn udp(&self) -> impl Iterator<Item = u16> {
+        let mappings = match self {
+            Rules::Ports { mappings, .. } => mappings.as_slice(),
+            Rules::Masquerade { .. } => &[],
+        };
+        mappings.iter().filter(|mapping| mapping.protocol == 17).map(|mapping| mapping.host_port)
     }
 }
 
@@ -196,71 +221,112 @@ enum Table {
 }
 
 impl Table {
-    /// How many rules there are by each name; none, as long as the table lacks the rules that lead to them.
-    fn count(self, socket: &mut Socket) -> Result<BTreeMap<String, usize>, NetlinkError> {
+    fn place(self) -> nft::Shared {
         match self {
-            Table::Ports(family) => hostport::count_by(socket, family),
-            Table::Masquerade => masquerade::count_by(socket),
-        }
-    }
-
-    fn remove(self, socket: &mut Socket, name: &str) -> Result<(), NetlinkError> {
-        match self {
-            Table::Ports(family) => hostport::remove_by(socket, family, name),
-            Table::Masquerade => masquerade::remove_by(socket, name),
+            Table::Ports(family) => hostport::place(family),
+            Table::Masquerade => masquerade::place(),
         }
     }
 }
 
-/// All notes of a namespace. One that cannot be read (somebody else's file, half of one) is none.
-fn read(namespace: u64) -> Vec<(PathBuf, Note)> {
+/// All notes of a namespace. What is no note (somebody else's file, half of one) is passed over.
+fn read(namespace: u64) -> io::Result<Vec<(PathBuf, Note)>> {
     let prefix = format!("{namespace}-");
-    let files = std::fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    let own = files.filter(|file| file.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)));
-    let mut notes: Vec<(PathBuf, Note)> = own
-        .map(|file| file.path())
-        .filter_map(|path| std::fs::read_to_string(&path).ok().and_then(|text| Note::parse(&text)).map(|note| (path, note)))
-        .collect();
+    let files = match std::fs::read_dir(FOLDER) {
+        Ok(_) if !is_private() => return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is not root's alone")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        files => files?,
+    };
+    let mut notes = Vec::new();
+    for file in files {
+        let file = file?;
+        if !file.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)) {
+            continue;
+        }
+        match std::fs::read_to_string(file.path()) {
+            Ok(text) => notes.extend(Note::parse(&text).map(|note| (file.path(), note))),
+            // A plugin has just taken it away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
     // The order of a folder is left to chance.
     notes.sort_by(|one, other| one.0.cmp(&other.0));
-    notes
+    Ok(notes)
 }
 
-/// The notes of rules of one name in one table.
+/// What one name has in a table, and what it should have.
 #[derive(Debug, Default)]
 struct Group<'a> {
-    /// Of pods that are there.
+    /// Notes of pods that are there.
     living: Vec<&'a (PathBuf, Note)>,
     /// Of those that are not.
     dead: Vec<&'a Path>,
+    /// The rules that are there.
+    rules: Vec<Handle>,
 }
 
-/// Those whose rules are not all there, or whose pod is gone.
-fn wrong<'a>(socket: &mut Socket, alive: &BTreeSet<u32>, notes: &'a [(PathBuf, Note)]) -> Result<Wrong<'a>, NetlinkError> {
-    let mut groups: Wrong<'_> = BTreeMap::new();
+impl Group<'_> {
+    fn is_right(&self) -> bool {
+        let wanted: usize = self.living.iter().map(|(_, note)| note.rules.place().2).sum();
+        self.dead.is_empty() && self.rules.len() >= wanted
+    }
+}
+
+/// Of each table, the groups that are not as they should be: rules are missing, or their pod is.
+fn wrong<'a>(
+    socket: &mut Socket,
+    alive: &BTreeSet<u32>,
+    notes: &'a [(PathBuf, Note)],
+) -> Result<Vec<(Table, Vec<Group<'a>>)>, NetlinkError> {
+    let mut tables: BTreeMap<Table, BTreeMap<String, Group<'a>>> = BTreeMap::new();
     for entry in notes {
         let (table, name, _) = entry.1.rules.place();
-        let group = groups.entry((table, name)).or_default();
+        let group = tables.entry(table).or_default().entry(name).or_default();
         if alive.contains(&entry.1.end) { group.living.push(entry) } else { group.dead.push(&entry.0) }
     }
-    let tables: BTreeSet<Table> = groups.keys().map(|(table, _)| *table).collect();
-    let mut there = BTreeMap::new();
-    for table in tables {
-        there.insert(table, table.count(socket)?);
+    let mut found = Vec::new();
+    for (table, mut groups) in tables {
+        let place = table.place();
+        let rules = place.handles(socket)?;
+        // Rules to which nothing leads are none.
+        let is_whole = place.is_whole(&rules);
+        for rule in rules.into_iter().filter(|rule| place.own.contains(&rule.chain.as_str())) {
+            let name = rule.comment.split(',').next().unwrap_or_default();
+            if let Some(group) = groups.get_mut(name) {
+                group.rules.push(rule);
+            }
+        }
+        let groups: Vec<Group<'_>> = groups.into_values().filter(|group| !is_whole || !group.is_right()).collect();
+        if !groups.is_empty() {
+            found.push((table, groups));
+        }
     }
-    groups.retain(|(table, name), group| {
-        let wanted: usize = group.living.iter().map(|(_, note)| note.rules.place().2).sum();
-        !group.dead.is_empty() || there[table].get(name).copied().unwrap_or(0) < wanted
-    });
-    Ok(groups)
+    Ok(found)
 }
 
-type Wrong<'a> = BTreeMap<(Table, String), Group<'a>>;
+/// Writes some groups as they should be, in one step.
+fn write(socket: &mut Socket, table: Table, groups: &[Group<'_>]) -> Result<(), NetlinkError> {
+    let place = table.place();
+    let is_empty = groups.iter().all(|group| group.living.is_empty() && group.rules.is_empty());
+    if !is_empty {
+        nft::add_rules(socket, &place, |batch| {
+            for group in groups {
+                group.rules.iter().for_each(|rule| nft::encode_delete(batch, place.proto, place.table, rule));
+                group.living.iter().for_each(|(_, note)| note.rules.encode(batch));
+            }
+        })?;
+    }
+    let dead = groups.iter().flat_map(|group| &group.dead);
+    dead.for_each(|path| drop(std::fs::remove_file(path)));
+    Ok(())
+}
 
 impl Kernel {
     /// How many pods' rules are not as their plugins left them.
     pub(crate) fn observe_pod_rules(&mut self) -> Result<usize, NetlinkError> {
-        let notes = namespace().map(read).unwrap_or_default();
+        let Some(namespace) = namespace() else { return Ok(0) };
+        let notes = read(namespace).map_err(unreadable)?;
         if notes.is_empty() {
             return Ok(0);
         }
@@ -269,7 +335,7 @@ impl Kernel {
         // A plugin takes its note away before it deletes: what is still noted was not deleted by one.
         let is_noted =
             |group: &&Group<'_>| group.living.iter().map(|entry| entry.0.as_path()).chain(group.dead.iter().copied()).all(Path::exists);
-        Ok(wrong.values().filter(is_noted).count())
+        Ok(wrong.iter().flat_map(|(_, groups)| groups).filter(is_noted).count())
     }
 
     /// Writes again what is missing, and deletes what is left of pods that are gone.
@@ -278,23 +344,30 @@ impl Kernel {
             let busy = || NetlinkError::Refused { errno: libc::EBUSY, message: format!("a plugin holds {FOLDER}") };
             return if Path::new(FOLDER).exists() { Err(busy()) } else { Ok(()) };
         };
-        let notes = read(namespace);
+        let notes = read(namespace).map_err(unreadable)?;
         let alive = link::list(&mut self.route)?.iter().map(|link| link.index).collect();
         let socket = self.netfilter()?;
         let mut failed = Ok(());
-        for ((table, name), group) in wrong(socket, &alive, &notes)? {
-            let mut again = || {
-                table.remove(socket, &name)?;
-                group.living.iter().try_for_each(|(_, note)| note.rules.add(socket))
-            };
-            match again() {
-                Ok(()) => group.dead.iter().for_each(|path| drop(std::fs::remove_file(path))),
-                // One that the kernel refuses does not keep the others.
-                Err(error) => failed = failed.and(Err(error)),
+        for (table, groups) in wrong(socket, &alive, &notes)? {
+            for part in groups.chunks(PART) {
+                if write(socket, table, part).is_err() {
+                    // One that the kernel refuses does not keep the others.
+                    for group in part {
+                        failed = failed.and(write(socket, table, std::slice::from_ref(group)));
+                    }
+                }
+            }
+            if let Table::Ports(family) = table {
+                let udp: Vec<u16> = groups.iter().flat_map(|group| &group.living).flat_map(|(_, note)| note.rules.udp()).collect();
+                failed = failed.and(conntrack::forget_udp(family, &udp));
             }
         }
         failed
     }
+}
+
+fn unreadable(error: io::Error) -> NetlinkError {
+    NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: format!("cannot read {FOLDER}: {error}") }
 }
 
 impl Note {

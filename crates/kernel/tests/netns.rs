@@ -46,11 +46,26 @@ fn main() {
     let trial = |(name, test): (&str, fn())| {
         Trial::test(name, move || -> Result<(), Failed> {
             let scratch = Netns::create().expect("a network namespace");
-            scratch.run(test).expect("to enter it");
+            scratch
+                .run(|| {
+                    // Also when it fails: the kernel gives the number of a namespace that has ended to another.
+                    kernel::pod_rules::clear();
+                    let _clean = Clean;
+                    test();
+                })
+                .expect("to enter it");
             Ok(())
         })
     };
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+}
+
+struct Clean;
+
+impl Drop for Clean {
+    fn drop(&mut self) {
+        kernel::pod_rules::clear();
+    }
 }
 
 fn name(text: &str) -> IfName {
@@ -541,7 +556,7 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let mappings = vec![mapping(80), mapping(81)];
     all.extend(addresses.map(|container| Rules::Ports { id: "abc".to_owned(), container, mappings: mappings.clone(), snat: Snat::Local }));
     let add = |end| {
-        let notes = Notes::hold();
+        let notes = Notes::hold().unwrap();
         masquerade::add(&network, &attachment, &addresses).unwrap();
         addresses.iter().for_each(|address| hostport::add("abc", *address, &mappings, Snat::Local).unwrap());
         all.iter().for_each(|rules| notes.keep(end, "eth0", rules.clone()).unwrap());
@@ -574,9 +589,41 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
     assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [2, 2]));
 
+    // Chains that lead to them, and those beside them; nothing is there twice after that.
+    let nft = |arguments: &str| {
+        let output = std::process::Command::new("nft").args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{arguments}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let before = nft("list table ip cni_hostport");
+    for chain in ["prerouting", "output", "hostports_all", "masquerading", "hostports"] {
+        nft(&format!("flush chain ip cni_hostport {chain}"));
+        assert!(is_told() && wrong(&mut kernel) == Some(Object::PodRules(1)), "{chain}");
+        apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+        assert_eq!((nft("list table ip cni_hostport"), wrong(&mut kernel)), (before.clone(), Some(Object::PodRules(0))), "{chain}");
+    }
+    // Many pods at once.
+    let notes = Notes::hold().unwrap();
+    let id = |n: u32| format!("many-{n:064x}");
+    for n in 0..200 {
+        let container = format!("10.244.{}.{}/16", 2 + n / 200, 1 + n % 200).parse().unwrap();
+        let mappings = vec![Mapping { host_port: u16::try_from(1_000 + n).unwrap(), ..mapping(1) }];
+        notes.keep(end, "eth0", Rules::Ports { id: id(n), container, mappings, snat: Snat::Local }).unwrap();
+    }
+    drop(notes);
+    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(200)));
+    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)));
+    assert_eq!((0..200).map(|n| hostport::count(&id(n), Family::V4).unwrap()).sum::<usize>(), 200);
+    let notes = Notes::hold().unwrap();
+    (0..200).for_each(|n| notes.forget_ports(&id(n), "eth0"));
+    drop((notes, nft("delete table ip cni_hostport")));
+    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    assert_eq!(nft("list table ip cni_hostport"), before);
+
     // While a plugin holds the notes the daemon does not wait.
     drop(flush());
-    let held = Notes::hold();
+    let held = Notes::hold().unwrap();
     let outcome = kernel.apply(&[Op::Set(Object::PodRules(0))]).remove(0);
     assert!(outcome.unwrap_err().text.contains("a plugin holds /run/flannel/pods"));
     // It forgets what it deletes.

@@ -4,7 +4,7 @@
 use ::flannel::{Cidr, Family};
 use kernel::masquerade;
 use kernel::nft::Removal;
-use kernel::pod_rules::{Notes, Rules};
+use kernel::pod_rules::Rules;
 
 use super::config::MasqBackend;
 use super::{attachment, failed};
@@ -22,7 +22,7 @@ pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr], e
     if backend == MasqBackend::Nftables {
         // The first one makes the chain, and the rules that all share.
         let _lock = lock::host()?;
-        let (notes, network, attachment) = (Notes::hold(), request.name.clone(), attachment(request));
+        let (notes, network, attachment) = (lock::notes()?, request.name.clone(), attachment(request));
         masquerade::add(&network, &attachment, addresses).map_err(failed("masquerade the container's addresses"))?;
         let rules = Rules::Masquerade { network, attachment, addresses: addresses.to_vec() };
         note(&notes, end, request, rules);
@@ -48,7 +48,7 @@ pub(super) fn add(request: &Request, backend: MasqBackend, addresses: &[Cidr], e
 /// The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
 pub(super) fn remove(request: &Request) -> Result<Removal, CniError> {
     let chains = remove_chains(request);
-    let notes = Notes::hold();
+    let notes = lock::notes()?;
     notes.forget_masquerade(&request.name, &attachment(request));
     let removal = masquerade::remove(&request.name, &attachment(request)).map_err(failed("remove the container's masquerading"));
     chains.and(removal)

@@ -20,6 +20,13 @@ pub(crate) struct Host {
     pub(crate) netns: Netns,
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        // Also when the test fails: the kernel gives the number of a namespace that has ended to another.
+        let _ = self.netns.run(kernel::pod_rules::clear);
+    }
+}
+
 impl Host {
     pub(crate) fn new(name: &str) -> Host {
         let root = Path::new("/mnt").join(name);
@@ -28,12 +35,12 @@ impl Host {
             std::os::unix::fs::symlink(PROGRAM, root.join("bin").join(plugin)).unwrap();
         }
         let host = Host { root, netns: Netns::create().unwrap() };
+        host.netns.run(kernel::pod_rules::clear).unwrap();
         host.subnet_env(true);
         host
     }
 
     pub(crate) fn tear_down(&self) {
-        self.netns.run(kernel::pod_rules::clear).unwrap();
         for file in std::fs::read_dir(&self.root).unwrap().flatten() {
             if file.file_name().to_string_lossy().starts_with("ns-") {
                 netns::unbind(&file.path()).unwrap();

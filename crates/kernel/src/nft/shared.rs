@@ -1,7 +1,6 @@
 //! What the CNI plugins need of nf_tables: tables that they share with others, in which a rule is found again by its
 //! comment, and the expressions of their rules.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel::traffic::Match;
@@ -71,28 +70,75 @@ pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Resul
     }
 }
 
-/// Adds rules to a table that many share. Its chains, which `frame` describes, are named only if they are not there: the kernel
+/// A table that many share.
+pub(crate) struct Shared {
+    /// The `nfgenmsg` that names its family.
+    pub(crate) proto: [u8; 4],
+    /// Its name.
+    pub(crate) table: &'static str,
+    /// The chains whose rules all share: they lead to the others.
+    pub(crate) shared: &'static [&'static str],
+    /// Those in which each has its own.
+    pub(crate) own: &'static [&'static str],
+    /// Describes the table.
+    pub(crate) frame: Frame,
+}
+
+/// Appends what a table is made of.
+pub(crate) type Frame = Box<dyn Fn(&mut Batch, Part)>;
+
+/// What of a shared table is described.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The table with its chains.
+    Chains,
+    /// The rules that all share.
+    Rules,
+}
+
+impl Shared {
+    /// Are all the rules there that lead to each one's own? None of their chains is empty, then.
+    pub(crate) fn is_whole(&self, rules: &[Handle]) -> bool {
+        self.shared.iter().all(|chain| rules.iter().any(|rule| rule.chain == *chain))
+    }
+
+    /// All rules of the table.
+    pub(crate) fn handles(&self, socket: &mut Socket) -> Result<Vec<Handle>, NetlinkError> {
+        handles(socket, self.proto, self.table)
+    }
+}
+
+/// Adds rules to a table that many share. Its chains are named only if they are not there: the kernel
 /// takes a chain that is named again for a change of it, and the closing of the socket then waits for an RCU grace period (10 ms).
-/// Whether they are is told by the rules of `base`; `frame` is told it too, so that it adds what all share to a new one only.
-pub(crate) fn add_rules(
-    socket: &mut Socket,
-    (proto, table, base): ([u8; 4], &str, &str),
-    frame: impl Fn(&mut Batch, bool),
-    rules: impl Fn(&mut Batch),
-) -> Result<(), NetlinkError> {
-    let there = |socket: &mut Socket| Ok(handles(socket, proto, table)?.iter().any(|rule| rule.chain == base));
+pub(crate) fn add_rules(socket: &mut Socket, place: &Shared, rules: impl Fn(&mut Batch)) -> Result<(), NetlinkError> {
     let mut batch = Batch::new();
-    if there(socket)? {
+    if place.is_whole(&place.handles(socket)?) {
         rules(&mut batch);
         match socket.transaction(SUBSYSTEM, std::mem::take(&mut batch)) {
-            // Only a part of it is there, or somebody just deleted it.
+            // Somebody just deleted a part of it.
             Err(error) if error.is_not_found() => {}
             outcome => return outcome,
         }
     }
-    frame(&mut batch, there(socket)?);
+    (place.frame)(&mut batch, Part::Chains);
+    if !place.is_whole(&place.handles(socket)?) {
+        // What is left of them would be there twice.
+        for chain in place.shared {
+            batch.message(kind(DELRULE), 0, |body| {
+                body.bytes(&place.proto).attr_str(TABLE, place.table).attr_str(RULE_CHAIN, chain);
+            });
+        }
+        (place.frame)(&mut batch, Part::Rules);
+    }
     rules(&mut batch);
     socket.transaction(SUBSYSTEM, batch)
+}
+
+/// Appends the request to delete a rule.
+pub(crate) fn encode_delete(batch: &mut Batch, proto: [u8; 4], table: &str, rule: &Handle) {
+    batch.message(kind(DELRULE), 0, |body| {
+        body.bytes(&proto).attr_str(TABLE, table).attr_str(RULE_CHAIN, &rule.chain).attr(RULE_HANDLE, &rule.handle);
+    });
 }
 
 /// Deletes rules. That they are gone already is success.
@@ -102,11 +148,7 @@ pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, r
     }
     let delete = |socket: &mut Socket, rules: &[Handle]| {
         let mut batch = Batch::new();
-        for rule in rules {
-            batch.message(kind(DELRULE), 0, |body| {
-                body.bytes(&proto).attr_str(TABLE, table).attr_str(RULE_CHAIN, &rule.chain).attr(RULE_HANDLE, &rule.handle);
-            });
-        }
+        rules.iter().for_each(|rule| encode_delete(&mut batch, proto, table, rule));
         socket.transaction(SUBSYSTEM, batch)
     };
     match delete(socket, rules) {
@@ -117,17 +159,6 @@ pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, r
         }),
         other => other,
     }
-}
-
-/// How many rules a chain of a shared table has, by the first words of their comments, up to a comma. None, as long as `base`, where packets come in, has no
-/// rule that leads there.
-pub(crate) fn count(rules: &[Handle], base: &str, chain: &str) -> BTreeMap<String, usize> {
-    let mut counts = BTreeMap::new();
-    if rules.iter().any(|rule| rule.chain == base) {
-        let words = rules.iter().filter(|rule| rule.chain == chain).filter_map(|rule| rule.comment.split(',').next());
-        words.for_each(|words| *counts.entry(words.to_owned()).or_default() += 1);
-    }
-    counts
 }
 
 /// What is left of a removal: the kernel frees the rules after an RCU grace period, and whoever closes the socket before
