@@ -80,12 +80,14 @@ pub(super) struct Endpoints {
     wires: Mutex<Vec<Wire>>,
     token: Token,
     login: Option<(String, Secret)>,
+    /// Is any of them reached by TLS?
+    is_secure: bool,
 }
 
 impl Endpoints {
     /// Reads the comma list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
-        let tls = tls(access)?;
+        let at_start = tls(access)?;
         let mut lay: Vec<Lay> = Vec::new();
         let mut names = Vec::new();
         for text in access.endpoints.split(',') {
@@ -99,7 +101,7 @@ impl Endpoints {
                 return Err(bad("an endpoint looks like http://127.0.0.1:2379 or https://etcd.example:2379".to_owned()));
             }
             if scheme.as_deref() == Some("https") {
-                endpoint = endpoint.tls_config(tls.clone()).map_err(|error| bad(describe(&error)))?;
+                endpoint = endpoint.tls_config(at_start.clone()).map_err(|error| bad(describe(&error)))?;
             } else if access.cert.is_some() || access.ca.is_some() {
                 tracing::warn!(
                     endpoint = text,
@@ -107,7 +109,13 @@ impl Endpoints {
                 );
             }
             let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true).http2_keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
-            lay.push(Box::new(move || Wire::new(endpoint.connect_lazy())));
+            let (access, is_secure) = (access.clone(), scheme.as_deref() == Some("https"));
+            lay.push(Box::new(move || {
+                // Certificates are renewed on disk. What cannot be read, or is half written, is as it was.
+                let renewed = is_secure.then(|| tls(&access).ok()).flatten();
+                let endpoint = renewed.and_then(|tls| endpoint.clone().tls_config(tls).ok()).unwrap_or_else(|| endpoint.clone());
+                Wire::new(endpoint.connect_lazy())
+            }));
             names.push(url);
         }
         Ok(Endpoints::over(names, lay, access.login.clone()))
@@ -116,12 +124,21 @@ impl Endpoints {
     /// Endpoints by their names and wires.
     pub(super) fn over(names: Vec<String>, lay: Vec<Lay>, login: Option<(String, Secret)>) -> Endpoints {
         let wires = Mutex::new(lay.iter().map(|lay| lay()).collect());
-        Endpoints { names, lay, wires, token: Token::default(), login }
+        let is_secure = names.iter().any(|name| name.starts_with("https:"));
+        Endpoints { names, lay, wires, token: Token::default(), login, is_secure }
     }
 
-    /// Begins all connections anew: those that there are begin at an address that this host has no more.
+    /// Begins all connections anew: those that there are begin at an address that this host has no more, or with certificates
+    /// that have ended.
     pub(super) fn renew(&self) {
         *self.wires.lock().unwrap_or_else(PoisonError::into_inner) = self.lay.iter().map(|lay| lay()).collect();
+    }
+
+    /// None of them answers: perhaps because certificates have ended that are others on disk by now.
+    pub(super) fn renew_certificates(&self) {
+        if self.is_secure {
+            self.renew();
+        }
     }
 
     pub(super) fn len(&self) -> usize {

@@ -36,6 +36,9 @@ use crate::notice::Notice;
 
 /// How long an endpoint may take to answer before the next one is asked.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a list of all leases may take at most: the first time as long as any answer, and twice as long each time that this was
+/// not enough. Thousands of leases over a slow line, or from a store of which all hosts want them at once, need more.
+const LIST: Duration = Duration::from_secs(80);
 /// How long a list is believed that was asked for by another part of the start.
 const SEED: Duration = Duration::from_secs(5);
 
@@ -55,6 +58,8 @@ pub enum EtcdError {
         endpoints: String,
         /// What the last one said.
         last: String,
+        /// Did it say nothing in time?
+        is_slow: bool,
     },
     /// The store refused.
     #[error("etcd refused to {act}: {message}")]
@@ -81,6 +86,8 @@ struct Inner {
     seed: Mutex<Option<(Snapshot, Instant)>>,
     /// Counts how often this host got another address.
     moves: watch::Sender<u32>,
+    /// How long a list may take now.
+    patience: Mutex<Duration>,
 }
 
 /// A lease as it is stored.
@@ -131,7 +138,8 @@ impl Etcd {
     }
 
     fn with(endpoints: Endpoints, prefix: String) -> Etcd {
-        Etcd(Arc::new(Inner { endpoints, current: AtomicUsize::new(0), prefix, seed: Mutex::default(), moves: watch::channel(0).0 }))
+        let (current, moves) = (AtomicUsize::new(0), watch::channel(0).0);
+        Etcd(Arc::new(Inner { endpoints, current, prefix, seed: Mutex::default(), moves, patience: Mutex::new(TIMEOUT) }))
     }
 
     /// Keeps a list for who asks next.
@@ -222,7 +230,16 @@ impl Etcd {
     }
 
     async fn snapshot_of(&self, request: RangeRequest) -> Result<Snapshot, EtcdError> {
-        let answer = self.call("read the leases", |channel| range(channel, request.clone())).await?;
+        let mut patience = *self.0.patience.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        let answer = self.call_within(patience, "read the leases", |channel| range(channel, request.clone())).await;
+        match &answer {
+            Err(EtcdError::Unreachable { is_slow: true, .. }) => patience = (patience * 2).min(LIST),
+            Ok(_) if began.elapsed() < TIMEOUT / 2 => patience = TIMEOUT,
+            _ => {}
+        }
+        *self.0.patience.lock().unwrap_or_else(PoisonError::into_inner) = patience;
+        let answer = answer?;
         let revision = answer.header.map_or(0, |header| header.revision);
         let mut snapshot = Snapshot { entries: Vec::with_capacity(answer.kvs.len()), revision, unreadable: Vec::new() };
         for kv in &answer.kvs {
@@ -328,17 +345,26 @@ impl Etcd {
         F: Fn(Connection) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_within(TIMEOUT, act, ask).await
+    }
+
+    /// The same, with so much time for each.
+    async fn call_within<T, F, A>(&self, patience: Duration, act: &'static str, ask: F) -> Result<T, EtcdError>
+    where
+        F: Fn(Connection) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
         let Inner { endpoints, current, .. } = &*self.0;
-        let mut last = String::new();
+        let (mut last, mut is_slow) = (String::new(), false);
         let mut tries = endpoints.len();
         let mut logins = 1;
         while tries > 0 {
             let at = current.load(Ordering::Relaxed);
             let answer = async { ask(endpoints.connection(at).await?).await };
-            let status = match tokio::time::timeout(TIMEOUT, answer).await {
+            let status = match tokio::time::timeout(patience, answer).await {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) => status,
-                Err(_) => Status::deadline_exceeded(format!("no answer within {} s", TIMEOUT.as_secs())),
+                Err(_) => Status::deadline_exceeded(format!("no answer within {} s", patience.as_secs())),
             };
             if endpoints.forget_stale_token(&status) && logins > 0 {
                 logins -= 1;
@@ -350,11 +376,13 @@ impl Etcd {
                 return Err(EtcdError::Refused { act, message: status.message().to_owned() });
             }
             last = describe(&status);
+            is_slow = status.code() == Code::DeadlineExceeded;
             tries -= 1;
             // Another task may have moved on already.
             let _ = current.compare_exchange(at, at + 1, Ordering::Relaxed, Ordering::Relaxed);
         }
-        Err(EtcdError::Unreachable { endpoints: endpoints.names.join(","), last })
+        endpoints.renew_certificates();
+        Err(EtcdError::Unreachable { endpoints: endpoints.names.join(","), last, is_slow })
     }
 
     /// One snapshot and the watch from its revision on. Returns why it ended.

@@ -77,8 +77,10 @@ pub(crate) fn tls_and_a_password(root: &Path, store: StoreKind, version: &str) {
     }
     lab.settle().unwrap();
     ping_all_from(&pods[0].netns, &[pods[1].address]);
-    // A store that restarts has forgotten its tokens: the daemons log in again.
+    // A store that restarts has forgotten its tokens: the daemons log in again. All certificates are others by now, the
+    // authority's too.
     lab.kill_store().unwrap();
+    certificates(&root.join("tls"));
     lab.start_store().unwrap();
     for host in 0..2 {
         eventually("the store is followed again", || lab.hosts[host].state().is_ok_and(|state| state["store"]["connected"] == true));
