@@ -143,8 +143,9 @@ pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, p
     let traffic = traffic(args, &config);
     let earlier = before.as_ref().map(|file| previous_networks(&file.text)).unwrap_or_default();
     // The file and the routes have the same life: neither survives a reboot.
-    // A store that does not know the lease that this node had before may have lost all others' as well.
-    let has_forgotten = held.is_new && before.as_ref().is_some_and(|file| file.ours && !file.etcd_leases.is_empty());
+    // A store that does not know the lease that this node had before, and could still have, may have lost all others' as well.
+    let knew = before.as_ref().is_some_and(|file| file.ours && !file.etcd_leases.is_empty());
+    let has_forgotten = held.is_new && knew && flannel::alloc::is_admitted(&config, &claim.previous);
     let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && before.is_none_or(|file| !file.ours);
     let plain_routes = match &config.backend {
         BackendConfig::HostGw => true,

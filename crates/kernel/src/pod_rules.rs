@@ -147,10 +147,15 @@ fn hold(patience: Duration) -> Option<(File, u64)> {
     Some((folder, namespace))
 }
 
-/// Is the folder there, and does it belong to this user alone? What somebody else can write there is no note.
-fn is_private() -> bool {
+/// Is the folder there, and this user's?
+fn is_ours() -> bool {
     let own = rustix::process::geteuid().as_raw();
-    std::fs::symlink_metadata(FOLDER).is_ok_and(|meta| meta.is_dir() && meta.uid() == own && meta.mode() & 0o022 == 0)
+    std::fs::symlink_metadata(FOLDER).is_ok_and(|meta| meta.is_dir() && meta.uid() == own)
+}
+
+/// And can nobody else write there? What somebody else has written is no note.
+fn is_private() -> bool {
+    is_ours() && std::fs::symlink_metadata(FOLDER).is_ok_and(|meta| meta.mode() & 0o022 == 0)
 }
 
 /// The inode of the calling thread's network namespace. Several may share the folder.
@@ -232,11 +237,14 @@ impl Table {
 /// All notes of a namespace. What is no note (somebody else's file, half of one) is passed over.
 fn read(namespace: u64) -> io::Result<Vec<(PathBuf, Note)>> {
     let prefix = format!("{namespace}-");
-    let files = match std::fs::read_dir(FOLDER) {
-        Ok(_) if !is_private() => return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it is not root's alone")),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        files => files?,
-    };
+    // None is there, or it is another user's, whose notes are none of ours: a lab without root.
+    if !is_ours() {
+        return Ok(Vec::new());
+    }
+    if !is_private() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "others can write there"));
+    }
+    let files = std::fs::read_dir(FOLDER)?;
     let mut notes = Vec::new();
     for file in files {
         let file = file?;
@@ -342,7 +350,7 @@ impl Kernel {
     pub(crate) fn restore_pod_rules(&mut self) -> Result<(), NetlinkError> {
         let Some((_held, namespace)) = hold(PATIENCE_OF_DAEMON) else {
             let busy = || NetlinkError::Refused { errno: libc::EBUSY, message: format!("a plugin holds {FOLDER}") };
-            return if Path::new(FOLDER).exists() { Err(busy()) } else { Ok(()) };
+            return if is_ours() { Err(busy()) } else { Ok(()) };
         };
         let notes = read(namespace).map_err(unreadable)?;
         let alive = link::list(&mut self.route)?.iter().map(|link| link.index).collect();
