@@ -108,6 +108,7 @@ pub(crate) fn name(network: &str, attachment: &str) -> String {
     format!("{}-{}", digest(network), digest(attachment))
 }
 
-fn digest(text: &str) -> String {
+/// The first 8 bytes of a text's SHA-512, in hexadecimal.
+pub(crate) fn digest(text: &str) -> String {
     Sha512::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }

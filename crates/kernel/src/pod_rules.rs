@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use flannel::{Cidr, Family};
 use rustix::fs::FlockOperation;
-use sha2::{Digest, Sha256};
 
 use crate::hostport::{self, Mapping, Snat};
+use crate::masquerade::digest;
 use crate::netlink::{Batch, NetlinkError, Socket};
+use crate::netns::Netns;
 use crate::nft::{self, Handle};
 use crate::{Kernel, conntrack, link, masquerade};
 
@@ -160,24 +161,20 @@ fn is_private() -> bool {
 
 /// The inode of the calling thread's network namespace. Several may share the folder.
 fn namespace() -> Option<u64> {
-    std::fs::metadata("/proc/thread-self/ns/net").ok().map(|meta| meta.ino())
+    Netns::current().and_then(|netns| netns.id()).ok().map(|(_, inode)| inode)
 }
 
 fn path(namespace: u64, name: &str) -> PathBuf {
     Path::new(FOLDER).join(format!("{namespace}-{name}"))
 }
 
-/// Names of containers are too long for the name of a file.
-fn digest(words: &[&str]) -> String {
-    Sha256::digest(words.join("\n")).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn ports_name(id: &str, ifname: &str, family: Family) -> String {
-    digest(&["ports", id, ifname, &family.to_string()])
+    // Names of containers are too long for the name of a file.
+    format!("ports-{}", digest(&format!("{id} {ifname} {family}")))
 }
 
 fn masquerade_name(network: &str, attachment: &str) -> String {
-    digest(&["masquerade", network, attachment])
+    format!("masquerade-{}", masquerade::name(network, attachment))
 }
 
 impl Rules {

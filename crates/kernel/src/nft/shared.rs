@@ -88,7 +88,7 @@ pub(crate) struct Shared {
 pub(crate) type Frame = Box<dyn Fn(&mut Batch, Part)>;
 
 /// What of a shared table is described.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Part {
     /// The table with its chains.
     Chains,
