@@ -199,7 +199,7 @@ fn bench(args: &[String]) -> anyhow::Result<()> {
 fn simulate(args: &[String]) -> anyhow::Result<()> {
     let number = |at: usize, default: &str| args.get(at).map_or(default, String::as_str).to_owned();
     let (count, from) = (number(0, "10000"), number(1, "0"));
-    let command = ["test", "--quiet", "--profile", "simulation", "-p", "flanneld", "--test", "simulation"];
+    let command = ["test", "--quiet", "--profile", "simulation", "-p", "daemon", "--test", "simulation"];
     cargo(&command, &[("FLANNEL_SEEDS", count.as_ref()), ("FLANNEL_SEEDS_FROM", from.as_ref())])
 }
 

@@ -18,13 +18,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use daemon::etcd::request_op::Request;
+use daemon::etcd::{PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL, Route, Scope, route_metric};
 use flannel::{Family, Lease, LeaseKey, Mac, Peer, PerFamily, Subnet};
-use flanneld::etcd::request_op::Request;
-use flanneld::etcd::{PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
-use flanneld::lab::{Lab, Plan, STORE, isolate};
 use kernel::netlink::{Protocol, Socket};
 use kernel::{Kernel, addr, link, route};
+use lab::{Lab, Plan, STORE, isolate};
 use serde_json::json;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
@@ -101,7 +101,7 @@ fn bursts(scratch: &Path, size: usize) {
         let began = Instant::now();
         let key = b"/coreos.com/network/subnets/100.64.".to_vec();
         let range_end = b"/coreos.com/network/subnets/100.66.".to_vec();
-        let request = flanneld::etcd::DeleteRangeRequest { key, range_end, ..Default::default() };
+        let request = daemon::etcd::DeleteRangeRequest { key, range_end, ..Default::default() };
         with_kv(lab, async |mut kv| drop(kv.delete_range(request.clone()).await.unwrap()));
         began
     };
@@ -114,14 +114,14 @@ fn bursts(scratch: &Path, size: usize) {
             for lease in &leases {
                 store.put_lease(lease, id, 0).await?;
             }
-            Ok::<_, flanneld::store::EtcdError>(id)
+            Ok::<_, daemon::store::EtcdError>(id)
         })
         .map(|id| {
             until(&lab, size, Instant::now());
             let began = Instant::now();
-            let end = async |store: &flanneld::store::Etcd| {
+            let end = async |store: &daemon::store::Etcd| {
                 store.revoke(id).await;
-                Ok::<_, flanneld::store::EtcdError>(())
+                Ok::<_, daemon::store::EtcdError>(())
             };
             lab.with_store(end).unwrap();
             began
@@ -136,7 +136,7 @@ fn bursts(scratch: &Path, size: usize) {
             all.spawn(async move { store.put_lease(&lease, 0, 0).await.unwrap() });
         }
         all.join_all().await;
-        Ok::<_, flanneld::store::EtcdError>(())
+        Ok::<_, daemon::store::EtcdError>(())
     })
     .unwrap();
     println!("| put one by one, all at the same time | {:.1} |", until(&lab, size, began));
@@ -193,7 +193,7 @@ fn lab(root: &Path, hosts: usize, backend: &str, dual: bool, subnet_len: u8) -> 
     let config = json!({ "Network": NETWORK, "SubnetLen": subnet_len, "EnableNFTables": true, "Backend": backend });
     let mut plan = Plan { config, plugin: plugin(), ..Plan::new(hosts, &backend, program) };
     if dual {
-        plan = plan.family(flanneld::lab::PodFamily::Dual);
+        plan = plan.family(lab::PodFamily::Dual);
     }
     Lab::wire(plan, root).unwrap()
 }
@@ -283,8 +283,7 @@ fn latencies(lab: &Lab, leases: Vec<Lease>) -> Vec<Duration> {
     lab.middle
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let store =
-                runtime.block_on(async { flanneld::store::Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap() });
+            let store = runtime.block_on(async { daemon::store::Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap() });
             let mut all = Vec::new();
             for lease in leases {
                 let dst = lease.key.subnets().v4.unwrap();

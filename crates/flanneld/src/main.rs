@@ -1,14 +1,17 @@
 //! `flanneld`: the daemon and the operator's commands in one program. Called by the name of a CNI plugin, it is that
 //! plugin.
 
+mod cli;
+
 use std::process::ExitCode;
 
-use flanneld::cli::{Cli, Command};
-use flanneld::{app, docker_opts, embedded, install_cni, lab};
+use daemon::{app, docker_opts, embedded, install_cni};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     // The container runtime calls plugins by their file's name; the lab links this program under those names.
@@ -99,7 +102,7 @@ fn log(verbosity: i32) {
     let ours = Targets::new()
         .with_default(libraries)
         .with_target("kube_client", kube)
-        .with_targets(["flanneld", "flannel", "kernel", "cni"].map(|name| (name, level)));
+        .with_targets(["flanneld", "daemon", "lab", "flannel", "kernel", "cni"].map(|name| (name, level)));
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)

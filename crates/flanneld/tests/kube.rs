@@ -25,8 +25,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cluster::PROGRAM;
-use flanneld::lab::kubernetes::node;
-use flanneld::lab::{Lab, Plan, PodFamily, StoreKind, isolate};
+use lab::kubernetes::node;
+use lab::{Lab, Plan, PodFamily, StoreKind, isolate};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 

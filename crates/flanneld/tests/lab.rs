@@ -38,14 +38,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{PROGRAM, eventually, observe, ping_all_from, ping_during, routes};
+use daemon::etcd::request_op::Request;
+use daemon::etcd::{CompactionRequest, Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient};
 use flannel::{Lease, LeaseKey, Object, Op, Peer, PerFamily};
-use flanneld::etcd::request_op::Request;
-use flanneld::etcd::{CompactionRequest, Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient};
-use flanneld::lab::ping::ping_all;
-use flanneld::lab::{Lab, Plan, Pod, PodFamily, STORE, StoreKind, isolate};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
+use lab::ping::ping_all;
+use lab::{Lab, Plan, Pod, PodFamily, STORE, StoreKind, isolate};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 
@@ -227,7 +227,7 @@ fn a_thousand_leases(root: &Path, store: StoreKind, how: How) {
                     for lease in &leases {
                         store.put_lease(lease, 0, 0).await?;
                     }
-                    Ok::<(), flanneld::store::EtcdError>(())
+                    Ok::<(), daemon::store::EtcdError>(())
                 })
                 .unwrap(),
         };
@@ -256,7 +256,7 @@ fn a_thousand_leases(root: &Path, store: StoreKind, how: How) {
             for entry in store.snapshot().await?.entries.iter().filter(|entry| wanted.contains(&entry.key.to_string())) {
                 store.delete_lease(&entry.key, entry.mod_revision).await?;
             }
-            Ok::<(), flanneld::store::EtcdError>(())
+            Ok::<(), daemon::store::EtcdError>(())
         })
         .unwrap();
         lab.wait_state(0, "no peers", |state| state["store"]["leases"] == 1).unwrap();
@@ -298,7 +298,7 @@ fn at_once(root: &Path, plan: Plan, trials: usize) {
             for entry in store.snapshot().await?.entries {
                 store.delete_lease(&entry.key, entry.mod_revision).await?;
             }
-            Ok::<(), flanneld::store::EtcdError>(())
+            Ok::<(), daemon::store::EtcdError>(())
         })
         .unwrap();
     }
@@ -340,7 +340,7 @@ fn a_lost_lease_is_acquired_again(root: &Path, store: StoreKind) {
     ping_all_from(&pods[0].netns, &[pods[1].address]);
     let netns = Netns::open(&pods[1].path).unwrap();
     let subnet = lab.hosts[0].subnet.clone();
-    let own = |store: &flanneld::store::Snapshot| {
+    let own = |store: &daemon::store::Snapshot| {
         store.entries.iter().find(|entry| entry.key.to_string() == subnet).map(|entry| entry.mod_revision)
     };
     let (sent, lost) = ping_during(&netns, pods[0].address, || {

@@ -12,18 +12,18 @@ use std::process::Command;
 use std::time::Duration;
 
 use contract::lease;
+use daemon::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
+use daemon::etcd::event::EventType;
+use daemon::etcd::kv_client::KvClient;
+use daemon::etcd::lease_client::LeaseClient;
+use daemon::etcd::request_op::Request as Op;
+use daemon::etcd::watch_client::WatchClient;
+use daemon::etcd::watch_request::RequestUnion;
+use daemon::etcd::*;
+use daemon::store::etcd::Keeper;
+use daemon::store::{Claim, Etcd};
 use flannel::{Lease, LeaseKey, PerFamily, wire};
-use flanneld::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
-use flanneld::etcd::event::EventType;
-use flanneld::etcd::kv_client::KvClient;
-use flanneld::etcd::lease_client::LeaseClient;
-use flanneld::etcd::request_op::Request as Op;
-use flanneld::etcd::watch_client::WatchClient;
-use flanneld::etcd::watch_request::RequestUnion;
-use flanneld::etcd::*;
-use flanneld::lab::{Lab, Plan, STORE, isolate};
-use flanneld::store::etcd::Keeper;
-use flanneld::store::{Claim, Etcd};
+use lab::{Lab, Plan, STORE, isolate};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -299,7 +299,7 @@ fn a_lease_takes_its_keys_along(lab: &mut Lab) {
         assert_eq!(store.keep_alive(id).await?, Some(Duration::from_secs(100)));
         store.revoke(id).await;
         assert_eq!(store.keep_alive(id).await?, None);
-        Ok::<(), flanneld::store::EtcdError>(())
+        Ok::<(), daemon::store::EtcdError>(())
     })
     .unwrap();
 }

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::desired::{Key, Scope};
-use flanneld::lab::{Lab, Plan, StoreKind};
 use futures_util::AsyncReadExt;
 use http::Request;
 use kernel::Kernel;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use lab::{Lab, Plan, StoreKind};
 use serde_json::{Value, json};
 
 use super::{NETWORK, PROGRAM, idle, lease, many_neighbours, millis, rss};

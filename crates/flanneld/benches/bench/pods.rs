@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use flannel::bridge::Port;
-use flanneld::lab::Lab;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
 use kernel::{addr, link, route};
+use lab::Lab;
 use serde_json::{Value, json};
 
 use crate::{NETWORK, lab, name, percentile};

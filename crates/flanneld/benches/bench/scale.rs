@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use flannel::desired::{Link, LinkKind, Object, Scope};
 use flannel::{Family, Lease, Op};
-use flanneld::lab::Lab;
-use flanneld::lab::faults::shell;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
+use lab::Lab;
+use lab::faults::shell;
 use serde_json::{Value, json};
 
 use crate::{NETWORK, NETWORK6, host, latencies, lease, many_neighbours, millis, name, objects, percentile, routes, rss, used, with_kv};
@@ -163,7 +163,7 @@ fn list(lab: &Lab) -> Duration {
     let range_end = b"/coreos.com/network/subnets0".to_vec();
     with_kv(lab, async |kv| {
         let mut kv = kv.max_decoding_message_size(usize::MAX);
-        let request = flanneld::etcd::RangeRequest { key: prefix, range_end, ..Default::default() };
+        let request = daemon::etcd::RangeRequest { key: prefix, range_end, ..Default::default() };
         let began = Instant::now();
         kv.range(request).await.unwrap();
         began.elapsed()

@@ -5,15 +5,15 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use daemon::etcd::kv_client::KvClient;
+use daemon::etcd::{CompactionRequest, RangeRequest};
+use daemon::notice::Notices;
+use daemon::ready::Ready;
+use daemon::settings::RunArgs;
+use daemon::store::{Kube, kube};
 use flannel::{Lease, LeaseKey, Object};
-use flanneld::cli::Cli;
-use flanneld::etcd::kv_client::KvClient;
-use flanneld::etcd::{CompactionRequest, RangeRequest};
-use flanneld::lab::{Lab, PodFamily};
-use flanneld::notice::Notices;
-use flanneld::ready::Ready;
-use flanneld::store::{Kube, kube};
 use kernel::netns::Netns;
+use lab::{Lab, PodFamily};
 
 use crate::cluster::{eventually, observe, ping_all_from, ping_during, routes};
 use crate::{Version, annotate, annotations, create, events, go_node, plan, start};
@@ -308,7 +308,7 @@ pub(crate) fn following_tells_lists_and_changes(root: &Path) {
     let mut lab = Lab::wire(plan(1, "host-gw", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     let kubeconfig = format!("--kubeconfig-file={}", lab.kubernetes().join("flannel.kubeconfig").display());
-    let args = Cli::read(["--kube-subnet-mgr".to_owned(), kubeconfig], |_| None).unwrap().run;
+    let args = RunArgs::read(["--kube-subnet-mgr".to_owned(), kubeconfig], |_| None).unwrap();
     let access = kube::Access::new(&args, |name| (name == "NODE_NAME").then(|| "h1".to_owned())).unwrap();
     let work = async || {
         let Ok(store) = Kube::connect(&access, Ready::default(), Notices::new().0).await else { panic!("no client") };

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 
-use flanneld::lab::{Pod, PodFamily};
 use kernel::link;
 use kernel::netlink::{Protocol, Socket};
+use lab::{Pod, PodFamily};
 
 use crate::cluster::{eventually, ping_all_from, ping_during};
 use crate::{Version, annotate, annotations, events, field, start};
@@ -125,7 +125,7 @@ pub(crate) fn a_node_that_is_made_again(root: &Path) {
         )],
     );
     lab.wait_state(1, "the other", |state| state["peers"]["programmed"] == 1).unwrap();
-    crate::create(&lab, &[flanneld::lab::kubernetes::node("h1")]);
+    crate::create(&lab, &[lab::kubernetes::node("h1")]);
     let now = lab.pod_cidrs(0).unwrap();
     assert_ne!(now, before);
     lab.wait_state(0, "the new subnet", |state| state["subnet"] == now.as_str()).unwrap();

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use flannel::Config;
-use flanneld::lab::{Lab, PodFamily};
+use lab::{Lab, PodFamily};
 use serde_json::{Value, json};
 
 use crate::cluster::{PROGRAM, eventually};

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use flanneld::lab::{Lab, PodFamily};
 use kernel::netns::Netns;
+use lab::{Lab, PodFamily};
 use serde_json::{Value, json};
 
 use crate::cluster::{eventually, ping_all_from, ping_during};

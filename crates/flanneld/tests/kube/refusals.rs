@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flanneld::lab::{Lab, PodFamily};
+use lab::{Lab, PodFamily};
 use serde_json::json;
 
 use crate::cluster::{PROGRAM, eventually};
@@ -115,7 +115,7 @@ pub(crate) fn what_is_in_the_way(root: &Path) {
     lab.stop_controllers().unwrap();
     lab.start_daemon(0, &[]).unwrap();
     check(&lab, "NoNode", &["there is no Node h1"]);
-    crate::create(&lab, &[flanneld::lab::kubernetes::node("h1")]);
+    crate::create(&lab, &[lab::kubernetes::node("h1")]);
     check(&lab, "NoPodCIDR", &["Node h1: it has no spec.podCIDR: start kube-controller-manager with --allocate-node-cidrs"]);
     annotate(&lab, "h1", &["public-ip-overwrite=nonsense"]);
     lab.kubectl(&["patch", "node", "h1", "-p", r#"{"spec":{"podCIDR":"10.244.9.0/24","podCIDRs":["10.244.9.0/24"]}}"#], "").unwrap();

@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 
 use flannel::renewal::LEASE_TTL;
 use flannel::{Lease, wire};
-use flanneld::lab::{Lab, Plan, Pod, PodFamily, StoreKind};
 use kernel::netns::Netns;
+use lab::{Lab, Plan, Pod, PodFamily, StoreKind};
 use serde_json::json;
 
 use crate::{eventually, ping_all_from, ping_during};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use flanneld::lab::{Lab, Plan, StoreKind};
+use lab::{Lab, Plan, StoreKind};
 use serde_json::{Value, json};
 
 use crate::{PROGRAM, ping_all_from, plan};

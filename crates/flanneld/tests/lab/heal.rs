@@ -4,10 +4,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flanneld::lab::faults::{self, FAULTS, Noticed};
-use flanneld::lab::ping::ping_all;
-use flanneld::lab::{Lab, Pod, StoreKind, world};
 use kernel::netns::Netns;
+use lab::faults::{self, FAULTS, Noticed};
+use lab::ping::ping_all;
+use lab::{Lab, Pod, StoreKind, world};
 
 use crate::cluster::{eventually, ping_all_from};
 use crate::start;
@@ -116,7 +116,7 @@ pub(crate) fn a_second_address_and_another_name(root: &Path) {
     assert_eq!(published(&lab, 0), "10.0.0.1");
     shell(&h1, "ip addr del 10.0.0.200/24 dev eth0");
     // The device goes on under an interface of another name, and says what is the matter.
-    let (_, lost) = flanneld::lab::ping::ping_during(&pods[0].netns, pods[1].address, || {
+    let (_, lost) = lab::ping::ping_during(&pods[0].netns, pods[1].address, || {
         shell(&h1, "ip link set eth0 name ens3");
         lab.wait_state(0, "the name is missed", |state| state["objects"]["failed"].to_string().contains("there is no interface eth0"))
             .unwrap();
@@ -205,12 +205,12 @@ pub(crate) fn a_full_disk_under_the_store(root: &Path) {
         lab.middle
             .run(|| {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-                    let address = format!("http://{}", flanneld::lab::STORE);
+                    let address = format!("http://{}", lab::STORE);
                     let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
-                    let mut kv = flanneld::etcd::kv_client::KvClient::new(channel);
+                    let mut kv = daemon::etcd::kv_client::KvClient::new(channel);
                     for n in 0..count {
                         let key = format!("fill/{n:06}").into_bytes();
-                        let put = flanneld::etcd::PutRequest { key, value: vec![7; 4_000], ..Default::default() };
+                        let put = daemon::etcd::PutRequest { key, value: vec![7; 4_000], ..Default::default() };
                         if let Err(status) = kv.put(put).await {
                             assert!(status.message().contains("the store cannot write its file"), "{status}");
                             return n;
@@ -232,12 +232,12 @@ pub(crate) fn a_full_disk_under_the_store(root: &Path) {
     lab.start_store().unwrap();
     let count = lab.middle.run(|| {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-            let address = format!("http://{}", flanneld::lab::STORE);
+            let address = format!("http://{}", lab::STORE);
             let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
             let key = b"fill/".to_vec();
-            let range_end = flanneld::etcd::prefix_end(&key);
-            let all = flanneld::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
-            flanneld::etcd::kv_client::KvClient::new(channel).range(all).await.unwrap().into_inner().count
+            let range_end = daemon::etcd::prefix_end(&key);
+            let all = daemon::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
+            daemon::etcd::kv_client::KvClient::new(channel).range(all).await.unwrap().into_inner().count
         })
     });
     assert!(count.unwrap() >= i64::from(acknowledged), "what was acknowledged is there");
@@ -280,20 +280,20 @@ pub(crate) fn a_store_that_is_killed_forgets_nothing_acknowledged(root: &Path) {
             let done = &done;
             let put = move || {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-                    let address = format!("http://{}", flanneld::lab::STORE);
+                    let address = format!("http://{}", lab::STORE);
                     // It may be killed before it is reached.
                     let Ok(channel) = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await else { return };
-                    let mut kv = flanneld::etcd::kv_client::KvClient::new(channel);
+                    let mut kv = daemon::etcd::kv_client::KvClient::new(channel);
                     // What was acknowledged before is there.
                     let key = b"n/".to_vec();
-                    let range_end = flanneld::etcd::prefix_end(&key);
-                    let all = flanneld::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
+                    let range_end = daemon::etcd::prefix_end(&key);
+                    let all = daemon::etcd::RangeRequest { key, range_end, count_only: true, ..Default::default() };
                     let Ok(answer) = kv.range(all).await else { return };
                     let count = answer.into_inner().count;
                     assert!(count >= i64::from(acknowledged), "{count} of {acknowledged}");
                     for n in acknowledged.. {
                         let put =
-                            flanneld::etcd::PutRequest { key: format!("n/{n:08}").into_bytes(), value: vec![7; 300], ..Default::default() };
+                            daemon::etcd::PutRequest { key: format!("n/{n:08}").into_bytes(), value: vec![7; 300], ..Default::default() };
                         if kv.put(put).await.is_err() {
                             return;
                         }

@@ -7,9 +7,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use flanneld::lab::ping::ping_all;
-use flanneld::lab::{Lab, Plan, Pod, PodFamily, Topology};
 use kernel::netns::Netns;
+use lab::ping::ping_all;
+use lab::{Lab, Plan, Pod, PodFamily, Topology};
 use serde_json::{Value, json};
 
 #[derive(Clone, Copy, PartialEq)]

@@ -5,8 +5,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use flanneld::lab::{Lab, Pod, StoreKind, faults};
 use kernel::netns::Netns;
+use lab::{Lab, Pod, StoreKind, faults};
 
 use crate::cluster::eventually;
 use crate::start;

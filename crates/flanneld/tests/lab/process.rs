@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flanneld::lab::{Lab, STORE, StoreKind};
+use lab::{Lab, STORE, StoreKind};
 
 use crate::cluster::{eventually, observe, routes};
 use crate::{leases, plan};

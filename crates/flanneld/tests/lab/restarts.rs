@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use flannel::desired::{Key, Object, Scope};
-use flanneld::lab::{Pod, StoreKind};
 use kernel::netns::Netns;
 use kernel::{Changed, Monitor};
+use lab::{Pod, StoreKind};
 
 use crate::{ping_all_from, ping_during, start};
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use flanneld::lab::{Lab, StoreKind};
 use kernel::netns::Netns;
+use lab::{Lab, StoreKind};
 use serde_json::json;
 
 use crate::{eventually, ping_all_from, plan};
@@ -107,11 +107,11 @@ pub(crate) fn two_daemons_share_a_host(root: &Path) {
     let mut lab = Lab::start(plan, root).unwrap();
     lab.settle().unwrap();
     let config = json!({ "Network": "10.99.0.0/16", "Backend": { "Type": "host-gw" } }).to_string();
-    let access = flanneld::store::Access { prefix: "/second/network".to_owned(), ..lab.access() };
+    let access = daemon::store::Access { prefix: "/second/network".to_owned(), ..lab.access() };
     lab.middle
         .run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { flanneld::store::Etcd::new(&access).unwrap().put_config(&config).await.unwrap() });
+            runtime.block_on(async { daemon::store::Etcd::new(&access).unwrap().put_config(&config).await.unwrap() });
         })
         .unwrap();
     let mut children = Vec::new();

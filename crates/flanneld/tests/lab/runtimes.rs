@@ -8,10 +8,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use flannel::Cidr;
-use flanneld::lab::ping::ping_all;
-use flanneld::lab::{Lab, StoreKind};
 use kernel::addr;
 use kernel::netns::Netns;
+use lab::ping::ping_all;
+use lab::{Lab, StoreKind};
 use serde_json::{Value, json};
 
 use crate::cluster::eventually;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use flanneld::lab::{Lab, STORE, Secure, StoreKind};
+use lab::{Lab, STORE, Secure, StoreKind};
 use rcgen::{BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
 
 use crate::stores::tool;

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use flannel::desired::Scope;
 use flannel::{Family, Object, Observed};
-use flanneld::lab::ping::{self, ping_all};
 use kernel::Kernel;
 use kernel::netns::Netns;
+use lab::ping::{self, ping_all};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
 

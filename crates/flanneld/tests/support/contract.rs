@@ -1,9 +1,9 @@
 //! What the daemon relies on, whichever the store is: one sequence of changes, and the events that must come of it.
 
+use daemon::notice::Notices;
+use daemon::ready::Ready;
+use daemon::store::{Link, Store};
 use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
-use flanneld::notice::Notices;
-use flanneld::ready::Ready;
-use flanneld::store::{Link, Store};
 use tokio::sync::{mpsc, watch};
 
 /// How a test changes what a store holds.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use flanneld::lab::StoreKind;
+use lab::StoreKind;
 
 /// Name, and what the lab starts.
 pub(crate) fn all() -> Vec<(&'static str, StoreKind)> {

@@ -6,12 +6,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use daemon::host::{Host, News, Surroundings};
 use flannel::backend::extension::Command;
 use flannel::desired::{EnvFile, Key, Link, LinkKind, Object, ROUTE_PROTOCOL, Scope};
 use flannel::net::Cidr;
 use flannel::node::{Interface, InterfaceAddr, RouteFact};
 use flannel::{IfName, Observed, Op, OpError, Outcome};
-use flanneld::host::{Host, News, Surroundings};
 use kernel::netlink::NetlinkError;
 use kernel::{Changed, Heard};
 use tokio::sync::{Notify, mpsc};

@@ -14,9 +14,9 @@ use tonic::{Code, Request, Status};
 use tower::util::BoxCloneSyncService;
 
 use super::EtcdError;
-use crate::cli::Secret;
 use crate::etcd::AuthenticateRequest;
 use crate::etcd::auth_client::AuthClient;
+use crate::settings::Secret;
 
 /// How long an endpoint may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(3);

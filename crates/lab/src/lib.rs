@@ -31,8 +31,8 @@ use kernel::netns::{self, Netns};
 use kernel::{addr, link, process, route, sysctl};
 use serde_json::{Value, json};
 
-use crate::cli::Secret;
-use crate::store::{Access, Etcd};
+use daemon::settings::Secret;
+use daemon::store::{Access, Etcd};
 
 /// Where the store listens, in every lab.
 pub const STORE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 254)), 2379);

@@ -12,9 +12,9 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::{link, route};
 use serde_json::{Value, json};
 
-use super::packet::{Frame, Payload};
-use super::ping::ping_all;
-use super::{Host, Lab, Pod, Topology, name};
+use crate::packet::{Frame, Payload};
+use crate::ping::ping_all;
+use crate::{Host, Lab, Pod, Topology, name};
 
 /// How long the pods may take to answer each other.
 const PING: Duration = Duration::from_secs(5);

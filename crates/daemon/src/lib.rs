@@ -1,8 +1,7 @@
-//! The daemon, the embedded store and the lab, as a library with a thin program: tests and benchmarks start the same
-//! parts.
+//! The daemon and the embedded store, as a library: `flanneld` is a thin program over it, and tests, the lab and benchmarks start the
+//! same parts.
 
 pub mod app;
-pub mod cli;
 pub mod docker_opts;
 pub mod embedded;
 pub mod etcd;
@@ -11,9 +10,9 @@ pub mod host;
 pub mod http;
 pub mod install_cni;
 pub mod kernel_thread;
-pub mod lab;
 pub mod notice;
 pub mod ready;
 pub mod reconcile;
+pub mod settings;
 pub mod state;
 pub mod store;

@@ -14,9 +14,9 @@ use kernel::Kernel;
 use kernel::netns::Netns;
 use serde_json::{Value, json};
 
-use super::ping::{ping_all, ping_during};
-use super::world::{self, Stage, World};
-use super::{Lab, Plan, Pod, StoreKind};
+use crate::ping::{ping_all, ping_during};
+use crate::world::{self, Stage, World};
+use crate::{Lab, Plan, Pod, StoreKind};
 
 /// The labs in which faults are measured: backend, nftables or iptables.
 const LABS: [(&str, bool); 3] = [("host-gw", true), ("vxlan", true), ("vxlan", false)];
@@ -511,7 +511,7 @@ pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Resu
                     lab.hosts[host].name,
                     fault.name,
                     difference(&whole, &now),
-                    super::tail(&lab.hosts[host].log())
+                    crate::tail(&lab.hosts[host].log())
                 );
                 std::thread::sleep(Duration::from_micros(500));
             }

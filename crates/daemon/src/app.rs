@@ -16,7 +16,6 @@ use kernel::iptables::Installed;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::cli::RunArgs;
 use crate::facts::{Facts, list};
 use crate::host::Host;
 use crate::http::Http;
@@ -24,6 +23,7 @@ use crate::kernel_thread::KernelThread;
 use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
+use crate::settings::RunArgs;
 use crate::state::State;
 use crate::store::{self, Access, Claim, Etcd, Kube, Obstacle, Store, kube};
 

@@ -8,21 +8,21 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
+use daemon::app::{Parts, node_daemon};
+use daemon::embedded::memory::{Backup, Memory};
+use daemon::etcd::kv_client::KvClient;
+use daemon::etcd::{DeleteRangeRequest, PutRequest};
+use daemon::host::Host;
+use daemon::notice::Notices;
+use daemon::ready::Ready;
+use daemon::settings::RunArgs;
+use daemon::store::{self, Etcd, Store};
 use flannel::desired::{EnvFile, Key, Link, LinkKind, Object, Route, route_metric};
 use flannel::diff::{Prune, diff};
 use flannel::net::Cidr;
 use flannel::node::Wanted;
 use flannel::traffic::{Flavour, TrafficConfig};
 use flannel::{Backend, Config, Lease, LeaseKey, LeaseSet, Mac, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
-use flanneld::app::{Parts, node_daemon};
-use flanneld::cli::{Cli, RunArgs};
-use flanneld::embedded::memory::{Backup, Memory};
-use flanneld::etcd::kv_client::KvClient;
-use flanneld::etcd::{DeleteRangeRequest, PutRequest};
-use flanneld::host::Host;
-use flanneld::notice::Notices;
-use flanneld::ready::Ready;
-use flanneld::store::{self, Etcd, Store};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::Instant;
@@ -135,7 +135,7 @@ fn cidr(octet: u8) -> Cidr {
 
 fn args() -> RunArgs {
     let args = ["--etcd-endpoints=http://store:2379", "--subnet-file=/run/flannel/subnet.env", "--ip-masq"];
-    Cli::read(args.map(ToOwned::to_owned), |_| None).unwrap().run
+    RunArgs::read(args.map(ToOwned::to_owned), |_| None).unwrap()
 }
 
 impl World {

@@ -9,9 +9,9 @@ use clap::Args;
 use kernel::netns::Netns;
 use serde_json::json;
 
-use super::faults::{FAULTS, Fault, Noticed, PORT, observe, shell, silent_pairs};
-use super::ping::ping_each;
-use super::{Lab, Plan, Pod, Topology, world};
+use crate::faults::{FAULTS, Fault, Noticed, PORT, observe, shell, silent_pairs};
+use crate::ping::ping_each;
+use crate::{Lab, Plan, Pod, Topology, world};
 
 /// Hosts that nobody strikes: the first ones.
 const SPARED: usize = 2;
@@ -191,7 +191,7 @@ impl Chaos {
         if !silent.is_empty() {
             let host = silent[0].split('-').next().and_then(|name| self.lab.hosts.iter().position(|host| host.name == name)).unwrap_or(0);
             let state = self.lab.hosts[host].state().map(|state| state.to_string()).unwrap_or_else(|error| error.to_string());
-            let log = super::tail(&self.lab.hosts[host].log());
+            let log = crate::tail(&self.lab.hosts[host].log());
             bail!("not within {} s: {}\n{state}\n{log}", BOUND.as_secs(), silent.join(", "));
         }
         Ok(began.elapsed())

@@ -11,10 +11,10 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{Families, Lab, PATIENCE, STORE, spawn, tail};
+use crate::{Families, Lab, PATIENCE, STORE, spawn, tail};
 
 /// What people apply, and what the lab applies.
-const MANIFEST: &str = include_str!("../../../../deploy/kubernetes/kube-flannel.yml");
+const MANIFEST: &str = include_str!("../../../deploy/kubernetes/kube-flannel.yml");
 /// The API server's port; etcd is on the loopback address beside it.
 const PORT: u16 = 6443;
 /// How long the daemons' token is good for. A lab is not kept up longer.
@@ -173,7 +173,7 @@ impl Lab {
     /// # Errors
     /// When they cannot be made.
     pub fn new_certificates(&self, hours: u32) -> anyhow::Result<()> {
-        let super::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let crate::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
         let folder = self.kubernetes();
         let known = std::fs::read(folder.join("ca.crt"))?;
         certificates(program, &folder, hours)?;
@@ -233,7 +233,7 @@ impl Lab {
     /// # Errors
     /// What it says.
     pub fn kubectl(&self, args: &[&str], stdin: &str) -> anyhow::Result<String> {
-        let super::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let crate::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
         let folder = self.kubernetes();
         let mut command = Command::new(program);
         command.arg("kubectl").args(args).arg("--kubeconfig").arg(folder.join("admin.kubeconfig")).env("HOME", &folder);

@@ -3,7 +3,7 @@
 //! faults; at its end all must be as it should, and on the way no route may have been taken from a peer that was there.
 //!
 //! `cargo xtask simulate COUNT [FROM]` runs seeds, and prints those that fail. One of them, with its log:
-//! `FLANNEL_SEED=7 cargo test -p flanneld --test simulation`.
+//! `FLANNEL_SEED=7 cargo test -p daemon --test simulation`.
 
 #![expect(clippy::unwrap_used, reason = "a failed test has nobody to report an error to")]
 

@@ -25,9 +25,9 @@ use self::api::{Api, NodeObject};
 use self::follow::Place;
 use self::table::Table;
 use super::{Claim, Held, Link, Obstacle, Store};
-use crate::cli::RunArgs;
 use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
+use crate::settings::RunArgs;
 
 /// The wait before the Node is put right again after a failure doubles from the first to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));

@@ -12,9 +12,9 @@ use flannel::desired::{Key, Object};
 use flannel::{Lease, LeaseKey, Observed, Peer, PerFamily};
 use kernel::netns::Netns;
 
-use super::faults::{observe, shell};
-use super::ping::{ping_all, ping_during};
-use super::{Lab, Pod, STORE};
+use crate::faults::{observe, shell};
+use crate::ping::{ping_all, ping_during};
+use crate::{Lab, Pod, STORE};
 
 /// Until everybody has followed. A connection that is dead without a word is noticed after 15 seconds.
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -90,7 +90,7 @@ impl Stage {
     pub fn until(&self, began: Instant, what: &str, mut so: impl FnMut(&Stage) -> anyhow::Result<bool>) -> anyhow::Result<Duration> {
         while !so(self)? {
             if began.elapsed() > PATIENCE {
-                let logs: Vec<String> = self.lab.hosts.iter().map(|host| super::tail(&host.log())).collect();
+                let logs: Vec<String> = self.lab.hosts.iter().map(|host| crate::tail(&host.log())).collect();
                 bail!("not within {} s: {what}\n{}", PATIENCE.as_secs(), logs.join("\n--\n"));
             }
             std::thread::sleep(Duration::from_micros(500));

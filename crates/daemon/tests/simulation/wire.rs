@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use flanneld::embedded::memory::Memory;
-use flanneld::store::Wire;
+use daemon::embedded::memory::Memory;
+use daemon::store::Wire;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;

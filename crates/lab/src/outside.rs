@@ -18,7 +18,7 @@ use rustix::net::{
 /// The line to the process outside.
 static OUTSIDE: OnceLock<UnixStream> = OnceLock::new();
 
-/// Starts the process that stays outside. Must be called before [`super::isolate`].
+/// Starts the process that stays outside. Must be called before [`crate::isolate`].
 pub(super) fn prepare(program: &std::path::Path) -> anyhow::Result<()> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new(program);
@@ -71,7 +71,7 @@ fn connect(target: &str) -> anyhow::Result<TcpStream> {
 /// Listens where the lab's store is expected and forwards to the target outside, for the rest of the process's life.
 pub(super) fn forward(middle: &Netns, target: &str) -> anyhow::Result<()> {
     drop(connect(target)?);
-    let listener = middle.run(|| TcpListener::bind(super::STORE))??;
+    let listener = middle.run(|| TcpListener::bind(crate::STORE))??;
     let target = target.to_owned();
     std::thread::spawn(move || {
         for inside in listener.incoming().flatten() {

@@ -7,8 +7,8 @@ use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::show::{Report, show};
-use super::{Lab, Plan, PodFamily, StoreKind, Topology, chaos, exec, faults, isolate, kubernetes, outside};
+use crate::show::{Report, show};
+use crate::{Lab, Plan, PodFamily, StoreKind, Topology, chaos, exec, faults, isolate, kubernetes, outside};
 
 /// What `flanneld lab` is told.
 #[derive(Debug, Clone, Args)]

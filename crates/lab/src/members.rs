@@ -9,7 +9,7 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{addr, link};
 
-use super::{Lab, PATIENCE, index, name, spawn, tail};
+use crate::{Lab, PATIENCE, index, name, spawn, tail};
 
 /// How many: the least of which one may be lost.
 pub(super) const MEMBERS: usize = 3;
@@ -80,7 +80,7 @@ impl Lab {
     /// # Errors
     /// When it cannot be started.
     pub fn restart_member(&mut self, member: usize) -> anyhow::Result<()> {
-        let super::StoreKind::Members(program) = self.plan.store.clone() else { bail!("the store has no members") };
+        let crate::StoreKind::Members(program) = self.plan.store.clone() else { bail!("the store has no members") };
         self.store[member] = self.start_member(&program, member)?;
         Ok(())
     }

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{Stage, World, cutting, unnoticed};
-use crate::lab::faults::{observe, shell};
-use crate::lab::members::{MEMBERS, endpoints};
+use crate::faults::{observe, shell};
+use crate::members::{MEMBERS, endpoints};
 
 /// What happens to it.
 pub const ETCD: [World; 6] = [
@@ -26,7 +26,7 @@ const ROLE: &str = "--prefix=true readwrite /coreos.com/network/";
 ///
 /// # Errors
 /// When `etcdctl` fails.
-pub fn enable_auth(lab: &crate::lab::Lab) -> anyhow::Result<()> {
+pub fn enable_auth(lab: &crate::Lab) -> anyhow::Result<()> {
     let ctl = format!("{PLAIN} --endpoints {}", endpoints());
     shell(
         &lab.middle,

@@ -7,8 +7,8 @@ use flannel::config::BackendConfig;
 use flannel::node::Wanted;
 use flannel::{Config, Node, PerFamily};
 
-use crate::cli::RunArgs;
 use crate::host::Host;
+use crate::settings::RunArgs;
 
 /// What the operator said about the interface and the addresses to publish.
 #[derive(Debug, Clone)]

@@ -15,7 +15,7 @@ fn address() -> std::io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("flannel-lab/{}", rustix::process::getuid().as_raw()))
 }
 
-/// Takes the name of this user's lab. Must be called before [`super::isolate`]: the name is one of the outer network
+/// Takes the name of this user's lab. Must be called before [`crate::isolate`]: the name is one of the outer network
 /// namespace.
 pub(super) fn claim() -> anyhow::Result<UnixListener> {
     UnixListener::bind_addr(&address()?).context("a lab of yours is up already: end it first (Ctrl-C where it runs)")
