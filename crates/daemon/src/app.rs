@@ -2,21 +2,21 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use flannel::backend::device_name;
 use flannel::backend::extension::Command;
-use flannel::config::BackendConfig;
-use flannel::desired::{Link, LinkKind};
+use flannel::backend::{Identity, Local, published_mac};
+use flannel::object::{Link, LinkKind};
 use flannel::subnet_env::{previous_networks, previous_subnets};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Backend, Config, Family, Mac, Node, Peer, PerFamily, Picture};
+use flannel::{Config, Family, Mac, Node, Peer, PerFamily, Picture, store_trust};
 use kernel::iptables::Installed;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::facts::{Facts, list};
+use crate::facts::{Facts, FactsError, list};
 use crate::host::Host;
 use crate::http::Http;
 use crate::kernel_thread::KernelThread;
@@ -24,47 +24,56 @@ use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::settings::RunArgs;
-use crate::state::State;
 use crate::store::{self, Access, Claim, Etcd, Kube, Obstacle, Store, kube};
+use crate::systemd;
+use crate::view::View;
 
 /// How long to wait before the store is asked again for what it did not give: doubling from the first to the second.
 const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 
-/// Runs the daemon until `stop` is ready. Forwarding is left in place at the end.
+/// How long the batch that is being written at the end may take.
+const LAST_BATCH: Duration = Duration::from_secs(5);
+/// The start timeout of a service manager is extended to this, from each attempt on.
+const START_EXTENSION: Duration = Duration::from_secs(60);
+/// Name of the guard that is held until this node is set up.
+const STARTING: &str = "this node's lease and devices";
+
+/// Runs the daemon until `stop` is ready. A batch that is being written then is finished; forwarding is left in place.
 ///
 /// # Errors
 /// When it cannot start, or cannot go on; the text names the flag, field or object and the fix.
 pub async fn run(args: &RunArgs, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let _lock = acquire_instance_lock(&args.subnet_file)?;
+    let host = KernelThread::start()?;
     tokio::select! {
-        ended = daemon(args) => ended,
+        ended = daemon(args, host.clone()) => ended,
         () = stop => {
-            tracing::info!("stopping; devices, routes and rules stay as they are");
+            host.finish(LAST_BATCH).await;
+            tracing::info!("stopping; devices, routes and rules stay");
             Ok(())
         }
     }
 }
 
-async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
-    let _alone = alone(&args.subnet_file)?;
+async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
     let ready = Ready::default();
-    let starting = ready.guard("this node's lease and devices");
+    let starting = ready.guard(STARTING);
     let syncing = ready.guard("the first complete list of leases");
-    let (ask, asks) = mpsc::channel(4);
+    let (publish, view) = watch::channel(Arc::default());
     if args.healthz_port > 0 {
-        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), ask.clone()).await?.serve());
+        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), view).await?.serve());
     }
-    // The daemon keeps one sender of questions, so that the loop does not end where there is no health server.
-    let _ask = ask;
-    let (notices, told) = Notices::new();
-    let parts = Parts { ready, starting, syncing, notices, asks };
-    let host = KernelThread::start()?;
+    let (notices, queue) = Notices::new();
+    let parts = Parts { ready, starting, syncing, notices, view: publish };
     if !args.kube_subnet_mgr {
         return node_daemon(args, Etcd::new(&access(args))?, host, parts).await;
     }
     let access = kube::Access::new(args, |name| std::env::var(name).ok())?;
-    let store =
-        persist(&parts.starting, &parts.notices, async || Kube::connect(&access, parts.ready.clone(), parts.notices.clone()).await).await?;
-    tokio::spawn(store.clone().post_all(told));
+    let store = retry_until_ready(&parts.starting, &parts.notices, async || {
+        Kube::connect(&access, parts.ready.clone(), parts.notices.clone()).await
+    })
+    .await?;
+    tokio::spawn(store.clone().post_all(queue));
     let ended = node_daemon(args, store.clone(), host, parts).await;
     if let Err(error) = &ended {
         store.post_last(Notice::new("FlannelFailed", format!("{error:#}"))).await;
@@ -75,8 +84,8 @@ async fn daemon(args: &RunArgs) -> anyhow::Result<()> {
 /// How long a flanneld that is about to end is waited for.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// Two daemons with one file would undo each other's work: the second is refused.
-fn alone(subnet_file: &Path) -> anyhow::Result<std::fs::File> {
+/// Two daemons with one file would replace each other's work: the second is refused.
+fn acquire_instance_lock(subnet_file: &Path) -> anyhow::Result<std::fs::File> {
     let name = subnet_file.file_name().context("--subnet-file: it names no file")?.to_string_lossy();
     let shown = subnet_file.display();
     kernel::lock::alone(&subnet_file.with_file_name(format!(".{name}.lock")), LEAVING).map_err(|error| match error.kind() {
@@ -87,7 +96,7 @@ fn alone(subnet_file: &Path) -> anyhow::Result<std::fs::File> {
     })
 }
 
-/// What is there before the store is.
+/// The parts that exist before the store does.
 #[derive(Debug)]
 pub struct Parts {
     /// Readiness of the whole.
@@ -96,93 +105,96 @@ pub struct Parts {
     pub starting: Guard,
     /// Until it has seen all others.
     pub syncing: Guard,
-    /// Where an operator is told.
+    /// Where operators are notified.
     pub notices: Notices,
-    /// Questions after the state.
-    pub asks: mpsc::Receiver<oneshot::Sender<State>>,
+    /// Where the view is published.
+    pub view: watch::Sender<Arc<View>>,
 }
 
 /// Runs a node on any store and any host, until something ends that must not. All that it starts ends with it.
 ///
 /// # Errors
 /// As [`run`].
-pub async fn node_daemon<S: Store, H: Host>(args: &RunArgs, store: S, host: H, parts: Parts) -> anyhow::Result<()> {
-    let Parts { ready, starting, syncing, notices, asks } = parts;
-    let config = persist(&starting, &notices, async || store.config().await).await?;
-    let public = persist(&starting, &notices, async || store.node_public().await).await?;
-    let facts = Facts::new(args, &public);
-    let node = facts.node(&host, &config, PerFamily::default()).await?;
-    if let BackendConfig::Vxlan(vxlan) = &config.backend
-        && let Some(mtu) = vxlan.mtu.filter(|mtu| *mtu > node.mtu)
-    {
-        tracing::warn!("network config: Backend.MTU: {mtu} is more than {} carries: using its {}", node.ext, node.mtu);
+pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, host: H, parts: Parts) -> anyhow::Result<()> {
+    let Parts { ready, starting, syncing, notices, view } = parts;
+    // The configuration is read again at each attempt: it may be the reason why the interface does not fit.
+    let (config, facts, node, data) = retry_until_ready(&starting, &notices, async || {
+        let config = store.config().await?;
+        let facts = Facts::new(args, &store.node_public().await?).map_err(Obstacle::Lasting)?;
+        let node = facts.node(&host, &config, PerFamily::default()).await.map_err(|error| match error {
+            FactsError::Flags(text) => Obstacle::Lasting(anyhow!(text)),
+            FactsError::Passing(text) => passing("NoInterface", text),
+        })?;
+        let data = match config.backend.before_lease() {
+            Some((field, command)) => Some(run_command(&host, field, command).await?),
+            None => None,
+        };
+        Ok((config, facts, node, data))
+    })
+    .await?;
+    for note in config.backend.notes(&node) {
+        tracing::warn!(note, "setting not followed as it is");
     }
-    tracing::info!(interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu, backend = config.backend.name(), "this node");
-    let macs =
-        vtep_macs(&host, &config, &node, async || persist(&starting, &notices, async || store.published(&config, node.public).await).await)
-            .await?;
-    let mut backend = Backend::new(&config, &node, macs);
-    if let BackendConfig::Extension(extension) = &config.backend
-        && let Some(command) = flannel::backend::extension::pre_startup(extension)
-    {
-        backend = backend.with_output(&run_command(&host, "Backend.PreStartupCommand", command).await?);
-    }
-    // The file that a run before this one left.
+    tracing::info!(
+        interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu,
+        backend = config.backend.name(), "interface chosen"
+    );
+    let published = async || retry_until_ready(&starting, &notices, async || store.published(&config, node.public).await).await;
+    let macs = vtep_macs(&host, &config, &node, published).await?;
+    let identity = Identity { macs, data: None }.with_output(data.as_deref().unwrap_or_default());
+    // The file that an earlier run left.
     let before = host.env_file(&args.subnet_file);
     let claim = Claim {
         config: config.clone(),
-        peer: backend.own_peer(&config, &node),
+        peer: config.backend.own_peer(Local { config: &config, node: &node, identity: &identity }),
         addrs: node.addrs,
         previous: before.as_ref().map(|file| previous_subnets(&file.text)).unwrap_or_default(),
         previous_leases: before.as_ref().map(|file| file.etcd_leases.clone()).unwrap_or_default(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
-    let held = persist(&starting, &notices, async || store.acquire(&claim).await).await?;
-    tracing::info!(subnet = %held.key, "acquired the lease");
+    let held = retry_until_ready(&starting, &notices, async || store.acquire(&claim).await).await?;
+    tracing::info!(subnet = %held.key, is_new = held.is_new, "lease acquired");
 
-    let traffic = traffic(args, &config);
     let earlier = before.as_ref().map(|file| previous_networks(&file.text)).unwrap_or_default();
+    let has_forgotten = store_trust::has_forgotten(held.is_new, before.as_ref(), &config, &claim.previous);
     // The file and the routes have the same life: neither survives a reboot.
-    // A store that does not know the lease that this node had before, and could still have, may have lost all others' as well.
-    let knew = before.as_ref().is_some_and(|file| file.ours && !file.etcd_leases.is_empty());
-    let has_forgotten = held.is_new && knew && flannel::alloc::is_admitted(&config, &claim.previous);
     let was_here = config.networks.iter().any(|(_, network)| earlier.contains(&network.network)) && before.is_none_or(|file| !file.ours);
-    let plain_routes = match &config.backend {
-        BackendConfig::HostGw => true,
-        BackendConfig::Vxlan(vxlan) => vxlan.direct_routing,
-        _ => false,
-    };
-    let adopt = was_here && plain_routes;
-    let picture = Picture::new(config.clone(), node, backend, traffic, held.key).with(args.ip_blackhole_route, &earlier);
+    let adopt = was_here && config.backend.has_plain_routes();
+    let picture = Picture::new(config.clone(), node, identity, traffic(args, &config), held.key).with(args.ip_blackhole_route, &earlier);
     let mut picture = picture.with_file(args.subnet_file.clone(), args.ip_masq, claim.previous_leases.clone());
     picture.add_etcd_lease(held.etcd_lease);
-    if let Some(command) = picture.post_startup() {
-        run_command(&host, "Backend.PostStartupCommand", command).await?;
+    if let Some((field, command)) = picture.after_lease() {
+        retry_until_ready(&starting, &notices, async || run_command(&host, field, command.clone()).await).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let start = Start { picture, host, facts, resync, adopt, has_forgotten, syncing, notices: notices.clone() };
+    let start = Start { picture, host, facts, resync, adopt, has_forgotten, starting, syncing, notices: notices.clone(), view };
     let reconciler = Reconciler::start(start).await?;
-    tracing::info!(file = %args.subnet_file.display(), "this node's devices and rules are in place");
-    drop(starting);
-    notify_ready();
 
     let (publish_held, held) = watch::channel(held);
     let (lose, lost) = mpsc::channel(1);
     let (publish_connected, connected) = watch::channel(false);
-    let (tell, events) = mpsc::channel(16);
+    let (send, events) = mpsc::channel(16);
     let (publish_claim, claims) = watch::channel(claim);
     let mut tasks = JoinSet::new();
     tasks.spawn(store.clone().keep(claims, publish_held, lost));
-    tasks.spawn(store.follow(config, tell, store::Link::new(publish_connected, ready, notices)));
-    reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected, asks }).await?;
+    tasks.spawn(store.follow(config, send, store::Link::new(publish_connected, ready.clone(), notices)));
+    tasks.spawn(async move {
+        ready.passed(STARTING).await;
+        systemd::notify_ready();
+    });
+    reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected }).await?;
     bail!("a part of the daemon ended unexpectedly")
 }
 
-/// Asks until there is an answer. What is in the way is logged once, is on `/readyz` for as long as it lasts, and becomes a
-/// notice if it is still there the next time: a Node that waits a moment for its pod CIDR is nobody's concern.
-async fn persist<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, Obstacle>) -> anyhow::Result<T> {
-    let mut said = String::new();
-    let mut untold = None;
+fn passing(reason: &'static str, text: String) -> Obstacle {
+    Obstacle::Passing(Notice::new(reason, text))
+}
+
+/// Asks until there is an answer. An obstacle is logged once, is on `/readyz` for as long as it lasts, and becomes a notice if it is
+/// still there the next time: a Node that waits a moment for its pod CIDR concerns no operator.
+async fn retry_until_ready<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, Obstacle>) -> anyhow::Result<T> {
+    let mut logged = String::new();
+    let mut unsent = None;
     let mut wait = ASK_AGAIN.0;
     loop {
         match ask().await {
@@ -191,14 +203,15 @@ async fn persist<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Res
                 return Ok(answer);
             }
             Err(Obstacle::Lasting(error)) => return Err(error),
-            Err(Obstacle::Passing(notice)) if notice.text != said => {
-                tracing::warn!("waiting: {}", notice.text);
+            Err(Obstacle::Passing(notice)) if notice.text != logged => {
+                tracing::warn!(reason = notice.text, "waiting; trying again");
                 guard.say(&notice.text);
-                said.clone_from(&notice.text);
-                untold = Some(notice);
+                logged.clone_from(&notice.text);
+                unsent = Some(notice);
             }
-            Err(Obstacle::Passing(_)) => untold.take().into_iter().for_each(|notice| notices.put(notice)),
+            Err(Obstacle::Passing(_)) => unsent.take().into_iter().for_each(|notice| notices.put(notice)),
         }
+        systemd::extend_start(START_EXTENSION);
         tokio::time::sleep(wait.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
         wait = (wait * 2).min(ASK_AGAIN.1);
     }
@@ -224,8 +237,9 @@ fn access(args: &RunArgs) -> Access {
     }
 }
 
-async fn run_command(host: &impl Host, field: &str, command: Command) -> anyhow::Result<String> {
-    host.run(command).await.with_context(|| format!("network config: {field}"))
+/// Runs a command of the operator; one that fails may succeed next time.
+async fn run_command(host: &impl Host, field: &str, command: Command) -> Result<String, Obstacle> {
+    host.run(command).await.map_err(|error| passing("CommandFailed", format!("network config: {field}: {error:#}")))
 }
 
 /// What the traffic rules shall be, and in which flavour: `EnableNFTables` says, and what the host has.
@@ -274,39 +288,20 @@ async fn vtep_macs(
     published: impl AsyncFn() -> anyhow::Result<Option<Peer>>,
 ) -> anyhow::Result<PerFamily<Mac>> {
     let mut macs = PerFamily::default();
-    let BackendConfig::Vxlan(vxlan) = &config.backend else { return Ok(macs) };
     for (family, _) in config.networks.iter() {
-        let name = device_name(family, vxlan.vni);
-        let link = host.link(name).await?;
+        let Some(device) = config.backend.vtep(family) else { continue };
+        let link = host.link(device).await?;
         // A device of another address has published its MAC with that: peers would have two hosts for one MAC.
         let local = node.addrs.get(family).copied();
         let is_ours = |link: &Link| matches!(link.kind, LinkKind::Vxlan { local: at, .. } if Some(at) == local);
-        let device = link.filter(is_ours).map(|link| link.mac).filter(|mac| mac.is_unicast());
-        let mac = match device {
+        let mac = match link.filter(is_ours).map(|link| link.mac).filter(|mac| mac.is_unicast()) {
             Some(mac) => mac,
             None => {
-                let before = published().await?.filter(|peer| &*peer.backend_type == "vxlan");
-                let known = before.and_then(|peer| flannel::backend::vtep_mac(&peer, family).ok());
+                let known = published().await?.and_then(|peer| published_mac(&peer, family));
                 known.unwrap_or_else(|| Mac::local(std::array::from_fn(|_| fastrand::u8(..))))
             }
         };
         macs.set(family, Some(mac));
     }
     Ok(macs)
-}
-
-/// Tells systemd that the node is set up (sd_notify(3)); without `NOTIFY_SOCKET` there is nobody to tell.
-fn notify_ready() {
-    use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let address = match name.as_bytes() {
-        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
-        _ => SocketAddr::from_pathname(&name),
-    };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        tracing::warn!(%error, "cannot tell the service manager that this node is ready");
-    }
 }

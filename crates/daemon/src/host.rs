@@ -5,19 +5,21 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use flannel::backend::extension::Command;
-use flannel::desired::{EnvFile, Link, Scope};
 use flannel::node::{Interface, Reach, RouteFact};
+use flannel::object::Lane;
+use flannel::object::{EnvFile, Link};
+use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, Outcome};
-use kernel::Heard;
+use kernel::KernelEvent;
 use kernel::netlink::NetlinkError;
 use tokio::sync::mpsc;
 
 /// What the host tells, in the order in which it tells it.
-pub type News = mpsc::Receiver<Result<Vec<Heard>, NetlinkError>>;
+pub type Notifications = mpsc::Receiver<Result<Vec<KernelEvent>, NetlinkError>>;
 
 /// The facts from which the external interface is chosen.
 #[derive(Debug, Clone, Default)]
-pub struct Surroundings {
+pub struct HostNetwork {
     /// All interfaces.
     pub interfaces: Vec<Interface>,
     /// The main table's unicast routes.
@@ -32,23 +34,23 @@ pub trait Host {
     ///
     /// # Errors
     /// When the kernel refuses.
-    fn watch(&self, scope: Scope, external: IfName) -> Result<News, NetlinkError>;
+    fn watch(&self, scope: Scope, external: IfName) -> Result<Notifications, NetlinkError>;
 
-    /// Reads what of `scope` is there.
+    /// Reads what of `scope` is there, of the kinds of one lane.
     ///
     /// # Errors
     /// When the kernel refuses to be read.
-    fn observe(&self, scope: Scope) -> impl Future<Output = Result<Observed, NetlinkError>>;
+    fn observe(&self, scope: Scope, lane: Lane) -> impl Future<Output = Result<Observed, NetlinkError>> + use<Self>;
 
-    /// Executes operations and returns them with their outcomes. They begin at once, as far as the host can, not when they are
-    /// waited for; what is begun later is executed later.
-    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<Self>;
+    /// Executes operations of one lane and returns them with their outcomes. They begin at once, as far as the host can, not when they
+    /// are waited for; of one lane, those that are begun later are executed later.
+    fn apply(&self, ops: Vec<Op>, lane: Lane) -> impl Future<Output = Vec<(Op, Outcome)>> + use<Self>;
 
     /// Reads interfaces and routes, and asks how `reach` is reached.
     ///
     /// # Errors
     /// When the kernel refuses to be read.
-    fn surroundings(&self, reach: Option<IpAddr>) -> impl Future<Output = Result<Surroundings, NetlinkError>>;
+    fn network(&self, reach: Option<IpAddr>) -> impl Future<Output = Result<HostNetwork, NetlinkError>>;
 
     /// One link by name.
     ///

@@ -1,25 +1,36 @@
-//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP, no authentication, nothing secret in it.
+//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP/1.1, no authentication, nothing secret in it. What strangers may use is limited:
+//! see the constants.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper::{Request, Response, StatusCode, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, Request, Response, StatusCode, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, watch};
 
 use crate::ready::Ready;
-use crate::state::State;
+use crate::state::{State, metrics};
+use crate::view::View;
+
+/// Connections that are served at once; others wait in the kernel's queue. The loop and its repairs need descriptors, too.
+const CONNECTIONS: usize = 64;
+/// How long a client may take for its request, and then for reading the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of a request's head.
+const HEAD: usize = 16 << 10;
 
 /// The health server's listener.
 #[derive(Debug)]
 pub struct Http {
     listener: TcpListener,
     ready: Ready,
-    asks: mpsc::Sender<oneshot::Sender<State>>,
+    view: watch::Receiver<Arc<View>>,
 }
 
 impl Http {
@@ -27,7 +38,7 @@ impl Http {
     ///
     /// # Errors
     /// When the port cannot be had.
-    pub async fn bind(ip: IpAddr, port: u16, ready: Ready, asks: mpsc::Sender<oneshot::Sender<State>>) -> anyhow::Result<Http> {
+    pub async fn bind(ip: IpAddr, port: u16, ready: Ready, view: watch::Receiver<Arc<View>>) -> anyhow::Result<Http> {
         let wildcard = ip == IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         let dual = if wildcard { TcpListener::bind(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)).await.ok() } else { None };
         let listener = match dual {
@@ -36,57 +47,138 @@ impl Http {
                 .await
                 .with_context(|| format!("cannot listen on --healthz-ip {ip} --healthz-port {port}"))?,
         };
-        Ok(Http { listener, ready, asks })
+        Ok(Http { listener, ready, view })
     }
 
-    /// Serves for ever.
+    /// The address that it listens on.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until it is dropped.
     pub async fn serve(self) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
+            let place = Arc::clone(&places).acquire_owned().await;
             // A client that went away before it was accepted, or a moment without descriptors, is no end.
             let Ok((stream, _)) = self.listener.accept().await else {
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            tokio::spawn(connection(stream, self.ready.clone(), self.asks.clone()));
+            let (ready, view) = (self.ready.clone(), self.view.clone());
+            tokio::spawn(async move {
+                let _place = place;
+                // A client that hangs up in the middle, or takes too long, is disconnected.
+                let _ = tokio::time::timeout(PATIENCE * 2, connection(stream, ready, view)).await;
+            });
         }
     }
 }
 
-async fn connection(stream: TcpStream, ready: Ready, asks: mpsc::Sender<oneshot::Sender<State>>) {
+async fn connection(stream: TcpStream, ready: Ready, view: watch::Receiver<Arc<View>>) -> hyper::Result<()> {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
-        let (ready, asks) = (ready.clone(), asks.clone());
-        async move { Ok::<_, Infallible>(answer(request.uri().path(), &ready, &asks).await) }
+        let response = answer(request.method(), request.uri().path(), &ready, &view);
+        async move { Ok::<_, Infallible>(response) }
     });
-    // A client that hangs up in the middle is its own affair.
-    let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(HEAD).keep_alive(false);
+    http.serve_connection(TokioIo::new(stream), service).await
 }
 
-async fn answer(path: &str, ready: &Ready, asks: &mpsc::Sender<oneshot::Sender<State>>) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, ready: &Ready, view: &watch::Receiver<Arc<View>>) -> Response<Full<Bytes>> {
+    const TEXT: &str = "text/plain";
+    let pending = || ready.pending().join(", ");
+    let starting = || (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("flanneld is starting: waiting for {}\n", pending()));
     let (status, kind, body) = match path {
-        "/healthz" => (StatusCode::OK, "text/plain", "flanneld is running".to_owned()),
-        "/readyz" => match ready.pending().as_slice() {
-            [] => (StatusCode::OK, "text/plain", "flanneld is ready".to_owned()),
-            pending => {
-                (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready yet: waiting for {}\n", pending.join(", ")))
-            }
-        },
-        "/state" => match state(asks).await {
+        _ if !matches!(*method, Method::GET | Method::HEAD) => {
+            (StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("{path} answers GET and HEAD only\n"))
+        }
+        "/healthz" => (StatusCode::OK, TEXT, "flanneld is running".to_owned()),
+        "/readyz" => readiness(&ready.pending(), &view.borrow().clone()),
+        "/state" => match State::new(&view.borrow().clone()) {
             Some(state) => (StatusCode::OK, "application/json", serde_json::to_string_pretty(&state).unwrap_or_default() + "\n"),
-            None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("starting: waiting for {}\n", ready.pending().join(", "))),
+            None => starting(),
         },
-        "/metrics" => match state(asks).await {
-            Some(state) => (StatusCode::OK, "text/plain; version=0.0.4", state.metrics(ready.pending().is_empty())),
-            None => (StatusCode::SERVICE_UNAVAILABLE, "text/plain", "starting\n".to_owned()),
+        "/metrics" => match metrics(&view.borrow().clone(), ready.pending().is_empty()) {
+            Some(text) => (StatusCode::OK, "text/plain; version=0.0.4", text),
+            None => starting(),
         },
-        _ => (StatusCode::NOT_FOUND, "text/plain", "there is /healthz, /readyz, /state and /metrics\n".to_owned()),
+        _ => (StatusCode::NOT_FOUND, TEXT, "there is /healthz, /readyz, /state and /metrics\n".to_owned()),
     };
-    let response = Response::builder().status(status).header("content-type", kind).body(Full::new(Bytes::from(body)));
-    response.expect("the parts are constants")
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    response
 }
 
-async fn state(asks: &mpsc::Sender<oneshot::Sender<State>>) -> Option<State> {
-    let (reply, answer) = oneshot::channel();
-    // While the daemon starts nobody reads the channel; the question must not wait for that.
-    asks.try_send(reply).ok()?;
-    tokio::time::timeout(std::time::Duration::from_secs(5), answer).await.ok()?.ok()
+/// Ready when nothing is pending; problems that leave the node working are noted.
+fn readiness(pending: &[String], view: &View) -> (StatusCode, &'static str, String) {
+    if !pending.is_empty() {
+        let text = format!("flanneld is not ready yet: waiting for {}\n", pending.join(", "));
+        return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", text);
+    }
+    let notes: String = view.conditions.iter().map(|condition| format!("\nnote: {}", condition.text)).collect();
+    (StatusCode::OK, "text/plain", format!("flanneld is ready{notes}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::Condition;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
+        let (publish, view) = watch::channel(Arc::default());
+        let http = Http::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0, Ready::default(), view).await.unwrap();
+        let address = http.address().unwrap();
+        tokio::spawn(http.serve());
+        (address, publish)
+    }
+
+    async fn ask(address: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        // A server that refuses early may reset the connection while it is written to.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    #[tokio::test]
+    async fn only_reading_is_answered_and_conditions_are_noted() {
+        let (address, publish) = server().await;
+        assert!(ask(address, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is running"));
+        for method in ["POST", "PUT", "DELETE", "BREW"] {
+            assert!(ask(address, &format!("{method} /healthz HTTP/1.1\r\nHost: x\r\n\r\n")).await.starts_with("HTTP/1.1 405 "), "{method}");
+        }
+        assert!(ask(address, "GET /state HTTP/1.1\r\nHost: x\r\n\r\n").await.starts_with("HTTP/1.1 503 "));
+        let conditions = vec![Condition { code: "x", text: "IPv6 is down".to_owned() }];
+        publish.send_replace(Arc::new(View { conditions, ..View::default() }));
+        assert!(ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is ready\nnote: IPv6 is down"));
+    }
+
+    #[tokio::test]
+    async fn a_large_head_is_refused() {
+        let (address, _publish) = server().await;
+        let head = format!("GET /healthz HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "a".repeat(400_000));
+        let answer = ask(address, &head).await;
+        assert!(!answer.contains("flanneld is running"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn half_sent_requests_block_others_for_a_moment_only() {
+        let (address, _publish) = server().await;
+        let mut held = Vec::new();
+        for _ in 0..CONNECTIONS * 2 {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /healthz").await.unwrap();
+            held.push(stream);
+        }
+        let began = std::time::Instant::now();
+        assert!(ask(address, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is running"));
+        assert!(began.elapsed() < PATIENCE * 6, "{:?}", began.elapsed());
+    }
 }

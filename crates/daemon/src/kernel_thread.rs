@@ -1,97 +1,123 @@
-//! The one thread of the daemon that writes to the kernel: it owns the sockets, a queue leads in (as long as what its callers wait
-//! for), an answer comes out of each command. And the one that listens: what it hears goes out by a bounded channel.
+//! The threads that speak to the kernel. The fast one writes and reads all that the kernel answers at once, and never waits for a lock or a
+//! child process; the slow one does the rest ([`Lane`]), so that a command that hangs delays no repair. Each owns its sockets; a queue
+//! leads in, an answer comes out of each job. A third thread listens to the kernel's notifications.
 
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use flannel::backend::extension::Command;
-use flannel::desired::{EnvFile, Link, Scope};
+use flannel::object::{EnvFile, Lane, Link};
+use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, Outcome};
 use kernel::netlink::NetlinkError;
 use kernel::{Kernel, Monitor};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::host::{Host, News, Surroundings};
+use crate::host::{Host, HostNetwork, Notifications};
 
 type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 
-/// A handle to the thread, which ends with the last handle.
+/// A handle to the threads, which end with the last handle.
 #[derive(Debug, Clone)]
 pub struct KernelThread {
-    jobs: std::sync::mpsc::Sender<Job>,
-    /// The netlink port of the thread's socket.
+    fast: Sender<Job>,
+    slow: Sender<Job>,
+    /// The netlink port of the fast thread's socket.
     port: u32,
-    /// What was said to be unreadable last, so that it is not said each time.
-    said: std::cell::RefCell<Option<String>>,
+    /// The last part that could not be read, so that it is not logged each time.
+    unreadable: Arc<Mutex<Option<String>>>,
 }
 
 impl KernelThread {
-    /// Starts the thread in the network namespace of the caller.
+    /// Starts the threads in the network namespace of the caller.
     ///
     /// # Errors
     /// When the kernel refuses a netlink socket.
     pub fn start() -> Result<KernelThread, NetlinkError> {
-        let mut kernel = Kernel::open()?;
+        let kernel = Kernel::open()?;
         let port = kernel.port();
-        let (jobs, inbox) = std::sync::mpsc::channel::<Job>();
-        let work = move || inbox.into_iter().for_each(|job| job(&mut kernel));
-        std::thread::Builder::new()
-            .name("kernel".to_owned())
-            .spawn(work)
-            .map_err(|error| NetlinkError::Socket("start its thread", error))?;
-        Ok(KernelThread { jobs, port, said: std::cell::RefCell::new(None) })
+        let (fast, slow) = (spawn("kernel", kernel)?, spawn("kernel-slow", Kernel::open()?)?);
+        Ok(KernelThread { fast, slow, port, unreadable: Arc::default() })
+    }
+
+    /// Waits until the jobs that are queued now are done, up to a limit: a batch that has begun is finished.
+    pub async fn finish(&self, limit: Duration) {
+        let both = async { tokio::join!(self.call(Lane::Fast, |_| ()), self.call(Lane::Slow, |_| ())) };
+        if tokio::time::timeout(limit, both).await.is_err() {
+            tracing::warn!(seconds = limit.as_secs(), "kernel operations still running at exit");
+        }
     }
 
     /// Runs a function on the kernel. It is in the queue before its end is waited for.
-    fn call<T: Send + 'static, F>(&self, f: F) -> impl Future<Output = T> + use<T, F>
+    fn call<T: Send + 'static, F>(&self, lane: Lane, f: F) -> impl Future<Output = T> + use<T, F>
     where
         F: FnOnce(&mut Kernel) -> T + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
         let job: Job = Box::new(move |kernel| {
-            // Who asked may have been stopped; the work is done all the same.
+            // The caller may have stopped waiting; the job is done all the same.
             let _ = reply.send(f(kernel));
         });
-        let alive = "the kernel thread ends with its last handle, and its panic ends the process";
-        if self.jobs.send(job).is_err() {
+        let alive = "a kernel thread ends with its last handle, and its panic ends the process";
+        let jobs = match lane {
+            Lane::Fast => &self.fast,
+            Lane::Slow => &self.slow,
+        };
+        if jobs.send(job).is_err() {
             unreachable!("{alive}");
         }
         async move { answer.await.expect(alive) }
     }
 }
 
+fn spawn(name: &str, mut kernel: Kernel) -> Result<Sender<Job>, NetlinkError> {
+    let (jobs, inbox) = std::sync::mpsc::channel::<Job>();
+    let work = move || inbox.into_iter().for_each(|job| job(&mut kernel));
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|error| NetlinkError::Socket("start its thread", error))?;
+    Ok(jobs)
+}
+
 impl Host for KernelThread {
-    fn watch(&self, scope: Scope, external: IfName) -> Result<News, NetlinkError> {
+    fn watch(&self, scope: Scope, external: IfName) -> Result<Notifications, NetlinkError> {
         listen(Monitor::open(scope, external, self.port)?)
     }
 
-    async fn observe(&self, scope: Scope) -> Result<Observed, NetlinkError> {
-        let (observed, trouble) = self.call(move |kernel| (kernel.observe(&scope), kernel.take_trouble())).await;
-        if trouble != self.said.replace(trouble.clone())
-            && let Some(trouble) = trouble
-        {
-            tracing::warn!("cannot read {trouble}; the rest is not affected");
+    fn observe(&self, scope: Scope, lane: Lane) -> impl Future<Output = Result<Observed, NetlinkError>> + use<> {
+        let unreadable = Arc::clone(&self.unreadable);
+        let read = self.call(lane, move |kernel| (kernel.observe_lane(&scope, lane), kernel.take_trouble()));
+        async move {
+            let (observed, trouble) = read.await;
+            // Only the slow lane has parts that may be unreadable without harm to the rest.
+            if lane == Lane::Slow
+                && std::mem::replace(&mut *unreadable.lock().unwrap_or_else(PoisonError::into_inner), trouble.clone()) != trouble
+                && let Some(trouble) = trouble
+            {
+                tracing::warn!(%trouble, "cannot read object");
+            }
+            observed
         }
-        observed
     }
 
-    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
-        self.call(move |kernel| {
+    fn apply(&self, ops: Vec<Op>, lane: Lane) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
+        self.call(lane, move |kernel| {
             let outcomes = kernel.apply(&ops);
             ops.into_iter().zip(outcomes).collect()
         })
     }
 
-    async fn surroundings(&self, reach: Option<IpAddr>) -> Result<Surroundings, NetlinkError> {
-        self.call(move |kernel| {
+    async fn network(&self, reach: Option<IpAddr>) -> Result<HostNetwork, NetlinkError> {
+        self.call(Lane::Fast, move |kernel| {
             let reach = reach.map(|ip| (ip, kernel.reach(ip).map_err(|error| error.to_string())));
-            Ok(Surroundings { interfaces: kernel.interfaces()?, routes: kernel.route_facts()?, reach })
+            Ok(HostNetwork { interfaces: kernel.interfaces()?, routes: kernel.route_facts()?, reach })
         })
         .await
     }
 
     async fn link(&self, name: IfName) -> Result<Option<Link>, NetlinkError> {
-        self.call(move |kernel| kernel.link(name)).await
+        self.call(Lane::Fast, move |kernel| kernel.link(name)).await
     }
 
     fn env_file(&self, path: &Path) -> Option<EnvFile> {
@@ -99,7 +125,7 @@ impl Host for KernelThread {
     }
 
     async fn run(&self, command: Command) -> anyhow::Result<String> {
-        Ok(self.call(move |_| kernel::command::run(&command)).await?)
+        Ok(self.call(Lane::Slow, move |_| kernel::command::run(&command)).await?)
     }
 }
 
@@ -108,7 +134,7 @@ impl Host for KernelThread {
 ///
 /// # Errors
 /// When there can be no thread.
-fn listen(mut monitor: Monitor) -> Result<News, NetlinkError> {
+fn listen(mut monitor: Monitor) -> Result<Notifications, NetlinkError> {
     let (tell, news) = mpsc::channel(4);
     let work = move || {
         loop {

@@ -16,3 +16,5 @@ pub mod reconcile;
 pub mod settings;
 pub mod state;
 pub mod store;
+mod systemd;
+pub mod view;

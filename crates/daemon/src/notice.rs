@@ -33,7 +33,7 @@ impl Notices {
     }
 
     /// Warns.
-    pub fn tell(&self, reason: &'static str, text: String) {
+    pub fn warn(&self, reason: &'static str, text: String) {
         self.put(Notice::new(reason, text));
     }
 

@@ -1,11 +1,11 @@
-//! Readiness as a set of named guards: each part that is not ready yet holds one, and nobody can forget a flag.
+//! Readiness as a set of named guards: each part that is not ready yet holds one, so that no flag can be forgotten.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-/// What is still pending. Clones share the set.
+/// The pending guards. Clones share the set.
 #[derive(Debug, Clone, Default)]
 pub struct Ready(Arc<Shared>);
 
@@ -24,16 +24,27 @@ pub struct Guard {
 }
 
 impl Ready {
-    /// Adds a name to what is pending.
+    /// Adds a guard with this name.
     pub fn guard(&self, name: &'static str) -> Guard {
         self.set(|pending| pending.insert(name, String::new()));
         Guard { ready: self.clone(), name }
     }
 
-    /// What is pending; nothing means ready.
+    /// Pending names with their reasons; none means ready.
     pub fn pending(&self) -> Vec<String> {
         let text = |(name, why): (&&str, &String)| if why.is_empty() { (*name).to_owned() } else { format!("{name} ({why})") };
         self.set(|pending| pending.iter().map(text).collect())
+    }
+
+    /// Waits until a guard of this name is dropped.
+    pub async fn passed(&self, name: &'static str) {
+        loop {
+            let changed = self.0.changed.notified();
+            if !self.set(|pending| pending.contains_key(name)) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Waits until nothing is pending.
@@ -53,7 +64,7 @@ impl Ready {
 }
 
 impl Guard {
-    /// Says what it is that this part waits for.
+    /// Says what this part waits for.
     pub fn say(&self, why: &str) {
         self.ready.set(|pending| pending.insert(self.name, why.to_owned()));
     }
@@ -74,8 +85,8 @@ mod tests {
     fn ready_when_the_last_guard_is_dropped() {
         let ready = Ready::default();
         let (a, b) = (ready.guard("lease"), ready.guard("first sync"));
-        a.say("the store is silent");
-        assert_eq!(ready.pending(), ["first sync", "lease (the store is silent)"]);
+        a.say("the store does not answer");
+        assert_eq!(ready.pending(), ["first sync", "lease (the store does not answer)"]);
         drop(a);
         assert_eq!(ready.pending(), ["first sync"]);
         drop(b);
@@ -83,7 +94,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_hears_of_the_end() {
+    async fn reached_wakes_waiters() {
         let ready = Ready::default();
         let guard = ready.guard("lease");
         let waiting = tokio::spawn({

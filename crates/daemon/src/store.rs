@@ -131,7 +131,7 @@ impl Link {
         if self.up_at.is_none() || self.away.0.elapsed() > STALE {
             let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store"));
             guard.say(&reason);
-            self.notices.tell("StoreNotFollowed", format!("leases are not followed, routes stay as they are: {reason}"));
+            self.notices.warn("StoreNotFollowed", format!("leases are not followed, routes stay as they are: {reason}"));
         }
         // Jitter, so that a cluster does not come back to a restarted store as one.
         let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(self.wait.as_millis()).unwrap_or(0) / 2));

@@ -6,9 +6,10 @@
 
 use std::time::Instant;
 
+use flannel::backend::Identity;
 use flannel::diff::{Prune, diff};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Backend, Config, Lease, LeaseKey, Mac, Node, Observed, PerFamily, Picture, StoreEvent, wire};
+use flannel::{Config, Lease, LeaseKey, Mac, Node, Observed, PerFamily, Picture, StoreEvent, wire};
 
 fn main() {
     let sizes: Vec<u32> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
@@ -35,7 +36,7 @@ fn run(size: u32) {
     let node = Node { ext, mtu: 1500, addrs, public, routes: vec![("172.0.0.0/8".parse().unwrap(), true)] };
     let own = LeaseKey::new(PerFamily { v4: "100.127.255.0/27".parse().ok(), v6: None }).unwrap();
     let stored: Vec<(String, String)> = (1..=size).map(stored).collect();
-    let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None });
+    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None }, data: None };
     let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
 
     let before = rss();
@@ -44,7 +45,7 @@ fn run(size: u32) {
         |(key, value): &(String, String)| Lease { key: wire::parse_key(key).unwrap(), peer: wire::parse_value(value.as_bytes()).unwrap() };
     let leases: Vec<Lease> = stored.iter().map(read).collect();
     let reading = millis(began);
-    let mut picture = Picture::new(config, node, backend, traffic, own);
+    let mut picture = Picture::new(config, node, identity, traffic, own);
     let began = Instant::now();
     let list = leases.into_iter().map(StoreEvent::Apply);
     picture.fold_all(std::iter::once(StoreEvent::Init).chain(list).chain([StoreEvent::InitDone]));

@@ -7,7 +7,8 @@ use std::net::IpAddr;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
-use crate::config::{BackendConfig, Config};
+use crate::backend::Backend;
+use crate::config::Config;
 use crate::json::compact;
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily, Subnet};
@@ -186,18 +187,10 @@ impl Keys {
     ///
     /// # Errors
     /// [`NodeError::Annotation`], of an overwrite.
-    pub fn wanted(&self, current: &Annotations, backend: &BackendConfig, peer: &Peer) -> Result<Annotations, NodeError> {
+    pub fn wanted(&self, current: &Annotations, backend: &Backend, peer: &Peer) -> Result<Annotations, NodeError> {
         let mut wanted = Annotations::from([(self.key(TYPE), peer.backend_type.to_string()), (self.key(MANAGED), "true".to_owned())]);
         for family in Family::ALL {
-            let has_data = peer.backend_data.get(family).is_some();
-            let published = match (backend, family) {
-                (BackendConfig::Vxlan(_), _) => has_data,
-                // Peers of upstream's read the IPv4 pair of every node, 0.0.0.0 if there is no IPv4.
-                (_, Family::V4) => true,
-                (BackendConfig::HostGw | BackendConfig::Extension(_), Family::V6) => peer.public.v6.is_some(),
-                (_, Family::V6) => false,
-            };
-            if !published {
+            if !backend.annotates(family, peer) {
                 continue;
             }
             let names = names(family);

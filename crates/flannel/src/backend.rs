@@ -1,62 +1,176 @@
-//! Backends: how packets reach the pods of a peer. A backend is a function from (configuration, node, leases) to
-//! [`Object`]s; there is one loop elsewhere, and no backend has a socket.
+//! Backends: how packets reach the pods of a peer. One file a backend: its section of the network configuration, what it publishes,
+//! its MTU, this host's objects, a peer's objects, what it refuses and the advice that goes with it. A backend is a function from
+//! (configuration, node, leases) to [`Object`]s: there is one loop elsewhere, and no backend has a socket.
+//!
+//! A new backend is a file here and a variant of [`Backend`]; the compiler names the places in this file that must know it.
 
+mod alloc;
 pub mod extension;
 mod host_gw;
 pub mod udp;
 mod vxlan;
 
-pub use vxlan::{device_name, vtep_mac};
-
 use std::net::IpAddr;
 
 use thiserror::Error;
 
+use self::alloc::Alloc;
+use self::extension::{Command, Extension};
+use self::host_gw::HostGw;
+use self::udp::Udp;
+use self::vxlan::Vxlan;
 use crate::alloc::is_mine;
-use crate::config::{BackendConfig, Config};
-use crate::desired::Object;
+use crate::config::{Config, ConfigError, invalid, typed};
+use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, IfName, Mac, PerFamily, Subnet};
 use crate::node::Node;
+use crate::object::Object;
 
-/// The backend of this node, made by [`Backend::new`] from the configuration.
+/// The backend of the cluster, with its settings: `Backend` of the network configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// Leases a subnet, programs nothing.
-    Alloc,
+    Alloc(Alloc),
     /// A route per peer.
-    HostGw,
+    HostGw(HostGw),
     /// A route, a neighbour and a forwarding entry per peer.
-    Vxlan(vxlan::Vxlan),
+    Vxlan(Vxlan),
     /// A TUN device, and an entry in this process's own table per peer.
-    Udp {
-        /// UDP port of every host.
-        port: u16,
-    },
+    Udp(Udp),
     /// The operator's own commands per peer.
-    Extension {
-        /// This host's `BackendData`, as JSON.
-        data: Option<Box<str>>,
-    },
+    Extension(Extension),
 }
 
-/// What a backend needs to know to describe objects.
+/// What every backend says about itself.
+trait Driver {
+    /// Its name in `Backend.Type`.
+    fn name(&self) -> &'static str;
+
+    /// `BackendType` of this host's lease.
+    fn published_type(&self) -> &'static str {
+        self.name()
+    }
+
+    /// The addresses of this host's lease.
+    fn published_addresses(&self, node: &Node) -> PerFamily<IpAddr> {
+        node.public
+    }
+
+    /// `BackendData` of this host's lease: JSON a family.
+    fn published_data(&self, local: Local<'_>) -> PerFamily<Box<str>>;
+
+    /// Does a Node say by annotations what `peer` publishes for this family (specification, section 4.3)?
+    fn annotates(&self, family: Family, peer: &Peer) -> bool;
+
+    /// Can this host use the lease of a peer with this `BackendType`?
+    fn accepts_type(&self, backend_type: &str) -> bool {
+        backend_type == self.name()
+    }
+
+    /// The MTU for pods, in bytes.
+    fn mtu(&self, local: Local<'_>) -> u32;
+
+    /// Can it carry these networks?
+    fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
+        let _ = config;
+        Ok(())
+    }
+
+    /// Why a family cannot work on this host as it is now, with the fix.
+    fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
+        let _ = (local, family);
+        None
+    }
+
+    /// Settings that this host cannot follow as they are, with what it does instead.
+    fn notes(&self, node: &Node) -> Vec<String> {
+        let _ = node;
+        Vec::new()
+    }
+
+    /// This host's own objects: devices and their addresses.
+    fn node_objects(&self, context: Context<'_>) -> Vec<Object>;
+
+    /// One peer's objects, and what is refused of it.
+    fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part;
+
+    /// The device whose link-layer address this host publishes for a family, if it publishes one.
+    fn vtep(&self, family: Family) -> Option<IfName> {
+        let _ = family;
+        None
+    }
+
+    /// Does it make plain routes by the external interface, as a Go flanneld may have left them?
+    fn has_plain_routes(&self) -> bool {
+        false
+    }
+
+    /// The operator's command before the lease is acquired; its output is [`Identity::data`].
+    fn before_lease(&self) -> Option<(&'static str, Command)> {
+        None
+    }
+
+    /// The operator's command once this host has its lease.
+    fn after_lease(&self, context: Context<'_>) -> Option<(&'static str, Command)> {
+        let _ = context;
+        None
+    }
+}
+
+/// Why a family cannot work on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// What is wrong, and the fix.
+    pub text: String,
+    /// Is an address to publish wrong, which an operator gave by a flag or by an annotation? Waiting does not change a flag.
+    pub is_published_address: bool,
+}
+
+/// What this host publishes that neither the configuration nor its interface says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// Link-layer addresses of its VTEPs.
+    pub macs: PerFamily<Mac>,
+    /// Output of the operator's command ([`Backend::before_lease`]), as a JSON string.
+    pub data: Option<Box<str>>,
+}
+
+impl Identity {
+    /// With the output of the operator's command.
+    #[must_use]
+    pub fn with_output(self, output: &str) -> Identity {
+        let text = output.trim();
+        Identity { data: (!text.is_empty()).then(|| serde_json::Value::from(text).to_string().into()), ..self }
+    }
+}
+
+/// This host without its lease.
 #[derive(Debug, Clone, Copy)]
-pub struct Context<'a> {
+pub struct Local<'a> {
     /// The network configuration.
     pub config: &'a Config,
-    /// This host.
+    /// Interface and addresses.
     pub node: &'a Node,
-    /// This host's lease.
+    /// What else it publishes.
+    pub identity: &'a Identity,
+}
+
+/// This host with its lease: what a backend needs to describe objects.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// This host.
+    pub local: Local<'a>,
+    /// Its lease.
     pub own: LeaseKey,
 }
 
-/// One lease's share of the picture.
+/// One lease's share of the desired state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Part {
-    /// What shall be in the kernel for it.
+    /// What is wanted in the kernel for it.
     pub objects: Vec<Object>,
-    /// What cannot be, and why. The other family and all other peers are not affected.
+    /// What is refused, and why. The other family and all other peers are not affected.
     pub refusals: Vec<Refusal>,
 }
 
@@ -99,126 +213,149 @@ pub enum Refusal {
 }
 
 impl Backend {
-    /// The backend that the configuration asks for. `macs` are the link-layer addresses of this host's VTEPs.
-    pub fn new(config: &Config, node: &Node, macs: PerFamily<Mac>) -> Backend {
-        match &config.backend {
-            BackendConfig::Alloc => Backend::Alloc,
-            BackendConfig::HostGw => Backend::HostGw,
-            BackendConfig::Vxlan(vxlan) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, macs)),
-            BackendConfig::Udp { port } => Backend::Udp { port: *port },
-            BackendConfig::Extension(_) => Backend::Extension { data: None },
-        }
-    }
-
-    /// The same on this host as it is now: its interface has another address or MTU. The VTEPs keep their addresses.
-    #[must_use]
-    pub fn moved(&self, config: &Config, node: &Node) -> Backend {
-        self.with_macs(config, node, self.macs())
-    }
-
-    /// The same with other link-layer addresses of this host's VTEPs.
-    #[must_use]
-    pub fn with_macs(&self, config: &Config, node: &Node, macs: PerFamily<Mac>) -> Backend {
-        match &config.backend {
-            BackendConfig::Vxlan(vxlan) => Backend::Vxlan(vxlan::Vxlan::new(vxlan, config, node, macs)),
-            _ => self.clone(),
-        }
-    }
-
-    /// The link-layer addresses of this host's VTEPs; none where there are none.
-    pub fn macs(&self) -> PerFamily<Mac> {
-        match self {
-            Backend::Vxlan(vxlan) => vxlan.macs(),
-            _ => PerFamily::default(),
-        }
-    }
-
-    /// With what the extension's first command printed as this host's `BackendData`.
-    #[must_use]
-    pub fn with_output(self, output: &str) -> Backend {
-        let text = output.trim();
-        match self {
-            Backend::Extension { .. } if !text.is_empty() => {
-                Backend::Extension { data: Some(serde_json::Value::from(text).to_string().into()) }
+    /// Reads `Backend` of the network configuration; without it the backend is udp, whatever upstream's documentation says.
+    ///
+    /// # Errors
+    /// [`ConfigError`], which names the field and the fix.
+    pub(crate) fn parse(section: Option<&Fields<'_>>) -> Result<Backend, ConfigError> {
+        const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"udp\", \"extension\" or \"alloc\"";
+        let Some(section) = section else { return Ok(Backend::Udp(Udp::default())) };
+        let kind: String = typed(section, "Backend.Type", "type")?.unwrap_or_default();
+        match kind.to_lowercase().as_str() {
+            "alloc" => Ok(Backend::Alloc(Alloc)),
+            "host-gw" => Ok(Backend::HostGw(HostGw)),
+            "vxlan" => Vxlan::parse(section).map(Backend::Vxlan),
+            "udp" => Udp::parse(section).map(Backend::Udp),
+            "extension" => Extension::parse(section).map(Backend::Extension),
+            "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
+            known @ ("ipip" | "ipsec" | "wireguard" | "tencent-vpc") => {
+                Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
             }
-            other => other,
+            _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
         }
+    }
+
+    fn driver(&self) -> &dyn Driver {
+        match self {
+            Backend::Alloc(driver) => driver,
+            Backend::HostGw(driver) => driver,
+            Backend::Vxlan(driver) => driver,
+            Backend::Udp(driver) => driver,
+            Backend::Extension(driver) => driver,
+        }
+    }
+
+    /// The type as it is written in `Backend.Type`.
+    pub fn name(&self) -> &'static str {
+        self.driver().name()
+    }
+
+    /// Can it carry these networks?
+    pub(crate) fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
+        self.driver().check_config(config)
     }
 
     /// What this host publishes with its lease.
-    pub fn own_peer(&self, config: &Config, node: &Node) -> Peer {
-        let backend_type = match self {
-            Backend::Alloc | Backend::Udp { .. } => "",
-            _ => config.backend.name(),
-        };
-        let backend_data = match self {
-            Backend::Vxlan(vxlan) => vxlan.backend_data(),
-            Backend::Extension { data } => PerFamily { v4: data.clone(), v6: None },
-            _ => PerFamily::default(),
-        };
-        let public = match self {
-            Backend::Udp { .. } => PerFamily { v6: None, ..node.public },
-            // Commands are about the interface itself.
-            Backend::Extension { .. } => node.addrs,
-            _ => node.public,
-        };
-        Peer { public, backend_type: backend_type.into(), backend_data }
+    pub fn own_peer(&self, local: Local<'_>) -> Peer {
+        Peer {
+            public: self.driver().published_addresses(local.node),
+            backend_type: self.driver().published_type().into(),
+            backend_data: self.driver().published_data(local),
+        }
+    }
+
+    /// Does a Node say by annotations what `peer` publishes for this family?
+    pub(crate) fn annotates(&self, family: Family, peer: &Peer) -> bool {
+        self.driver().annotates(family, peer)
     }
 
     /// The MTU for pods, in bytes.
-    pub fn mtu(&self, node: &Node) -> u32 {
-        match self {
-            Backend::Alloc | Backend::HostGw | Backend::Extension { .. } => node.mtu,
-            Backend::Vxlan(vxlan) => vxlan.mtu(),
-            Backend::Udp { .. } => udp::mtu(node),
-        }
+    pub fn mtu(&self, local: Local<'_>) -> u32 {
+        self.driver().mtu(local)
+    }
+
+    /// Why a family cannot work on this host as it is now, with the fix.
+    pub fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
+        self.driver().problem(local, family)
+    }
+
+    /// Settings that this host cannot follow as they are, with what it does instead.
+    pub fn notes(&self, node: &Node) -> Vec<String> {
+        self.driver().notes(node)
     }
 
     /// This host's own objects: its devices and their addresses.
     pub fn node_objects(&self, context: Context<'_>) -> Vec<Object> {
-        match self {
-            Backend::Alloc | Backend::HostGw | Backend::Extension { .. } => Vec::new(),
-            Backend::Vxlan(vxlan) => vxlan.node_objects(context),
-            Backend::Udp { port } => udp::node_objects(context, *port),
-        }
+        self.driver().node_objects(context)
     }
 
     /// One peer's objects. This host's own lease has none.
     pub fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
-        let mut part = Part::default();
-        if *key == context.own || *self == Backend::Alloc {
-            return part;
+        let driver = self.driver();
+        if *key == context.own {
+            return Part::default();
         }
-        let ours = context.config.backend.name();
-        // Who carries packets in UDP says no type, and neither asks for one.
-        if &*peer.backend_type != ours && !matches!(self, Backend::Udp { .. }) {
-            part.refusals.push(Refusal::OtherBackend(peer.backend_type.clone(), ours));
-            return part;
+        if !driver.accepts_type(&peer.backend_type) {
+            let refusal = Refusal::OtherBackend(peer.backend_type.clone(), driver.name());
+            return Part { objects: Vec::new(), refusals: vec![refusal] };
         }
-        for (family, subnet) in key.subnets().iter() {
-            // A family that this host does not use is no fault of the peer's.
-            let Some(network) = context.config.network(family) else { continue };
-            let objects = admit(context, network, *subnet, peer).and_then(|public| match self {
-                Backend::Alloc | Backend::Extension { .. } => Ok(Vec::new()),
-                Backend::Udp { .. } => udp::peer_objects(*subnet, public),
-                Backend::HostGw => host_gw::route(context.node, network, *subnet, public).map(|route| vec![route]),
-                Backend::Vxlan(vxlan) => vxlan.peer_objects(context, network, *subnet, public, peer),
-            });
-            match objects {
-                Ok(objects) => part.objects.extend(objects),
-                Err(refusal) => part.refusals.push(refusal),
-            }
-        }
-        if let (BackendConfig::Extension(extension), true) = (&context.config.backend, part.refusals.is_empty()) {
-            part.objects = extension::peer_objects(extension, key, peer);
-        }
-        part
+        driver.peer_part(context, key, peer)
+    }
+
+    /// The device whose link-layer address this host publishes for a family, if it publishes one.
+    pub fn vtep(&self, family: Family) -> Option<IfName> {
+        self.driver().vtep(family)
+    }
+
+    /// Does it make plain routes by the external interface, as a Go flanneld may have left them?
+    pub fn has_plain_routes(&self) -> bool {
+        self.driver().has_plain_routes()
+    }
+
+    /// The operator's command before the lease is acquired, with the field that has it; its output is [`Identity::data`].
+    pub fn before_lease(&self) -> Option<(&'static str, Command)> {
+        self.driver().before_lease()
+    }
+
+    /// The operator's command once this host has its lease, with the field that has it.
+    pub fn after_lease(&self, context: Context<'_>) -> Option<(&'static str, Command)> {
+        self.driver().after_lease(context)
     }
 }
 
+/// The VTEP's link-layer address that a lease of this cluster's backend says, if it says one.
+pub fn published_mac(peer: &Peer, family: Family) -> Option<Mac> {
+    (&*peer.backend_type == "vxlan").then(|| vxlan::vtep_mac(peer, family).ok()).flatten()
+}
+
+/// One family of a peer that may be routed.
+#[derive(Debug, Clone, Copy)]
+struct Admitted {
+    /// This family's pod network.
+    network: Subnet,
+    /// The peer's subnet.
+    subnet: Subnet,
+    /// The host that has it.
+    public: IpAddr,
+}
+
+/// A peer's objects where each family stands alone: `objects` is asked for each that may be routed.
+fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl Fn(Admitted) -> Result<Vec<Object>, Refusal>) -> Part {
+    let mut part = Part::default();
+    for (family, subnet) in key.subnets().iter() {
+        // A family that this host does not use is no fault of the peer's.
+        let Some(network) = context.local.config.network(family) else { continue };
+        match admit(context, network, *subnet, peer).and_then(&objects) {
+            Ok(objects) => part.objects.extend(objects),
+            Err(refusal) => part.refusals.push(refusal),
+        }
+    }
+    part
+}
+
 /// The checks that every backend needs: the subnet may be routed, and there is a host to send it to.
-fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> Result<IpAddr, Refusal> {
-    let family = subnet.family();
+fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> Result<Admitted, Refusal> {
+    let (family, node) = (subnet.family(), context.local.node);
     if !network.covers(subnet) {
         return Err(Refusal::Outside(subnet, network));
     }
@@ -230,13 +367,13 @@ fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> 
     if public.is_loopback() || public.is_multicast() || broadcast {
         return Err(Refusal::BadPublicIp(public));
     }
-    if is_mine(&peer.public, &context.node.public) || context.node.addrs.get(family) == Some(&public) {
+    if is_mine(&peer.public, &node.public) || node.addrs.get(family) == Some(&public) {
         return Err(Refusal::OwnPublicIp(public));
     }
     if network.contains(public) {
         return Err(Refusal::PublicIpInside(public, network));
     }
-    Ok(public)
+    Ok(Admitted { network, subnet, public })
 }
 
 #[cfg(test)]
@@ -255,11 +392,13 @@ mod tests {
         let routes = vec![("192.0.2.0/24".parse().unwrap(), true), ("2001:db8::/64".parse().unwrap(), true)];
         let node = Node { ext: "eth0".parse().unwrap(), mtu: 1500, addrs, public: addrs, routes };
         let macs = PerFamily { v4: Some(Mac([0x0e, 0, 0, 0, 0, 1])), v6: Some(Mac([0x0e, 0, 0, 0, 6, 1])) };
-        let backend = Backend::new(&config, &node, macs);
+        let identity = Identity { macs, data: None };
+        let local = Local { config: &config, node: &node, identity: &identity };
+        let backend = &config.backend;
         let own = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: dual.then(|| "fc00:0:0:1::/64".parse().unwrap()) };
-        let context = Context { config: &config, node: &node, own: LeaseKey::new(own).unwrap() };
+        let context = Context { local, own: LeaseKey::new(own).unwrap() };
 
-        let mut text = format!("publishes {}\nmtu {}\n", wire::value(&backend.own_peer(&config, &node)), backend.mtu(&node));
+        let mut text = format!("publishes {}\nmtu {}\n", wire::value(&backend.own_peer(local)), backend.mtu(local));
         for object in backend.node_objects(context) {
             text.push_str(&format!("{object}\n"));
         }
@@ -317,19 +456,6 @@ mod tests {
                 10.244.2.0-24:
                   refused: its public address 10.244.2.9 lies inside the pod network 10.244.0.0/16
                 10.244.1.0-24:
-            "#]],
-        );
-    }
-
-    #[test]
-    fn alloc_programs_nothing() {
-        check(
-            r#"{"Type":"alloc"}"#,
-            &[("10.244.2.0-24", r#"{"PublicIP":"192.0.2.2"}"#)],
-            expect![[r#"
-                publishes {"PublicIP":"192.0.2.1","PublicIPv6":null}
-                mtu 1500
-                10.244.2.0-24:
             "#]],
         );
     }

@@ -6,8 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::backend::Backend;
 use crate::json::Fields;
-use crate::net::{Family, NetError, PerFamily, Subnet, Vni, bits_of};
+use crate::net::{Family, NetError, PerFamily, Subnet, bits_of};
 
 /// A configuration that cannot be used. Each message names the field, what is wrong and what would be right.
 #[derive(Debug, Error)]
@@ -51,7 +52,7 @@ pub struct Config {
     /// `EnableNFTables`: the operator's choice of traffic-rule flavour.
     pub nftables: bool,
     /// `Backend`.
-    pub backend: BackendConfig,
+    pub backend: Backend,
 }
 
 /// One family's pod network and how it is cut into subnets: where those are assigned (Kubernetes), as one whole.
@@ -75,76 +76,6 @@ impl Network {
             && (self.min..=self.max).contains(&subnet.network())
     }
 }
-
-/// Which backend, with its own keys.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum BackendConfig {
-    /// Lease a subnet, program nothing.
-    Alloc,
-    /// A route per peer with the peer as gateway.
-    HostGw,
-    /// VXLAN encapsulation.
-    Vxlan(VxlanConfig),
-    /// UDP encapsulation by this process.
-    Udp {
-        /// UDP port of every host.
-        port: u16,
-    },
-    /// The operator's own commands.
-    Extension(ExtensionConfig),
-}
-
-impl BackendConfig {
-    /// The type as it is written in `Backend.Type`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            BackendConfig::Alloc => "alloc",
-            BackendConfig::HostGw => "host-gw",
-            BackendConfig::Vxlan(_) => "vxlan",
-            BackendConfig::Udp { .. } => "udp",
-            BackendConfig::Extension(_) => "extension",
-        }
-    }
-}
-
-/// The keys of a vxlan `Backend` (specification, section 2.3).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VxlanConfig {
-    /// VXLAN network identifier.
-    pub vni: Vni,
-    /// UDP destination port; `None` leaves the choice to the kernel (8472).
-    pub port: Option<u16>,
-    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None`: the external interface's.
-    pub mtu: Option<u32>,
-    /// Group-based policy extension.
-    pub gbp: bool,
-    /// Source-address learning.
-    pub learning: bool,
-    /// Plain routes to peers on the same L2 network.
-    pub direct_routing: bool,
-}
-
-/// The keys of an extension `Backend`. A command that is empty is not run.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExtensionConfig {
-    /// Before a lease is acquired; its output is this host's `BackendData`.
-    pub pre_startup: Box<str>,
-    /// Once there is a lease.
-    pub post_startup: Box<str>,
-    /// When a peer is there.
-    pub subnet_add: Box<str>,
-    /// When it is gone.
-    pub subnet_remove: Box<str>,
-    /// `Shell`, which upstream does not have: are the commands lines for a shell, or plain words?
-    pub shell: bool,
-}
-
-/// The UDP port of the udp backend for which none is configured.
-const UDP_PORT: u16 = 8285;
-
-/// The UDP port of a VXLAN device for which none is configured: the kernel's own default, which predates RFC 7348's
-/// 4789 (`drivers/net/vxlan`).
-pub const VXLAN_PORT: u16 = 8472;
 
 impl Config {
     /// Reads and validates the JSON text.
@@ -174,14 +105,10 @@ impl Config {
             return Err(invalid("EnableIPv4", "both EnableIPv4 and EnableIPv6 are false: enable one".to_owned()));
         }
         let nftables = get(&fields, "EnableNFTables")?.unwrap_or(false);
-        let backend = backend(&fields)?;
-        if matches!(backend, BackendConfig::Udp { .. }) && networks.v4.is_none() {
-            return Err(invalid(
-                "Backend.Type",
-                "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw".to_owned(),
-            ));
-        }
-        Ok(Config { networks, nftables, backend })
+        let backend = Backend::parse(get::<Fields<'_>>(&fields, "Backend")?.as_ref())?;
+        let config = Config { networks, nftables, backend };
+        config.backend.check_config(&config)?;
+        Ok(config)
     }
 
     /// The pod network of a family, if that family is enabled.
@@ -316,75 +243,23 @@ fn address(fields: &Fields<'_>, field: &'static str, family: Family) -> Result<O
     }
 }
 
-fn backend(fields: &Fields<'_>) -> Result<BackendConfig, ConfigError> {
-    const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"udp\", \"extension\" or \"alloc\"";
-    // Upstream's default, whatever its documentation says.
-    let Some(backend) = get::<Fields<'_>>(fields, "Backend")? else { return Ok(BackendConfig::Udp { port: UDP_PORT }) };
-    let kind: String = typed(&backend, "Backend.Type", "type")?.unwrap_or_default();
-    match kind.to_lowercase().as_str() {
-        "alloc" => Ok(BackendConfig::Alloc),
-        "host-gw" => Ok(BackendConfig::HostGw),
-        "vxlan" => vxlan(&backend).map(BackendConfig::Vxlan),
-        "udp" => Ok(BackendConfig::Udp { port: port(&backend, UDP_PORT)?.unwrap_or(UDP_PORT) }),
-        "extension" => extension(&backend).map(BackendConfig::Extension),
-        "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
-        known @ ("ipip" | "ipsec" | "wireguard" | "tencent-vpc") => {
-            Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
-        }
-        _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
-    }
-}
-
-fn extension(backend: &Fields<'_>) -> Result<ExtensionConfig, ConfigError> {
-    let command = |field, key| typed::<String>(backend, field, key).map(|line| line.unwrap_or_default().into());
-    Ok(ExtensionConfig {
-        pre_startup: command("Backend.PreStartupCommand", "prestartupcommand")?,
-        post_startup: command("Backend.PostStartupCommand", "poststartupcommand")?,
-        subnet_add: command("Backend.SubnetAddCommand", "subnetaddcommand")?,
-        subnet_remove: command("Backend.SubnetRemoveCommand", "subnetremovecommand")?,
-        shell: typed(backend, "Backend.Shell", "shell")?.unwrap_or(false),
-    })
-}
-
-fn port(backend: &Fields<'_>, default: u16) -> Result<Option<u16>, ConfigError> {
-    let port = typed::<i64>(backend, "Backend.Port", "port")?.unwrap_or(0);
+/// `Backend.Port`: 0 and nothing mean the default.
+pub(crate) fn port(section: &Fields<'_>, default: u16) -> Result<u16, ConfigError> {
+    let port = typed::<i64>(section, "Backend.Port", "port")?.unwrap_or(0);
     let port = u16::try_from(port)
         .map_err(|_| invalid("Backend.Port", format!("{port} is out of range: it must be 0 (the default, {default}) to 65535")))?;
-    Ok((port != 0).then_some(port))
-}
-
-fn vxlan(backend: &Fields<'_>) -> Result<VxlanConfig, ConfigError> {
-    let vni = typed::<i64>(backend, "Backend.VNI", "vni")?.unwrap_or(1);
-    let vni = u32::try_from(vni)
-        .ok()
-        .and_then(Vni::new)
-        .ok_or_else(|| invalid("Backend.VNI", format!("{vni} is out of range: a VXLAN network identifier is 0 to {}", Vni::MAX)))?;
-    let mtu = typed::<i64>(backend, "Backend.MTU", "mtu")?.unwrap_or(0);
-    let mtu = match u32::try_from(mtu) {
-        Ok(0) => None,
-        // 68 is the least that IPv4 permits on a link (RFC 791); the overhead comes on top.
-        Ok(mtu) if (118..=65_535).contains(&mtu) => Some(mtu),
-        _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be 118 to 65535, or absent"))),
-    };
-    Ok(VxlanConfig {
-        vni,
-        port: port(backend, VXLAN_PORT)?,
-        mtu,
-        gbp: typed(backend, "Backend.GBP", "gbp")?.unwrap_or(false),
-        learning: typed(backend, "Backend.Learning", "learning")?.unwrap_or(false),
-        direct_routing: typed(backend, "Backend.DirectRouting", "directrouting")?.unwrap_or(false),
-    })
+    Ok(if port == 0 { default } else { port })
 }
 
 fn get<'a, T: Deserialize<'a>>(fields: &Fields<'a>, field: &'static str) -> Result<Option<T>, ConfigError> {
     typed(fields, field, &field.to_lowercase())
 }
 
-fn typed<'a, T: Deserialize<'a>>(fields: &Fields<'a>, field: &'static str, key: &str) -> Result<Option<T>, ConfigError> {
+pub(crate) fn typed<'a, T: Deserialize<'a>>(fields: &Fields<'a>, field: &'static str, key: &str) -> Result<Option<T>, ConfigError> {
     fields.get(key).map_err(|source| ConfigError::Type { field, source })
 }
 
-fn invalid(field: &'static str, problem: String) -> ConfigError {
+pub(crate) fn invalid(field: &'static str, problem: String) -> ConfigError {
     ConfigError::Invalid { field, problem }
 }
 
@@ -408,14 +283,14 @@ mod tests {
 
     #[test]
     fn defaults_skip_the_first_subnet() {
-        check(r#"{"network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; HostGw"]);
+        check(r#"{"network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; HostGw(HostGw)"]);
     }
 
     #[test]
     fn ipv6_defaults() {
         check(
             r#"{"EnableIPv4":false,"enableipv6":true,"ipv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#,
-            expect!["fc00::/48 /64 fc00:0:0:1::..fc00:0:0:ffff::; Alloc"],
+            expect!["fc00::/48 /64 fc00:0:0:1::..fc00:0:0:ffff::; Alloc(Alloc)"],
         );
     }
 
@@ -425,7 +300,7 @@ mod tests {
             r#"{"NETWORK":"10.3.0.7/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,"unknown":[1],
                 "backend":{"type":"VXLAN","vni":7,"PORT":4789,"directrouting":true,"MTU":9000}}"#,
             expect![
-                "10.3.0.0/16 /28 10.3.5.0..10.3.8.0; Vxlan(VxlanConfig { vni: Vni(7), port: Some(4789), mtu: Some(9000), gbp: false, learning: false, direct_routing: true })"
+                "10.3.0.0/16 /28 10.3.5.0..10.3.8.0; Vxlan(Vxlan { vni: Vni(7), port: 4789, mtu: Some(9000), gbp: false, learning: false, direct_routing: true, devices: Devices { v4: \"flannel.7\", v6: \"flannel-v6.7\" } })"
             ],
         );
     }
@@ -434,7 +309,7 @@ mod tests {
     fn ipv6_overrides_are_honoured() {
         check(
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:100::","IPv6SubnetMax":"fc00:0:0:200::","IPv6SubnetLen":56,"Backend":{"Type":"alloc"}}"#,
-            expect!["fc00::/48 /56 fc00:0:0:100::..fc00:0:0:200::; Alloc"],
+            expect!["fc00::/48 /56 fc00:0:0:100::..fc00:0:0:200::; Alloc(Alloc)"],
         );
     }
 
@@ -442,7 +317,7 @@ mod tests {
     fn the_last_duplicate_wins_whatever_its_case() {
         check(
             r#"{"Network":"10.3.0.0/16","network":"10.4.0.0/16","Backend":{"Type":"alloc"}}"#,
-            expect!["10.4.0.0/16 /24 10.4.1.0..10.4.255.0; Alloc"],
+            expect!["10.4.0.0/16 /24 10.4.1.0..10.4.255.0; Alloc(Alloc)"],
         );
     }
 
@@ -456,7 +331,7 @@ mod tests {
 
     #[test]
     fn a_small_network_gets_four_subnets() {
-        check(r#"{"Network":"10.3.0.0/26","Backend":{"Type":"alloc"}}"#, expect!["10.3.0.0/26 /28 10.3.0.16..10.3.0.48; Alloc"]);
+        check(r#"{"Network":"10.3.0.0/26","Backend":{"Type":"alloc"}}"#, expect!["10.3.0.0/26 /28 10.3.0.16..10.3.0.48; Alloc(Alloc)"]);
     }
 
     #[test]
@@ -515,7 +390,7 @@ mod tests {
             r#"{"EnableIPv4":false}"#,
             expect!["error: network config: EnableIPv4: both EnableIPv4 and EnableIPv6 are false: enable one"],
         );
-        check(r#"{"Network":"10.3.0.0/16"}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; Udp { port: 8285 }"]);
+        check(r#"{"Network":"10.3.0.0/16"}"#, expect!["10.3.0.0/16 /24 10.3.1.0..10.3.255.0; Udp(Udp { port: 8285 })"]);
         check(
             r#"{"Network":"10.3.0.0/16","Backend":{}}"#,
             expect![[

@@ -1,8 +1,10 @@
 //! From what is to what shall be, as operations in an order that loses no packet: what others stand on first, adds
 //! before deletes, deletes in reverse.
 
-use crate::desired::{Desired, Key, Link, LinkKind, Object, Observed};
+use crate::desired::Desired;
 use crate::net::IfName;
+use crate::object::{Key, Object};
+use crate::observed::Observed;
 use crate::op::Op;
 
 /// May objects be deleted that nobody wants?
@@ -19,12 +21,12 @@ pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
     // Links come first of all keys.
     let links = observed.iter().take_while(|(key, _)| matches!(key, Key::Link(_)));
     let replaced: Vec<IfName> = links.filter_map(|(key, _)| replaced_link(desired, observed, key)).collect();
-    let survives = |object: &Object| !replaced.iter().any(|link| object.stands_on(*link));
+    let survives = |object: &Object| !replaced.iter().any(|link| object.depends_on(*link));
 
     let mut ops: Vec<Op> = replaced_deletes(observed, &replaced);
     let mut deletes: Vec<Op> = Vec::new();
     let mut superfluous = |have: &Object| {
-        if prune == Prune::Yes && survives(have) && !stays(have) {
+        if prune == Prune::Yes && survives(have) && !have.policy().never_deleted {
             deletes.push(Op::Delete(have.clone()));
         }
     };
@@ -56,7 +58,7 @@ pub fn diff_keys<'a>(desired: &Desired, observed: &Observed, keys: impl IntoIter
     for key in keys {
         match (desired.get(key), observed.get(key)) {
             (Some(want), have) if have != Some(want) => ops.push(Op::Set(want.clone())),
-            (None, Some(have)) if prune == Prune::Yes && !stays(have) => deletes.push(Op::Delete(have.clone())),
+            (None, Some(have)) if prune == Prune::Yes && !have.policy().never_deleted => deletes.push(Op::Delete(have.clone())),
             _ => {}
         }
     }
@@ -69,27 +71,9 @@ pub fn diff_keys<'a>(desired: &Desired, observed: &Observed, keys: impl IntoIter
 fn replaced_link(desired: &Desired, observed: &Observed, key: &Key) -> Option<IfName> {
     let Key::Link(name) = key else { return None };
     match (desired.get(key), observed.get(key)) {
-        (Some(Object::Link(want)), Some(Object::Link(have))) if !is_compatible(want, have) => Some(*name),
+        (Some(Object::Link(want)), Some(Object::Link(have))) if !want.can_replace_in_place(have) => Some(*name),
         _ => None,
     }
-}
-
-/// Can `have` become `want` without being created anew? Learning, the interface below and the local address can be changed in
-/// place, the latter within its family. (An interface that was only renamed is another by its name: the device goes on.)
-fn is_compatible(want: &Link, have: &Link) -> bool {
-    match (&want.kind, &have.kind) {
-        (
-            LinkKind::Vxlan { vni, port, local, gbp, lower: _, learning: _ },
-            LinkKind::Vxlan { vni: vni2, port: port2, local: local2, gbp: gbp2, lower: _, learning: _ },
-        ) => (vni, port, local.is_ipv4(), gbp) == (vni2, port2, local2.is_ipv4(), gbp2),
-        (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => want.kind == have.kind,
-        _ => false,
-    }
-}
-
-/// Is it never taken away? The CNI plugins made the bridge and the pods' rules, and a sysctl has no absence.
-fn stays(object: &Object) -> bool {
-    matches!(object, Object::Bridge(_) | Object::PodRules(_) | Object::Sysctl(..))
 }
 
 fn is_replaced(replaced: &[IfName], key: &Key) -> bool {
@@ -104,9 +88,10 @@ fn replaced_deletes(observed: &Observed, replaced: &[IfName]) -> Vec<Op> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::desired::{Owner, Route};
+    use crate::desired::Owner;
     use crate::lease::LeaseKey;
     use crate::net::PerFamily;
+    use crate::object::{Addr, Link, LinkKind, Route};
     use expect_test::{Expect, expect};
     use std::collections::BTreeSet;
 
@@ -117,7 +102,7 @@ mod tests {
             via: Some(via.parse().unwrap()),
             dev: "eth0".parse().unwrap(),
             onlink: false,
-            protocol: crate::desired::ROUTE_PROTOCOL,
+            protocol: crate::object::ROUTE_PROTOCOL,
         })
     }
 
@@ -134,7 +119,7 @@ mod tests {
     }
 
     fn addr() -> Object {
-        Object::Addr("flannel.1".parse().unwrap(), "10.1.1.0/32".parse().unwrap())
+        Object::Addr(Addr { link: "flannel.1".parse().unwrap(), cidr: "10.1.1.0/32".parse().unwrap() })
     }
 
     #[track_caller]

@@ -8,7 +8,7 @@ use crate::net::{Cidr, IfName, PerFamily, Subnet};
 
 mod choose;
 
-pub use choose::{NodeError, Reach, Wanted};
+pub use choose::{NodeError, Reach, Wanted, check_regex};
 
 /// A network interface as the kernel shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use crate::desired::{Object, Observed};
+use crate::object::Object;
+use crate::observed::Observed;
 
 /// A change to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +19,14 @@ impl Op {
     pub fn object(&self) -> &Object {
         match self {
             Op::Set(object) | Op::Delete(object) => object,
+        }
+    }
+
+    /// The operation in one line, for logs.
+    pub fn summary(&self) -> String {
+        match self {
+            Op::Set(object) => format!("set {}", object.summary()),
+            Op::Delete(object) => format!("delete {}", object.summary()),
         }
     }
 }

@@ -4,13 +4,17 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::backend::{Backend, Context, Part, Refusal};
-use crate::bridge;
+use crate::backend::{Context, Identity, Local, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Adopt, Desired, EnvFile, Key, LinkKind, Object, Observed, Owner, Scope, route_metric};
+use crate::desired::{Desired, Owner};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
+use crate::object::bridge::keep;
+use crate::object::{Blackhole, EnvFile, Key, LinkKind, Object, PodRules, Sysctl, route_metric};
+use crate::observed::Observed;
+use crate::scope::{Adopt, Scope};
+use crate::store_trust::is_list_older;
 use crate::subnet_env::SubnetEnv;
 use crate::traffic::{self, TrafficConfig};
 
@@ -22,12 +26,14 @@ const REMEMBERED: usize = 64;
 pub struct Picture {
     config: Config,
     node: Node,
-    backend: Backend,
+    identity: Identity,
     traffic: TrafficConfig,
     blackhole: bool,
     retired: Vec<Subnet>,
     /// `--subnet-file` and `--ip-masq`
     file: Option<(PathBuf, bool)>,
+    /// The families that the file offers to pods; with none there is no file.
+    usable: Vec<Family>,
     etcd_leases: Vec<i64>,
     own: LeaseKey,
     leases: LeaseSet,
@@ -46,20 +52,18 @@ pub struct Touched {
 
 impl Picture {
     /// A node with its lease and without peers.
-    pub fn new(config: Config, node: Node, backend: Backend, traffic: TrafficConfig, own: LeaseKey) -> Picture {
+    pub fn new(config: Config, node: Node, identity: Identity, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
-        let (blackhole, retired, file, etcd_leases) = (false, Vec::new(), None, Vec::new());
-        let mut picture = Picture { config, node, backend, traffic, blackhole, retired, file, etcd_leases, own, leases, desired, refusals };
-        picture.paint_node();
+        let (blackhole, retired, file, usable, etcd_leases) = (false, Vec::new(), None, Vec::new(), Vec::new());
+        let mut picture =
+            Picture { config, node, identity, traffic, blackhole, retired, file, usable, etcd_leases, own, leases, desired, refusals };
+        picture.rebuild_node_objects();
         picture
     }
 
-    /// What the extension runs once this host has its lease, if anything.
-    pub fn post_startup(&self) -> Option<crate::backend::extension::Command> {
-        match &self.config.backend {
-            crate::config::BackendConfig::Extension(config) => crate::backend::extension::post_startup(config, self.context()),
-            _ => None,
-        }
+    /// The operator's command once this host has its lease, with the field that has it.
+    pub fn after_lease(&self) -> Option<(&'static str, crate::backend::extension::Command)> {
+        self.config.backend.after_lease(self.context())
     }
 
     /// With a blackhole route for this node's subnets, if wanted (`--ip-blackhole-route`), and with the pod networks of
@@ -69,7 +73,7 @@ impl Picture {
         let current = |net: &&Subnet| !self.config.networks.iter().any(|(_, network)| network.network == **net);
         self.retired = earlier.iter().filter(current).copied().collect();
         self.blackhole = blackhole;
-        self.paint_node();
+        self.rebuild_node_objects();
         self
     }
 
@@ -78,8 +82,27 @@ impl Picture {
     pub fn with_file(mut self, path: PathBuf, ip_masq: bool, etcd_leases: Vec<i64>) -> Picture {
         self.file = Some((path, ip_masq));
         self.etcd_leases = etcd_leases;
-        self.paint_node();
+        self.rebuild_node_objects();
         self
+    }
+
+    /// Offers these families to pods, by the file for the CNI plugins. Before the first call there is no file.
+    pub fn set_usable(&mut self, usable: Vec<Family>) -> Vec<Key> {
+        if self.usable == usable {
+            return Vec::new();
+        }
+        self.usable = usable;
+        self.rebuild_node_objects()
+    }
+
+    /// The families that are offered to pods.
+    pub fn usable(&self) -> &[Family] {
+        &self.usable
+    }
+
+    /// Why a family cannot work on this host as it is now, with the fix.
+    pub fn problem(&self, family: Family) -> Option<String> {
+        self.config.backend.problem(self.local(), family).map(|problem| problem.text)
     }
 
     /// The store knows this node's lease by another etcd lease now.
@@ -90,7 +113,7 @@ impl Picture {
         self.etcd_leases.push(etcd_lease);
         let superfluous = self.etcd_leases.len().saturating_sub(REMEMBERED);
         self.etcd_leases.drain(..superfluous);
-        self.paint_node()
+        self.rebuild_node_objects()
     }
 
     /// Folds an event of the store in.
@@ -102,38 +125,24 @@ impl Picture {
     pub fn fold_all(&mut self, events: impl IntoIterator<Item = StoreEvent>) -> Touched {
         let mut leases = Vec::new();
         for event in events {
-            // A list without this node's own lease is of a store that has lost more than that.
-            if event == StoreEvent::InitDone && self.leases.is_missed(&self.own) {
+            if event == StoreEvent::InitDone && is_list_older(&self.leases, &self.own) {
                 self.leases.fold(StoreEvent::Older);
             }
             leases.extend(self.leases.fold(event));
         }
-        self.repaint(leases)
+        self.rebuild_leases(leases)
     }
 
-    /// Where this node's own lease is deleted with others', somebody deleted them all (`etcdctl del --prefix`, perhaps): the others'
-    /// hosts are alive as this one is.
-    pub fn doubt_deletes(&self, events: &mut [StoreEvent]) {
-        if events.contains(&StoreEvent::Delete(self.own)) {
-            for event in events {
-                match event {
-                    StoreEvent::Delete(key) if *key != self.own => *event = StoreEvent::Vanished(*key),
-                    _ => {}
-                }
-            }
-        }
-    }
-
-    /// Takes leave of the leases of which a store that lost data knows nothing, and that nobody wrote again.
+    /// Removes the doubtful leases: no host wrote them again ([`crate::store_trust`]).
     pub fn give_up_doubtful(&mut self) -> Touched {
         let leases = self.leases.give_up();
-        self.repaint(leases)
+        self.rebuild_leases(leases)
     }
 
-    fn repaint(&mut self, mut leases: Vec<LeaseKey>) -> Touched {
+    fn rebuild_leases(&mut self, mut leases: Vec<LeaseKey>) -> Touched {
         leases.sort_unstable();
         leases.dedup();
-        let keys = self.paint_leases(&leases);
+        let keys = self.rebuild_lease_objects(&leases);
         Touched { leases, keys }
     }
 
@@ -165,28 +174,27 @@ impl Picture {
     pub fn set_own(&mut self, own: LeaseKey) -> Vec<Key> {
         self.own = own;
         let all: Vec<LeaseKey> = self.leases.iter().map(|(key, _)| *key).collect();
-        let mut keys = self.paint_node();
-        keys.extend(self.paint_leases(&all));
+        let mut keys = self.rebuild_node_objects();
+        keys.extend(self.rebuild_lease_objects(&all));
         keys
     }
 
     /// This host's interface has another address or MTU now: everything is painted anew.
     pub fn set_node(&mut self, node: Node) -> Vec<Key> {
-        self.backend = self.backend.moved(&self.config, &node);
         self.node = node;
         self.set_own(self.own)
     }
 
     /// This host's VTEPs have these link-layer addresses now, because somebody gave them.
     pub fn set_macs(&mut self, macs: PerFamily<Mac>) -> Vec<Key> {
-        self.backend = self.backend.with_macs(&self.config, &self.node, macs);
+        self.identity.macs = macs;
         self.set_own(self.own)
     }
 
     /// The link-layer addresses that this host's VTEPs were given by somebody else, if they are as they shall be but for that.
     /// One that a peer has already is not taken for it.
     pub fn foreign_macs(&self, observed: &Observed) -> Option<PerFamily<Mac>> {
-        let before = self.backend.macs();
+        let before = self.identity.macs;
         let mut macs = before;
         for want in self.desired.part(&Owner::Node) {
             let (Object::Link(want), Some(Object::Link(have))) = (want, observed.get(&want.key())) else { continue };
@@ -206,7 +214,7 @@ impl Picture {
             Some(Object::Bridge(known)) => Some(&**known),
             _ => None,
         };
-        let kept = bridge::keep(known, observed.bridge(), &gateways);
+        let kept = keep(known, observed.bridge(), &gateways);
         match (kept, known) {
             (Some(kept), Some(known)) if kept == *known => vec![Key::Bridge(known.name)],
             (None, None) => Vec::new(),
@@ -215,7 +223,7 @@ impl Picture {
                 // A gateway forwards: the plugin has set these.
                 let of = |family| kept.addrs.iter().any(|addr| gateways.contains(addr) && Family::of(addr.addr) == family);
                 let forwarding = Family::ALL.into_iter().filter(|family| of(*family)).map(|family| family.forwarding().to_owned());
-                let sysctls: Vec<Object> = forwarding.map(|path| Object::Sysctl(path, "1".to_owned())).collect();
+                let sysctls: Vec<Object> = forwarding.map(|path| Object::Sysctl(Sysctl { path, value: "1".to_owned() })).collect();
                 let bridge = Object::Bridge(Box::new(kept));
                 self.desired.set_part(Owner::Pods, [bridge].into_iter().chain(sysctls).collect())
             }
@@ -232,31 +240,36 @@ impl Picture {
         self.own.subnets().iter().map(|(_, own)| Cidr { addr: own.first_host(), len: own.prefix_len() }).collect()
     }
 
-    fn paint_node(&mut self) -> Vec<Key> {
+    fn rebuild_node_objects(&mut self) -> Vec<Key> {
         let mut networks = PerFamily::default();
         for (family, network) in self.config.networks.iter() {
             networks.set(family, Some(network.network));
         }
-        let mut objects = self.backend.node_objects(self.context());
+        let mut objects = self.config.backend.node_objects(self.context());
         objects.extend(traffic::objects(self.traffic, &networks, self.own.subnets()));
         if self.blackhole {
-            objects.extend(self.own.subnets().iter().map(|(_, subnet)| Object::Blackhole(*subnet)));
+            objects.extend(self.own.subnets().iter().map(|(_, subnet)| Object::Blackhole(Blackhole { dst: *subnet })));
         }
         if let Some((path, ip_masq)) = &self.file {
-            let networks = networks.iter().map(|(_, network)| *network).collect();
-            let env = SubnetEnv { networks, subnets: *self.own.subnets(), mtu: self.backend.mtu(&self.node), ip_masq: *ip_masq };
-            objects.push(Object::EnvFile(Box::new(EnvFile {
-                path: path.clone(),
-                text: env.render(),
-                etcd_leases: self.etcd_leases.clone(),
-                ours: true,
-            })));
-            objects.push(Object::PodRules(0));
+            let is_usable = |family: &Family| self.usable.contains(family);
+            let networks = networks.iter().filter(|(family, _)| is_usable(family)).map(|(_, network)| *network).collect();
+            let mut subnets = *self.own.subnets();
+            Family::ALL.into_iter().filter(|family| !is_usable(family)).for_each(|family| subnets.set(family, None));
+            let env = SubnetEnv { networks, subnets, mtu: self.mtu(), ip_masq: *ip_masq };
+            if !subnets.is_empty() {
+                objects.push(Object::EnvFile(Box::new(EnvFile {
+                    path: path.clone(),
+                    text: env.render(),
+                    etcd_leases: self.etcd_leases.clone(),
+                    ours: true,
+                })));
+            }
+            objects.push(Object::PodRules(PodRules { missing: 0 }));
         }
         self.desired.set_part(Owner::Node, objects)
     }
 
-    fn paint_leases(&mut self, keys: &[LeaseKey]) -> Vec<Key> {
+    fn rebuild_lease_objects(&mut self, keys: &[LeaseKey]) -> Vec<Key> {
         let parts = keys.iter().map(|key| (Owner::Lease(*key), self.objects_of(*key))).collect();
         self.desired.set_parts(parts)
     }
@@ -264,7 +277,7 @@ impl Picture {
     /// What one lease shall have in the kernel. What it cannot have is noted.
     fn objects_of(&mut self, key: LeaseKey) -> Vec<Object> {
         let Part { objects, refusals } = match self.leases.get(&key) {
-            Some(peer) => self.backend.peer_part(self.context(), &key, peer),
+            Some(peer) => self.config.backend.peer_part(self.context(), &key, peer),
             None => Part::default(),
         };
         if refusals.is_empty() {
@@ -295,7 +308,7 @@ impl Picture {
         for object in self.desired.part(&Owner::Node).iter().chain(self.desired.part(&Owner::Pods)) {
             match object {
                 Object::Link(link) => scope.links.push(link.name),
-                Object::Sysctl(path, value) if !scope.sysctls.iter().any(|(known, _)| known == path) => {
+                Object::Sysctl(Sysctl { path, value }) if !scope.sysctls.iter().any(|(known, _)| known == path) => {
                     scope.sysctls.push((path.clone(), value.clone()));
                 }
                 _ => {}
@@ -313,8 +326,12 @@ impl Picture {
         Scope { adopt: Some(Adopt { dev: self.node.ext, subnets }), ..self.scope() }
     }
 
+    fn local(&self) -> Local<'_> {
+        Local { config: &self.config, node: &self.node, identity: &self.identity }
+    }
+
     fn context(&self) -> Context<'_> {
-        Context { config: &self.config, node: &self.node, own: self.own }
+        Context { local: self.local(), own: self.own }
     }
 
     /// The configuration.
@@ -327,9 +344,9 @@ impl Picture {
         &self.node
     }
 
-    /// The backend.
-    pub fn backend(&self) -> &Backend {
-        &self.backend
+    /// The MTU for pods, in bytes.
+    pub fn mtu(&self) -> u32 {
+        self.config.backend.mtu(self.local())
     }
 
     /// This host's lease.
@@ -339,7 +356,7 @@ impl Picture {
 
     /// What this host publishes with its lease.
     pub fn own_peer(&self) -> Peer {
-        self.backend.own_peer(&self.config, &self.node)
+        self.config.backend.own_peer(self.local())
     }
 
     /// The leases that are there.
@@ -361,8 +378,9 @@ impl Picture {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bridge::Bridge;
     use crate::lease::Lease;
+    use crate::object::bridge::Bridge;
+    use crate::store_trust::doubt_deletes;
     use crate::traffic::Flavour;
 
     fn key(text: &str) -> LeaseKey {
@@ -375,9 +393,9 @@ mod tests {
         let addrs = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
         let ext = "eth0".parse().unwrap();
         let node = Node { ext, mtu: 1500, addrs, public: addrs, routes: vec![("192.0.2.0/24".parse().unwrap(), true)] };
-        let backend = Backend::new(&config, &node, PerFamily::default());
+        let identity = Identity::default();
         let traffic = TrafficConfig { masquerade: false, fully_random: false, forward: false, flavour: Flavour::Nftables };
-        Picture::new(config, node, backend, traffic, key("10.244.1.0/24"))
+        Picture::new(config, node, identity, traffic, key("10.244.1.0/24"))
     }
 
     fn list(picture: &mut Picture, hosts: &[u8]) -> Touched {
@@ -409,10 +427,10 @@ mod tests {
         let mut picture = picture();
         list(&mut picture, &[1, 2, 3]);
         let mut events = [delete(2)];
-        picture.doubt_deletes(&mut events);
+        doubt_deletes(picture.own, &mut events);
         assert_eq!(picture.fold_all(events).leases, [key("10.244.2.0/24")], "one that goes alone is gone");
         let mut events = [delete(1), delete(3), delete(9)];
-        picture.doubt_deletes(&mut events);
+        doubt_deletes(picture.own, &mut events);
         assert_eq!(picture.fold_all(events).leases, [key("10.244.1.0/24")]);
         assert_eq!(picture.leases().doubtful().iter().copied().collect::<Vec<_>>(), [key("10.244.3.0/24")]);
         assert!(picture.leases().get(&key("10.244.3.0/24")).is_some());
@@ -434,7 +452,7 @@ mod tests {
             loose: [].into(),
         };
         let observed: Observed = [Object::Bridge(Box::new(bridge))].into_iter().collect();
-        let forwarding = Object::Sysctl("net/ipv4/ip_forward".to_owned(), "1".to_owned());
+        let forwarding = Object::Sysctl(Sysctl { path: "net/ipv4/ip_forward".to_owned(), value: "1".to_owned() });
         assert_eq!(picture.desired().get(&forwarding.key()), None);
         let touched = picture.keep_bridge(&observed);
         assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), forwarding.key()]);

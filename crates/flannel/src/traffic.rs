@@ -5,8 +5,8 @@ pub mod iptables;
 
 use std::fmt;
 
-use crate::desired::Object;
 use crate::net::{Family, PerFamily, Subnet};
+use crate::object::Object;
 use iptables::{Iptables, Variant};
 
 /// An nftables table of ours, complete.

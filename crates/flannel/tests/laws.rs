@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel::alloc::{Choice, choose};
-use flannel::desired::{Fdb, Key, Link, LinkKind, Neigh, Owner, ROUTE_PROTOCOL, Route};
+use flannel::backend::Identity;
+use flannel::desired::Owner;
 use flannel::diff::{Prune, diff, diff_keys};
+use flannel::object::{Addr, Fdb, Key, Link, LinkKind, Neigh, ROUTE_PROTOCOL, Route};
 use flannel::traffic::TrafficConfig;
 use flannel::{
-    Backend, Cidr, Config, Desired, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent, Subnet,
-    Vni, subnet_env, wire,
+    Cidr, Config, Desired, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent, Subnet, Vni,
+    subnet_env, wire,
 };
 use proptest::prelude::*;
 
@@ -44,7 +46,7 @@ fn object() -> impl Strategy<Value = Object> {
             mtu: 1400 + n,
             up: true,
         })),
-        1 => Object::Addr(link, Cidr { addr: a, len: 32 }),
+        1 => Object::Addr(Addr { link, cidr: Cidr { addr: a, len: 32 } }),
         2 => Object::Neigh(Neigh { link, ip: a, mac }),
         3 => Object::Fdb(Fdb { link, mac, dst: a }),
         _ => Object::Route(Route {
@@ -71,7 +73,7 @@ fn desired(objects: Vec<Object>) -> Desired {
 /// What may be observed beside a picture: a link that is not wanted has nothing on it that is.
 fn observed(objects: Vec<Object>, want: &Desired) -> Observed {
     let stays = |object: &Object| match object {
-        Object::Link(link) => want.get(&object.key()).is_some() || !want.iter().any(|(_, wanted)| wanted.stands_on(link.name)),
+        Object::Link(link) => want.get(&object.key()).is_some() || !want.iter().any(|(_, wanted)| wanted.depends_on(link.name)),
         _ => true,
     };
     objects.into_iter().filter(stays).collect()
@@ -124,12 +126,12 @@ fn picture() -> Picture {
         public: addrs,
         routes: vec![("192.0.2.0/31".parse().expect("a prefix"), true)],
     };
-    let backend = Backend::new(&config, &node, PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None });
+    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None }, data: None };
     let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");
     Picture::new(
         config,
         node,
-        backend,
+        identity,
         TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: flannel::traffic::Flavour::Nftables },
         own,
     )

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use daemon::etcd::request_op::Request;
 use daemon::etcd::{PutRequest, RequestOp, TxnRequest, kv_client::KvClient};
-use flannel::desired::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL, Route, Scope, route_metric};
+use flannel::object::{Fdb, Key, Neigh, Object, ROUTE_PROTOCOL, Route, route_metric};
+use flannel::scope::Scope;
 use flannel::{Family, Lease, LeaseKey, Mac, Peer, PerFamily, Subnet};
 use kernel::netlink::{Protocol, Socket};
 use kernel::{Kernel, addr, link, route};

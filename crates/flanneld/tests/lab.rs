@@ -82,7 +82,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 48] = [
+    let others: [(&str, Test); 51] = [
         ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
         ("udp_on_another_port", process::udp_on_another_port),
         ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
@@ -118,11 +118,14 @@ fn main() {
         ("a_deleted_tun_device_comes_back", a_deleted_tun_device_comes_back),
         ("a_daemon_that_restarts_costs_no_reply", a_daemon_that_restarts_costs_no_reply),
         ("what_somebody_deletes_comes_back", what_somebody_deletes_comes_back),
-        ("a_fight_is_slowed_down_and_told", a_fight_is_slowed_down_and_told),
+        ("a_conflict_slows_repairs_and_names_the_program", a_conflict_slows_repairs_and_names_the_program),
         ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
         ("two_hundred_pods_at_once", two_hundred_pods_at_once),
         ("a_killed_plugin_leaves_nothing_that_del_does_not_return", a_killed_plugin_leaves_nothing),
-        ("bad_configurations_are_refused_and_change_nothing", bad_configurations_are_refused),
+        ("bad_configurations_are_waited_out", bad_configurations_are_waited_out),
+        ("an_address_that_peers_cannot_use_is_refused", an_address_that_peers_cannot_use_is_refused),
+        ("a_late_interface_is_waited_for", a_late_interface_is_waited_for),
+        ("one_family_that_fails_leaves_the_other_alone", one_family_that_fails_leaves_the_other_alone),
         ("bad_flags_are_refused", bad_flags_are_refused),
         ("the_store_can_be_told_the_network", the_store_can_be_told_the_network),
         ("the_lab_shows_host_gw_and_vxlan", the_lab_shows_host_gw_and_vxlan),
@@ -309,7 +312,7 @@ fn a_store_that_restarts_costs_no_reply(root: &Path, store: StoreKind) {
     let mut lab = start(root, 2, "vxlan", store);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &[pods[1].address]);
-    let gone = leases("vxlan").remove(0);
+    let gone = lease(900, "vxlan");
     lab.with_store(async |store| store.put_lease(&gone, 0, 0).await).unwrap();
     lab.wait_state(0, "the third host", |state| state["peers"]["programmed"] == 2).unwrap();
     let netns = Netns::open(&pods[0].path).unwrap();
@@ -480,19 +483,19 @@ fn what_somebody_deletes_comes_back(root: &Path) {
     }
 }
 
-fn a_fight_is_slowed_down_and_told(root: &Path) {
+fn a_conflict_slows_repairs_and_names_the_program(root: &Path) {
     let lab = start(root, 2, "host-gw", StoreKind::Embedded);
     let netns = &lab.hosts[0].netns;
     let whole = observe(netns);
-    let told = || lab.hosts[0].state().unwrap()["objects"]["fights"].to_string();
+    let told = || lab.hosts[0].state().unwrap()["objects"]["conflicts"].to_string();
     eventually("the fight is told, and who it is", || {
         // When it is away already, it is as good.
         let _ = netns.run(|| Command::new("nft").args(["delete", "table", "ip", "flannel-ipv4"]).output()).unwrap().unwrap();
         told().contains(r#""by":"nft, process "#)
     });
-    assert!(lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("somebody undoes it again and again by nft, process "));
+    assert!(lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("conflicting changes by nft, process "));
     let (status, metrics) = lab.hosts[0].get("/metrics").unwrap();
-    assert!(status == 200 && metrics.contains("\nflannel_fights 1\n"), "{metrics}");
+    assert!(status == 200 && metrics.contains("\nflannel_conflicts 1\n"), "{metrics}");
     eventually("peace brings it back", || observe(netns) == whole);
     eventually("and is told as well", || told() == "[]");
 }
@@ -622,7 +625,9 @@ fn refused(lab: &mut Lab, config: Option<&Value>, raw: Option<&str>, args: &[&st
     (status.code().unwrap_or(-1), std::fs::read_to_string(lab.hosts[0].log()).unwrap_or_default())
 }
 
-fn bad_configurations_are_refused(root: &Path) {
+/// A daemon waits for a usable configuration: each obstacle is logged once and is on /readyz, the kernel is not touched meanwhile, and the
+/// first usable configuration is followed.
+fn bad_configurations_are_waited_out(root: &Path) {
     let mut lab = Lab::wire(plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
     lab.start_store().unwrap();
     let cases = [
@@ -641,25 +646,98 @@ fn bad_configurations_are_refused(root: &Path) {
         (r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":99999999}}"#, "Backend.VNI: 99999999 is out of range"),
         (r#"{"Network":"10.244.0.0/16","Backend":{}}"#, "Backend.Type is missing"),
         (r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48"}"#, "carries IPv4 only"),
-        (
-            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"extension","PreStartupCommand":"false"}}"#,
-            "Backend.PreStartupCommand: false: it ended with exit status: 1",
-        ),
         (r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#, "IPv6Network is missing"),
     ];
+    let put = |lab: &mut Lab, text: &str| lab.with_store(async |store| store.put_config(text).await).unwrap();
+    let log = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].log()).unwrap_or_default();
+    put(&mut lab, cases[0].0);
+    lab.start_daemon(0, &[]).unwrap();
     for (config, wanted) in cases {
-        let (code, said) = refused(&mut lab, None, Some(config), &[]);
-        assert_eq!(code, 1, "{config}: {said}");
-        assert!(said.contains(wanted), "{config}: {wanted:?} is not in\n{said}");
+        put(&mut lab, config);
+        eventually(wanted, || log(&lab).contains(wanted));
+        // The log escapes quotation marks, /readyz does not.
+        let (status, text) = lab.hosts[0].get("/readyz").unwrap();
+        assert!(status == 503 && text.contains(wanted), "{config}: {wanted:?} is not in {text}");
     }
+    assert!(lab.hosts[0].pid().is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists()), "it goes on");
+    let observed = observe(&lab.hosts[0].netns);
+    assert!(observed.is_empty(), "the kernel is untouched: {observed:?}");
+    put(&mut lab, r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#);
+    eventually("the usable configuration is followed", || lab.hosts[0].get("/readyz").is_ok_and(|(status, _)| status == 200));
+    for wanted in cases.map(|(_, wanted)| wanted.replace('"', "\\\"")) {
+        assert_eq!(log(&lab).matches(&wanted).count(), 1, "{wanted:?} is logged once");
+    }
+}
+
+fn an_address_that_peers_cannot_use_is_refused(root: &Path) {
+    let mut lab = Lab::wire(plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
     let good = json!({ "Network": "10.244.0.0/16", "Backend": { "Type": "host-gw" } });
-    let (code, said) = refused(&mut lab, Some(&good), None, &["--iface=nope"]);
-    assert_eq!((code, said.contains("--iface nope: there is no such interface")), (1, true), "{said}");
     let (code, said) = refused(&mut lab, Some(&good), None, &["--public-ip=192.0.2.1", "--iface=eth0"]);
     assert_eq!((code, said.contains("192.0.2.1 is not the address of eth0")), (1, true), "{said}");
-    // Nothing of all this has touched the kernel.
     let observed = observe(&lab.hosts[0].netns);
-    assert!(observed.is_empty(), "{observed:?}");
+    assert!(observed.is_empty(), "the kernel is untouched: {observed:?}");
+}
+
+/// An interface, an address or a default route that comes late is waited for.
+fn a_late_interface_is_waited_for(root: &Path) {
+    let mut lab = Lab::wire(plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    put_config(&mut lab, r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#);
+    let ip = |lab: &Lab, args: &[&str]| {
+        let output = lab.hosts[0].netns.run(|| Command::new("ip").args(args).output()).unwrap().unwrap();
+        assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    lab.start_daemon(0, &["--iface=late0"]).unwrap();
+    let pending = |lab: &Lab| lab.hosts[0].get("/readyz").unwrap_or_default();
+    eventually("the missing interface is named", || pending(&lab).1.contains("--iface late0: there is no such interface"));
+    ip(&lab, &["link", "add", "late0", "type", "bridge"]);
+    eventually("the missing address is named", || pending(&lab).1.contains("interface late0 has no usable IPv4 address"));
+    ip(&lab, &["addr", "add", "192.0.2.7/24", "dev", "late0"]);
+    ip(&lab, &["link", "set", "late0", "up"]);
+    eventually("the daemon is ready once the interface is", || pending(&lab).0 == 200);
+    assert_eq!(lab.hosts[0].state().unwrap()["public_ip"], "192.0.2.7");
+}
+
+fn put_config(lab: &mut Lab, text: &str) {
+    lab.with_store(async |store| store.put_config(text).await).unwrap();
+}
+
+/// IPv4 goes on, at the start and later, while IPv6 cannot be set up; when it can, it is.
+fn one_family_that_fails_leaves_the_other_alone(root: &Path) {
+    let mut lab = Lab::wire(plan(2, "vxlan", StoreKind::Embedded).family(PodFamily::Dual), root).unwrap();
+    lab.start_store().unwrap();
+    put_config(&mut lab, r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#);
+    // 1300 leaves 1230 bytes for IPv6 in VXLAN.
+    set_mtu(&lab, 1300);
+    (0..2).for_each(|host| lab.start_daemon(host, &[]).unwrap());
+    for host in 0..2 {
+        eventually("IPv4 is ready without IPv6", || lab.hosts[host].get("/readyz").is_ok_and(|(status, _)| status == 200));
+        let (_, text) = lab.hosts[host].get("/readyz").unwrap();
+        assert!(text.contains("note: IPv6 does not work on this node: the MTU of eth0 is 1300"), "{text}");
+        let state = lab.wait_state(host, "the peer", |state| state["conditions"][0]["code"] == "family-down").unwrap();
+        assert!(state["conditions"][0]["text"].as_str().unwrap().contains("set it to 1350 or more"), "{state}");
+    }
+    let file = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
+    assert!(!file(&lab).contains("IPV6"), "pods are not offered IPv6: {}", file(&lab));
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    // IPv4 goes on while IPv6 comes back.
+    let netns = Netns::open(&pods[0].path).unwrap();
+    let (_, lost) = ping_during(&netns, pods[1].address, || {
+        set_mtu(&lab, 1500);
+        eventually("IPv6 is offered", || file(&lab).contains("FLANNEL_IPV6_SUBNET="));
+    });
+    assert_eq!(lost, 0);
+    eventually("no condition is left", || lab.hosts[0].state().is_ok_and(|state| state["conditions"] == json!([])));
+}
+
+fn set_mtu(lab: &Lab, mtu: u32) {
+    for host in &lab.hosts {
+        let mtu = mtu.to_string();
+        let output = host.netns.run(|| Command::new("ip").args(["link", "set", "eth0", "mtu", &mtu]).output()).unwrap().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
 }
 
 fn bad_flags_are_refused(_: &Path) {
@@ -841,21 +919,21 @@ fn the_extension_runs_commands(root: &Path) {
     // host-gw, as the operator would write it: once in plain words, once for a shell.
     let words = json!({
         "Type": "extension",
-        "PreStartupCommand": "echo data of $HOSTNAME_OF_TEST",
+        "PreStartupCommand": "echo data of $NODE_NAME",
         "SubnetAddCommand": "ip route replace $SUBNET via ${PUBLIC_IP}",
         "SubnetRemoveCommand": "ip route del $SUBNET",
     });
     let shell = json!({
         "Type": "extension",
         "Shell": true,
-        "PreStartupCommand": "echo data of $HOSTNAME_OF_TEST",
+        "PreStartupCommand": "echo data of $NODE_NAME",
         "PostStartupCommand": format!("echo $NETWORK $SUBNET $PUBLIC_IP >> {}/post", root.display()),
         "SubnetAddCommand": format!("read data; ip route replace $SUBNET via $PUBLIC_IP && echo \"$SUBNET $data\" >> {}/added", root.display()),
         "SubnetRemoveCommand": "ip route del $SUBNET",
     });
     for (name, backend) in [("words", words), ("shell", shell)] {
         let mut plan = Plan::new(2, &backend, Path::new(PROGRAM));
-        plan.env.push(("HOSTNAME_OF_TEST".to_owned(), "here".to_owned()));
+        plan.env.push(("NODE_NAME".to_owned(), "here".to_owned()));
         let mut lab = Lab::start(plan, &root.join(name)).unwrap();
         lab.settle().unwrap();
         let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];

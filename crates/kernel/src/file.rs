@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use flannel::desired::EnvFile;
+use flannel::object::EnvFile;
 
 /// Makes a file have this text, mode 0644, in one step. Folders that are missing are made.
 ///

@@ -5,15 +5,19 @@ mod legacy;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use flannel::traffic::iptables::{Iptables, Place, Saved, Variant, parse_save, restore};
 use flannel::{Family, Subnet};
 
+use crate::child::{self, Limits};
 use crate::netlink::{NetlinkError, Protocol, Socket, str_in};
 use crate::nft;
+
+/// A program may wait five seconds for the lock of iptables, and a table of a large cluster's services has some megabytes.
+const LIMITS: Limits = Limits { time: Duration::from_secs(30), output: 64 << 20 };
 
 /// The packet filter that the host's `iptables` writes to, and whether it can choose source ports at random
 /// (`--random-fully`, since 1.6.2).
@@ -28,8 +32,7 @@ pub struct Installed {
 /// Asks the installed iptables of a family what it is; `None` if there is none.
 pub fn installed(family: Family) -> Option<Installed> {
     let program = find(stem(family))?;
-    let output = Command::new(program).arg("--version").stdin(Stdio::null()).output().ok()?;
-    version(&String::from_utf8_lossy(&output.stdout))
+    version(&run(Command::new(program).arg("--version"), "").ok()?)
 }
 
 /// Reads `iptables v1.8.9 (nf_tables)`; releases before 1.8 name no variant and are legacy.
@@ -179,20 +182,13 @@ fn program(family: Family, variant: Variant, verb: &str) -> Result<Command, Netl
 fn run(command: &mut Command, input: &str) -> Result<String, NetlinkError> {
     let name = Path::new(command.get_program()).file_name().unwrap_or(OsStr::new("iptables")).to_string_lossy().into_owned();
     let failed = |errno: i32, text: &str| NetlinkError::Refused { errno, message: format!("{name}: {}", text.trim()) };
-    let mut run = || {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        let mut stdin = child.stdin.take();
-        if let Some(stdin) = &mut stdin {
-            // A program that reads nothing says why in its outcome.
-            let _ = stdin.write_all(input.as_bytes());
-        }
-        drop(stdin);
-        child.wait_with_output()
-    };
-    let output = run().map_err(|error| failed(error.raw_os_error().unwrap_or(libc::EIO), &error.to_string()))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(failed(libc::EIO, &String::from_utf8_lossy(&output.stderr))),
+    let ended =
+        child::run(command, input, LIMITS).map_err(|error| failed(error.raw_os_error().unwrap_or(libc::EIO), &error.to_string()))?;
+    match ended.status {
+        Some(_) if ended.is_cut => Err(failed(libc::EFBIG, &format!("it printed more than {} bytes", LIMITS.output))),
+        Some(status) if status.success() => Ok(String::from_utf8_lossy(&ended.stdout).into_owned()),
+        Some(_) => Err(failed(libc::EIO, &String::from_utf8_lossy(&ended.stderr))),
+        None => Err(failed(libc::ETIMEDOUT, &format!("it did not end within {} s", LIMITS.time.as_secs()))),
     }
 }
 

@@ -6,11 +6,11 @@
 //! others change. The remaining modules serve the CNI plugins and the lab.
 
 pub mod addr;
-mod apply;
-mod bridge;
 pub mod capture;
+pub mod child;
 pub mod command;
 pub mod conntrack;
+mod facts;
 pub mod file;
 pub mod hostport;
 pub mod iptables;
@@ -22,7 +22,7 @@ pub mod neigh;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
-mod observe;
+mod object;
 pub mod pod_rules;
 pub mod process;
 pub mod qdisc;
@@ -38,7 +38,7 @@ use std::collections::BTreeMap;
 use flannel::IfName;
 use netlink::{NetlinkError, Protocol, Socket};
 
-pub use monitor::{Author, Changed, Heard, Monitor};
+pub use monitor::{Author, Changed, KernelEvent, Monitor};
 
 /// The kernel of the network namespace in which it was opened, as one thread reads and writes it.
 #[derive(Debug)]
@@ -85,6 +85,11 @@ impl Kernel {
     /// What the last [`Kernel::observe`] could not read and left out, in words.
     pub fn take_trouble(&mut self) -> Option<String> {
         self.trouble.take()
+    }
+
+    /// The udp backend's data path, if it runs on this link.
+    fn running_tunnel(&self, link: &link::LinkInfo) -> Option<&tunnel::Tunnel> {
+        self.tunnel.as_ref().filter(|tunnel| tunnel.name == link.name && link.kind == "tun" && tunnel.is_running())
     }
 
     fn netfilter(&mut self) -> Result<&mut Socket, NetlinkError> {

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use flannel::bridge::Port;
-use flannel::desired::{Link, LinkKind};
+use flannel::object::bridge::Port;
+use flannel::object::{Link, LinkKind};
 use flannel::{IfName, Mac, Vni};
 
 use crate::netlink::{Body, CREATE, EXCL, NetlinkError, Socket, attrs, ip_in, str_in, u16_at, u32_at};

@@ -7,15 +7,16 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use flannel::bridge::Port;
-use flannel::desired::{Fdb, Key, Neigh, Object, Scope};
+use flannel::object::bridge::Port;
+use flannel::object::{Key, Object};
+use flannel::scope::Scope;
 use flannel::{Family, IfName};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
 
 use crate::link::LinkInfo;
 use crate::netlink::{NetlinkError, Protocol, Received, Socket, attrs, str_in, u32_at};
-use crate::{addr, hostport, link, masquerade, neigh, nft, observe, route, sysctl};
+use crate::{addr, link, neigh, nft, object, route, sysctl};
 
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
@@ -68,7 +69,7 @@ pub enum Changed {
 
 /// A change and, where the kernel tells, who made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Heard {
+pub struct KernelEvent {
     /// What changed.
     pub change: Changed,
     /// By whom.
@@ -176,13 +177,13 @@ impl Monitor {
     ///
     /// # Errors
     /// When a socket fails for another reason than lost notifications.
-    pub fn drain(&mut self) -> Result<Vec<Heard>, NetlinkError> {
-        let mut heard: Vec<Heard> = Vec::new();
+    pub fn drain(&mut self) -> Result<Vec<KernelEvent>, NetlinkError> {
+        let mut heard: Vec<KernelEvent> = Vec::new();
         // Many changes in a row are one author's, as a rule.
         let mut author: (u32, Option<Author>) = (0, None);
         let mut lost = false;
         // One look at the bridge is enough, after all else was heard.
-        let mut bridge: Option<Heard> = None;
+        let mut bridge: Option<KernelEvent> = None;
         loop {
             let Monitor { route, names, bridges, scope, external, own_port, .. } = self;
             let watched = Watched { scope, external: *external };
@@ -195,7 +196,7 @@ impl Monitor {
                             author = (message.port, Author::of(message.port));
                         }
                         let is_bridge = change == Changed::Bridge;
-                        let news = Heard { change, by: author.1.clone() };
+                        let news = KernelEvent { change, by: author.1.clone() };
                         if is_bridge {
                             bridge = Some(news);
                         } else {
@@ -214,19 +215,19 @@ impl Monitor {
         heard.extend(bridge);
         // A socket that overflowed gets nothing more until its queue was seen empty, which it is only now.
         if lost {
-            heard = vec![Heard { change: Changed::Everything, by: None }];
+            heard = vec![KernelEvent { change: Changed::Everything, by: None }];
             // Which links there are may be among what was lost.
             self.learn_names()?;
         }
         lost = false;
-        let mut rules: Vec<Heard> = Vec::new();
+        let mut rules: Vec<KernelEvent> = Vec::new();
         while let Some(socket) = &mut self.netfilter {
             // A transaction is a message for each of its rules, once is enough; its last message says whose it was.
             let more = socket.notifications(false, |message| match decode_rules(&message) {
                 // Of pods' rules it matters who deleted them: each transaction counts.
                 Some(change) if rules.iter().any(|known| known.change == change && (known.by.is_none() || change != Changed::PodRules)) => {
                 }
-                Some(change) => rules.push(Heard { change, by: None }),
+                Some(change) => rules.push(KernelEvent { change, by: None }),
                 None => {
                     let author = decode_generation(&message);
                     rules.iter_mut().filter(|known| known.by.is_none()).for_each(|known| known.by.clone_from(&author));
@@ -237,9 +238,9 @@ impl Monitor {
             }
         }
         heard.extend(rules);
-        heard.extend(lost.then_some(Heard { change: Changed::Everything, by: None }));
+        heard.extend(lost.then_some(KernelEvent { change: Changed::Everything, by: None }));
         if self.file.as_mut().is_some_and(WatchedFile::has_changed) {
-            heard.push(Heard { change: Changed::File, by: None });
+            heard.push(KernelEvent { change: Changed::File, by: None });
         }
         Ok(heard)
     }
@@ -371,59 +372,21 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
             names.get(&index).copied().map(Changed::Link).or(bridge)
         }
         route::RTM_NEWROUTE | route::RTM_DELROUTE => {
-            if let Some(dst) = route::decode_blackhole(message.body) {
-                let object = Object::Blackhole(dst);
-                let there = message.kind == route::RTM_NEWROUTE;
-                return Some(if there { Changed::Set(object) } else { Changed::Gone(object.key()) });
-            }
-            // A foreign route that was put in the place of one of ours takes that away, wherever it leads.
-            let (dst, metric) = route::decode_key(message.body)?;
-            let found = route::decode(message.body).and_then(|info| Some(observe::to_route(&info, *names.get(&info.oif)?)));
-            match found {
-                Some(route) if message.kind == route::RTM_NEWROUTE && watched.scope.has_route(&route) => {
-                    Some(Changed::Set(Object::Route(route)))
-                }
-                None if message.kind == route::RTM_DELROUTE || !watched.scope.networks.iter().any(|network| network.covers(dst)) => None,
-                _ => Some(Changed::Gone(Key::Route(dst, metric))),
-            }
+            object::route::decode_change(message, watched.scope, |index| names.get(&index).copied())
         }
-        neigh::RTM_NEWNEIGH => {
-            let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
-            let link = *names.get(&index).filter(|name| watched.scope.links.contains(name))?;
-            let Some(entry) = neigh::decode(message.body) else {
-                // It lost its other address: it failed, or somebody said so.
-                return Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }));
-            };
-            let object = match entry.fdb {
-                true => Object::Fdb(Fdb { link, mac: entry.mac, dst: entry.ip }),
-                false => Object::Neigh(Neigh { link, ip: entry.ip, mac: entry.mac }),
-            };
-            Some(if entry.permanent { Changed::Set(object) } else { Changed::Gone(object.key()) })
+        neigh::RTM_NEWNEIGH | neigh::RTM_DELNEIGH => {
+            let ours = |index| names.get(&index).copied().filter(|name| watched.scope.links.contains(name));
+            object::neigh::decode_change(message, ours)
         }
-        neigh::RTM_DELNEIGH => {
-            let (index, fdb, ip, mac) = neigh::decode_key(message.body)?;
-            let link = *names.get(&index).filter(|name| watched.scope.links.contains(name))?;
-            Some(Changed::Gone(if fdb { Key::Fdb(link, mac?) } else { Key::Neigh(link, ip?) }))
-        }
-        sysctl::RTM_NEWNETCONF => {
-            let (family, on) = sysctl::decode_forwarding(message.body)?;
-            Some(Changed::Set(Object::Sysctl(family.forwarding().to_owned(), sysctl::on_off(on))))
-        }
+        sysctl::RTM_NEWNETCONF => object::sysctl::decode_change(message),
         _ => None,
     }
 }
 
 fn decode_rules(message: &Received<'_>) -> Option<Changed> {
     let table = attrs(message.body.get(4..)?).find(|(kind, _)| *kind == nft::TABLE).and_then(|(_, name)| str_in(name))?;
-    if matches!(table, "nat" | "filter") {
-        let family = *message.body.first()?;
-        return Family::ALL.into_iter().find(|f| addr::family_number(*f) == family).map(Changed::Iptables);
-    }
-    if matches!(table, hostport::TABLE | masquerade::NAME) {
-        let is_deletion = [nft::DELTABLE, nft::DELCHAIN, nft::DELRULE].iter().any(|kind| message.kind == nft::kind(*kind));
-        return is_deletion.then_some(Changed::PodRules);
-    }
-    Family::ALL.into_iter().find(|family| flannel::traffic::table_name(*family) == table).map(Changed::Rules)
+    let iptables = object::iptables::decode_change(table, *message.body.first()?);
+    iptables.or_else(|| object::pod_rules::decode_change(table, message)).or_else(|| object::ruleset::decode_change(table))
 }
 
 /// Who committed the transaction that this message ends (`NFT_MSG_NEWGEN`, `linux/netfilter/nf_tables.h`).

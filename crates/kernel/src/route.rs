@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 
-use flannel::desired::ROUTE_PROTOCOL;
 use flannel::node::{Reach, RouteFact};
+use flannel::object::ROUTE_PROTOCOL;
 use flannel::{Family, Subnet};
 
 use crate::addr::family_number;
@@ -162,7 +162,7 @@ pub fn reach(socket: &mut Socket, ip: IpAddr) -> Result<Reach, NetlinkError> {
 }
 
 /// Appends the request to add a route of ours or replace the one with its destination and metric.
-pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
+pub(crate) fn set(batch: &mut Batch, route: &flannel::object::Route, oif: u32) {
     batch.message(RTM_NEWROUTE, CREATE | REPLACE, |body| {
         let scope = if route.via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
         let flags = if route.onlink { RTNH_F_ONLINK } else { 0 };
@@ -176,7 +176,7 @@ pub(crate) fn set(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) 
 
 /// Appends the request to delete a route. Its protocol is named, because to the kernel a metric of 0 means any: the
 /// route of a Go flanneld must not take ours of another metric along.
-pub(crate) fn delete(batch: &mut Batch, route: &flannel::desired::Route, oif: u32) {
+pub(crate) fn delete(batch: &mut Batch, route: &flannel::object::Route, oif: u32) {
     batch.message(RTM_DELROUTE, 0, |body| {
         write(body, route.dst, route.protocol, RT_SCOPE_NOWHERE, 0, 0);
         body.attr_u32(RTA_OIF, oif).attr_u32(RTA_PRIORITY, route.metric);

@@ -5,8 +5,10 @@
 
 use std::collections::BTreeSet;
 
-use flannel::desired::{Key, Link, LinkKind, Object, Owner, ROUTE_PROTOCOL, Route, Scope};
+use flannel::desired::Owner;
 use flannel::diff::{Prune, diff};
+use flannel::object::{Addr, Blackhole, Key, Link, LinkKind, Object, PodRules, ROUTE_PROTOCOL, Route, Sysctl};
+use flannel::scope::Scope;
 use flannel::traffic::iptables::Variant;
 use flannel::traffic::{self, Flavour, TrafficConfig};
 use flannel::{Cidr, Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
@@ -14,8 +16,12 @@ use kernel::hostport::{self, Mapping, Snat};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::pod_rules::{Notes, Rules};
-use kernel::{Changed, Heard, Kernel, Monitor, addr, link, masquerade, netns, route};
+use kernel::{Changed, Kernel, KernelEvent, Monitor, addr, link, masquerade, netns, route};
 use libtest_mimic::{Arguments, Failed, Trial};
+
+fn pod_rules(missing: usize) -> Object {
+    Object::PodRules(PodRules { missing })
+}
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -116,12 +122,12 @@ fn rules_in(flavour: Flavour) -> Vec<Object> {
 
 /// Both families' devices, and two peers of each: one behind the device, one on the link.
 fn picture() -> Desired {
-    use flannel::desired::{Fdb, Neigh};
+    use flannel::object::{Fdb, Neigh};
     let mut desired = Desired::default();
     let mut node = rules();
     node.extend(rules_in(Flavour::Iptables(Variant::Nft)));
     node.extend(rules_in(Flavour::Iptables(Variant::Legacy)));
-    node.extend(["10.244.1.0/24", "fc00:0:0:1::/64"].map(|net| Object::Blackhole(net.parse().unwrap())));
+    node.extend(["10.244.1.0/24", "fc00:0:0:1::/64"].map(|net| Object::Blackhole(Blackhole { dst: net.parse().unwrap() })));
     let mut peers = Vec::new();
     for (family, device, net, vtep, host) in [
         (Family::V4, "flannel.1", "10.244", "10.244.2.0", "192.0.2.2"),
@@ -133,8 +139,8 @@ fn picture() -> Desired {
             Family::V6 => (format!("{net}:1::/128"), 64, format!("{net}:3::")),
         };
         node.push(vxlan(family, 1, 1430));
-        node.push(Object::Addr(device, own.parse().unwrap()));
-        node.push(Object::Sysctl(format!("net/ipv6/conf/{device}/accept_ra"), "0".to_owned()));
+        node.push(Object::Addr(Addr { link: device, cidr: own.parse().unwrap() }));
+        node.push(Object::Sysctl(Sysctl { path: format!("net/ipv6/conf/{device}/accept_ra"), value: "0".to_owned() }));
         let mac = Mac([0x0e, 0, 0, 0, 0, 2]);
         let (vtep, host) = (vtep.parse().unwrap(), host.parse().unwrap());
         peers.push(Object::Neigh(Neigh { link: device, ip: vtep, mac }));
@@ -523,7 +529,8 @@ fn ten_thousand_operations_in_one_batch() {
 
 fn forwarding_that_is_switched_off_is_heard_of() {
     let sysctls: Vec<(String, String)> = Family::ALL.map(|family| (family.forwarding().to_owned(), "1".to_owned())).into();
-    let wanted: Vec<Object> = sysctls.iter().map(|(path, value)| Object::Sysctl(path.clone(), value.clone())).collect();
+    let wanted: Vec<Object> =
+        sysctls.iter().map(|(path, value)| Object::Sysctl(Sysctl { path: path.clone(), value: value.clone() })).collect();
     let scope = Scope { sysctls: sysctls.clone(), ..scope() };
     let mut kernel = Kernel::open().unwrap();
     let set: Vec<Op> = wanted.iter().cloned().map(Op::Set).collect();
@@ -534,7 +541,7 @@ fn forwarding_that_is_switched_off_is_heard_of() {
     let mut monitor = Monitor::open(scope.clone(), name("eth0"), kernel.port()).unwrap();
     for (path, _) in &sysctls {
         std::fs::write(std::path::Path::new("/proc/sys").join(path), "0").unwrap();
-        let off = Object::Sysctl(path.clone(), "0".to_owned());
+        let off = Object::Sysctl(Sysctl { path: path.clone(), value: "0".to_owned() });
         let heard: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|heard| heard.change).collect();
         assert_eq!(heard, [Changed::Set(off.clone())]);
         assert_eq!(kernel.observe(&scope).unwrap().get(&off.key()), Some(&off));
@@ -547,7 +554,7 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     let scope = Scope { pod_rules: true, ..Scope::default() };
     let wrong = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::PodRules).cloned();
-    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)), "no plugin has written any");
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(0)), "no plugin has written any");
 
     let addresses: [Cidr; 2] = ["10.244.1.5/24".parse().unwrap(), "fd00::5/64".parse().unwrap()];
     let mapping = |host_port| Mapping { protocol: 6, host_port, container_port: 80, host_ip: None };
@@ -565,16 +572,16 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let ports = || Family::ALL.map(|family| hostport::count("abc", family).unwrap());
     let mut is_told = || monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::PodRules);
     add(end);
-    assert!(!is_told() && wrong(&mut kernel) == Some(Object::PodRules(0)));
+    assert!(!is_told() && wrong(&mut kernel) == Some(pod_rules(0)));
 
     drop(flush());
-    assert!(is_told() && wrong(&mut kernel) == Some(Object::PodRules(3)));
+    assert!(is_told() && wrong(&mut kernel) == Some(pod_rules(3)));
     // What is no note is none of ours.
     let namespace = Netns::current().unwrap().id().unwrap().1;
     let junk = format!("/run/flannel/pods/{namespace}-junk");
     std::fs::write(&junk, "end 1\nports no").unwrap();
-    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
-    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [2, 2]));
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(pod_rules(0)), [2, 2]));
     // One rule of several.
     let mut nft = std::process::Command::new("nft");
     let listed = nft.args(["-a", "list", "chain", "ip", "cni_hostport", "hostports"]).output().unwrap();
@@ -585,9 +592,9 @@ fn what_plugins_wrote_for_pods_is_written_again() {
         .unwrap();
     let deleted =
         std::process::Command::new("nft").args(["delete", "rule", "ip", "cni_hostport", "hostports", "handle", &handle]).status().unwrap();
-    assert!(deleted.success() && is_told() && wrong(&mut kernel) == Some(Object::PodRules(1)));
-    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
-    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [2, 2]));
+    assert!(deleted.success() && is_told() && wrong(&mut kernel) == Some(pod_rules(1)));
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(pod_rules(0)), [2, 2]));
 
     // Chains that lead to them, and those beside them; nothing is there twice after that.
     let nft = |arguments: &str| {
@@ -598,9 +605,9 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let before = nft("list table ip cni_hostport");
     for chain in ["prerouting", "output", "hostports_all", "masquerading", "hostports"] {
         nft(&format!("flush chain ip cni_hostport {chain}"));
-        assert!(is_told() && wrong(&mut kernel) == Some(Object::PodRules(1)), "{chain}");
-        apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
-        assert_eq!((nft("list table ip cni_hostport"), wrong(&mut kernel)), (before.clone(), Some(Object::PodRules(0))), "{chain}");
+        assert!(is_told() && wrong(&mut kernel) == Some(pod_rules(1)), "{chain}");
+        apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+        assert_eq!((nft("list table ip cni_hostport"), wrong(&mut kernel)), (before.clone(), Some(pod_rules(0))), "{chain}");
     }
     // Many pods at once.
     let notes = Notes::hold().unwrap();
@@ -611,32 +618,32 @@ fn what_plugins_wrote_for_pods_is_written_again() {
         notes.keep(end, "eth0", Rules::Ports { id: id(n), container, mappings, snat: Snat::Local }).unwrap();
     }
     drop(notes);
-    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(200)));
-    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
-    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)));
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(200)));
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(0)));
     assert_eq!((0..200).map(|n| hostport::count(&id(n), Family::V4).unwrap()).sum::<usize>(), 200);
     let notes = Notes::hold().unwrap();
     (0..200).for_each(|n| notes.forget_ports(&id(n), "eth0"));
     drop((notes, nft("delete table ip cni_hostport")));
-    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
     assert_eq!(nft("list table ip cni_hostport"), before);
 
     // While a plugin holds the notes the daemon does not wait.
     drop(flush());
     let held = Notes::hold().unwrap();
-    let outcome = kernel.apply(&[Op::Set(Object::PodRules(0))]).remove(0);
+    let outcome = kernel.apply(&[Op::Set(pod_rules(0))]).remove(0);
     assert!(outcome.unwrap_err().text.contains("a plugin holds /run/flannel/pods"));
     // It forgets what it deletes.
     held.forget_masquerade(&network, &attachment);
     held.forget_ports("abc", "eth0");
     drop(held);
-    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(0)));
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(0)));
 
     // The link of a pod that is gone has ended: so do its rules.
     add(end + 1000);
-    assert_eq!(wrong(&mut kernel), Some(Object::PodRules(3)));
-    apply(&mut kernel, &[Op::Set(Object::PodRules(0))]);
-    assert_eq!((wrong(&mut kernel), ports()), (Some(Object::PodRules(0)), [0, 0]));
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(3)));
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(pod_rules(0)), [0, 0]));
     assert!(
         std::fs::read_dir("/run/flannel/pods")
             .unwrap()
@@ -655,9 +662,9 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
     // That eth0 came up may be heard of at any time.
-    let late = |heard: &Heard| heard.change == Changed::Link(name("eth0"));
+    let late = |heard: &KernelEvent| heard.change == Changed::Link(name("eth0"));
     let mut hear = || monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect::<Vec<_>>();
-    let changes = |heard: Vec<Heard>| heard.into_iter().map(|heard| heard.change).collect::<Vec<_>>();
+    let changes = |heard: Vec<KernelEvent>| heard.into_iter().map(|heard| heard.change).collect::<Vec<_>>();
     assert_eq!(hear(), [], "our own routes are no news");
 
     // Another program deletes one of ours, replaces the other, and adds one that is none of our business.
@@ -666,13 +673,13 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let heard = hear();
     let this = std::fs::read_to_string("/proc/self/comm").unwrap();
     // The port of a second socket of one process says nothing; that of a program's first is its process.
-    let named = |heard: &Heard| heard.by.as_ref().is_none_or(|author| author.program == this.trim());
+    let named = |heard: &KernelEvent| heard.by.as_ref().is_none_or(|author| author.program == this.trim());
     assert!(heard.iter().all(named), "{heard:?}");
     assert_eq!(changes(heard), [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
 
     // Foreign neighbours and routes on the external interface are none of our business.
     route::add(&mut socket, "203.0.113.0/24".parse().unwrap(), Some("192.0.2.9".parse().unwrap()), eth0).unwrap();
-    let neigh = flannel::desired::Neigh { link: name("eth0"), ip: "192.0.2.77".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 7]) };
+    let neigh = flannel::object::Neigh { link: name("eth0"), ip: "192.0.2.77".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 7]) };
     apply(&mut other, &[Op::Set(Object::Neigh(neigh))]);
     let heard = changes(hear());
     assert_eq!(heard, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
@@ -702,7 +709,7 @@ fn the_monitor_hears_others_and_not_ourselves() {
     let desired = picture();
     let on_v4: Vec<Op> = desired
         .iter()
-        .filter(|(_, o)| o.stands_on(name("flannel.1")) || o.key() == Key::Link(name("flannel.1")))
+        .filter(|(_, o)| o.depends_on(name("flannel.1")) || o.key() == Key::Link(name("flannel.1")))
         .map(|(_, o)| Op::Set(o.clone()))
         .collect();
     apply(&mut kernel, &on_v4);
@@ -718,7 +725,7 @@ fn the_monitor_hears_others_and_not_ourselves() {
     link::set_up(&mut socket, eth0, false).unwrap();
     assert!(changes(monitor.drain().unwrap()).contains(&Changed::Link(name("eth0"))));
     apply(&mut other, &rules().into_iter().map(Op::Set).collect::<Vec<_>>());
-    let heard: Vec<Heard> = monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect();
+    let heard: Vec<KernelEvent> = monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect();
     // The kernel names the thread.
     assert!(heard.iter().all(|heard| heard.by.as_ref().is_some_and(|author| this.trim().starts_with(&author.program))), "{heard:?}");
     let heard = changes(heard);
@@ -766,14 +773,14 @@ fn a_file_is_watched_also_when_its_folder_goes() {
     changed("and is watched");
 
     let mut kernel = Kernel::open().unwrap();
-    let file = flannel::desired::EnvFile { path: path.clone(), text: "five".to_owned(), etcd_leases: vec![7, 9], ours: true };
+    let file = flannel::object::EnvFile { path: path.clone(), text: "five".to_owned(), etcd_leases: vec![7, 9], ours: true };
     apply(&mut kernel, &[Op::Set(Object::EnvFile(Box::new(file.clone())))]);
     let seen = |kernel: &mut Kernel| kernel.observe(&scope).unwrap().get(&Key::EnvFile).cloned();
     assert_eq!(seen(&mut kernel), Some(Object::EnvFile(Box::new(file.clone()))));
     std::fs::write(&path, "five").unwrap();
     assert_eq!(
         seen(&mut kernel),
-        Some(Object::EnvFile(Box::new(flannel::desired::EnvFile { ours: false, ..file }))),
+        Some(Object::EnvFile(Box::new(flannel::object::EnvFile { ours: false, ..file }))),
         "the same, by another"
     );
 }

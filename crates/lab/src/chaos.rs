@@ -303,7 +303,7 @@ impl Chaos {
             loop {
                 let state = self.lab.hosts[host].state()?;
                 let whole = observe(&self.lab, host)?;
-                let routes = whole.iter().filter(|(key, _)| matches!(key, flannel::desired::Key::Route(..))).count();
+                let routes = whole.iter().filter(|(key, _)| matches!(key, flannel::object::Key::Route(..))).count();
                 let well = state["objects"]["failed"].as_array().is_some_and(Vec::is_empty) && state["store"]["connected"] == true;
                 if well && routes == self.lab.hosts.len() - 1 {
                     break;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use flannel::desired::{Key, Object, ROUTE_PROTOCOL, Route, Scope};
+use flannel::object::{Key, Object, ROUTE_PROTOCOL, Route};
+use flannel::scope::Scope;
 use flannel::{Family, Observed, Op};
 use kernel::Kernel;
 use kernel::netns::Netns;
@@ -108,7 +109,7 @@ pub const FAULTS: [Fault; 34] = [
         "a neighbour entry has another MAC",
         Place::Vxlan,
         Act::Change(|object| match object {
-            Object::Neigh(neigh) => Some(Object::Neigh(flannel::desired::Neigh { mac: flannel::Mac([2, 9, 9, 9, 9, 9]), ..*neigh })),
+            Object::Neigh(neigh) => Some(Object::Neigh(flannel::object::Neigh { mac: flannel::Mac([2, 9, 9, 9, 9, 9]), ..*neigh })),
             _ => None,
         }),
     ),
@@ -117,7 +118,7 @@ pub const FAULTS: [Fault; 34] = [
         "an FDB entry leads to another host",
         Place::Vxlan,
         Act::Change(|object| match object {
-            Object::Fdb(fdb) => Some(Object::Fdb(flannel::desired::Fdb { dst: "10.0.0.253".parse().ok()?, ..*fdb })),
+            Object::Fdb(fdb) => Some(Object::Fdb(flannel::object::Fdb { dst: "10.0.0.253".parse().ok()?, ..*fdb })),
             _ => None,
         }),
     ),
@@ -133,7 +134,7 @@ pub const FAULTS: [Fault; 34] = [
         "the device's MTU is changed",
         Place::Vxlan,
         Act::Change(|object| match object {
-            Object::Link(link) => Some(Object::Link(Box::new(flannel::desired::Link { mtu: 1300, ..(**link).clone() }))),
+            Object::Link(link) => Some(Object::Link(Box::new(flannel::object::Link { mtu: 1300, ..(**link).clone() }))),
             _ => None,
         }),
     ),

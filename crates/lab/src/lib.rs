@@ -24,7 +24,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use flannel::bridge::Port;
+use flannel::object::bridge::Port;
 use flannel::{Cidr, IfName, Mac};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};

@@ -37,7 +37,7 @@ pub(super) fn make(root: &Path, middle: &Netns, member: usize) -> anyhow::Result
         let peer = link::VethEnd { name: name("eth0"), mac: None, netns: Some(netns.as_fd()) };
         link::create_veth(&mut socket, 1500, this, peer)?;
         let (port, bridge) = (index(&mut socket, &own)?, index(&mut socket, "lan0")?);
-        anyhow::Ok(link::enslave(&mut socket, port, bridge, flannel::bridge::Port::default())?)
+        anyhow::Ok(link::enslave(&mut socket, port, bridge, flannel::object::bridge::Port::default())?)
     })??;
     netns.run(|| {
         let mut socket = Socket::open(Protocol::Route)?;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context;
-use flannel::desired::ROUTE_PROTOCOL;
+use flannel::object::ROUTE_PROTOCOL;
 use flannel::{Family, Mac};
 use kernel::capture::Capture;
 use kernel::netlink::{Protocol, Socket};

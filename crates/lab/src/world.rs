@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use flannel::desired::{Key, Object};
+use flannel::object::{Key, Object};
 use flannel::{Lease, LeaseKey, Observed, Peer, PerFamily};
 use kernel::netns::Netns;
 

@@ -1,6 +1,6 @@
 //! The bridge plugin's configuration, read and validated.
 
-use ::flannel::bridge::Port;
+use ::flannel::object::bridge::Port;
 use ::flannel::{IfName, Mac};
 
 use super::vlan::Vlans;

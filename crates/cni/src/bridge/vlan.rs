@@ -1,6 +1,6 @@
 //! VLANs of a bridge port (IEEE 802.1Q): one whose frames the container sees without a tag, and those of a trunk.
 
-use ::flannel::bridge::Port;
+use ::flannel::object::bridge::Port;
 use kernel::link::{self, LinkInfo, VethEnd};
 use kernel::netlink::Socket;
 use serde_json::{Map, Value};

@@ -308,7 +308,7 @@ impl Store for Kube {
                     let text = trouble.to_string();
                     if said != text {
                         tracing::warn!(reason = %text, "cannot keep this node's Node as it should be; trying again, routes stay");
-                        self.0.notices.tell(trouble.reason(), text.clone());
+                        self.0.notices.warn(trouble.reason(), text.clone());
                     }
                     let guard = guard.unwrap_or_else(|| self.0.ready.guard("this node's Node"));
                     guard.say(&text);

@@ -6,14 +6,15 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use daemon::host::{Host, News, Surroundings};
+use daemon::host::{Host, HostNetwork, Notifications};
 use flannel::backend::extension::Command;
-use flannel::desired::{EnvFile, Key, Link, LinkKind, Object, ROUTE_PROTOCOL, Scope};
 use flannel::net::Cidr;
 use flannel::node::{Interface, InterfaceAddr, RouteFact};
+use flannel::object::{Addr, EnvFile, Key, Lane, Link, LinkKind, Object, ROUTE_PROTOCOL, Sysctl};
+use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, OpError, Outcome};
 use kernel::netlink::NetlinkError;
-use kernel::{Changed, Heard};
+use kernel::{Changed, KernelEvent};
 use tokio::sync::{Notify, mpsc};
 
 /// Notifications that fit the socket's buffer; with more, all are lost.
@@ -120,7 +121,7 @@ impl Model {
                 }
                 Some(Changed::Link(link.name))
             }
-            Object::Addr(name, _) => Some(Changed::Link(*name)),
+            Object::Addr(Addr { link: name, .. }) => Some(Changed::Link(*name)),
             Object::Ruleset(rules) => Some(Changed::Rules(rules.family)),
             Object::PodRules(_) => Some(Changed::PodRules),
             Object::EnvFile(_) => Some(Changed::File),
@@ -222,11 +223,13 @@ impl Model {
                     return Model::refuse(17, "file exists");
                 }
             }
-            Op::Set(Object::Addr(name, _)) if !has_link(self, *name) => return Model::refuse(19, "no such device"),
+            Op::Set(Object::Addr(Addr { link: name, .. })) if !has_link(self, *name) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Neigh(neigh)) if !has_link(self, neigh.link) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Fdb(fdb)) if !has_link(self, fdb.link) => return Model::refuse(19, "no such device"),
             // A sysctl of a link that is not there counts as set.
-            Op::Set(Object::Sysctl(path, _)) if path.split('/').nth(3).is_some_and(|name| !has_link(self, name.parse().unwrap())) => {
+            Op::Set(Object::Sysctl(Sysctl { path, .. }))
+                if path.split('/').nth(3).is_some_and(|name| !has_link(self, name.parse().unwrap())) =>
+            {
                 return Ok(());
             }
             Op::Set(Object::Route(route)) => {
@@ -258,25 +261,26 @@ impl Model {
         Ok(())
     }
 
-    fn observe(&self, scope: &Scope) -> Observed {
+    fn observe(&self, scope: &Scope, lane: Lane) -> Observed {
         let ours = |object: &Object| match object {
             Object::Link(link) => scope.links.contains(&link.name),
-            Object::Addr(link, _) => scope.links.contains(link),
+            Object::Addr(Addr { link, .. }) => scope.links.contains(link),
             Object::Neigh(neigh) => scope.links.contains(&neigh.link),
             Object::Fdb(fdb) => scope.links.contains(&fdb.link),
             Object::Route(route) => scope.has_route(route),
-            Object::Sysctl(path, _) => scope.sysctls.iter().any(|(wanted, _)| wanted == path),
+            Object::Sysctl(Sysctl { path, .. }) => scope.sysctls.iter().any(|(wanted, _)| wanted == path),
             Object::Ruleset(rules) => scope.rulesets.contains(&rules.family),
             Object::PodRules(_) => scope.pod_rules,
             Object::EnvFile(file) => scope.file.as_ref() == Some(&file.path),
             _ => false,
         };
-        self.objects.iter().map(|(_, object)| object.clone()).filter(ours).collect()
+        let in_lane = |object: &Object| object.kind().lane() == lane;
+        self.objects.iter().map(|(_, object)| object.clone()).filter(ours).filter(in_lane).collect()
     }
 }
 
 impl Host for ModelHost {
-    fn watch(&self, _: Scope, _: IfName) -> Result<News, NetlinkError> {
+    fn watch(&self, _: Scope, _: IfName) -> Result<Notifications, NetlinkError> {
         let (tell, news) = mpsc::channel(4);
         let waked = {
             let mut model = self.lock();
@@ -297,7 +301,7 @@ impl Host for ModelHost {
                     let changes = std::mem::take(&mut model.heard);
                     if std::mem::take(&mut model.overrun) { vec![Changed::Everything] } else { changes }
                 };
-                let heard: Vec<Heard> = changes.into_iter().map(|change| Heard { change, by: None }).collect();
+                let heard: Vec<KernelEvent> = changes.into_iter().map(|change| KernelEvent { change, by: None }).collect();
                 if !heard.is_empty() && tell.send(Ok(heard)).await.is_err() {
                     return;
                 }
@@ -306,15 +310,18 @@ impl Host for ModelHost {
         Ok(news)
     }
 
-    async fn observe(&self, scope: Scope) -> Result<Observed, NetlinkError> {
-        moment().await;
-        let observed = self.lock().observe(&scope);
-        // The answer is older than what happens before it is read.
-        moment().await;
-        Ok(observed)
+    fn observe(&self, scope: Scope, lane: Lane) -> impl Future<Output = Result<Observed, NetlinkError>> + use<> {
+        let host = self.clone();
+        async move {
+            moment().await;
+            let observed = host.lock().observe(&scope, lane);
+            // The answer is older than what happens before it is read.
+            moment().await;
+            Ok(observed)
+        }
     }
 
-    fn apply(&self, ops: Vec<Op>) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
+    fn apply(&self, ops: Vec<Op>, _: Lane) -> impl Future<Output = Vec<(Op, Outcome)>> + use<> {
         let host = self.clone();
         async move {
             moment().await;
@@ -327,9 +334,9 @@ impl Host for ModelHost {
         }
     }
 
-    async fn surroundings(&self, _: Option<IpAddr>) -> Result<Surroundings, NetlinkError> {
+    async fn network(&self, _: Option<IpAddr>) -> Result<HostNetwork, NetlinkError> {
         moment().await;
-        let mut around = Surroundings::default();
+        let mut around = HostNetwork::default();
         if let Some(External { index, up, address, mtu }) = self.lock().external.clone() {
             let addrs = address.map(|cidr| InterfaceAddr { cidr, permanent: true, temporary: false, deprecated: false });
             around.interfaces.push(Interface { index, name: eth0(), mtu, addrs: addrs.into_iter().collect() });

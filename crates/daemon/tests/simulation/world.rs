@@ -17,12 +17,13 @@ use daemon::notice::Notices;
 use daemon::ready::Ready;
 use daemon::settings::RunArgs;
 use daemon::store::{self, Etcd, Store};
-use flannel::desired::{EnvFile, Key, Link, LinkKind, Object, Route, route_metric};
+use flannel::backend::Identity;
 use flannel::diff::{Prune, diff};
 use flannel::net::Cidr;
 use flannel::node::Wanted;
+use flannel::object::{EnvFile, Key, Lane, Link, LinkKind, Object, Route, Sysctl, route_metric};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Backend, Config, Lease, LeaseKey, LeaseSet, Mac, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
+use flannel::{Config, Lease, LeaseKey, LeaseSet, Mac, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::Instant;
@@ -265,8 +266,8 @@ impl World {
                 );
                 let ready = Ready::default();
                 let (starting, syncing) = (ready.guard("start"), ready.guard("sync"));
-                let (_ask, asks) = mpsc::channel(1);
-                let parts = Parts { ready, starting, syncing, notices: Notices::new().0, asks };
+                let (view, _) = watch::channel(Arc::default());
+                let parts = Parts { ready, starting, syncing, notices: Notices::new().0, view };
                 let args = args();
                 let mut daemon = Box::pin(node_daemon(&args, etcd, host.clone(), parts));
                 // A crash falls between any two turns.
@@ -451,9 +452,9 @@ impl World {
                 true => Object::Route(Route { via: Some(cidr(99).addr), ..route }),
                 false => Object::Route(Route { metric: route.metric + 1_000, ..route }),
             },
-            Object::Neigh(neigh) => Object::Neigh(flannel::desired::Neigh { mac: Mac([2, 9, 9, 9, 9, 9]), ..neigh }),
-            Object::Fdb(fdb) => Object::Fdb(flannel::desired::Fdb { dst: cidr(99).addr, ..fdb }),
-            Object::Sysctl(path, _) => Object::Sysctl(path, "1".to_owned()),
+            Object::Neigh(neigh) => Object::Neigh(flannel::object::Neigh { mac: Mac([2, 9, 9, 9, 9, 9]), ..neigh }),
+            Object::Fdb(fdb) => Object::Fdb(flannel::object::Fdb { dst: cidr(99).addr, ..fdb }),
+            Object::Sysctl(Sysctl { path, .. }) => Object::Sysctl(Sysctl { path, value: "1".to_owned() }),
             Object::EnvFile(file) => Object::EnvFile(Box::new(EnvFile { text: "FLANNEL_MTU=1\n".to_owned(), ours: false, ..*file })),
             Object::Ruleset(mut rules) => {
                 rules.chains.truncate(1);
@@ -553,19 +554,21 @@ impl World {
         etcd_leases: Vec<i64>,
         entries: &BTreeMap<LeaseKey, Peer>,
     ) -> Vec<String> {
-        let around = machine.host.surroundings(None).await.unwrap();
+        let around = machine.host.network(None).await.unwrap();
         let node = Node::choose(&around.interfaces, &around.routes, &Wanted::default(), &self.config).unwrap();
-        let mac = entries.get(&own).and_then(|peer| flannel::backend::vtep_mac(peer, flannel::Family::V4).ok());
-        let backend = Backend::new(&self.config, &node, PerFamily { v4: mac, v6: None });
+        let mac = entries.get(&own).and_then(|peer| flannel::backend::published_mac(peer, flannel::Family::V4));
+        let identity = Identity { macs: PerFamily { v4: mac, v6: None }, data: None };
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
         let args = args();
-        let mut picture = Picture::new(self.config.clone(), node, backend, traffic, own).with_file(args.subnet_file, true, etcd_leases);
+        let mut picture = Picture::new(self.config.clone(), node, identity, traffic, own).with_file(args.subnet_file, true, etcd_leases);
+        picture.set_usable(vec![flannel::Family::V4]);
         picture.fold(StoreEvent::Init);
         for (key, peer) in entries {
             picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }));
         }
         picture.fold(StoreEvent::InitDone);
-        let observed = machine.host.observe(picture.scope()).await.unwrap();
+        let mut observed = machine.host.observe(picture.scope(), Lane::Fast).await.unwrap();
+        observed.extend(machine.host.observe(picture.scope(), Lane::Slow).await.unwrap().into_objects());
         let ops = diff(picture.desired(), &observed, Prune::Yes);
         let mut problems: Vec<String> = ops.iter().map(|op| format!("machine {at} lacks: {op}")).collect();
         problems.append(&mut machine.host.lock().violations);

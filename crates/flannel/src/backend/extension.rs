@@ -5,13 +5,108 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use super::Context;
-use crate::config::ExtensionConfig;
-use crate::desired::Object;
+use super::{Context, Driver, Local, Part, each_family};
+use crate::config::{ConfigError, typed};
+use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily, Subnet};
+use crate::node::Node;
+use crate::object::Object;
 
-/// A command of the operator, with its surroundings.
+/// The extension backend with its settings. A command that is empty is not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extension {
+    /// Before a lease is acquired; its output is this host's `BackendData`.
+    pre_startup: Box<str>,
+    /// Once there is a lease.
+    post_startup: Box<str>,
+    /// When a peer is added.
+    subnet_add: Box<str>,
+    /// When it is removed.
+    subnet_remove: Box<str>,
+    /// `Shell`, which upstream does not have: are the commands lines for a shell, or plain words?
+    shell: bool,
+}
+
+impl Extension {
+    pub(super) fn parse(section: &Fields<'_>) -> Result<Extension, ConfigError> {
+        let command = |field, key| typed::<String>(section, field, key).map(|line| line.unwrap_or_default().into());
+        Ok(Extension {
+            pre_startup: command("Backend.PreStartupCommand", "prestartupcommand")?,
+            post_startup: command("Backend.PostStartupCommand", "poststartupcommand")?,
+            subnet_add: command("Backend.SubnetAddCommand", "subnetaddcommand")?,
+            subnet_remove: command("Backend.SubnetRemoveCommand", "subnetremovecommand")?,
+            shell: typed(section, "Backend.Shell", "shell")?.unwrap_or(false),
+        })
+    }
+
+    fn peer_objects(&self, key: &LeaseKey, peer: &Peer) -> Vec<Object> {
+        // The data is a JSON string; whatever else it may be is handed on as it stands.
+        let data = peer.backend_data.get(Family::V4).or(peer.backend_data.get(Family::V6));
+        let data = data.map(|text| serde_json::from_str::<String>(text).unwrap_or_else(|_| text.to_string())).unwrap_or_default();
+        let command = |line: &str| Command {
+            line: line.into(),
+            shell: self.shell,
+            env: variables(key.subnets(), &peer.public),
+            stdin: format!("{data}\n"),
+        };
+        let (add, remove) = (command(&self.subnet_add), command(&self.subnet_remove));
+        vec![Object::Extension(Box::new(ExtensionPeer { key: *key, add, remove }))]
+    }
+}
+
+impl Driver for Extension {
+    fn name(&self) -> &'static str {
+        "extension"
+    }
+
+    /// Commands are about the interface itself.
+    fn published_addresses(&self, node: &Node) -> PerFamily<IpAddr> {
+        node.addrs
+    }
+
+    fn published_data(&self, local: Local<'_>) -> PerFamily<Box<str>> {
+        PerFamily { v4: local.identity.data.clone(), v6: None }
+    }
+
+    fn annotates(&self, family: Family, peer: &Peer) -> bool {
+        family == Family::V4 || peer.public.v6.is_some()
+    }
+
+    fn mtu(&self, local: Local<'_>) -> u32 {
+        local.node.mtu
+    }
+
+    fn node_objects(&self, _: Context<'_>) -> Vec<Object> {
+        Vec::new()
+    }
+
+    /// One command for both families: if one of them is refused there is none.
+    fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
+        let mut part = each_family(context, key, peer, |_| Ok(Vec::new()));
+        if part.refusals.is_empty() {
+            part.objects = self.peer_objects(key, peer);
+        }
+        part
+    }
+
+    fn before_lease(&self) -> Option<(&'static str, Command)> {
+        let line = Some(&self.pre_startup).filter(|line| !line.trim().is_empty())?;
+        Some(("Backend.PreStartupCommand", Command { line: line.clone(), shell: self.shell, env: Vec::new(), stdin: String::new() }))
+    }
+
+    fn after_lease(&self, context: Context<'_>) -> Option<(&'static str, Command)> {
+        let line = Some(&self.post_startup).filter(|line| !line.trim().is_empty())?;
+        let Local { config, node, .. } = context.local;
+        let mut env = variables(context.own.subnets(), &node.addrs);
+        let network = |family| config.network(family).map(|network| network.to_string());
+        env.push(("NETWORK", network(Family::V4).unwrap_or("0.0.0.0/0".to_owned())));
+        env.push(("IPV6NETWORK", network(Family::V6).unwrap_or("::/0".to_owned())));
+        Some(("Backend.PostStartupCommand", Command { line: line.clone(), shell: self.shell, env, stdin: String::new() }))
+    }
+}
+
+/// A command of the operator, with its environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
     /// The line, as it is configured.
@@ -73,9 +168,9 @@ fn expand(word: &str, value: &impl Fn(&str) -> String) -> String {
 pub struct ExtensionPeer {
     /// Its lease.
     pub key: LeaseKey,
-    /// What is run when it is there.
+    /// Run when it is added.
     pub add: Command,
-    /// What is run when it is gone.
+    /// Run when it is removed.
     pub remove: Command,
 }
 
@@ -92,35 +187,6 @@ fn variables(subnets: &PerFamily<Subnet>, public: &PerFamily<IpAddr>) -> Vec<(&'
         ("PUBLIC_IP", ip(Family::V4, "0.0.0.0")),
         ("PUBLIC_IPV6", ip(Family::V6, "<nil>")),
     ]
-}
-
-pub(super) fn peer_objects(config: &ExtensionConfig, key: &LeaseKey, peer: &Peer) -> Vec<Object> {
-    // The data is a JSON string; whatever else it may be is handed on as it stands.
-    let data = peer.backend_data.get(Family::V4).or(peer.backend_data.get(Family::V6));
-    let data = data.map(|text| serde_json::from_str::<String>(text).unwrap_or_else(|_| text.to_string())).unwrap_or_default();
-    let command = |line: &str| Command {
-        line: line.into(),
-        shell: config.shell,
-        env: variables(key.subnets(), &peer.public),
-        stdin: format!("{data}\n"),
-    };
-    vec![Object::Extension(Box::new(ExtensionPeer { key: *key, add: command(&config.subnet_add), remove: command(&config.subnet_remove) }))]
-}
-
-/// What is run before a lease is acquired, if anything; its output is this host's `BackendData`.
-pub fn pre_startup(config: &ExtensionConfig) -> Option<Command> {
-    let line = Some(&config.pre_startup).filter(|line| !line.trim().is_empty())?;
-    Some(Command { line: line.clone(), shell: config.shell, env: Vec::new(), stdin: String::new() })
-}
-
-/// What is run once this host has its lease, if anything.
-pub fn post_startup(config: &ExtensionConfig, context: Context<'_>) -> Option<Command> {
-    let line = Some(&config.post_startup).filter(|line| !line.trim().is_empty())?;
-    let mut env = variables(context.own.subnets(), &context.node.addrs);
-    let network = |family| context.config.network(family).map(|network| network.to_string());
-    env.push(("NETWORK", network(Family::V4).unwrap_or("0.0.0.0/0".to_owned())));
-    env.push(("IPV6NETWORK", network(Family::V6).unwrap_or("::/0".to_owned())));
-    Some(Command { line: line.clone(), shell: config.shell, env, stdin: String::new() })
 }
 
 #[cfg(test)]

@@ -1,15 +1,66 @@
 //! host-gw: a route per peer with the peer as gateway. Packets are not changed but for the destination MAC, so the
 //! peer must be on the link; behind a router they would be dropped there (specification, section 5.2).
 
-use std::net::IpAddr;
-
-use super::Refusal;
-use crate::desired::{Object, ROUTE_PROTOCOL, Route, route_metric};
-use crate::net::Subnet;
+use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, each_family};
+use crate::lease::{LeaseKey, Peer};
+use crate::net::{Family, PerFamily};
 use crate::node::Node;
+use crate::object::{Object, ROUTE_PROTOCOL, Route, route_metric};
+
+/// The host-gw backend; it has no settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostGw;
+
+impl Driver for HostGw {
+    fn name(&self) -> &'static str {
+        "host-gw"
+    }
+
+    fn published_data(&self, _: Local<'_>) -> PerFamily<Box<str>> {
+        PerFamily::default()
+    }
+
+    fn annotates(&self, family: Family, peer: &Peer) -> bool {
+        // Go peers read the IPv4 pair of every node, 0.0.0.0 if there is no IPv4.
+        family == Family::V4 || peer.public.v6.is_some()
+    }
+
+    fn mtu(&self, local: Local<'_>) -> u32 {
+        local.node.mtu
+    }
+
+    fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
+        let node = local.node;
+        let (public, addr) = (node.public.get(family)?, node.addrs.get(family)?);
+        let flag = if family == Family::V4 {
+            "--public-ip (or the annotation node-public-ip)"
+        } else {
+            "--public-ipv6 (or the annotation node-public-ipv6)"
+        };
+        (public != addr).then(|| Problem {
+            text: format!(
+                "{flag}: {public} is not the address of {} ({addr}): host-gw needs that one, because peers use it as gateway",
+                node.ext
+            ),
+            is_published_address: true,
+        })
+    }
+
+    fn node_objects(&self, _: Context<'_>) -> Vec<Object> {
+        Vec::new()
+    }
+
+    fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
+        each_family(context, key, peer, |admitted| route(context.local.node, admitted).map(|route| vec![route]))
+    }
+
+    fn has_plain_routes(&self) -> bool {
+        true
+    }
+}
 
 /// The route to a peer's pods through the peer itself.
-pub(super) fn route(node: &Node, network: Subnet, subnet: Subnet, public: IpAddr) -> Result<Object, Refusal> {
+pub(super) fn route(node: &Node, Admitted { network, subnet, public }: Admitted) -> Result<Object, Refusal> {
     if !node.is_on_link(public) {
         return Err(Refusal::NotOnLink(public, node.ext));
     }

@@ -5,40 +5,97 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::{Context, Refusal};
-use crate::desired::{Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
-use crate::net::{Cidr, Family, IfName, Mac, Subnet};
+use super::{Admitted, Context, Driver, Local, Part, Refusal, each_family};
+use crate::config::{Config, ConfigError, invalid, port};
+use crate::json::Fields;
+use crate::lease::{LeaseKey, Peer};
+use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet};
 use crate::node::Node;
+use crate::object::{Addr, Forward, Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
 
 /// Bytes that the outer IPv4 (20) and UDP (8) headers add to a packet.
 const OVERHEAD: u32 = 28;
+/// The UDP port for which none is configured.
+const PORT: u16 = 8285;
+
+/// The udp backend with its settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Udp {
+    /// UDP port of every host.
+    port: u16,
+}
+
+impl Default for Udp {
+    fn default() -> Udp {
+        Udp { port: PORT }
+    }
+}
 
 /// The device: what upstream's template `flannel%d` gives.
-pub fn device_name() -> IfName {
+fn device_name() -> IfName {
     "flannel0".parse().expect("it has 8 bytes, none of them special")
 }
 
-pub(super) fn mtu(node: &Node) -> u32 {
-    node.mtu.saturating_sub(OVERHEAD)
+impl Udp {
+    pub(super) fn parse(section: &Fields<'_>) -> Result<Udp, ConfigError> {
+        Ok(Udp { port: port(section, PORT)? })
+    }
 }
 
-pub(super) fn node_objects(context: Context<'_>, port: u16) -> Vec<Object> {
-    let (Some(local), Some(own), Some(network)) = (context.node.addrs.v4, context.own.subnets().v4, context.config.network(Family::V4))
-    else {
-        return Vec::new();
-    };
-    let name = device_name();
-    vec![
-        Object::Link(Box::new(Link { name, kind: LinkKind::Udp { local, port }, mac: Mac([0; 6]), mtu: mtu(context.node), up: true })),
-        Object::Addr(name, Cidr { addr: own.network(), len: 32 }),
-        Object::Route(Route { dst: network, metric: 0, via: None, dev: name, onlink: false, protocol: ROUTE_PROTOCOL }),
-    ]
-}
+impl Driver for Udp {
+    fn name(&self) -> &'static str {
+        "udp"
+    }
 
-pub(super) fn peer_objects(subnet: Subnet, public: IpAddr) -> Result<Vec<Object>, Refusal> {
-    match public {
-        IpAddr::V4(_) => Ok(vec![Object::Forward(subnet, public)]),
-        IpAddr::V6(_) => Err(Refusal::OnlyIpv4),
+    fn published_type(&self) -> &'static str {
+        ""
+    }
+
+    fn published_addresses(&self, node: &Node) -> PerFamily<IpAddr> {
+        PerFamily { v6: None, ..node.public }
+    }
+
+    fn published_data(&self, _: Local<'_>) -> PerFamily<Box<str>> {
+        PerFamily::default()
+    }
+
+    fn annotates(&self, family: Family, _: &Peer) -> bool {
+        family == Family::V4
+    }
+
+    /// Leases of this backend say no type, and upstream looks at none.
+    fn accepts_type(&self, _: &str) -> bool {
+        true
+    }
+
+    fn mtu(&self, local: Local<'_>) -> u32 {
+        local.node.mtu.saturating_sub(OVERHEAD)
+    }
+
+    fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
+        let problem = "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw";
+        if config.networks.v4.is_some() { Ok(()) } else { Err(invalid("Backend.Type", problem.to_owned())) }
+    }
+
+    fn node_objects(&self, context: Context<'_>) -> Vec<Object> {
+        let Local { config, node, .. } = context.local;
+        let (Some(local), Some(own), Some(network)) = (node.addrs.v4, context.own.subnets().v4, config.network(Family::V4)) else {
+            return Vec::new();
+        };
+        let (link, port) = (device_name(), self.port);
+        let device = Link { name: link, kind: LinkKind::Udp { local, port }, mac: Mac([0; 6]), mtu: self.mtu(context.local), up: true };
+        vec![
+            Object::Link(Box::new(device)),
+            Object::Addr(Addr { link, cidr: Cidr { addr: own.network(), len: 32 } }),
+            Object::Route(Route { dst: network, metric: 0, via: None, dev: link, onlink: false, protocol: ROUTE_PROTOCOL }),
+        ]
+    }
+
+    fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
+        each_family(context, key, peer, |Admitted { subnet, public, .. }| match public {
+            IpAddr::V4(_) => Ok(vec![Object::Forward(Forward { dst: subnet, host: public })]),
+            IpAddr::V6(_) => Err(Refusal::OnlyIpv4),
+        })
     }
 }
 

@@ -1,15 +1,45 @@
 //! VXLAN: one device a family, and for each peer a neighbour entry, a forwarding entry and a route (specification,
 //! section 5.1). With `DirectRouting`, peers on the same link get a plain route instead.
 
-use std::net::IpAddr;
-
-use super::{Context, Refusal, host_gw};
-use crate::config::{Config, VXLAN_PORT, VxlanConfig};
-use crate::desired::{Fdb, Link, LinkKind, Neigh, Object, ROUTE_PROTOCOL, Route, route_metric};
+use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, each_family, host_gw};
+use crate::config::{ConfigError, invalid, port, typed};
 use crate::json::Fields;
-use crate::lease::Peer;
-use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
+use crate::lease::{LeaseKey, Peer};
+use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Vni};
 use crate::node::Node;
+use crate::object::{Addr, Fdb, Link, LinkKind, Neigh, Object, ROUTE_PROTOCOL, Route, Sysctl, route_metric};
+
+/// The UDP port of a VXLAN device for which none is configured: the kernel's own default, which predates RFC 7348's
+/// 4789 (`drivers/net/vxlan`).
+const PORT: u16 = 8472;
+/// The least MTU that IPv6 works with, in bytes (RFC 8200, section 5).
+const IPV6_MIN_MTU: u32 = 1280;
+
+/// The vxlan backend with its settings (specification, section 2.3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vxlan {
+    /// VXLAN network identifier.
+    vni: Vni,
+    /// UDP destination port.
+    port: u16,
+    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None`: the external interface's.
+    mtu: Option<u32>,
+    /// Group-based policy extension.
+    gbp: bool,
+    /// Source-address learning.
+    learning: bool,
+    /// Plain routes to peers on the same L2 network.
+    direct_routing: bool,
+    /// The devices' names.
+    devices: Devices,
+}
+
+/// The devices' names, a family each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Devices {
+    v4: IfName,
+    v6: IfName,
+}
 
 /// Bytes that VXLAN adds to a packet: the outer IP header (IPv4 20, IPv6 40), UDP (8) and VXLAN (8) headers and the
 /// inner Ethernet header (14).
@@ -20,20 +50,8 @@ fn overhead(family: Family) -> u32 {
     }
 }
 
-/// The vxlan backend of this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Vxlan {
-    config: VxlanConfig,
-    /// Bytes that an outer packet may have.
-    outer_mtu: u32,
-    /// The VTEP's link-layer address of each enabled family.
-    macs: PerFamily<Mac>,
-    /// The devices' names, IPv4's first.
-    devices: [IfName; 2],
-}
-
 /// The device's name: `flannel.<VNI>`, or `flannel-v6.<VNI>`.
-pub fn device_name(family: Family, vni: Vni) -> IfName {
+fn device_name(family: Family, vni: Vni) -> IfName {
     let stem = match family {
         Family::V4 => "flannel",
         Family::V6 => "flannel-v6",
@@ -45,83 +63,51 @@ pub fn device_name(family: Family, vni: Vni) -> IfName {
 }
 
 impl Vxlan {
-    pub(super) fn new(vxlan: &VxlanConfig, config: &Config, node: &Node, mut macs: PerFamily<Mac>) -> Vxlan {
-        for family in Family::ALL {
-            if config.network(family).is_none() {
-                macs.set(family, None);
-            }
-        }
-        // More than the interface carries would be promised in vain; the kernel clamps the device as well.
-        let outer_mtu = vxlan.mtu.unwrap_or(node.mtu).min(node.mtu);
-        let devices = Family::ALL.map(|family| device_name(family, vxlan.vni));
-        Vxlan { config: vxlan.clone(), outer_mtu, macs, devices }
-    }
-
-    /// The link-layer addresses of this host's VTEPs.
-    pub(super) fn macs(&self) -> PerFamily<Mac> {
-        self.macs
+    pub(super) fn parse(section: &Fields<'_>) -> Result<Vxlan, ConfigError> {
+        let vni = typed::<i64>(section, "Backend.VNI", "vni")?.unwrap_or(1);
+        let vni = u32::try_from(vni)
+            .ok()
+            .and_then(Vni::new)
+            .ok_or_else(|| invalid("Backend.VNI", format!("{vni} is out of range: a VXLAN network identifier is 0 to {}", Vni::MAX)))?;
+        let mtu = typed::<i64>(section, "Backend.MTU", "mtu")?.unwrap_or(0);
+        let mtu = match u32::try_from(mtu) {
+            Ok(0) => None,
+            // 68 is the least that IPv4 permits on a link (RFC 791); the overhead comes on top.
+            Ok(mtu) if (118..=65_535).contains(&mtu) => Some(mtu),
+            _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be 118 to 65535, or absent"))),
+        };
+        Ok(Vxlan {
+            vni,
+            port: port(section, PORT)?,
+            mtu,
+            gbp: typed(section, "Backend.GBP", "gbp")?.unwrap_or(false),
+            learning: typed(section, "Backend.Learning", "learning")?.unwrap_or(false),
+            direct_routing: typed(section, "Backend.DirectRouting", "directrouting")?.unwrap_or(false),
+            devices: Devices { v4: device_name(Family::V4, vni), v6: device_name(Family::V6, vni) },
+        })
     }
 
     fn device(&self, family: Family) -> IfName {
-        let [v4, v6] = self.devices;
-        if family == Family::V4 { v4 } else { v6 }
-    }
-
-    /// The MTU for pods. With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one,
-    /// and while a cluster is switched those of Go nodes have that. IPv6 packets that do not fit are answered with
-    /// "packet too big" by the host.
-    pub(super) fn mtu(&self) -> u32 {
-        self.device_mtu(if self.macs.v4.is_some() { Family::V4 } else { Family::V6 })
+        match family {
+            Family::V4 => self.devices.v4,
+            Family::V6 => self.devices.v6,
+        }
     }
 
     /// The device's MTU; the kernel would clamp it to the same.
-    fn device_mtu(&self, family: Family) -> u32 {
-        self.outer_mtu.saturating_sub(overhead(family))
+    fn device_mtu(&self, node: &Node, family: Family) -> u32 {
+        // More than the interface carries would be promised in vain.
+        self.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(overhead(family))
     }
 
-    /// `{"VNI":1,"VtepMAC":"…"}` a family: compact, VtepMAC last, because upstream splits the text to find it.
-    pub(super) fn backend_data(&self) -> PerFamily<Box<str>> {
-        let mut data = PerFamily::default();
-        for (family, mac) in self.macs.iter() {
-            data.set(family, Some(format!("{{\"VNI\":{},\"VtepMAC\":\"{mac}\"}}", self.config.vni).into()));
-        }
-        data
-    }
-
-    pub(super) fn node_objects(&self, context: Context<'_>) -> Vec<Object> {
-        let mut objects = Vec::new();
-        for (family, mac) in self.macs.iter() {
-            let (Some(local), Some(own)) = (context.node.addrs.get(family), context.own.subnets().get(family)) else { continue };
-            let name = self.device(family);
-            let kind = LinkKind::Vxlan {
-                vni: self.config.vni,
-                port: self.config.port.unwrap_or(VXLAN_PORT),
-                local: *local,
-                lower: context.node.ext,
-                gbp: self.config.gbp,
-                learning: self.config.learning,
-            };
-            objects.push(Object::Link(Box::new(Link { name, kind, mac: *mac, mtu: self.device_mtu(family), up: true })));
-            objects.push(Object::Addr(name, Cidr { addr: own.network(), len: family.bits() }));
-            objects.push(Object::Sysctl(format!("net/ipv6/conf/{name}/accept_ra"), "0".to_owned()));
-        }
-        objects
-    }
-
-    pub(super) fn peer_objects(
-        &self,
-        context: Context<'_>,
-        network: Subnet,
-        subnet: Subnet,
-        public: IpAddr,
-        peer: &Peer,
-    ) -> Result<Vec<Object>, Refusal> {
+    fn peer_objects(&self, context: Context<'_>, admitted: Admitted, peer: &Peer) -> Result<Vec<Object>, Refusal> {
+        let Admitted { network, subnet, public } = admitted;
         let family = subnet.family();
-        if self.config.direct_routing && context.node.is_on_link(public) {
-            return host_gw::route(context.node, network, subnet, public).map(|route| vec![route]);
+        if self.direct_routing && context.local.node.is_on_link(public) {
+            return host_gw::route(context.local.node, admitted).map(|route| vec![route]);
         }
         let mac = vtep_mac(peer, family).map_err(Refusal::BadData)?;
-        if self.macs.get(family) == Some(&mac) {
+        if context.local.identity.macs.get(family) == Some(&mac) {
             return Err(Refusal::OwnMac(mac));
         }
         let link = self.device(family);
@@ -142,11 +128,83 @@ impl Vxlan {
     }
 }
 
+impl Driver for Vxlan {
+    fn name(&self) -> &'static str {
+        "vxlan"
+    }
+
+    /// `{"VNI":1,"VtepMAC":"…"}` a family: compact, VtepMAC last, because upstream splits the text to find it.
+    fn published_data(&self, local: Local<'_>) -> PerFamily<Box<str>> {
+        let mut data = PerFamily::default();
+        for (family, mac) in local.identity.macs.iter().filter(|(family, _)| local.config.network(*family).is_some()) {
+            data.set(family, Some(format!("{{\"VNI\":{},\"VtepMAC\":\"{mac}\"}}", self.vni).into()));
+        }
+        data
+    }
+
+    fn annotates(&self, family: Family, peer: &Peer) -> bool {
+        peer.backend_data.get(family).is_some()
+    }
+
+    /// With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one, and while a cluster
+    /// is switched those of Go nodes have that. IPv6 packets that do not fit are answered with "packet too big" by the host.
+    fn mtu(&self, local: Local<'_>) -> u32 {
+        self.device_mtu(local.node, if local.config.networks.v4.is_some() { Family::V4 } else { Family::V6 })
+    }
+
+    fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
+        let (node, mtu) = (local.node, self.device_mtu(local.node, family));
+        let needed = IPV6_MIN_MTU + overhead(Family::V6);
+        let (what, has) = match self.mtu {
+            Some(outer) if outer < node.mtu => ("Backend.MTU of the network config".to_owned(), outer),
+            _ => (format!("the MTU of {}", node.ext), node.mtu),
+        };
+        (family == Family::V6 && mtu < IPV6_MIN_MTU).then(|| Problem {
+            text: format!("{what} is {has}, which leaves {mtu} bytes for IPv6, which needs {IPV6_MIN_MTU}: set it to {needed} or more"),
+            is_published_address: false,
+        })
+    }
+
+    fn notes(&self, node: &Node) -> Vec<String> {
+        let mtu = self.mtu.filter(|mtu| *mtu > node.mtu);
+        mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} is more than the {} of {}: using {0}", node.mtu, node.ext))
+            .into_iter()
+            .collect()
+    }
+
+    fn node_objects(&self, context: Context<'_>) -> Vec<Object> {
+        let Local { config, node, identity } = context.local;
+        let mut objects = Vec::new();
+        for (family, mac) in identity.macs.iter().filter(|(family, _)| config.network(*family).is_some()) {
+            let (Some(local), Some(own)) = (node.addrs.get(family), context.own.subnets().get(family)) else { continue };
+            let link = self.device(family);
+            let kind =
+                LinkKind::Vxlan { vni: self.vni, port: self.port, local: *local, lower: node.ext, gbp: self.gbp, learning: self.learning };
+            objects.push(Object::Link(Box::new(Link { name: link, kind, mac: *mac, mtu: self.device_mtu(node, family), up: true })));
+            objects.push(Object::Addr(Addr { link, cidr: Cidr { addr: own.network(), len: family.bits() } }));
+            objects.push(Object::Sysctl(Sysctl { path: format!("net/ipv6/conf/{link}/accept_ra"), value: "0".to_owned() }));
+        }
+        objects
+    }
+
+    fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
+        each_family(context, key, peer, |admitted| self.peer_objects(context, admitted, peer))
+    }
+
+    fn vtep(&self, family: Family) -> Option<IfName> {
+        Some(self.device(family))
+    }
+
+    fn has_plain_routes(&self) -> bool {
+        self.direct_routing
+    }
+}
+
 /// The VTEP's link-layer address that a peer published for a family.
 ///
 /// # Errors
 /// What is wrong with the peer's data, as text.
-pub fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
+pub(super) fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
     let data = peer.backend_data.get(family).ok_or("there is none")?;
     let fields = Fields::parse(data).map_err(|error| error.to_string())?;
     // VNI is decoded for its type and otherwise ignored, as upstream does; very old nodes omit it.

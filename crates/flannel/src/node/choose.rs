@@ -65,6 +65,18 @@ pub enum NodeError {
     Overlap(Subnet, IpAddr, IfName),
 }
 
+fn compile(text: &str) -> Result<Regex, String> {
+    Regex::new(text).map_err(|error| format!("it is no regular expression: {error}"))
+}
+
+/// Checks an `--iface-regex`.
+///
+/// # Errors
+/// What is wrong with it, as text.
+pub fn check_regex(text: &str) -> Result<(), String> {
+    compile(text).map(drop)
+}
+
 /// An interface, and those of its addresses that the way of finding it fixed.
 type Found<'a> = (&'a Interface, PerFamily<IpAddr>);
 
@@ -159,7 +171,7 @@ impl<'a> Choice<'a> {
     /// The first interface with an address that matches (with both families: one of each), else the first whose name
     /// matches.
     fn by_regex(&self, text: &str) -> Result<Found<'a>, String> {
-        let regex = Regex::new(text).map_err(|error| format!("it is no regular expression: {error}"))?;
+        let regex = compile(text)?;
         for interface in self.interfaces {
             let mut fixed = PerFamily::default();
             for family in &self.families {

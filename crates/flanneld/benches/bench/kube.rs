@@ -5,7 +5,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use flannel::desired::{Key, Scope};
+use flannel::object::Key;
+use flannel::scope::Scope;
 use futures_util::AsyncReadExt;
 use http::Request;
 use kernel::Kernel;

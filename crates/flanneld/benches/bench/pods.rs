@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use flannel::bridge::Port;
+use flannel::object::bridge::Port;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
 use kernel::{addr, link, route};

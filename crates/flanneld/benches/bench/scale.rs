@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flannel::desired::{Link, LinkKind, Object, Scope};
+use flannel::object::{Link, LinkKind, Object};
+use flannel::scope::Scope;
 use flannel::{Family, Lease, Op};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;

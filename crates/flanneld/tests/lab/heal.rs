@@ -66,7 +66,7 @@ pub(crate) fn the_interface_changes(root: &Path) {
         // No address at all for a moment: nothing is torn down, and all is well when it has one again.
         shell(&h1, "ip addr del 10.0.0.101/24 dev eth0");
         eventually("it says so", || {
-            std::fs::read_to_string(lab.hosts[0].log()).unwrap().contains("the interface is not as it was; devices and routes stay")
+            std::fs::read_to_string(lab.hosts[0].log()).unwrap().contains("interface problem; devices and routes stay")
         });
         assert_eq!(published(&lab, 0), "10.0.0.101");
         shell(&h1, "ip addr add 10.0.0.101/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0");

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use flannel::desired::{Key, Object, Scope};
+use flannel::object::{Key, Object};
+use flannel::scope::Scope;
 use kernel::netns::Netns;
 use kernel::{Changed, Monitor};
 use lab::{Pod, StoreKind};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use flannel::desired::Scope;
+use flannel::scope::Scope;
 use flannel::{Family, Object, Observed};
 use kernel::Kernel;
 use kernel::netns::Netns;

@@ -2,16 +2,31 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use flannel::bridge::Bridge;
-use flannel::desired::Scope;
+use flannel::object::Object;
+use flannel::object::bridge::Bridge;
+use flannel::scope::Scope;
 use flannel::{Cidr, IfName};
 
+use super::{Change, Reading};
 use crate::link::{self, LinkInfo};
 use crate::netlink::{NetlinkError, Socket};
-use crate::{addr, sysctl};
+use crate::{Kernel, addr, sysctl};
+
+pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Bridge) -> Result<(), NetlinkError> {
+    match change {
+        Change::Set => set(&mut kernel.route, wanted),
+        // The plugin made it.
+        Change::Delete => Ok(()),
+    }
+}
+
+pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Vec<Object>) -> Result<(), NetlinkError> {
+    found.extend(find(&mut kernel.route, &reading.links, reading.scope)?.map(|bridge| Object::Bridge(Box::new(bridge))));
+    Ok(())
+}
 
 /// Finds it among all links: by its name, or, where there is none of that name, by a gateway's address.
-pub(crate) fn observe(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) -> Result<Option<Bridge>, NetlinkError> {
+fn find(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) -> Result<Option<Bridge>, NetlinkError> {
     let bridges = || links.iter().filter(|link| link.kind == "bridge" && !scope.gateways.is_empty());
     let known = bridges().find(|link| Some(link.name) == scope.bridge);
     for info in known.map_or_else(|| bridges().collect(), |known| vec![known]) {
@@ -46,7 +61,7 @@ fn route_localnet(name: IfName) -> String {
 }
 
 /// Makes it as wanted. Ports that are not there any more are passed over, and those of another bridge are left to that one.
-pub(crate) fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
+fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
     let name = want.name;
     let gone = || NetlinkError::Refused { errno: libc::ENODEV, message: format!("{name} was deleted at once") };
     let have = match link::get(socket, name)? {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::{Item, Key, Policy};
 use crate::net::{Cidr, IfName, Mac};
 
 /// A bridge with its ports.
@@ -61,6 +62,20 @@ pub fn keep(known: Option<&Bridge>, is: Option<&Bridge>, gateways: &[Cidr]) -> O
         want.ports.extend(lost.map(|(name, port)| (*name, *port)));
     }
     want.addrs.iter().any(|addr| gateways.contains(addr)).then_some(want)
+}
+
+impl Item for Bridge {
+    fn key(&self) -> Key {
+        Key::Bridge(self.name)
+    }
+
+    fn depends_on(&self, _: IfName) -> bool {
+        false
+    }
+
+    fn policy(&self) -> Policy {
+        Policy { family: None, never_deleted: true, optional: true }
+    }
 }
 
 impl fmt::Display for Bridge {

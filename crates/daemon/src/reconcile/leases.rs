@@ -1,0 +1,183 @@
+//! Events of the store: leases that change, this node's own lease, and a store that lost data.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use flannel::alloc::is_mine;
+use flannel::diff::{Prune, diff, diff_keys};
+use flannel::object::{Key, Lane, Object};
+use flannel::picture::Touched;
+use flannel::store_trust::{Doubt, doubt_deletes};
+use flannel::{LeaseKey, Op, StoreEvent};
+use tokio::time::Instant;
+
+use super::{Inputs, Reconciler, audit};
+use crate::host::Host;
+use crate::store::Held as LeaseHandle;
+
+/// How long after a lease was acquired the store must have sent its event.
+pub(super) const OWN: Duration = Duration::from_secs(5);
+/// How long after a list it is looked at again whether the store is followed.
+const LISTED: Duration = Duration::from_millis(100);
+/// A long list is put into an empty kernel in parts, so many…
+const PARTS: usize = 16;
+/// …and of no fewer leases than this.
+const PART: usize = 256;
+/// A list that changes more leases than this has left more memory behind than is needed again…
+pub(super) const MANY: usize = 256;
+/// …which is given back so much later.
+const TIDY: Duration = Duration::from_millis(500);
+/// What operators are told about a store that lost data.
+const LOST: &str = "the store lost data (restored from a backup, perhaps): routes of leases that it does not know stay for five minutes, in which their hosts write them again";
+
+/// What is watched about this node's own lease.
+#[derive(Debug, Default)]
+pub(super) struct OwnLease {
+    /// When it is checked next whether the lease is still this node's.
+    pub(super) check_at: Option<Instant>,
+    /// When a lease with another node's or with old data was written again, and how long that must have been enough.
+    corrected: Option<(Instant, Duration)>,
+}
+
+impl<H: Host + 'static> Reconciler<H> {
+    pub(super) async fn on_leases(&mut self, events: Vec<StoreEvent>, inputs: &mut Inputs) {
+        let began = Instant::now();
+        let was_complete = self.picture.leases().is_complete();
+        let mut events = events;
+        // Events that are queued already are part of this change.
+        while let Ok(more) = inputs.events.try_recv() {
+            events.extend(more);
+        }
+        let listed = events.contains(&StoreEvent::InitDone);
+        let doubtful = self.picture.leases().doubtful().clone();
+        doubt_deletes(self.picture.own(), &mut events);
+        let early = self.write_in_parts(&mut events).await;
+        let Touched { mut leases, keys } = self.picture.fold_all(events);
+        let in_parts = !early.is_empty();
+        leases.extend(early);
+        leases.sort_unstable();
+        leases.dedup();
+        self.note_doubt(&doubtful, listed);
+        // What failed with the former values may succeed with the new ones.
+        self.failures.hurry(began, |key| keys.binary_search(key).is_ok());
+        let (own, complete) = (self.picture.own(), self.picture.leases().is_complete());
+        if listed || leases.binary_search(&own).is_ok() {
+            self.check_own(inputs, LISTED);
+        }
+        if complete && !was_complete {
+            self.picture.keep_unreadable(&self.observed);
+        }
+        let ops = match complete && !was_complete || in_parts {
+            // Only now is it known which objects of the past are superfluous.
+            true => diff(self.picture.desired(), &self.observed, self.prune_all()),
+            false => diff_keys(self.picture.desired(), &self.observed, &keys, self.prune()),
+        };
+        let count = ops.len();
+        self.adopting &= !complete;
+        self.execute(ops).await;
+        self.log_leases(&leases, count, began);
+        if complete && let Some(guard) = self.syncing.take() {
+            let (leases, refused, failed) = (self.picture.leases().len(), self.picture.refusals().len(), self.failures.len());
+            tracing::info!(leases, refused, failed, "first list of leases applied");
+            drop(guard);
+        }
+        if listed && leases.len() > MANY {
+            // Not while a change waits.
+            self.tidy = Some(Instant::now() + TIDY);
+        }
+    }
+
+    /// Puts a long list of leases, none of which is in the kernel yet, there in parts: the kernel thread writes one while the next is
+    /// folded. Takes them from `events` and returns them. Claims of one part on a key that another has are settled when all are there.
+    async fn write_in_parts(&mut self, events: &mut Vec<StoreEvent>) -> Vec<LeaseKey> {
+        let end = events.iter().position(|event| *event == StoreEvent::InitDone).unwrap_or(0);
+        if end < 2 * PART || self.observed.len() > PART {
+            return Vec::new();
+        }
+        let rest = events.split_off(end);
+        let mut list = std::mem::replace(events, rest).into_iter();
+        let (mut touched, mut writing) = (Vec::new(), Vec::new());
+        while list.len() > 0 {
+            let Touched { leases, keys } = self.picture.fold_all(list.by_ref().take((end / PARTS).max(PART)));
+            touched.extend(leases);
+            let mut ops = diff_keys(self.picture.desired(), &self.observed, &keys, Prune::No);
+            // Those of the slow lane come with the comparison at the end.
+            ops.retain(|op: &Op| op.object().kind().lane() == Lane::Fast);
+            writing.push(self.host.apply(ops, Lane::Fast));
+        }
+        for written in writing {
+            let outcomes = written.await;
+            self.conclude(outcomes);
+        }
+        touched
+    }
+
+    /// Notes leases that the store has lost, beside those that were in doubt before.
+    fn note_doubt(&mut self, before: &BTreeSet<LeaseKey>, listed: bool) {
+        let now = self.epoch.elapsed();
+        match self.trust.note(now, self.picture.leases(), self.picture.own(), before, listed) {
+            Doubt::Same => {}
+            Doubt::Raised(leases) => self.report_lost_leases(Some(leases)),
+            Doubt::Settled => tracing::info!("no doubtful leases any more"),
+        }
+    }
+
+    /// Reports that the store lost data; `leases` are in doubt, `None` at the start, when none is known yet.
+    pub(super) fn report_lost_leases(&self, leases: Option<usize>) {
+        tracing::warn!(leases, "store lost data; routes of leases that it does not know stay for five minutes");
+        self.notices.warn("StoreLostLeases", leases.map_or(LOST.to_owned(), |leases| format!("{LOST} ({leases} leases)")));
+    }
+
+    /// Removes leases that the store had lost, and that no host wrote again.
+    pub(super) async fn give_up_doubtful(&mut self) {
+        let began = Instant::now();
+        let Touched { leases, keys } = self.picture.give_up_doubtful();
+        tracing::warn!(leases = leases.len(), "removing routes of leases that no host wrote again");
+        let ops = diff_keys(self.picture.desired(), &self.observed, &keys, self.prune());
+        let count = ops.len();
+        self.execute(ops).await;
+        self.log_leases(&leases, count, began);
+    }
+
+    /// Tells the keeper if the lease that it holds is another node's by now, or gone, or has data that this node published long ago: a store
+    /// may be restored from an older backup.
+    pub(super) fn check_own(&mut self, inputs: &Inputs, again: Duration) {
+        self.own.check_at = None;
+        let (leases, held) = (self.picture.leases(), *inputs.held.borrow());
+        let stored = leases.get(&held.key).filter(|_| !leases.doubtful().contains(&held.key));
+        let (stored, now) = (stored.filter(|peer| is_mine(&peer.public, &held.published)), self.picture.own_peer());
+        match stored {
+            _ if !leases.is_complete() => {}
+            // A store that is not followed says nothing new; a list comes a moment before the store counts as followed.
+            _ if !*inputs.connected.borrow() => self.own.check_at = Some(Instant::now() + again),
+            // A full channel means that the keeper knows already.
+            None => drop(inputs.lost.try_send(())),
+            Some(stored) if (&stored.backend_type, &stored.backend_data) == (&now.backend_type, &now.backend_data) => {
+                self.own.corrected = None;
+            }
+            // The event may be older than our write, or another host may have the same address and write as well: so not at once again,
+            // and ever more rarely.
+            Some(_) if self.own.corrected.is_some_and(|(at, wait)| at.elapsed() < wait) => {
+                self.own.check_at = Some(Instant::now() + OWN);
+            }
+            Some(_) => {
+                tracing::info!(subnet = %held.key, "own lease has outdated data; writing it again");
+                let wait = self.own.corrected.map_or(OWN, |(_, wait)| (wait * 2).min(audit::AUDIT.1));
+                self.own.corrected = Some((Instant::now(), wait));
+                inputs.claim.send_modify(|claim| claim.peer = now);
+            }
+        }
+    }
+
+    pub(super) async fn on_own(&mut self, held: LeaseHandle) {
+        // Events of this lease that came before it was held were not about us. Once its own event must have come, it is checked.
+        self.own.check_at = Some(Instant::now() + OWN);
+        let mut keys: BTreeSet<Key> = self.picture.add_etcd_lease(held.etcd_lease).into_iter().collect();
+        if held.key != self.picture.own() {
+            keys.extend(self.picture.set_own(held.key));
+        }
+        let ops = self.compare(&keys);
+        debug_assert!(ops.iter().all(|op| !matches!(op, Op::Delete(Object::EnvFile(_)))), "the subnet file is never deleted");
+        self.execute(ops).await;
+    }
+}

@@ -1,0 +1,120 @@
+//! Builds and publishes the view.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use flannel::desired::Owner;
+use flannel::object::Key;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Reconciler;
+use crate::host::Host;
+use crate::view::{Condition, Conflicted, Failed, Node, Objects, PeerState, PeerView, Store, View};
+
+/// A view is built no more often than this: its cost follows the cluster, that of a change must not.
+const EVERY: Duration = Duration::from_millis(50);
+
+/// Publishes views.
+#[derive(Debug)]
+pub(super) struct Publisher {
+    view: watch::Sender<Arc<View>>,
+    last: Option<Instant>,
+    /// Has anything happened since?
+    is_stale: bool,
+}
+
+impl Publisher {
+    /// Publishes by this channel.
+    pub(super) fn new(view: watch::Sender<Arc<View>>) -> Publisher {
+        Publisher { view, last: None, is_stale: true }
+    }
+
+    /// When a view is due that was held back.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.last.filter(|_| self.is_stale).map(|last| last + EVERY)
+    }
+}
+
+impl<H: Host + 'static> Reconciler<H> {
+    /// Publishes what is known now, unless a view was published a moment ago: then it follows soon.
+    pub(super) fn publish_view(&mut self, connected: bool) {
+        let now = Instant::now();
+        self.publisher.is_stale = self.publisher.last.is_some_and(|last| now < last + EVERY);
+        if self.publisher.is_stale {
+            return;
+        }
+        self.publisher.last = Some(now);
+        let view = self.view(connected);
+        self.publisher.view.send_if_modified(|published| {
+            let is_new = **published != view;
+            if is_new {
+                *published = Arc::new(view);
+            }
+            is_new
+        });
+    }
+
+    fn view(&self, connected: bool) -> View {
+        let picture = &self.picture;
+        let leases = picture.leases();
+        View {
+            node: Some(Node {
+                backend: picture.config().backend.name(),
+                subnet: picture.own(),
+                interface: picture.node().ext,
+                addresses: picture.node().addrs,
+                published: picture.node().public,
+                mtu: picture.mtu(),
+            }),
+            store: Store { connected, leases: leases.len(), doubtful: leases.doubtful().len(), complete: leases.is_complete() },
+            peers: self.peers(),
+            objects: Objects {
+                desired: picture.desired().len(),
+                failed: self.failures.iter().map(|(key, failure)| failed(key, failure)).collect(),
+                repaired: self.repairs.total(),
+                overruns: self.overruns,
+                conflicts: self.repairs.conflicts().map(|(key, times, by)| Conflicted { object: key.to_string(), by, times }).collect(),
+            },
+            conditions: self.conditions(),
+        }
+    }
+
+    fn peers(&self) -> Vec<PeerView> {
+        let (picture, leases) = (&self.picture, self.picture.leases());
+        let claimed: BTreeSet<&Owner> = picture.desired().conflicts().map(|(_, owner)| owner).collect();
+        let has_failures = self.failures.len() > 0;
+        let peers = leases.iter().filter(|(key, _)| **key != picture.own());
+        let state = |key| {
+            let owner = Owner::Lease(key);
+            let failed = || picture.desired().part(&owner).iter().map(flannel::Object::key).find(|key| self.failures.get(key).is_some());
+            if let Some(refusals) = picture.refusals().get(&key) {
+                PeerState::Refused(refusals.iter().map(ToString::to_string).collect())
+            } else if claimed.contains(&owner) {
+                let keys = picture.desired().conflicts().filter(|(_, other)| **other == owner);
+                PeerState::Refused(keys.map(|(key, _)| format!("another peer claims the same {key}")).collect())
+            } else if let Some(object) = has_failures.then(failed).flatten() {
+                PeerState::Failed(object)
+            } else if leases.doubtful().contains(&key) {
+                PeerState::Doubtful
+            } else {
+                PeerState::Programmed
+            }
+        };
+        peers.map(|(key, peer)| PeerView { subnet: *key, public: peer.public, state: state(*key) }).collect()
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
+        let down = self
+            .families_down()
+            .map(|(family, reason)| Condition { code: "family-down", text: format!("{family} does not work on this node: {reason}") });
+        let problem = Some(self.interface.problem()).filter(|problem| !problem.is_empty());
+        let interface = problem.map(|problem| Condition { code: "interface", text: format!("{}: {problem}", self.picture.node().ext) });
+        down.chain(interface).collect()
+    }
+}
+
+fn failed(key: &Key, failure: &super::failures::Failure) -> Failed {
+    Failed { object: key.to_string(), error: failure.error.to_string(), attempts: failure.attempts }
+}

@@ -1,0 +1,24 @@
+//! Our chains of iptables of one family. Their text is in `traffic::iptables`.
+
+use super::{Item, Key, Policy};
+use crate::net::IfName;
+use crate::traffic::iptables::Iptables;
+
+impl Item for Iptables {
+    fn key(&self) -> Key {
+        Key::Iptables(self.family, self.variant)
+    }
+
+    fn depends_on(&self, _: IfName) -> bool {
+        false
+    }
+
+    fn policy(&self) -> Policy {
+        Policy { family: Some(self.family), never_deleted: false, optional: true }
+    }
+
+    /// Its text is a page.
+    fn summary(&self) -> String {
+        self.key().to_string()
+    }
+}

@@ -1,0 +1,105 @@
+//! A link of ours: a device of a backend.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use super::{Item, Key, Policy};
+use crate::net::{Family, IfName, Mac, Vni};
+
+/// A link of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Interface name.
+    pub name: IfName,
+    /// Attributes that can be changed only by creating the link anew.
+    pub kind: LinkKind,
+    /// Link-layer address.
+    pub mac: Mac,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Administratively up?
+    pub up: bool,
+}
+
+/// The kind of a link, with what identifies it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A VXLAN device (RFC 7348; attributes of `linux/if_link.h`).
+    Vxlan {
+        /// Network identifier.
+        vni: Vni,
+        /// UDP destination port.
+        port: u16,
+        /// Source address of the outer packets.
+        local: IpAddr,
+        /// The interface that the outer packets leave by.
+        lower: IfName,
+        /// Group-based policy extension.
+        gbp: bool,
+        /// Source-address learning.
+        learning: bool,
+    },
+    /// A TUN device whose packets this process carries in UDP.
+    Udp {
+        /// The address that the socket is bound to.
+        local: IpAddr,
+        /// UDP port of this and every other host.
+        port: u16,
+    },
+    /// A link of a kind that we never create, found under a name of ours: its `IFLA_INFO_KIND`, or empty.
+    Other(String),
+}
+
+impl Link {
+    /// Can `have` be changed into this link in place? Learning, the lower interface, the local address (within its family), MAC, MTU
+    /// and state can be changed; anything else needs a new device. (A lower interface of another name is the same one renamed.)
+    pub fn can_replace_in_place(&self, have: &Link) -> bool {
+        match (&self.kind, &have.kind) {
+            (
+                LinkKind::Vxlan { vni, port, local, gbp, lower: _, learning: _ },
+                LinkKind::Vxlan { vni: vni2, port: port2, local: local2, gbp: gbp2, lower: _, learning: _ },
+            ) => (vni, port, local.is_ipv4(), gbp) == (vni2, port2, local2.is_ipv4(), gbp2),
+            (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => self.kind == have.kind,
+            (LinkKind::Vxlan { .. } | LinkKind::Udp { .. } | LinkKind::Other(_), _) => false,
+        }
+    }
+}
+
+impl Item for Link {
+    fn key(&self) -> Key {
+        Key::Link(self.name)
+    }
+
+    fn depends_on(&self, _: IfName) -> bool {
+        false
+    }
+
+    fn policy(&self) -> Policy {
+        let family = match self.kind {
+            LinkKind::Vxlan { local, .. } | LinkKind::Udp { local, .. } => Some(Family::of(local)),
+            LinkKind::Other(_) => None,
+        };
+        Policy { family, never_deleted: false, optional: false }
+    }
+
+    fn advice(&self, errno: i32) -> Option<&'static str> {
+        const EOPNOTSUPP: i32 = 95;
+        (errno == EOPNOTSUPP)
+            .then_some("this kernel has no such device, or has not loaded it: run `modprobe vxlan` on the host, or use host-gw")
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Link { name, kind, mac, mtu, up } = self;
+        write!(f, "link {name} {mac} mtu {mtu} {}", if *up { "up" } else { "down" })?;
+        match kind {
+            LinkKind::Other(kind) => write!(f, " {kind}"),
+            LinkKind::Udp { local, port } => write!(f, " udp {local}:{port}"),
+            LinkKind::Vxlan { vni, port, local, lower, gbp, learning } => {
+                let (gbp, learning) = (if *gbp { " gbp" } else { "" }, if *learning { "learning" } else { "nolearning" });
+                write!(f, " vxlan id {vni} dstport {port} local {local} dev {lower} {learning}{gbp}")
+            }
+        }
+    }
+}

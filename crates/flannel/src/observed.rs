@@ -1,0 +1,108 @@
+//! The kernel's state as it was read, limited to what is ours.
+
+use std::collections::BTreeMap;
+
+use crate::net::IfName;
+use crate::object::bridge::{Bridge, Port};
+use crate::object::{Key, Object};
+
+/// What is in the kernel, limited to what is ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    objects: BTreeMap<Key, Object>,
+}
+
+impl Observed {
+    /// Takes note of an object.
+    pub fn insert(&mut self, object: Object) {
+        self.objects.insert(object.key(), object);
+    }
+
+    /// Forgets an object, and with a link all that stood on it.
+    pub fn remove(&mut self, key: &Key) {
+        self.objects.remove(key);
+        if let Key::Link(name) = key {
+            self.objects.retain(|_, object| !object.depends_on(*name));
+        }
+    }
+
+    /// The object at this key.
+    pub fn get(&self, key: &Key) -> Option<&Object> {
+        self.objects.get(key)
+    }
+
+    /// The bridge of this host's pods.
+    pub fn bridge(&self) -> Option<&Bridge> {
+        // Few objects come before it.
+        let first = self.objects.values().find(|object| !matches!(object, Object::Link(_) | Object::Addr(..)));
+        match first {
+            Some(Object::Bridge(bridge)) => Some(bridge),
+            _ => None,
+        }
+    }
+
+    /// A link became a port of a bridge. Returns whether that is news, and about the pods' bridge.
+    pub fn add_port(&mut self, bridge: IfName, name: IfName, port: Port) -> bool {
+        let Some(Object::Bridge(known)) = self.objects.get_mut(&Key::Bridge(bridge)) else { return false };
+        known.loose.remove(&name);
+        known.ports.insert(name, port) != Some(port)
+    }
+
+    /// A link that was a port is gone. Returns whether that is news, and about the pods' bridge.
+    pub fn remove_port(&mut self, name: IfName) -> bool {
+        let Some(key) = self.bridge().map(|bridge| Key::Bridge(bridge.name)) else { return false };
+        let Some(Object::Bridge(known)) = self.objects.get_mut(&key) else { return false };
+        known.loose.remove(&name) | known.ports.remove(&name).is_some()
+    }
+
+    /// All objects, in the apply order.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        self.objects.iter()
+    }
+
+    /// All objects, in the apply order, by value.
+    pub fn into_objects(self) -> impl Iterator<Item = Object> {
+        self.objects.into_values()
+    }
+
+    /// Packs the map: one that was filled in parts is half empty.
+    pub fn pack(&mut self) {
+        self.objects = std::mem::take(&mut self.objects).into_iter().collect();
+    }
+
+    /// How many objects there are.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Is there none?
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+}
+
+impl Extend<Object> for Observed {
+    /// Takes note of many objects.
+    fn extend<I: IntoIterator<Item = Object>>(&mut self, objects: I) {
+        let new: Vec<(Key, Object)> = objects.into_iter().map(|object| (object.key(), object)).collect();
+        put(&mut self.objects, new);
+    }
+}
+
+impl FromIterator<Object> for Observed {
+    fn from_iter<I: IntoIterator<Item = Object>>(objects: I) -> Observed {
+        Observed { objects: objects.into_iter().map(|object| (object.key(), object)).collect() }
+    }
+}
+
+/// Puts entries into a map, in the place of those that it has. If they are more than it has, it is built anew: in one go that costs
+/// half, and the map is packed twice as tightly as by one insertion after the other.
+pub(crate) fn put<K: Ord, V>(map: &mut BTreeMap<K, V>, entries: Vec<(K, V)>) {
+    if entries.len() <= map.len() {
+        return map.extend(entries);
+    }
+    let few = std::mem::replace(map, entries.into_iter().collect());
+    for (key, value) in few {
+        map.entry(key).or_insert(value);
+    }
+}

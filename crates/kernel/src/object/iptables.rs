@@ -1,0 +1,47 @@
+//! Our chains in the tables of iptables, of both packet filters.
+
+use flannel::Family;
+use flannel::object::Object;
+use flannel::traffic::iptables::{Iptables, Variant};
+
+use super::{Change, Reading};
+use crate::Kernel;
+use crate::addr::family_number;
+use crate::monitor::Changed;
+use crate::netlink::NetlinkError;
+
+pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Iptables) -> Result<(), NetlinkError> {
+    if wanted.variant == Variant::Nft {
+        kernel.netfilter()?;
+    }
+    let Kernel { netfilter, iptables, networks, .. } = kernel;
+    let none = || Iptables { chains: Vec::new(), ..wanted.clone() };
+    match change {
+        Change::Set => crate::iptables::set(netfilter.as_mut(), iptables, wanted, networks),
+        Change::Delete => crate::iptables::set(netfilter.as_mut(), iptables, &none(), networks),
+    }
+}
+
+pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Vec<Object>) {
+    let scope = reading.scope;
+    if !scope.networks.is_empty() {
+        kernel.networks = [scope.networks.as_slice(), scope.retired.as_slice()].concat();
+    }
+    for (family, variant) in scope.iptables.iter().flat_map(|family| Variant::ALL.map(|variant| (*family, variant))) {
+        if variant == Variant::Nft && kernel.netfilter().is_err() {
+            continue;
+        }
+        let Kernel { netfilter, iptables, networks, .. } = kernel;
+        match crate::iptables::observe(netfilter.as_mut(), iptables, family, variant, networks) {
+            Ok(rules) => found.extend(rules.map(Object::Iptables)),
+            // Rules that cannot be read count as unchanged; nothing else is to suffer from it.
+            Err(error) => kernel.trouble = Some(format!("iptables-{variant} rules for {family}: {error}")),
+        }
+    }
+}
+
+/// A change in a table of this name, of those that nf_tables holds. `family` is the message's (`nfgen_family`).
+pub(crate) fn decode_change(table: &str, family: u8) -> Option<Changed> {
+    matches!(table, "nat" | "filter").then_some(())?;
+    Family::ALL.into_iter().find(|known| family_number(*known) == family).map(Changed::Iptables)
+}

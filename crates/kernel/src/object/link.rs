@@ -1,0 +1,57 @@
+//! Links of ours: devices of the backends, the udp backend's TUN device with its data path among them.
+
+use std::net::IpAddr;
+
+use flannel::object::{Link, LinkKind, Object};
+
+use super::{Change, Reading, io_error};
+use crate::netlink::NetlinkError;
+use crate::tunnel::Tunnel;
+use crate::{Kernel, link};
+
+pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Result<(), NetlinkError> {
+    kernel.indexes.clear();
+    if change == Change::Delete {
+        return delete(kernel, wanted);
+    }
+    if let LinkKind::Udp { local, port } = wanted.kind {
+        start_tunnel(kernel, wanted, local, port)?;
+    }
+    link::set(&mut kernel.route, wanted)
+}
+
+fn delete(kernel: &mut Kernel, found: &Link) -> Result<(), NetlinkError> {
+    if kernel.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() {
+        return Ok(());
+    }
+    if found.kind == LinkKind::Other("tun".to_owned()) {
+        let message = format!("{} is another process's, perhaps a second flanneld's with the udp backend", found.name);
+        return Err(NetlinkError::Refused { errno: libc::EBUSY, message });
+    }
+    link::delete(&mut kernel.route, found.name)
+}
+
+/// Starts the udp backend's data path, if it does not run or its device is gone.
+fn start_tunnel(kernel: &mut Kernel, wanted: &Link, local: IpAddr, port: u16) -> Result<(), NetlinkError> {
+    let is_present = link::get(&mut kernel.route, wanted.name)?.is_some();
+    let same = |tunnel: &Tunnel| (tunnel.name, tunnel.local, tunnel.port) == (wanted.name, local, port);
+    if is_present && kernel.tunnel.as_ref().is_some_and(|tunnel| same(tunnel) && tunnel.is_running()) {
+        return Ok(());
+    }
+    // Where packets go outlives the device.
+    let entries = kernel.tunnel.take().map(|tunnel| tunnel.entries()).unwrap_or_default();
+    let tunnel = Tunnel::start(wanted.name, local, port).map_err(io_error)?;
+    entries.into_iter().for_each(|(subnet, host)| tunnel.set(subnet, Some(host)));
+    kernel.tunnel = Some(tunnel);
+    Ok(())
+}
+
+pub(super) fn observe(kernel: &Kernel, reading: &Reading<'_>, found: &mut Vec<Object>) {
+    for info in reading.ours() {
+        let mut object = link::to_object(info, |index| reading.name(index));
+        if let Some(tunnel) = kernel.running_tunnel(info) {
+            object.kind = LinkKind::Udp { local: tunnel.local, port: tunnel.port };
+        }
+        found.push(Object::Link(Box::new(object)));
+    }
+}

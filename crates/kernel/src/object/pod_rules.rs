@@ -1,0 +1,32 @@
+//! The rules that the CNI plugins wrote for pods, as one object.
+
+use flannel::object::{Object, PodRules};
+
+use super::{Change, Reading};
+use crate::monitor::Changed;
+use crate::netlink::{NetlinkError, Received};
+use crate::{Kernel, hostport, masquerade, nft};
+
+pub(super) fn apply(kernel: &mut Kernel, change: Change) -> Result<(), NetlinkError> {
+    match change {
+        Change::Set => kernel.restore_pod_rules(),
+        // They are the plugins' to delete.
+        Change::Delete => Ok(()),
+    }
+}
+
+pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Vec<Object>) {
+    if !reading.scope.pod_rules {
+        return;
+    }
+    match kernel.observe_pod_rules() {
+        Ok(missing) => found.push(Object::PodRules(PodRules { missing })),
+        Err(error) => kernel.trouble = Some(format!("pod rules of the CNI plugins: {error}")),
+    }
+}
+
+/// A change in a table of this name: only deletions matter.
+pub(crate) fn decode_change(table: &str, message: &Received<'_>) -> Option<Changed> {
+    let is_deletion = [nft::DELTABLE, nft::DELCHAIN, nft::DELRULE].iter().any(|kind| message.kind == nft::kind(*kind));
+    (matches!(table, hostport::TABLE | masquerade::NAME) && is_deletion).then_some(Changed::PodRules)
+}
