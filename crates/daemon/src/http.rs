@@ -120,6 +120,9 @@ fn readiness(pending: &[String], view: &View) -> (StatusCode, &'static str, Stri
         let text = format!("flanneld is not ready yet: waiting for {}\n", pending.join(", "));
         return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", text);
     }
+    if let Some(condition) = view.conditions.iter().find(|condition| condition.blocks_ready) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready: {}\n", condition.text));
+    }
     let notes: String = view.conditions.iter().map(|condition| format!("\nnote: {}", condition.text)).collect();
     (StatusCode::OK, "text/plain", format!("flanneld is ready{notes}"))
 }
@@ -155,7 +158,7 @@ mod tests {
             assert!(ask(address, &format!("{method} /healthz HTTP/1.1\r\nHost: x\r\n\r\n")).await.starts_with("HTTP/1.1 405 "), "{method}");
         }
         assert!(ask(address, "GET /state HTTP/1.1\r\nHost: x\r\n\r\n").await.starts_with("HTTP/1.1 503 "));
-        let conditions = vec![Condition { code: "x", text: "IPv6 is down".to_owned() }];
+        let conditions = vec![Condition { code: "x", text: "IPv6 is down".to_owned(), blocks_ready: false }];
         publish.send_replace(Arc::new(View { conditions, ..View::default() }));
         assert!(ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is ready\nnote: IPv6 is down"));
     }

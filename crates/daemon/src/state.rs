@@ -176,7 +176,7 @@ mod tests {
                 peer("10.244.5.0/24", "192.0.2.5", PeerState::Doubtful),
             ],
             objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, conflicts: Vec::new() },
-            conditions: vec![Condition { code: "family-down", text: "IPv6 does not work on this node: x".to_owned() }],
+            conditions: vec![Condition { code: "family-down", text: "IPv6 does not work on this node: x".to_owned(), blocks_ready: false }],
         }
     }
 

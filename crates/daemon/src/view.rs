@@ -131,4 +131,7 @@ pub struct Condition {
     pub code: &'static str,
     /// What is wrong and what would help.
     pub text: String,
+    /// Does it keep the node's own pods from being reached? Then `/readyz` says so.
+    #[serde(skip)]
+    pub blocks_ready: bool,
 }

@@ -35,8 +35,40 @@ const LOST: &str = "the store lost data (restored from a backup, perhaps): route
 pub(super) struct OwnLease {
     /// When it is checked next whether the lease is still this node's.
     pub(super) check_at: Option<Instant>,
-    /// When a lease with another node's or with old data was written again, and how long that must have been enough.
-    corrected: Option<(Instant, Duration)>,
+    /// When a lease with another node's or with old data was last written again.
+    corrected: Option<Correction>,
+}
+
+/// The last time that this node wrote its lease because the store had other data under its address.
+#[derive(Debug)]
+struct Correction {
+    at: Instant,
+    /// How long it must have been enough: doubling with each that follows soon.
+    wait: Duration,
+    /// Corrections that followed each other soon.
+    times: u32,
+}
+
+impl OwnLease {
+    /// Does another host write to this node's lease? It is known by the second correction that did not last.
+    pub(super) fn is_contested(&self) -> bool {
+        self.corrected.as_ref().is_some_and(|correction| correction.times > 1)
+    }
+
+    /// May this node's lease be corrected, after the last correction?
+    fn may_correct(&self) -> bool {
+        self.corrected.as_ref().is_none_or(|last| last.at.elapsed() >= last.wait)
+    }
+
+    fn correct(&mut self) {
+        let (wait, times) = self.corrected.as_ref().map_or((OWN, 0), |last| ((last.wait * 2).min(audit::AUDIT.1), last.times));
+        self.corrected = Some(Correction { at: Instant::now(), wait, times: times + 1 });
+    }
+
+    /// The lease is as this node wrote it. Only if that has lasted is a conflict over: the event may be the echo of the last correction.
+    fn is_right(&mut self) {
+        self.corrected.take_if(|last| last.at.elapsed() >= last.wait);
+    }
 }
 
 impl<H: Host + 'static> Reconciler<H> {
@@ -153,20 +185,34 @@ impl<H: Host + 'static> Reconciler<H> {
             // A full channel means that the keeper knows already.
             None => drop(inputs.lost.try_send(())),
             Some(stored) if (&stored.backend_type, &stored.backend_data) == (&now.backend_type, &now.backend_data) => {
-                self.own.corrected = None;
+                self.own.is_right();
+                if self.own.is_contested() {
+                    self.own.check_at = Some(Instant::now() + OWN);
+                }
             }
             // The event may be older than our write, or another host may have the same address and write as well: so not at once again,
             // and ever more rarely.
-            Some(_) if self.own.corrected.is_some_and(|(at, wait)| at.elapsed() < wait) => {
-                self.own.check_at = Some(Instant::now() + OWN);
-            }
+            Some(_) if !self.own.may_correct() => self.own.check_at = Some(Instant::now() + OWN),
             Some(_) => {
-                tracing::info!(subnet = %held.key, "own lease has outdated data; writing it again");
-                let wait = self.own.corrected.map_or(OWN, |(_, wait)| (wait * 2).min(audit::AUDIT.1));
-                self.own.corrected = Some((Instant::now(), wait));
+                let was_contested = self.own.is_contested();
+                self.own.correct();
+                if self.own.is_contested() && !was_contested {
+                    tracing::warn!(subnet = %held.key, "another host publishes this node's address");
+                    self.notices.warn("AddressConflict", self.contested_text());
+                } else {
+                    tracing::info!(subnet = %held.key, "own lease has other data; writing it again");
+                }
                 inputs.claim.send_modify(|claim| claim.peer = now);
             }
         }
+    }
+
+    /// What operators are told when another host has this node's address.
+    pub(super) fn contested_text(&self) -> String {
+        let (own, published) = (self.picture.own(), crate::facts::list(&self.picture.node().public));
+        format!(
+            "another host publishes {published} as its address too, and writes to lease {own}: packets for these pods go to one of the two; give each host its own address (--iface or --public-ip)"
+        )
     }
 
     pub(super) async fn on_own(&mut self, held: LeaseHandle) {

@@ -106,12 +106,14 @@ impl<H: Host + 'static> Reconciler<H> {
     }
 
     fn conditions(&self) -> Vec<Condition> {
-        let down = self
-            .families_down()
-            .map(|(family, reason)| Condition { code: "family-down", text: format!("{family} does not work on this node: {reason}") });
+        let note = |code, text| Condition { code, text, blocks_ready: false };
+        let down =
+            self.families_down().map(|(family, reason)| note("family-down", format!("{family} does not work on this node: {reason}")));
         let problem = Some(self.interface.problem()).filter(|problem| !problem.is_empty());
-        let interface = problem.map(|problem| Condition { code: "interface", text: format!("{}: {problem}", self.picture.node().ext) });
-        down.chain(interface).collect()
+        let interface = problem.map(|problem| note("interface", format!("{}: {problem}", self.picture.node().ext)));
+        let contested =
+            self.own.is_contested().then(|| Condition { code: "address-conflict", text: self.contested_text(), blocks_ready: true });
+        down.chain(interface).chain(contested).collect()
     }
 }
 

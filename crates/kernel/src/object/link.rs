@@ -17,7 +17,30 @@ pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Resul
     if let LinkKind::Udp { local, port } = wanted.kind {
         start_tunnel(kernel, wanted, local, port)?;
     }
-    link::set(&mut kernel.route, wanted)
+    link::set(&mut kernel.route, wanted).map_err(|error| explain(kernel, wanted, error))
+}
+
+/// Names what has the VNI or the UDP port already that a VXLAN device was refused for.
+fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkError {
+    let (LinkKind::Vxlan { vni, port, .. }, Some(errno @ (libc::EEXIST | libc::EADDRINUSE))) = (&wanted.kind, error.errno()) else {
+        return error;
+    };
+    let links = link::list(&mut kernel.route).unwrap_or_default();
+    let others = links.iter().filter(|link| link.name != wanted.name);
+    let rivals = others.filter_map(|link| Some((link.name, link.vxlan?))).filter(|(_, vxlan)| vxlan.vni == vni.get() || vxlan.port == *port);
+    let rivals: Vec<String> =
+        rivals.map(|(name, vxlan)| format!("VXLAN device {name} has VNI {} and UDP port {}", vxlan.vni, vxlan.port)).collect();
+    let message = match (rivals.is_empty(), errno) {
+        (false, _) => format!(
+            "{}: delete it, or set Backend.VNI or Backend.Port of the network config to others (VNI {vni}, port {port} now)",
+            rivals.join(", ")
+        ),
+        (true, libc::EADDRINUSE) => format!(
+            "another program has UDP port {port} (`ss -ulnp sport = :{port}` names it): stop it, or set Backend.Port of the network config"
+        ),
+        _ => return error,
+    };
+    NetlinkError::Refused { errno, message }
 }
 
 fn delete(kernel: &mut Kernel, found: &Link) -> Result<(), NetlinkError> {

@@ -1,0 +1,81 @@
+//! What users reported as silent: a host whose packets cannot arrive says so, and names the reason and the fix.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use lab::{Lab, StoreKind};
+
+use crate::cluster::eventually;
+use crate::{ping_all_from, plan};
+
+const VXLAN: &str = r#"{"Network":"10.244.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#;
+
+fn wire(root: &Path, hosts: usize) -> Lab {
+    let mut lab = Lab::wire(plan(hosts, "vxlan", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    lab.with_store(async |store| store.put_config(VXLAN).await).unwrap();
+    lab
+}
+
+fn shell(lab: &Lab, host: usize, line: &str) -> String {
+    let output = lab.hosts[host].netns.run(|| Command::new("sh").args(["-ec", line]).output()).unwrap().unwrap();
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn readyz(lab: &Lab, host: usize) -> (u16, String) {
+    lab.hosts[host].get("/readyz").unwrap_or_default()
+}
+
+fn is_ready(lab: &Lab, host: usize) -> bool {
+    readyz(lab, host).0 == 200
+}
+
+/// Two hosts with one public address and a VTEP MAC each: both say so, and neither writes the lease without pause.
+pub(crate) fn hosts_with_one_address_say_so(root: &Path) {
+    let mut lab = wire(root, 2);
+    // The second host gets a device of its own, with another MAC, before it publishes the first one's address.
+    lab.start_daemon(1, &[]).unwrap();
+    eventually("it is set up", || is_ready(&lab, 1));
+    lab.stop_daemon(1, true).unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    eventually("the first host is set up", || is_ready(&lab, 0));
+    lab.start_daemon(1, &["--public-ip=10.0.0.1", "--iface=eth0"]).unwrap();
+    let began = Instant::now();
+    let revision = |lab: &mut Lab| lab.with_store(async |store| store.snapshot().await).unwrap().revision;
+    for host in 0..2 {
+        eventually("both hosts name the conflict", || {
+            let (status, text) = readyz(&lab, host);
+            status == 503 && text.contains("another host publishes 10.0.0.1 as its address too") && text.contains("--public-ip")
+        });
+    }
+    let before = revision(&mut lab);
+    std::thread::sleep(Duration::from_secs(5));
+    let writes = revision(&mut lab) - before;
+    assert!(writes <= 4, "{writes} writes in 5 s, {:?} after the conflict began", began.elapsed());
+    // The second host gets an address of its own: the conflict is over.
+    lab.stop_daemon(1, true).unwrap();
+    lab.start_daemon(1, &[]).unwrap();
+    eventually("the second host is ready", || is_ready(&lab, 1));
+    let end = Instant::now() + Duration::from_secs(60);
+    while !is_ready(&lab, 0) {
+        assert!(Instant::now() < end, "the first host is not ready again: {:?}", readyz(&lab, 0));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Another VXLAN device has our VNI and port: the daemon names it, waits, and goes on when it is gone.
+pub(crate) fn a_taken_vni_is_named_and_waited_for(root: &Path) {
+    let mut lab = wire(root, 2);
+    shell(&lab, 0, "ip link add other_vxlan type vxlan id 1 dstport 8472 dev eth0 local 10.0.0.1; ip link set other_vxlan up");
+    (0..2).for_each(|host| lab.start_daemon(host, &[]).unwrap());
+    eventually("the device and the keys are named", || {
+        let (status, text) = readyz(&lab, 0);
+        status == 503 && text.contains("VXLAN device other_vxlan has VNI 1 and UDP port 8472") && text.contains("Backend.VNI")
+    });
+    shell(&lab, 0, "ip link del other_vxlan");
+    eventually("the daemon goes on when it is gone", || is_ready(&lab, 0));
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+}
