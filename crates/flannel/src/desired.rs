@@ -1,6 +1,6 @@
-//! The desired state of the kernel: the sum of parts, one for this node and one for each lease, so that a lease's change touches that
-//! lease's few objects. When two parts claim one key (two peers that publish the same VTEP MAC), the lower owner has it, whatever the
-//! order of arrival.
+//! The desired state of the kernel, in parts: one for this node, one for its pods and one for each lease, so that a change of a lease
+//! affects only its few objects. When two parts claim one key (two peers that publish the same VTEP MAC), the lower owner gets it,
+//! whatever the order of arrival.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,28 +8,28 @@ use crate::lease::LeaseKey;
 use crate::object::{Key, Object};
 use crate::observed::put;
 
-/// Who wants an object. The node comes before every lease.
+/// The owner of a part of the desired state. The node comes before every lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Owner {
-    /// This node itself: its devices, addresses and rules.
+    /// This node: its devices, addresses and rules.
     Node,
-    /// This host's pods: their bridge.
+    /// The pods of this host: their bridge.
     Pods,
-    /// The route to a peer, and what that needs.
+    /// A peer: the route to it and the entries that the route needs.
     Lease(LeaseKey),
 }
 
-/// What shall be in the kernel.
+/// The set of objects that the kernel has to hold.
 #[derive(Debug, Clone, Default)]
 pub struct Desired {
-    /// What each owner wants. An owner keeps its place, by which `claims` names it: its name is long, and it has several keys.
+    /// The objects of each owner. `claims` refers to an owner by its index here, which is shorter than the owner and does not change.
     parts: Vec<Part>,
-    /// Places of `parts` that are nobody's.
+    /// Unused indexes of `parts`.
     free: Vec<u32>,
     places: BTreeMap<Owner, u32>,
-    /// Who has a key: of those that claim it the lowest owner.
+    /// The claim in force on each key: that of the lowest owner.
     claims: BTreeMap<Key, Claim>,
-    /// Claims on a key that a lower owner has.
+    /// Claims on keys that a lower owner holds.
     rivals: BTreeSet<(Key, Owner)>,
 }
 
@@ -39,7 +39,7 @@ struct Part {
     objects: Box<[Object]>,
 }
 
-/// An object by its place: that of its part, and its own within it.
+/// The position of an object: the index of its part, and its index within the part.
 #[derive(Debug, Clone, Copy)]
 struct Claim {
     part: u32,
@@ -47,18 +47,18 @@ struct Claim {
 }
 
 impl Desired {
-    /// Replaces one owner's part and returns the keys that it had or has.
+    /// Replaces the part of one owner and returns its old and new keys.
     pub fn set_part(&mut self, owner: Owner, objects: Vec<Object>) -> Vec<Key> {
         self.set_parts(vec![(owner, objects)])
     }
 
-    /// Replaces parts, each of another owner, and returns the keys that they had or have, in order.
+    /// Replaces the parts of several owners, each named once, and returns their old and new keys in order.
     pub fn set_parts(&mut self, parts: Vec<(Owner, Vec<Object>)>) -> Vec<Key> {
         let count = parts.len();
         let mut touched = Vec::new();
         let mut placed = Vec::new();
-        // Owners come in order, and so do, as a rule, the first objects of each, the second ones, and so on. Kept apart, a long
-        // list of them is nearly sorted; mixed, to sort it would cost more than all the rest.
+        // Owners come in order, and so, usually, do the first objects of all owners, the second ones, and so on. Each of these columns
+        // is nearly sorted, even if long; sorting all in one list would cost more than everything else here.
         let mut columns: Vec<Vec<(Key, Claim)>> = Vec::new();
         for (owner, objects) in parts {
             let known = self.places.get(&owner).copied();
@@ -96,10 +96,10 @@ impl Desired {
             return place;
         }
         self.parts.push(part);
-        u32::try_from(self.parts.len() - 1).expect("there are fewer hosts than IPv4 addresses")
+        u32::try_from(self.parts.len() - 1).expect("a cluster has fewer than 2^32 leases")
     }
 
-    /// Takes a part's claims back. What others claim as well is theirs now.
+    /// Removes the claims of a part. A key that other owners claim passes to the lowest of them.
     fn clear(&mut self, place: u32, touched: &mut Vec<Key>) {
         let Part { owner, objects } = &mut self.parts[index(place)];
         let owner = *owner;
@@ -111,9 +111,9 @@ impl Desired {
                 if let Some((_, heir)) = heirs.next() {
                     let heir = *heir;
                     let part = self.places[&heir];
-                    // As in one part, the last of two objects with one key counts.
+                    // Of two objects with one key in one part, the last counts.
                     let at = self.parts[index(part)].objects.iter().rposition(|object| object.key() == *key);
-                    let at = at.and_then(|at| u32::try_from(at).ok()).expect("who claims a key has an object there");
+                    let at = at.and_then(|at| u32::try_from(at).ok()).expect("an owner that claims a key has an object with this key");
                     self.rivals.remove(&(key.clone(), heir));
                     self.claims.insert(key.clone(), Claim { part, at });
                 }
@@ -128,7 +128,7 @@ impl Desired {
         let is_bulk = claims.len() > self.claims.len();
         let few = if is_bulk { std::mem::take(&mut self.claims) } else { BTreeMap::new() };
         if is_bulk {
-            // Built in one go the map costs half, and is packed twice as tightly as by one insertion after the other.
+            // Building the map at once takes half the time of single insertions, and fills its nodes twice as densely.
             claims.sort_by(|(a, _), (b, _)| a.cmp(b));
             let mut more = Vec::new();
             claims.dedup_by(|(key, claim), (kept, _)| {
@@ -158,7 +158,7 @@ impl Desired {
         }
     }
 
-    /// Packs the maps: those that were filled one entry after the other are half empty.
+    /// Packs the maps: maps that were filled one entry at a time are half empty.
     pub(crate) fn pack(&mut self) {
         self.claims = std::mem::take(&mut self.claims).into_iter().collect();
         self.places = std::mem::take(&mut self.places).into_iter().collect();
@@ -169,39 +169,39 @@ impl Desired {
         &self.parts[index(claim.part)].objects[index(claim.at)]
     }
 
-    /// The object that shall be at this key.
+    /// The desired object with this key.
     pub fn get(&self, key: &Key) -> Option<&Object> {
         self.claims.get(key).map(|claim| self.object(*claim))
     }
 
-    /// All objects that shall be, in the order of doing.
+    /// All desired objects, in apply order.
     pub fn iter(&self) -> impl Iterator<Item = (&Key, &Object)> {
         self.claims.iter().map(|(key, claim)| (key, self.object(*claim)))
     }
 
-    /// How many objects shall be.
+    /// The number of desired objects.
     pub fn len(&self) -> usize {
         self.claims.len()
     }
 
-    /// Shall there be none?
+    /// Whether no object is desired.
     pub fn is_empty(&self) -> bool {
         self.claims.is_empty()
     }
 
-    /// What one owner wants.
+    /// The objects that one owner claims.
     pub fn part(&self, owner: &Owner) -> &[Object] {
         self.places.get(owner).map_or(&[], |place| &self.parts[index(*place)].objects)
     }
 
-    /// Claims that do not count because a lower owner has their key.
+    /// Claims that are not in force because a lower owner holds the key.
     pub fn conflicts(&self) -> impl Iterator<Item = (&Key, &Owner)> {
         self.rivals.iter().map(|(key, owner)| (key, owner))
     }
 }
 
 impl PartialEq for Desired {
-    /// Equal if each owner wants the same, in whatever order they came.
+    /// Equal if each owner claims the same objects, whatever the order of arrival.
     fn eq(&self, other: &Desired) -> bool {
         self.places.len() == other.places.len() && self.places.keys().all(|owner| self.part(owner) == other.part(owner))
     }
@@ -210,5 +210,5 @@ impl PartialEq for Desired {
 impl Eq for Desired {}
 
 fn index(place: u32) -> usize {
-    usize::try_from(place).expect("an address has 32 bits at least")
+    usize::try_from(place).expect("usize has at least 32 bits")
 }

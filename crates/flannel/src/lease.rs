@@ -1,4 +1,4 @@
-//! Leases: who owns which slice of the pod network, and the set of them that the store's events fold into.
+//! Leases, which assign subnets of the pod network to hosts, and the set of leases that store events are folded into.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,12 +7,12 @@ use std::net::IpAddr;
 
 use crate::net::{PerFamily, Subnet};
 
-/// The identity of a lease in the store: its subnets. Not empty.
+/// The identity of a lease in the store: its subnets, at least one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseKey(PerFamily<Subnet>);
 
 impl LeaseKey {
-    /// `None` when there is no subnet, or one in the other family's place.
+    /// Makes a key. Returns `None` if there is no subnet, or if one is in the other family's place.
     pub fn new(subnets: PerFamily<Subnet>) -> Option<LeaseKey> {
         let placed = subnets.iter().all(|(family, subnet)| subnet.family() == family);
         (placed && !subnets.is_empty()).then_some(LeaseKey(subnets))
@@ -23,7 +23,7 @@ impl LeaseKey {
         &self.0
     }
 
-    /// Do the two leases share an address of any family?
+    /// Whether the two leases share an address of any family.
     pub fn overlaps(&self, other: &LeaseKey) -> bool {
         self.0.iter().any(|(family, subnet)| other.0.get(family).is_some_and(|theirs| theirs.overlaps(*subnet)))
     }
@@ -40,19 +40,19 @@ impl fmt::Display for LeaseKey {
     }
 }
 
-/// What a host publishes with its lease: where it is reached, and what its backend needs known.
+/// The attributes that a host publishes with its lease: its public addresses and the data of its backend.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Peer {
     /// `PublicIP`, `PublicIPv6`: the host's addresses on the physical network. Never the unspecified address.
     pub public: PerFamily<IpAddr>,
     /// `BackendType`; empty for backends that program nothing on their peers.
     pub backend_type: Box<str>,
-    /// `BackendData`, `BackendV6Data`: compact JSON text, meant for the backend of that type alone.
+    /// `BackendData`, `BackendV6Data`: compact JSON text, which only a backend of the same type reads.
     pub backend_data: PerFamily<Box<str>>,
 }
 
 impl Peer {
-    /// Do the two publish an address in common? Then they are one host.
+    /// Whether the two publish a common address, and so are one host.
     pub fn shares_address(&self, other: &Peer) -> bool {
         self.public.iter().any(|(family, ip)| other.public.get(family) == Some(ip))
     }
@@ -63,49 +63,49 @@ impl Peer {
 pub struct Lease {
     /// The leased subnets.
     pub key: LeaseKey,
-    /// Whose they are.
+    /// Their owner.
     pub peer: Peer,
 }
 
-/// What a store tells about leases. A (re)list is `Init`, then an `Apply` for each lease there is, then `InitDone`:
-/// only then is a lease that was not mentioned known to be gone; or, after `Older`, in doubt.
+/// An event of the store about leases. A (re)list is `Init`, then an `Apply` for each lease, then `InitDone`: then the leases that the
+/// list did not name are gone, or, after `Older`, in doubt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreEvent {
     /// A list of all leases begins.
     Init,
-    /// This lease is there, with these attributes.
+    /// This lease exists, with these attributes.
     Apply(Lease),
-    /// This lease is there, but what it says cannot be read: what was known of it still holds.
+    /// This lease exists, but its value cannot be read: its last known attributes still hold.
     Keep(LeaseKey),
-    /// This lease is gone.
+    /// This lease was deleted.
     Delete(LeaseKey),
-    /// This lease is gone, and this node's own went with it: somebody deleted them all. Its host will write it again.
+    /// This lease was deleted together with this node's own: all leases were deleted. Its host will write it again.
     Vanished(LeaseKey),
-    /// The list that `Init` began is older than what was told before: the store lost data, or was restored from a backup. What it
-    /// does not name may be there all the same, and its host will write it again.
+    /// The list that `Init` began is older than earlier events: the store lost data, or was restored from a backup. A lease that it
+    /// does not name may be in use nevertheless; then its host will write it again.
     Older,
     /// The list that `Init` began is complete.
     InitDone,
 }
 
-/// The leases that are there, as far as the store has told.
+/// The known leases, folded from the events of the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeaseSet {
     leases: BTreeMap<LeaseKey, Peer>,
-    /// Leases that are there, of which nothing readable was ever told.
+    /// Leases that exist, but whose value could never be read.
     unreadable: BTreeSet<LeaseKey>,
-    /// Leases of which a store that lost data knows nothing; until they are told of again, or given up.
+    /// Leases that a store which lost data does not know, until they are written again or given up.
     doubtful: BTreeSet<LeaseKey>,
-    /// Keys named since `Init`, while a list is under way, in the order of their coming.
+    /// While a list is in progress, the keys named since `Init`, in order of arrival.
     listing: Option<Vec<LeaseKey>>,
-    /// Is that list older than what was told before?
+    /// Whether that list is older than earlier events.
     is_older: bool,
     complete: bool,
 }
 
 impl LeaseSet {
-    /// Folds one event in and returns the keys whose lease was added, changed or removed by it. While a list is
-    /// under way leases are only added and changed; what the list did not name goes when it is complete.
+    /// Folds in one event and returns the keys of the leases that it added, changed or removed. While a list is in progress, leases
+    /// are only added and changed; leases that the list does not name are removed when it is complete.
     pub fn fold(&mut self, event: StoreEvent) -> Vec<LeaseKey> {
         match event {
             StoreEvent::Init => {
@@ -123,7 +123,7 @@ impl LeaseSet {
                 }
                 self.unreadable.remove(&key);
                 self.doubtful.remove(&key);
-                // What an older list says ends no doubt about what was told since; neither does who can have no route.
+                // An entry of an older list does not settle a doubt about newer leases; neither does a lease that gets no route.
                 let is_old = self.is_older || peer.public.is_empty();
                 let is_known = self.doubtful.is_empty() || is_old || self.leases.contains_key(&key);
                 let mut touched = if is_known { Vec::new() } else { self.replaced_by(&key, &peer) };
@@ -161,7 +161,7 @@ impl LeaseSet {
                 self.complete = true;
                 let Some(mut named) = self.listing.take() else { return Vec::new() };
                 named.sort_unstable();
-                // All are in order, so one walk compares them.
+                // All keys are in order, so one pass compares them.
                 let missed = |known: &mut dyn Iterator<Item = &LeaseKey>| {
                     let mut named = named.iter().peekable();
                     let mut is_missed = |key: &LeaseKey| {
@@ -176,7 +176,7 @@ impl LeaseSet {
                     self.doubtful.extend(gone);
                     return Vec::new();
                 }
-                // A list that is no older than the one that raised the doubt does not settle it.
+                // A relist of the same store as the one that raised the doubt does not settle it.
                 gone.retain(|key| !self.doubtful.contains(key));
                 self.remove_all(&gone);
                 gone
@@ -184,7 +184,7 @@ impl LeaseSet {
         }
     }
 
-    /// Removes a lease, and returns whether it was there.
+    /// Removes a lease, and returns whether it was known.
     fn remove(&mut self, key: &LeaseKey) -> bool {
         self.doubtful.remove(key);
         self.leases.remove(key).is_some() | self.unreadable.remove(key)
@@ -196,7 +196,7 @@ impl LeaseSet {
         }
     }
 
-    /// Removes the doubtful leases that this new one shows to be gone: their host has it instead, or it has their subnet.
+    /// Removes the doubtful leases that this new one replaces: it belongs to the same host, or overlaps their subnet.
     fn replaced_by(&mut self, key: &LeaseKey, peer: &Peer) -> Vec<LeaseKey> {
         let same_host = |other: &LeaseKey| self.leases.get(other).is_some_and(|other| peer.shares_address(other));
         let gone: Vec<LeaseKey> = self.doubtful.iter().filter(|other| other.overlaps(key) || same_host(other)).copied().collect();
@@ -204,7 +204,7 @@ impl LeaseSet {
         gone
     }
 
-    /// Leases of which a store that lost data knows nothing, and that were not told of again.
+    /// Leases that a store which lost data does not know, and that were not written again.
     pub fn doubtful(&self) -> &BTreeSet<LeaseKey> {
         &self.doubtful
     }
@@ -216,18 +216,18 @@ impl LeaseSet {
         gone
     }
 
-    /// Does the list that is under way not name a lease that is there?
+    /// Whether this lease is known and the list in progress does not name it.
     pub(crate) fn is_missed(&self, key: &LeaseKey) -> bool {
         self.leases.contains_key(key) && self.listing.as_ref().is_some_and(|named| !named.contains(key))
     }
 
-    /// Packs the map: one that was filled in order is half empty.
+    /// Packs the map: a map that was filled in order is half empty.
     pub(crate) fn pack(&mut self) {
         self.leases = std::mem::take(&mut self.leases).into_iter().collect();
     }
 
-    /// Has the store ever said that a list was complete? Until then nothing may be pruned: an empty cluster and a
-    /// silent store look alike.
+    /// Whether the store has ever completed a list. Until then nothing may be pruned: an empty cluster and a store that has not
+    /// answered look alike.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
@@ -242,24 +242,24 @@ impl LeaseSet {
         self.leases.iter()
     }
 
-    /// Leases that are there, of which nothing readable was ever told.
+    /// Leases that exist, but whose value could never be read.
     pub fn unreadable(&self) -> impl Iterator<Item = &LeaseKey> {
         self.unreadable.iter()
     }
 
-    /// How many leases there are.
+    /// The number of known leases.
     pub fn len(&self) -> usize {
         self.leases.len()
     }
 
-    /// Is there none?
+    /// Whether no lease is known.
     pub fn is_empty(&self) -> bool {
         self.leases.is_empty()
     }
 }
 
 impl FromIterator<Lease> for LeaseSet {
-    /// A set as a list would make it, but for its completeness.
+    /// Makes a set with these leases, not marked as complete.
     fn from_iter<I: IntoIterator<Item = Lease>>(leases: I) -> LeaseSet {
         LeaseSet { leases: leases.into_iter().map(|lease| (lease.key, lease.peer)).collect(), ..LeaseSet::default() }
     }
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relist_removes_only_what_it_did_not_name_and_only_at_its_end() {
+    fn relist_removes_unnamed_leases_at_its_end() {
         let mut set = LeaseSet::default();
         for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), apply("10.1.2.0/24", "192.0.2.2")] {
             set.fold(event);
@@ -289,13 +289,13 @@ mod tests {
         assert!(set.is_complete());
 
         assert!(set.fold(StoreEvent::Init).is_empty());
-        assert!(set.fold(apply("10.1.2.0/24", "192.0.2.2")).is_empty(), "an unchanged lease is no change");
-        assert_eq!(set.len(), 2, "nothing goes before the list is complete");
+        assert!(set.fold(apply("10.1.2.0/24", "192.0.2.2")).is_empty(), "an unchanged lease is not reported");
+        assert_eq!(set.len(), 2, "nothing is removed before the list is complete");
         assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.1.0/24")]);
     }
 
     #[test]
-    fn a_lease_that_became_unreadable_keeps_what_was_known() {
+    fn lease_that_became_unreadable_keeps_its_attributes() {
         let mut set = LeaseSet::default();
         for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), StoreEvent::InitDone, StoreEvent::Init] {
             set.fold(event);
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_never_was_readable_is_there_until_it_is_gone() {
+    fn unreadable_lease_is_kept_until_deleted() {
         let mut set = LeaseSet::default();
         for event in [StoreEvent::Init, StoreEvent::Keep(key("10.1.1.0/24")), StoreEvent::Keep(key("10.1.2.0/24")), StoreEvent::InitDone] {
             assert!(set.fold(event).is_empty());
@@ -319,7 +319,7 @@ mod tests {
     }
 
     /// After a list of three leases, an older list that names none of them.
-    fn robbed() -> LeaseSet {
+    fn set_after_data_loss() -> LeaseSet {
         let mut set = LeaseSet::default();
         let three = [apply("10.1.1.0/24", "192.0.2.1"), apply("10.1.2.0/24", "192.0.2.2"), apply("10.1.3.0/24", "192.0.2.3")];
         let lists = [StoreEvent::Init].into_iter().chain(three).chain([StoreEvent::InitDone, StoreEvent::Init, StoreEvent::Older]);
@@ -329,11 +329,11 @@ mod tests {
     }
 
     #[test]
-    fn what_an_older_list_does_not_name_is_in_doubt_until_it_is_told_of_or_given_up() {
-        let mut set = robbed();
+    fn lease_missing_from_older_list_is_in_doubt_until_written_or_given_up() {
+        let mut set = set_after_data_loss();
         assert_eq!((set.len(), set.doubtful().len()), (3, 3));
-        assert!(set.fold(apply("10.1.1.0/24", "192.0.2.1")).is_empty(), "written again as it was, it is no change");
-        // The next list is of the same store, and knows no more of the others.
+        assert!(set.fold(apply("10.1.1.0/24", "192.0.2.1")).is_empty(), "an unchanged rewrite is not reported");
+        // The next list comes from the same store, which still does not know the other leases.
         set.fold(StoreEvent::Init);
         set.fold(apply("10.1.1.0/24", "192.0.2.1"));
         assert!(set.fold(StoreEvent::InitDone).is_empty());
@@ -343,16 +343,16 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_has_another_lease_by_now_ends_the_doubt_about_its_old_one() {
-        let mut set = robbed();
+    fn new_lease_of_the_same_host_removes_its_doubtful_lease() {
+        let mut set = set_after_data_loss();
         assert_eq!(set.fold(apply("10.1.9.0/24", "192.0.2.1")), [key("10.1.1.0/24"), key("10.1.9.0/24")]);
         assert_eq!(set.fold(apply("10.1.2.0/25", "192.0.2.9")), [key("10.1.2.0/24"), key("10.1.2.0/25")]);
         assert_eq!(set.doubtful().iter().collect::<Vec<_>>(), [&key("10.1.3.0/24")]);
     }
 
     #[test]
-    fn what_an_older_list_says_ends_no_doubt_about_newer_leases() {
-        let mut set = robbed();
+    fn older_list_does_not_settle_doubt_about_newer_leases() {
+        let mut set = set_after_data_loss();
         for event in [StoreEvent::Init, StoreEvent::Older] {
             set.fold(event);
         }
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_relist_is_begun_anew() {
+    fn interrupted_relist_restarts() {
         let mut set = LeaseSet::default();
         for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), StoreEvent::InitDone, StoreEvent::Init, StoreEvent::Init] {
             set.fold(event);
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_has_each_subnet_in_its_familys_place() {
+    fn key_rejects_subnet_of_the_other_family() {
         assert!(LeaseKey::new(PerFamily::default()).is_none());
         assert!(LeaseKey::new(PerFamily { v4: Some("fc00::/64".parse().unwrap()), v6: None }).is_none());
     }

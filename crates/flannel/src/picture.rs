@@ -1,5 +1,5 @@
-//! Leases in, desired state out, one lease at a time: the fold that the daemon's loop drives. What an event costs
-//! follows the event, not the number of leases.
+//! Folds store events into the desired state of the kernel, one lease at a time. The cost of an event does not depend on the number
+//! of leases.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,10 +18,10 @@ use crate::store_trust::is_list_older;
 use crate::subnet_env::SubnetEnv;
 use crate::traffic::{self, TrafficConfig};
 
-/// Etcd leases that are remembered: a daemon has another with each start.
+/// The number of etcd leases that are remembered: the daemon gets another one at each start.
 const REMEMBERED: usize = 64;
 
-/// All that this node knows and wants.
+/// The state of this node: its configuration, the leases of the cluster and the desired kernel objects.
 #[derive(Debug, Clone)]
 pub struct Picture {
     config: Config,
@@ -32,7 +32,7 @@ pub struct Picture {
     retired: Vec<Subnet>,
     /// `--subnet-file` and `--ip-masq`
     file: Option<(PathBuf, bool)>,
-    /// The families that the file offers to pods; with none there is no file.
+    /// The families that `subnet.env` offers to pods; while empty, the file is not written.
     usable: Vec<Family>,
     etcd_leases: Vec<i64>,
     own: LeaseKey,
@@ -41,17 +41,17 @@ pub struct Picture {
     refusals: BTreeMap<LeaseKey, Vec<Refusal>>,
 }
 
-/// What one event changed.
+/// The leases and kernel objects that an event affects.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Touched {
     /// Leases that were added, changed or removed.
     pub leases: Vec<LeaseKey>,
-    /// What in the kernel may have to change.
+    /// Kernel objects that may have to change.
     pub keys: Vec<Key>,
 }
 
 impl Picture {
-    /// A node with its lease and without peers.
+    /// Makes the picture of a node that has a lease and no peers yet.
     pub fn new(config: Config, node: Node, identity: Identity, traffic: TrafficConfig, own: LeaseKey) -> Picture {
         let (leases, desired, refusals) = (LeaseSet::default(), Desired::default(), BTreeMap::new());
         let (blackhole, retired, file, usable, etcd_leases) = (false, Vec::new(), None, Vec::new(), Vec::new());
@@ -61,13 +61,13 @@ impl Picture {
         picture
     }
 
-    /// The operator's command once this host has its lease, with the field that has it.
+    /// The operator's command to run once this host has its lease, with the config field that holds it.
     pub fn after_lease(&self) -> Option<(&'static str, crate::backend::extension::Command)> {
         self.config.backend.after_lease(self.context())
     }
 
-    /// With a blackhole route for this node's subnets, if wanted (`--ip-blackhole-route`), and with the pod networks of
-    /// earlier runs on this host, whose rules are leftovers.
+    /// Sets whether this node's subnets get a blackhole route (`--ip-blackhole-route`), and the pod networks of earlier runs on this
+    /// host, whose leftover rules are removed.
     #[must_use]
     pub fn with(mut self, blackhole: bool, earlier: &[Subnet]) -> Picture {
         let current = |net: &&Subnet| !self.config.networks.iter().any(|(_, network)| network.network == **net);
@@ -77,7 +77,7 @@ impl Picture {
         self
     }
 
-    /// With a file for the CNI plugins (`--subnet-file`), which says whether the daemon masquerades (`--ip-masq`).
+    /// Adds the file for the CNI plugins (`--subnet-file`), which states whether the daemon masquerades (`--ip-masq`).
     #[must_use]
     pub fn with_file(mut self, path: PathBuf, ip_masq: bool, etcd_leases: Vec<i64>) -> Picture {
         self.file = Some((path, ip_masq));
@@ -86,7 +86,7 @@ impl Picture {
         self
     }
 
-    /// Offers these families to pods, by the file for the CNI plugins. Before the first call there is no file.
+    /// Offers these families to pods in `subnet.env`. The file is not written before the first call.
     pub fn set_usable(&mut self, usable: Vec<Family>) -> Vec<Key> {
         if self.usable == usable {
             return Vec::new();
@@ -100,12 +100,12 @@ impl Picture {
         &self.usable
     }
 
-    /// Why a family cannot work on this host as it is now, with the fix.
+    /// The reason why a family cannot work on this host at present, with the fix.
     pub fn problem(&self, family: Family) -> Option<String> {
         self.config.backend.problem(self.local(), family).map(|problem| problem.text)
     }
 
-    /// The store knows this node's lease by another etcd lease now.
+    /// Remembers the etcd lease that this node's lease is attached to now.
     pub fn add_etcd_lease(&mut self, etcd_lease: i64) -> Vec<Key> {
         if etcd_lease == 0 || self.etcd_leases.last() == Some(&etcd_lease) {
             return Vec::new();
@@ -116,12 +116,12 @@ impl Picture {
         self.rebuild_node_objects()
     }
 
-    /// Folds an event of the store in.
+    /// Folds in a store event.
     pub fn fold(&mut self, event: StoreEvent) -> Touched {
         self.fold_all([event])
     }
 
-    /// Folds events in, and then paints each lease that changed, once.
+    /// Folds in store events, and then rebuilds the objects of each changed lease once.
     pub fn fold_all(&mut self, events: impl IntoIterator<Item = StoreEvent>) -> Touched {
         let mut leases = Vec::new();
         for event in events {
@@ -133,7 +133,7 @@ impl Picture {
         self.rebuild_leases(leases)
     }
 
-    /// Removes the doubtful leases: no host wrote them again ([`crate::store_trust`]).
+    /// Removes the leases that are still in doubt: no host wrote them again ([`crate::store_trust`]).
     pub fn give_up_doubtful(&mut self) -> Touched {
         let leases = self.leases.give_up();
         self.rebuild_leases(leases)
@@ -146,8 +146,8 @@ impl Picture {
         Touched { leases, keys }
     }
 
-    /// A lease whose value nobody can read has what the kernel holds for it: the daemon that ran before could read it. So one
-    /// bad value and a restart do not cut a peer off.
+    /// Keeps the kernel objects of leases whose value cannot be read: the previous run of the daemon could read it. So an unreadable
+    /// value and a restart together do not cut off a peer.
     pub fn keep_unreadable(&mut self, observed: &Observed) {
         let own = self.own;
         let mut keep = Vec::new();
@@ -165,12 +165,12 @@ impl Picture {
             keep.push((*key, objects));
         }
         for (key, objects) in keep {
-            // What is wanted already by another lease is that one's.
+            // An object that another lease claims stays with the lower owner.
             self.desired.set_part(Owner::Lease(key), objects);
         }
     }
 
-    /// This node has another lease now: everything is painted anew.
+    /// Sets this node's lease and rebuilds all objects.
     pub fn set_own(&mut self, own: LeaseKey) -> Vec<Key> {
         self.own = own;
         let all: Vec<LeaseKey> = self.leases.iter().map(|(key, _)| *key).collect();
@@ -179,20 +179,20 @@ impl Picture {
         keys
     }
 
-    /// This host's interface has another address or MTU now: everything is painted anew.
+    /// Sets the facts of this host, such as the interface's address and MTU, and rebuilds all objects.
     pub fn set_node(&mut self, node: Node) -> Vec<Key> {
         self.node = node;
         self.set_own(self.own)
     }
 
-    /// This host's VTEPs have these link-layer addresses now, because somebody gave them.
+    /// Adopts VTEP MAC addresses that another program set, and rebuilds all objects.
     pub fn set_macs(&mut self, macs: PerFamily<Mac>) -> Vec<Key> {
         self.identity.macs = macs;
         self.set_own(self.own)
     }
 
-    /// The link-layer addresses that this host's VTEPs were given by somebody else, if they are as they shall be but for that.
-    /// One that a peer has already is not taken for it.
+    /// The MAC addresses that another program gave to this host's VTEPs, if the devices match the desired state otherwise. An address
+    /// that a peer uses already is ignored.
     pub fn foreign_macs(&self, observed: &Observed) -> Option<PerFamily<Mac>> {
         let before = self.identity.macs;
         let mut macs = before;
@@ -207,7 +207,7 @@ impl Picture {
         (macs != before).then_some(macs)
     }
 
-    /// Takes note of the bridge of this host's pods, and wants it to stay. Returns what in the kernel may have to change.
+    /// Records the bridge of this host's pods as desired state. Returns the objects that may have to change.
     pub fn keep_bridge(&mut self, observed: &Observed) -> Vec<Key> {
         let gateways = self.gateways();
         let known = match self.desired.part(&Owner::Pods).first() {
@@ -220,7 +220,7 @@ impl Picture {
             (None, None) => Vec::new(),
             (None, Some(_)) => self.desired.set_part(Owner::Pods, Vec::new()),
             (Some(kept), _) => {
-                // A gateway forwards: the plugin has set these.
+                // The bridge is a gateway, so the plugin has enabled forwarding; keep it enabled.
                 let of = |family| kept.addrs.iter().any(|addr| gateways.contains(addr) && Family::of(addr.addr) == family);
                 let forwarding = Family::ALL.into_iter().filter(|family| of(*family)).map(|family| family.forwarding().to_owned());
                 let sysctls: Vec<Object> = forwarding.map(|path| Object::Sysctl(Sysctl { path, value: "1".to_owned() })).collect();
@@ -230,7 +230,7 @@ impl Picture {
         }
     }
 
-    /// Gives back the memory that a long list left half used.
+    /// Frees the memory that a long list left unused.
     pub fn pack(&mut self) {
         self.leases.pack();
         self.desired.pack();
@@ -274,7 +274,7 @@ impl Picture {
         self.desired.set_parts(parts)
     }
 
-    /// What one lease shall have in the kernel. What it cannot have is noted.
+    /// The desired objects of a lease; the reasons for those that it cannot have are recorded.
     fn objects_of(&mut self, key: LeaseKey) -> Vec<Object> {
         let Part { objects, refusals } = match self.leases.get(&key) {
             Some(peer) => self.config.backend.peer_part(self.context(), &key, peer),
@@ -288,12 +288,12 @@ impl Picture {
         objects
     }
 
-    /// What to look for in the kernel in order to compare it with this picture. Rules are looked for in both flavours
-    /// and families, whatever is wanted: those of an earlier run must go.
+    /// The kernel state to read for a comparison with this picture. Rules are read for both families and both flavours, because those
+    /// of an earlier run must be removed.
     pub fn scope(&self) -> Scope {
         let networks = || self.config.networks.iter();
         let mut scope = Scope { networks: networks().map(|(_, network)| network.network).collect(), ..Scope::default() };
-        // Read whether or not they are wanted yet, so that it is known what they are when the first pod comes.
+        // Read even if not desired yet, so that their values are known when the first pod is added.
         scope.sysctls = Family::ALL.map(|family| (family.forwarding().to_owned(), "1".to_owned())).into();
         scope.rulesets = Family::ALL.into();
         scope.iptables = Family::ALL.into();
@@ -317,11 +317,11 @@ impl Picture {
         scope
     }
 
-    /// The same, with the plain routes that a Go flanneld may have left on this host.
+    /// Like [`Picture::scope`], and with the plain routes that a Go flanneld may have left on this host.
     pub fn scope_with_adoption(&self) -> Scope {
         let own = |family| self.own.subnets().get(family).map(|own| own.prefix_len());
         let networks = self.config.networks.iter().map(|(family, network)| (network.network, own(family)));
-        // All hosts' subnets are of the size of this one's.
+        // All hosts have subnets of the same size.
         let subnets = networks.filter_map(|(network, len)| Some((network, len?))).collect();
         Scope { adopt: Some(Adopt { dev: self.node.ext, subnets }), ..self.scope() }
     }
@@ -334,7 +334,7 @@ impl Picture {
         Context { local: self.local(), own: self.own }
     }
 
-    /// The configuration.
+    /// The network configuration.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -359,17 +359,17 @@ impl Picture {
         self.config.backend.own_peer(self.local())
     }
 
-    /// The leases that are there.
+    /// The known leases.
     pub fn leases(&self) -> &LeaseSet {
         &self.leases
     }
 
-    /// What shall be in the kernel.
+    /// The desired state of the kernel.
     pub fn desired(&self) -> &Desired {
         &self.desired
     }
 
-    /// What cannot be, and why, by lease.
+    /// The reasons why peers are not programmed, by lease.
     pub fn refusals(&self) -> &BTreeMap<LeaseKey, Vec<Refusal>> {
         &self.refusals
     }
@@ -409,12 +409,12 @@ mod tests {
     }
 
     #[test]
-    fn a_list_without_our_own_lease_takes_nothing_away_at_once() {
+    fn list_without_own_lease_puts_missing_leases_in_doubt() {
         let mut picture = picture();
         list(&mut picture, &[1, 2, 3]);
-        assert_eq!(list(&mut picture, &[1, 2]).leases, [key("10.244.3.0/24")], "a store that knows us knows what it says");
+        assert_eq!(list(&mut picture, &[1, 2]).leases, [key("10.244.3.0/24")], "a list with the own lease is trusted");
         assert_eq!(list(&mut picture, &[]), Touched::default());
-        // What is told again is settled, the rest goes when its time is over.
+        // A lease that is listed again is no longer in doubt; the rest is removed after the grace time.
         assert_eq!(list(&mut picture, &[1]), Touched::default());
         let Touched { leases, keys } = picture.give_up_doubtful();
         assert_eq!((leases, keys), (vec![key("10.244.2.0/24")], vec![Key::Route("10.244.2.0/24".parse().unwrap(), 2)]));
@@ -422,13 +422,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_deleted_with_our_own_lease_stays_for_a_while() {
+    fn leases_deleted_with_own_lease_are_put_in_doubt() {
         let delete = |octet: u8| StoreEvent::Delete(key(&format!("10.244.{octet}.0/24")));
         let mut picture = picture();
         list(&mut picture, &[1, 2, 3]);
         let mut events = [delete(2)];
         doubt_deletes(picture.own, &mut events);
-        assert_eq!(picture.fold_all(events).leases, [key("10.244.2.0/24")], "one that goes alone is gone");
+        assert_eq!(picture.fold_all(events).leases, [key("10.244.2.0/24")], "a single deletion is trusted");
         let mut events = [delete(1), delete(3), delete(9)];
         doubt_deletes(picture.own, &mut events);
         assert_eq!(picture.fold_all(events).leases, [key("10.244.1.0/24")]);
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gateway_forwards() {
+    fn kept_bridge_enables_forwarding() {
         let mut picture = picture();
         let bridge = Bridge {
             name: "cni0".parse().unwrap(),

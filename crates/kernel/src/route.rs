@@ -1,4 +1,4 @@
-//! Routes (`linux/rtnetlink.h`): unicast, main table.
+//! Reads and writes unicast and blackhole routes of the main table (`linux/rtnetlink.h`).
 
 use std::net::IpAddr;
 
@@ -31,7 +31,7 @@ const RT_SCOPE_NOWHERE: u8 = 255;
 const RTPROT_BOOT: u8 = 3;
 const RTNH_F_ONLINK: u32 = 4;
 
-/// A unicast route of the main table, as the kernel shows it.
+/// A unicast route of the main table, as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouteInfo {
     /// Destination.
@@ -40,7 +40,7 @@ pub struct RouteInfo {
     pub oif: u32,
     /// Gateway.
     pub via: Option<IpAddr>,
-    /// Has it a gateway, of whichever family?
+    /// Whether it has a gateway, of either family.
     pub gateway: bool,
     /// Metric.
     pub metric: u32,
@@ -48,11 +48,11 @@ pub struct RouteInfo {
     pub protocol: u8,
     /// `RTNH_F_ONLINK`
     pub onlink: bool,
-    /// Does it have several nexthops?
+    /// Whether it has several nexthops.
     pub multipath: bool,
 }
 
-/// Reads a route message (what follows its netlink header). `None` for routes of other tables and types.
+/// Decodes a route message (without its netlink header). Returns `None` for routes of other tables and types.
 pub fn decode(body: &[u8]) -> Option<RouteInfo> {
     let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;
     let family = match family {
@@ -84,23 +84,23 @@ pub fn decode(body: &[u8]) -> Option<RouteInfo> {
     wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath, gateway })
 }
 
-/// What a dump is limited to; the kernel does the filtering.
+/// The routes that a dump returns; the kernel does the filtering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filter {
     /// Every unicast route of the main table.
     All,
-    /// Those of our protocol.
+    /// Routes with flanneld's protocol.
     Ours,
-    /// Those through this interface.
+    /// Routes through this interface.
     Oif(u32),
-    /// Those of Go flanneld's protocol (boot) through this interface.
+    /// Routes through this interface with the protocol of Go flanneld (boot).
     BootOif(u32),
 }
 
 /// Reads the routes of a family.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list(socket: &mut Socket, family: Family, filter: Filter) -> Result<Vec<RouteInfo>, NetlinkError> {
     let protocol = match filter {
         Filter::All | Filter::Oif(_) => 0,
@@ -115,16 +115,16 @@ pub fn list(socket: &mut Socket, family: Family, filter: Filter) -> Result<Vec<R
         }
     };
     match socket.dump(RTM_GETROUTE, body, decode) {
-        // A table or family that the kernel does not have yet holds no routes.
+        // A table or family that does not exist in the kernel (yet) holds no routes.
         Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
         other => other,
     }
 }
 
-/// The facts that the choice of the external interface needs.
+/// Reads the routes that the choice of the external interface needs.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
     let mut facts = Vec::new();
     for family in Family::ALL {
@@ -134,10 +134,10 @@ pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
     Ok(facts)
 }
 
-/// Asks the kernel how it would send to an address (`ip route get`).
+/// Looks up the route to an address, like `ip route get`.
 ///
 /// # Errors
-/// What the kernel answers: `ENETUNREACH` when it has no route.
+/// The error that the kernel returns: `ENETUNREACH` when it has no route.
 pub fn reach(socket: &mut Socket, ip: IpAddr) -> Result<Reach, NetlinkError> {
     let family = Family::of(ip);
     let header = [family_number(family), family.bits(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -161,7 +161,7 @@ pub fn reach(socket: &mut Socket, ip: IpAddr) -> Result<Reach, NetlinkError> {
     )
 }
 
-/// Appends the request to add a route of ours or replace the one with its destination and metric.
+/// Appends a request that adds a route, or replaces the one with the same destination and metric.
 pub(crate) fn set(batch: &mut Batch, route: &flannel::object::Route, oif: u32) {
     batch.message(RTM_NEWROUTE, CREATE | REPLACE, |body| {
         let scope = if route.via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
@@ -174,8 +174,8 @@ pub(crate) fn set(batch: &mut Batch, route: &flannel::object::Route, oif: u32) {
     });
 }
 
-/// Appends the request to delete a route. Its protocol is named, because to the kernel a metric of 0 means any: the
-/// route of a Go flanneld must not take ours of another metric along.
+/// Appends a request that deletes a route. The request names the protocol, because the kernel takes metric 0 as any metric: deleting
+/// the route of a Go flanneld must not delete ours, which has another metric.
 pub(crate) fn delete(batch: &mut Batch, route: &flannel::object::Route, oif: u32) {
     batch.message(RTM_DELROUTE, 0, |body| {
         write(body, route.dst, route.protocol, RT_SCOPE_NOWHERE, 0, 0);
@@ -194,11 +194,11 @@ fn write(body: &mut Body<'_>, dst: Subnet, protocol: u8, scope: u8, kind: u8, fl
     }
 }
 
-/// The metric of our blackhole routes: every other route to the same destination goes first, that of the pods' bridge
-/// above all.
+/// The metric of the daemon's blackhole routes: the highest, so that every other route to the same destination is preferred, above
+/// all the one of the pods' bridge.
 const BLACKHOLE_METRIC: u32 = u32::MAX;
 
-/// Adds or replaces a blackhole route of ours.
+/// Adds or replaces a blackhole route of the daemon.
 pub(crate) fn set_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWROUTE, CREATE | REPLACE, |body| {
         write(body, dst, ROUTE_PROTOCOL, RT_SCOPE_UNIVERSE, RTN_BLACKHOLE, 0);
@@ -206,7 +206,7 @@ pub(crate) fn set_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), Netl
     })
 }
 
-/// Deletes a blackhole route of ours.
+/// Deletes a blackhole route of the daemon.
 pub(crate) fn delete_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), NetlinkError> {
     socket.request(RTM_DELROUTE, 0, |body| {
         write(body, dst, ROUTE_PROTOCOL, RT_SCOPE_NOWHERE, RTN_BLACKHOLE, 0);
@@ -214,7 +214,7 @@ pub(crate) fn delete_blackhole(socket: &mut Socket, dst: Subnet) -> Result<(), N
     })
 }
 
-/// Our blackhole routes of a family.
+/// Reads the daemon's blackhole routes of a family.
 pub(crate) fn list_blackholes(socket: &mut Socket, family: Family) -> Result<Vec<Subnet>, NetlinkError> {
     let header = [family_number(family), 0, 0, 0, RT_TABLE_MAIN, ROUTE_PROTOCOL, 0, RTN_BLACKHOLE, 0, 0, 0, 0];
     let dump = socket.dump(
@@ -230,7 +230,7 @@ pub(crate) fn list_blackholes(socket: &mut Socket, family: Family) -> Result<Vec
     }
 }
 
-/// Destination and metric of a route of the main table, of whatever type: by these the kernel replaces one with another.
+/// Decodes the destination and metric of a route of the main table, of any type: the kernel identifies a route to replace by these.
 pub(crate) fn decode_key(body: &[u8]) -> Option<(Subnet, u32)> {
     let [family, dst_len, _, _, table, ..] = *body.first_chunk::<8>()?;
     let (mut dst, mut metric) = (None, 0);
@@ -245,7 +245,7 @@ pub(crate) fn decode_key(body: &[u8]) -> Option<(Subnet, u32)> {
     Some((dst, metric))
 }
 
-/// The destination of a blackhole route of ours in a route message.
+/// Decodes the destination of a blackhole route of the daemon; `None` for other routes.
 pub(crate) fn decode_blackhole(body: &[u8]) -> Option<Subnet> {
     let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;
     let ours = table == RT_TABLE_MAIN && protocol == ROUTE_PROTOCOL && kind == RTN_BLACKHOLE;
@@ -253,34 +253,34 @@ pub(crate) fn decode_blackhole(body: &[u8]) -> Option<Subnet> {
     Subnet::new(dst, dst_len).ok().filter(|dst| ours && family_number(dst.family()) == family)
 }
 
-/// What a route may have beside destination, gateway and interface.
+/// Optional attributes of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
     /// Path MTU in bytes.
     pub mtu: Option<u32>,
-    /// The largest TCP segment that is announced, in bytes.
+    /// The TCP MSS to advertise, in bytes.
     pub advmss: Option<u32>,
     /// Metric.
     pub priority: Option<u32>,
-    /// Routing table; the main one where there is none.
+    /// Routing table; `None` means the main table.
     pub table: Option<u32>,
     /// `rtm_scope`
     pub scope: Option<u8>,
 }
 
-/// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it. One
-/// to the same destination that is there already stays, which is success: it may be another attachment's.
+/// Adds a route that flanneld does not own: of a pod or of a lab host. It has protocol boot, like the routes of `ip route add`. An
+/// existing route to the same destination is kept, without an error, because another attachment may have added it.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32) -> Result<(), NetlinkError> {
     add_with(socket, dst, via, oif, Options::default())
 }
 
-/// The same with options.
+/// Like [`add`], with options.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<(), NetlinkError> {
     const RTA_METRICS: u16 = 8;
     const RTAX_MTU: u16 = 2;
@@ -297,7 +297,7 @@ pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32,
             body.attr_u32(RTA_PRIORITY, priority);
         }
         if let Some(table) = options.table {
-            // The header's one byte for the table gives way to the attribute.
+            // The table field of the header has one byte; the kernel reads the attribute instead.
             body.set(start + 4, 0);
             body.attr_u32(RTA_TABLE, table);
         }

@@ -1,4 +1,4 @@
-//! Sysctls: files below `/proc/sys`, of the calling thread's network namespace where they are per namespace.
+//! Reads and writes sysctls: files under `/proc/sys`. Those of the network belong to the calling thread's network namespace.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,10 @@ fn path(name: &str) -> PathBuf {
     Path::new("/proc/sys").join(name)
 }
 
-/// Reads a sysctl, named with slashes because an interface name may contain a dot; `None` if the kernel does not have
-/// it.
+/// Reads a sysctl; `None` if the kernel does not have it. Names use slashes, because an interface name may contain a dot.
 ///
 /// # Errors
-/// When it is there and cannot be read.
+/// When it exists and cannot be read.
 pub fn read(name: &str) -> io::Result<Option<String>> {
     match std::fs::read_to_string(path(name)) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
@@ -26,11 +25,11 @@ pub fn read(name: &str) -> io::Result<Option<String>> {
     }
 }
 
-/// Makes a sysctl have this value. Nothing is written when it has it, so that a read-only `/proc/sys` whose values
-/// are right does no harm; a sysctl that the kernel does not have (IPv6 switched off) counts as set.
+/// Sets a sysctl. Nothing is written when it has the value already, so that a read-only `/proc/sys` with the right values is no
+/// error; a sysctl that the kernel does not have (IPv6 is disabled) counts as set.
 ///
 /// # Errors
-/// When it is there, different, and cannot be written; the text names it.
+/// When it exists, has another value, and cannot be written; the text names it.
 pub fn write(name: &str, value: &str) -> io::Result<()> {
     match read(name) {
         Ok(None) => return Ok(()),
@@ -40,12 +39,12 @@ pub fn write(name: &str, value: &str) -> io::Result<()> {
     std::fs::write(path(name), value).map_err(|error| io::Error::new(error.kind(), format!("sysctl {name} = {value}: {error}")))
 }
 
-/// Does this namespace forward packets of this family ([`Family::forwarding`])? Asked by netlink
-/// (`linux/netconf.h`): the kernel keeps what was looked up below `/proc/sys/net` by its name alone, so that with a thousand network
-/// namespaces each look there walks a list of a thousand, for half a millisecond.
+/// Whether this namespace forwards packets of a family ([`Family::forwarding`]). Read by netlink (`linux/netconf.h`), because the
+/// kernel hashes the entries under `/proc/sys/net` of all namespaces by name alone: with a thousand network namespaces each lookup
+/// walks a list of a thousand entries, which takes half a millisecond.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn forwards(socket: &mut Socket, family: Family) -> Result<bool, NetlinkError> {
     const RTM_GETNETCONF: u16 = 82;
     socket.get(
@@ -57,15 +56,15 @@ pub fn forwards(socket: &mut Socket, family: Family) -> Result<bool, NetlinkErro
     )
 }
 
-/// What is announced of all interfaces' forwarding, by `RTM_NEWNETCONF`.
+/// The message that announces a change of a namespace's settings (`linux/rtnetlink.h`).
 pub(crate) const RTM_NEWNETCONF: u16 = 80;
 const NETCONFA_IFINDEX: u16 = 1;
 const NETCONFA_FORWARDING: u16 = 2;
 /// `NETCONFA_IFINDEX_ALL`
 const ALL: i32 = -1;
 
-/// Whether the namespace forwards packets of a family, as a message of `linux/netconf.h` says; `None` if it says nothing of that,
-/// or of one interface.
+/// Decodes a netconf message (`linux/netconf.h`): a family, and whether the namespace forwards its packets. Returns `None` for a
+/// message about something else or about a single interface.
 pub(crate) fn decode_forwarding(body: &[u8]) -> Option<(Family, bool)> {
     let family = Family::ALL.into_iter().find(|family| body.first() == Some(&family_number(*family)))?;
     let number =
@@ -74,7 +73,7 @@ pub(crate) fn decode_forwarding(body: &[u8]) -> Option<(Family, bool)> {
     Some((family, number(NETCONFA_FORWARDING)? != 0))
 }
 
-/// The value of a sysctl among those that shall be kept; `None` if the kernel does not have it or does not say.
+/// Reads a sysctl of the desired state; `None` if the kernel does not have it or it cannot be read.
 pub(crate) fn value(socket: &mut Socket, path: &str) -> Option<String> {
     match Family::ALL.into_iter().find(|family| family.forwarding() == path) {
         Some(family) => forwards(socket, family).ok().map(on_off),
@@ -82,25 +81,25 @@ pub(crate) fn value(socket: &mut Socket, path: &str) -> Option<String> {
     }
 }
 
-/// The value of a sysctl that is a switch.
+/// Formats the value of a boolean sysctl.
 pub(crate) fn on_off(on: bool) -> String {
     if on { "1" } else { "0" }.to_owned()
 }
 
-/// Makes a sysctl have this value. Forwarding of IPv4 that is not to be had because `/proc/sys` is read-only, as in a container, is
-/// switched on at each interface there is; that is no more than a makeshift, and an error all the same.
+/// Sets a sysctl of the desired state. If IPv4 forwarding cannot be enabled because `/proc/sys` is read-only, as in a container, it is
+/// enabled on each existing interface by netlink. That is a stopgap, and the error is returned nevertheless.
 ///
 /// # Errors
-/// What the kernel answers; the text names the sysctl.
+/// The error that the kernel returns; the text names the sysctl.
 pub(crate) fn set(socket: &mut Socket, path: &str, value: &str) -> Result<(), NetlinkError> {
     let Err(error) = write(path, value) else { return Ok(()) };
     let mut message = error.to_string();
     if path == Family::V4.forwarding() && value == "1" {
-        // Ports of a bridge forward nothing themselves. One that goes this instant, or has no IPv4, forwards nothing either.
+        // Bridge ports do not route. An error is ignored: an interface that was just deleted, or has no IPv4, does not route either.
         for link in link::list(socket)?.iter().filter(|link| link.master == 0) {
             let _ = link::set_ipv4_conf(socket, link.index, link::FORWARDING, 1);
         }
-        message.push_str("; until then it is on at each interface there is now, by netlink");
+        message.push_str("; enabled on each existing interface by netlink until then");
     }
     let errno = match error.kind() {
         io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,

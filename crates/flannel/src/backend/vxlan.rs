@@ -1,5 +1,5 @@
-//! VXLAN: one device a family, and for each peer a neighbour entry, a forwarding entry and a route (specification,
-//! section 5.1). With `DirectRouting`, peers on the same link get a plain route instead.
+//! The vxlan backend: one device per family, and for each peer a neighbour entry, an FDB entry and a route (specification,
+//! section 5.1). With `DirectRouting`, a peer on the same link gets a plain route instead.
 
 use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, each_family, host_gw};
 use crate::config::{ConfigError, invalid, port, typed};
@@ -9,10 +9,9 @@ use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Vni};
 use crate::node::Node;
 use crate::object::{Addr, Fdb, Link, LinkKind, Neigh, Object, ROUTE_PROTOCOL, Route, Sysctl, route_metric};
 
-/// The UDP port of a VXLAN device for which none is configured: the kernel's own default, which predates RFC 7348's
-/// 4789 (`drivers/net/vxlan`).
+/// The default UDP port: that of the Linux kernel (`drivers/net/vxlan`), which predates the 4789 of RFC 7348.
 const PORT: u16 = 8472;
-/// The least MTU that IPv6 works with, in bytes (RFC 8200, section 5).
+/// The minimum IPv6 link MTU in bytes (RFC 8200, section 5).
 const IPV6_MIN_MTU: u32 = 1280;
 
 /// The vxlan backend with its settings (specification, section 2.3).
@@ -22,26 +21,26 @@ pub struct Vxlan {
     vni: Vni,
     /// UDP destination port.
     port: u16,
-    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None`: the external interface's.
+    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None` means the MTU of the external interface.
     mtu: Option<u32>,
-    /// Group-based policy extension.
+    /// Enables the group-based policy extension.
     gbp: bool,
-    /// Source-address learning.
+    /// Enables source-address learning.
     learning: bool,
-    /// Plain routes to peers on the same L2 network.
+    /// Uses plain routes to peers on the same L2 network.
     direct_routing: bool,
-    /// The devices' names.
+    /// The names of the VXLAN devices.
     devices: Devices,
 }
 
-/// The devices' names, a family each.
+/// The name of each family's VXLAN device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Devices {
     v4: IfName,
     v6: IfName,
 }
 
-/// Bytes that VXLAN adds to a packet: the outer IP header (IPv4 20, IPv6 40), UDP (8) and VXLAN (8) headers and the
+/// The bytes that VXLAN adds to a packet: the outer IP header (IPv4 20, IPv6 40), the UDP (8) and VXLAN (8) headers and the
 /// inner Ethernet header (14).
 fn overhead(family: Family) -> u32 {
     match family {
@@ -50,16 +49,16 @@ fn overhead(family: Family) -> u32 {
     }
 }
 
-/// The device's name: `flannel.<VNI>`, or `flannel-v6.<VNI>`.
+/// The device name: `flannel.<VNI>` for IPv4, `flannel-v6.<VNI>` for IPv6.
 fn device_name(family: Family, vni: Vni) -> IfName {
     let stem = match family {
         Family::V4 => "flannel",
         Family::V6 => "flannel-v6",
     };
-    // The longest name is shortened: flannel-v6.16777215 exceeds 15 bytes, which the kernel would refuse.
+    // Long names are truncated: the kernel limits interface names to 15 bytes, which flannel-v6.16777215 exceeds.
     let mut name = format!("{stem}.{vni}");
     name.truncate(15);
-    name.parse().expect("it has 9 to 15 bytes, none of them special")
+    name.parse().expect("the name has 9 to 15 bytes and no special characters")
 }
 
 impl Vxlan {
@@ -72,7 +71,7 @@ impl Vxlan {
         let mtu = typed::<i64>(section, "Backend.MTU", "mtu")?.unwrap_or(0);
         let mtu = match u32::try_from(mtu) {
             Ok(0) => None,
-            // 68 is the least that IPv4 permits on a link (RFC 791); the overhead comes on top.
+            // 118 = 68, the minimum IPv4 link MTU (RFC 791), plus 50 bytes of overhead.
             Ok(mtu) if (118..=65_535).contains(&mtu) => Some(mtu),
             _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be 118 to 65535, or absent"))),
         };
@@ -94,9 +93,9 @@ impl Vxlan {
         }
     }
 
-    /// The device's MTU; the kernel would clamp it to the same.
+    /// The MTU of the device, in bytes. The kernel would clamp a larger one to the same value.
     fn device_mtu(&self, node: &Node, family: Family) -> u32 {
-        // More than the interface carries would be promised in vain.
+        // The overlay cannot carry more than the external interface does.
         self.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(overhead(family))
     }
 
@@ -111,7 +110,7 @@ impl Vxlan {
             return Err(Refusal::OwnMac(mac));
         }
         let link = self.device(family);
-        // The peer's subnet address stands for its VTEP; nothing else has it.
+        // The network address of the peer's subnet stands for its VTEP: no pod has it.
         let vtep = subnet.network();
         Ok(vec![
             Object::Fdb(Fdb { link, mac, dst: public }),
@@ -133,7 +132,7 @@ impl Driver for Vxlan {
         "vxlan"
     }
 
-    /// `{"VNI":1,"VtepMAC":"…"}` a family: compact, VtepMAC last, because upstream splits the text to find it.
+    /// `{"VNI":1,"VtepMAC":"…"}` for each family: compact and with VtepMAC last, because upstream finds it by splitting the text.
     fn published_data(&self, local: Local<'_>) -> PerFamily<Box<str>> {
         let mut data = PerFamily::default();
         for (family, mac) in local.identity.macs.iter().filter(|(family, _)| local.config.network(*family).is_some()) {
@@ -146,8 +145,8 @@ impl Driver for Vxlan {
         peer.backend_data.get(family).is_some()
     }
 
-    /// With both families it is IPv4's, as upstream publishes it: pods of a bridge must agree on one, and while a cluster
-    /// is switched those of Go nodes have that. IPv6 packets that do not fit are answered with "packet too big" by the host.
+    /// In dual stack this is the MTU of IPv4, as upstream publishes it: all pods on a bridge need one MTU, and during a migration the
+    /// pods of Go nodes have this one. The host answers IPv6 packets that do not fit with "packet too big".
     fn mtu(&self, local: Local<'_>) -> u32 {
         self.device_mtu(local.node, if local.config.networks.v4.is_some() { Family::V4 } else { Family::V6 })
     }
@@ -160,14 +159,14 @@ impl Driver for Vxlan {
             _ => (format!("the MTU of {}", node.ext), node.mtu),
         };
         (family == Family::V6 && mtu < IPV6_MIN_MTU).then(|| Problem {
-            text: format!("{what} is {has}, which leaves {mtu} bytes for IPv6, which needs {IPV6_MIN_MTU}: set it to {needed} or more"),
+            text: format!("{what} is {has}, which leaves {mtu} bytes for IPv6; IPv6 needs {IPV6_MIN_MTU}: set it to {needed} or more"),
             is_published_address: false,
         })
     }
 
     fn notes(&self, node: &Node) -> Vec<String> {
         let mtu = self.mtu.filter(|mtu| *mtu > node.mtu);
-        mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} is more than the {} of {}: using {0}", node.mtu, node.ext))
+        mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} exceeds the MTU {} of {}: using {0}", node.mtu, node.ext))
             .into_iter()
             .collect()
     }
@@ -200,19 +199,19 @@ impl Driver for Vxlan {
     }
 }
 
-/// The VTEP's link-layer address that a peer published for a family.
+/// Reads the VTEP MAC that a peer published for a family.
 ///
 /// # Errors
-/// What is wrong with the peer's data, as text.
+/// The reason why the peer's data cannot be used.
 pub(super) fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
-    let data = peer.backend_data.get(family).ok_or("there is none")?;
+    let data = peer.backend_data.get(family).ok_or("it is missing")?;
     let fields = Fields::parse(data).map_err(|error| error.to_string())?;
-    // VNI is decoded for its type and otherwise ignored, as upstream does; very old nodes omit it.
+    // Upstream checks the type of VNI and ignores its value; very old nodes omit it.
     fields.get::<u32>("vni").map_err(|error| format!("VNI: {error}"))?;
     let text = fields.text("vtepmac").map_err(|error| format!("VtepMAC: {error}"))?.ok_or("VtepMAC is missing")?;
     let mac: Mac = text.parse().map_err(|error| format!("VtepMAC: {error}"))?;
     if !mac.is_unicast() {
-        return Err(format!("VtepMAC: {mac} is not the address of a station"));
+        return Err(format!("VtepMAC: {mac} is not a unicast address"));
     }
     Ok(mac)
 }
@@ -229,7 +228,7 @@ mod tests {
         r#"{"PublicIP":"198.51.100.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"vni":7,"vtepmac":"0E:00:00:00:00:03"}}"#;
 
     #[test]
-    fn a_peer_is_a_neighbour_a_forwarding_entry_and_a_route() {
+    fn peer_gets_fdb_neigh_and_route() {
         check(
             r#"{"Type":"vxlan"}"#,
             &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR)],
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn direct_routing_takes_the_link_where_there_is_one() {
+    fn direct_routing_uses_plain_routes_on_the_same_link() {
         check(
             r#"{"Type":"vxlan","VNI":7,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true}"#,
             &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR)],
@@ -273,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn both_families_have_their_own_device() {
+    fn each_family_has_its_own_device() {
         check(
             r#"{"Type":"vxlan"}"#,
             &[(
@@ -301,10 +300,10 @@ mod tests {
     }
 
     #[test]
-    fn data_that_cannot_be_used_is_named() {
+    fn unusable_data_is_refused_with_reason() {
         let data = |data: &str| format!(r#"{{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{data}}}"#);
         let refused = |text: &str| vtep_mac(&crate::wire::parse_value(text.as_bytes()).unwrap(), Family::V4).unwrap_err();
-        assert_eq!(refused(&data("null")), "there is none");
+        assert_eq!(refused(&data("null")), "it is missing");
         assert_eq!(refused(&data("7")), "invalid type: integer `7`, expected a JSON object at line 1 column 1");
         assert_eq!(refused(&data("{}")), "VtepMAC is missing");
         assert_eq!(
@@ -312,11 +311,11 @@ mod tests {
             "VNI: invalid value: integer `-1`, expected u32 at line 1 column 2"
         );
         assert_eq!(refused(&data(r#"{"VtepMAC":"zz"}"#)), "VtepMAC: \"zz\" is not an Ethernet address, such as 0e:1f:2a:3b:4c:5d");
-        assert_eq!(refused(&data(r#"{"VtepMAC":"ff:ff:ff:ff:ff:ff"}"#)), "VtepMAC: ff:ff:ff:ff:ff:ff is not the address of a station");
+        assert_eq!(refused(&data(r#"{"VtepMAC":"ff:ff:ff:ff:ff:ff"}"#)), "VtepMAC: ff:ff:ff:ff:ff:ff is not a unicast address");
     }
 
     #[test]
-    fn an_mtu_beyond_the_interfaces_is_the_interfaces() {
+    fn mtu_is_limited_to_the_interface_mtu() {
         check(
             r#"{"Type":"vxlan","MTU":9000}"#,
             &[],
@@ -331,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn device_names_fit() {
+    fn device_names_fit_in_15_bytes() {
         assert_eq!(device_name(Family::V4, Vni::new(1).unwrap()).as_str(), "flannel.1");
         assert_eq!(device_name(Family::V4, Vni::new(Vni::MAX).unwrap()).as_str(), "flannel.1677721");
     }

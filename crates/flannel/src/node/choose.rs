@@ -1,5 +1,5 @@
-//! Which interface faces the other hosts, and which addresses are published (specification, section 1.5): each
-//! `--iface`, then each `--iface-regex`, then `--iface-can-reach`; without any of them the published address, else the
+//! Chooses the external interface and the addresses to publish (specification, section 1.5): each `--iface` in turn, then each
+//! `--iface-regex`, then `--iface-can-reach`; without these flags the interface with the public address, or else the one of the
 //! default route.
 
 use std::net::IpAddr;
@@ -11,45 +11,45 @@ use super::{Interface, InterfaceAddr, Node, RouteFact};
 use crate::config::Config;
 use crate::net::{Family, IfName, PerFamily, Subnet};
 
-/// What the operator said about the interface and the addresses to publish.
+/// The operator's flags for the interface and the addresses to publish.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// `--iface`, in order: names or addresses.
     pub iface: Vec<String>,
     /// `--iface-regex`, in order.
     pub iface_regex: Vec<String>,
-    /// `--iface-can-reach`, and what the kernel's route lookup said of it.
+    /// `--iface-can-reach`, and the result of the kernel's route lookup for it.
     pub can_reach: Option<(IpAddr, Result<Reach, String>)>,
     /// `--public-ip`, `--public-ipv6`.
     pub public: PerFamily<IpAddr>,
-    /// The addresses that are in use. As long as they are there, others that come beside them (a virtual one that moves from
-    /// host to host, perhaps) do not take their place.
+    /// The addresses in use. As long as they exist, an address that is added later (such as a virtual one that moves between hosts)
+    /// does not replace them.
     pub current: PerFamily<IpAddr>,
 }
 
-/// How the kernel would send to an address.
+/// The result of a route lookup for an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
     /// Index of the output interface.
     pub oif: u32,
-    /// The source address that it would choose.
+    /// The source address that the kernel would choose.
     pub source: Option<IpAddr>,
 }
 
-/// No usable interface.
+/// The reason why no external interface can be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum NodeError {
-    /// Nothing that the operator named leads to a usable interface.
+    /// No flag of the operator matches a usable interface.
     #[error("{0}; the interfaces are {1}")]
     Nothing(String, String),
     /// `--public-ip` or `--public-ipv6` is on no interface and no interface was named.
     #[error("{0} {1}: no interface has this address; name the interface with --iface if it is reached through NAT")]
     PublicIp(&'static str, IpAddr),
-    /// There is no default route to tell the interface.
-    #[error("no {0} default route tells the external interface: name it with --iface")]
+    /// No flag names the interface, and there is no default route.
+    #[error("cannot choose the external interface: there is no {0} default route: name the interface with --iface")]
     NoDefaultRoute(Family),
-    /// The default routes of the families leave by different interfaces.
-    #[error("the IPv4 default route leaves by {0}, the IPv6 one by {1}: name the interface with --iface")]
+    /// The default routes of the families use different interfaces.
+    #[error("the IPv4 default route uses {0}, the IPv6 default route uses {1}: name the interface with --iface")]
     TwoDefaultRoutes(IfName, IfName),
     /// The interface has no usable address of an enabled family.
     #[error("interface {0} has no usable {1} address")]
@@ -57,7 +57,7 @@ pub enum NodeError {
     /// The interface has MTU 0.
     #[error("interface {0} has MTU 0")]
     NoMtu(IfName),
-    /// The pod network would swallow the hosts' own network.
+    /// The pod network contains an address of this host.
     #[error(
         "network config: {field}: the pod network {0} contains this host's own address {1} on {2}: choose a network that the hosts do not use",
         field = if .1.is_ipv4() { "Network" } else { "IPv6Network" }
@@ -66,21 +66,21 @@ pub enum NodeError {
 }
 
 fn compile(text: &str) -> Result<Regex, String> {
-    Regex::new(text).map_err(|error| format!("it is no regular expression: {error}"))
+    Regex::new(text).map_err(|error| format!("it is not a valid regular expression: {error}"))
 }
 
-/// Checks an `--iface-regex`.
+/// Checks the syntax of an `--iface-regex`.
 ///
 /// # Errors
-/// What is wrong with it, as text.
+/// The syntax error, as text.
 pub fn check_regex(text: &str) -> Result<(), String> {
     compile(text).map(drop)
 }
 
-/// An interface, and those of its addresses that the way of finding it fixed.
+/// An interface, and the addresses of it that the flag selected.
 type Found<'a> = (&'a Interface, PerFamily<IpAddr>);
 
-/// The facts that a choice is made from.
+/// The input of the choice.
 struct Choice<'a> {
     interfaces: &'a [Interface],
     routes: &'a [RouteFact],
@@ -93,7 +93,7 @@ impl Node {
     /// Chooses the external interface and gathers its facts.
     ///
     /// # Errors
-    /// [`NodeError`], which names the flag and the fix.
+    /// [`NodeError`], which names the flag or the fix.
     pub fn choose(interfaces: &[Interface], routes: &[RouteFact], wanted: &Wanted, config: &Config) -> Result<Node, NodeError> {
         let families = config.networks.iter().map(|(family, _)| family).collect();
         Choice { interfaces, routes, wanted, families, config }.node()
@@ -128,7 +128,7 @@ impl<'a> Choice<'a> {
         for candidate in by_iface.chain(by_regex).chain(by_reach) {
             match candidate.map(|(interface, fixed)| self.on(interface, fixed)) {
                 Ok(Ok(node)) => return Ok(node),
-                // No other interface would make the networks disjoint.
+                // Another interface would not remove the overlap.
                 Ok(Err(error @ NodeError::Overlap(..))) => return Err(error),
                 Ok(Err(error)) => reasons.push(error.to_string()),
                 Err(reason) => reasons.push(reason),
@@ -141,8 +141,8 @@ impl<'a> Choice<'a> {
         Err(NodeError::Nothing(reasons.join("; "), list.collect::<Vec<_>>().join(" ")))
     }
 
-    /// The interface that holds the address. With both families, a `--public-ipv6` that is on another interface
-    /// contradicts an IPv4 address; to an IPv6 address it is preferred.
+    /// The interface that holds the address. In dual stack, a `--public-ipv6` on another interface is an error for an IPv4 address
+    /// and takes precedence over an IPv6 address.
     fn by_address(&self, ip: IpAddr) -> Result<Found<'a>, String> {
         let holder = |ip: IpAddr| self.interfaces.iter().find(|i| i.holds(ip));
         let mut found = holder(ip).ok_or("no interface has this address")?;
@@ -168,8 +168,7 @@ impl<'a> Choice<'a> {
         found.map(|i| (i, PerFamily::default())).ok_or_else(|| "there is no such interface".to_owned())
     }
 
-    /// The first interface with an address that matches (with both families: one of each), else the first whose name
-    /// matches.
+    /// The first interface with a matching address (in dual stack: of each family), or else the first with a matching name.
     fn by_regex(&self, text: &str) -> Result<Found<'a>, String> {
         let regex = compile(text)?;
         for interface in self.interfaces {
@@ -187,7 +186,7 @@ impl<'a> Choice<'a> {
 
     fn by_reach(&self, reach: &Result<Reach, String>) -> Result<Found<'a>, String> {
         let reach = reach.as_ref().map_err(Clone::clone)?;
-        let found = self.interfaces.iter().find(|i| i.index == reach.oif).ok_or("the route leads to no interface of this host")?;
+        let found = self.interfaces.iter().find(|i| i.index == reach.oif).ok_or("the route uses no interface of this host")?;
         let mut fixed = PerFamily::default();
         if let Some(source) = reach.source {
             fixed.set(Family::of(source), Some(source));
@@ -195,7 +194,7 @@ impl<'a> Choice<'a> {
         Ok((found, fixed))
     }
 
-    /// The interface of the default route; with both families, of both.
+    /// The interface of the default route; in dual stack both default routes must use it.
     fn by_default_route(&self) -> Result<&'a Interface, NodeError> {
         let mut chosen: Option<&Interface> = None;
         for &family in &self.families {
@@ -224,8 +223,8 @@ impl<'a> Choice<'a> {
             addrs.set(family, Some(addr));
             public.set(family, self.wanted.public.get(family).copied().or(Some(addr)));
         }
-        // Those to pods are ours, and no host has an address there: they come and go with the peers. Each device has one of
-        // its own for link-local addresses.
+        // Routes to pods belong to the daemon and change with the peers; no host has an address there. Link-local routes exist on
+        // every device.
         let to_pods = |dst: Subnet| self.config.networks.iter().any(|(_, network)| network.network.covers(dst));
         let routes = self.routes.iter().filter(|r| !to_pods(r.dst) && !is_link_local(r.dst.network()));
         let routes = routes.map(|r| (r.dst, r.oif == interface.index && !r.gateway)).collect();
@@ -234,8 +233,8 @@ impl<'a> Choice<'a> {
 }
 
 impl Choice<'_> {
-    /// The addresses that can be used, best first: the one that is in use, then global before link-local, permanent before
-    /// dynamic, stable before temporary; never a deprecated one.
+    /// The usable addresses, best first: the one in use, then global before link-local, permanent before dynamic, stable before
+    /// temporary; never a deprecated one.
     fn usable(&self, interface: &Interface, family: Family) -> Vec<IpAddr> {
         let is_usable = |a: &&InterfaceAddr| {
             let ip = a.cidr.addr;
@@ -278,7 +277,7 @@ mod tests {
     const V6: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
     const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
 
-    /// `flags` is "flag=value" by spaces.
+    /// Chooses by `flags`: "flag=value" pairs, separated by spaces.
     fn choose(config: &str, flags: &str) -> String {
         let interfaces = [
             interface(1, "lo", &["127.0.0.1/8", "::1/128"]),
@@ -303,8 +302,8 @@ mod tests {
                 "regex" => wanted.iface_regex.push(value.to_owned()),
                 "reach" => {
                     let reach = Reach { oif: 3, source: "198.51.100.1".parse().ok() };
-                    let said = if value == "198.51.100.9" { Ok(reach) } else { Err("Network is unreachable".to_owned()) };
-                    wanted.can_reach = Some((value.parse().unwrap(), said));
+                    let result = if value == "198.51.100.9" { Ok(reach) } else { Err("Network is unreachable".to_owned()) };
+                    wanted.can_reach = Some((value.parse().unwrap(), result));
                 }
                 "current" => wanted.current.set(Family::of(value.parse().unwrap()), value.parse().ok()),
                 "public" => wanted.public.set(Family::of(value.parse().unwrap()), value.parse().ok()),
@@ -326,19 +325,19 @@ mod tests {
     }
 
     #[test]
-    fn the_default_route_tells_the_interface() {
+    fn default_route_selects_the_interface() {
         assert_eq!(choose(V4, ""), "eth0 192.0.2.10 near 192.0.2.77");
         assert_eq!(choose(V6, ""), "eth0 2001:db8::10 near 192.0.2.77");
         assert_eq!(choose(DUAL, ""), "eth0 192.0.2.10,2001:db8::10 near 192.0.2.77");
     }
 
     #[test]
-    fn an_address_in_use_stays_while_it_can_be_used() {
+    fn usable_address_in_use_is_kept() {
         for (flags, want) in [
             ("", "192.0.2.10"),
             ("current=192.0.2.11", "192.0.2.11"),
             ("regex=^192 current=192.0.2.11", "192.0.2.11"),
-            // It is deprecated; it is gone; another is asked for.
+            // The address in use is deprecated; it is gone; a flag names another.
             ("current=192.0.2.9", "192.0.2.10"),
             ("current=192.0.2.77", "192.0.2.10"),
             ("iface=192.0.2.10 current=192.0.2.11", "192.0.2.10"),
@@ -349,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn default_routes_must_agree() {
+    fn default_routes_must_use_one_interface() {
         let interfaces = [interface(2, "eth0", &["192.0.2.1/24"]), interface(3, "eth1", &["2001:db8::1/64"])];
         let route = |dst: &str, oif| RouteFact { dst: dst.parse().unwrap(), oif, gateway: true };
         let error = |routes: &[RouteFact]| {
@@ -357,9 +356,12 @@ mod tests {
         };
         assert_eq!(
             error(&[route("0.0.0.0/0", 2), route("::/0", 3)]),
-            "the IPv4 default route leaves by eth0, the IPv6 one by eth1: name the interface with --iface"
+            "the IPv4 default route uses eth0, the IPv6 default route uses eth1: name the interface with --iface"
         );
-        assert_eq!(error(&[route("0.0.0.0/0", 2)]), "no IPv6 default route tells the external interface: name it with --iface");
+        assert_eq!(
+            error(&[route("0.0.0.0/0", 2)]),
+            "cannot choose the external interface: there is no IPv6 default route: name the interface with --iface"
+        );
     }
 
     #[test]
@@ -374,25 +376,29 @@ mod tests {
     }
 
     #[test]
-    fn a_regex_matches_addresses_before_names() {
+    fn regex_matches_addresses_before_names() {
         assert_eq!(choose(V4, r"regex=^192\.0\.2\.11$"), "eth0 192.0.2.11 near 192.0.2.77");
-        assert_eq!(choose(V4, r"regex=^192\.0\.2\.9$ regex=eth.*"), "eth0 192.0.2.10 near 192.0.2.77", "a deprecated address is none");
+        assert_eq!(
+            choose(V4, r"regex=^192\.0\.2\.9$ regex=eth.*"),
+            "eth0 192.0.2.10 near 192.0.2.77",
+            "a deprecated address does not match"
+        );
         assert_eq!(choose(V4, "regex=th1"), "eth1 198.51.100.1 near 198.51.100.9", "unanchored");
         assert_eq!(choose(DUAL, r"regex=(198\.51\.100\..*|fd00::.*)"), "eth1 198.51.100.1,fd00::1 near 198.51.100.9");
         assert_eq!(choose(DUAL, r"regex=198\.51\.100\."), choose(DUAL, "regex=x").replace("regex x", r"regex 198\.51\.100\."));
-        assert!(choose(V4, "regex=( regex=x").starts_with("--iface-regex (: it is no regular expression"));
+        assert!(choose(V4, "regex=( regex=x").starts_with("--iface-regex (: it is not a valid regular expression"));
         assert_eq!(choose(V4, r"iface=nope regex=eth1 regex=eth0"), "eth1 198.51.100.1 near 198.51.100.9");
     }
 
     #[test]
-    fn what_reaches_an_address_comes_last() {
+    fn can_reach_is_tried_last() {
         assert_eq!(choose(V4, "reach=198.51.100.9"), "eth1 198.51.100.1 near 198.51.100.9");
         assert_eq!(choose(V4, "reach=198.51.100.9 regex=eth0"), "eth0 192.0.2.10 near 192.0.2.77");
         assert!(choose(V4, "reach=203.0.113.1").starts_with("--iface-can-reach 203.0.113.1: Network is unreachable; the interfaces are"));
     }
 
     #[test]
-    fn a_public_ip_alone_must_be_on_an_interface() {
+    fn public_ip_without_iface_must_be_on_an_interface() {
         assert_eq!(choose(V4, "public=198.51.100.1"), "eth1 198.51.100.1 near 198.51.100.9");
         assert_eq!(choose(V6, "public=fd00::1"), "eth1 fd00::1 near 198.51.100.9");
         assert_eq!(
@@ -402,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_said() {
+    fn error_lists_flags_and_interfaces() {
         assert_eq!(
             choose(V4, "iface=nope iface=eth2"),
             "--iface nope: there is no such interface; interface eth2 has no usable IPv4 address; the interfaces are lo:[127.0.0.1 ::1] \
@@ -411,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_network_around_the_hosts_is_refused() {
+    fn pod_network_that_contains_the_host_is_refused() {
         for (config, field) in [
             (
                 r#"{"Network":"192.0.0.0/16","Backend":{"Type":"host-gw"}}"#,
