@@ -23,7 +23,7 @@ use crate::alloc::is_mine;
 use crate::config::{Config, ConfigError, invalid, typed};
 use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
-use crate::net::{Family, IfName, Mac, PerFamily, Subnet};
+use crate::net::{Family, IfName, Mac, PerFamily, Subnet, Vni};
 use crate::node::Node;
 use crate::object::Object;
 
@@ -94,6 +94,12 @@ trait Driver {
 
     /// One peer's objects, and what is refused of it.
     fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part;
+
+    /// The device by which packets of a family reach peers, if the backend has one.
+    fn device(&self, family: Family) -> Option<IfName> {
+        let _ = family;
+        None
+    }
 
     /// The device whose link-layer address this host publishes for a family, if it publishes one.
     fn vtep(&self, family: Family) -> Option<IfName> {
@@ -207,6 +213,9 @@ pub enum Refusal {
     /// The data that its backend published cannot be used.
     #[error("its BackendData cannot be used: {0}")]
     BadData(String),
+    /// Its VXLAN packets would be dropped, as ours by it.
+    #[error("its VNI is {0}, this host's is {1}: one of the two was started with another network config; restart that one")]
+    OtherVni(u32, Vni),
     /// Its VTEP has the address of ours.
     #[error("its VTEP MAC {0} is this host's own: a cloned machine?")]
     OwnMac(Mac),
@@ -302,6 +311,11 @@ impl Backend {
         driver.peer_part(context, key, peer)
     }
 
+    /// The device by which packets of a family reach peers, if the backend has one.
+    pub fn device(&self, family: Family) -> Option<IfName> {
+        self.driver().device(family)
+    }
+
     /// The device whose link-layer address this host publishes for a family, if it publishes one.
     pub fn vtep(&self, family: Family) -> Option<IfName> {
         self.driver().vtep(family)
@@ -325,7 +339,7 @@ impl Backend {
 
 /// The VTEP's link-layer address that a lease of this cluster's backend says, if it says one.
 pub fn published_mac(peer: &Peer, family: Family) -> Option<Mac> {
-    (&*peer.backend_type == "vxlan").then(|| vxlan::vtep_mac(peer, family).ok()).flatten()
+    (&*peer.backend_type == "vxlan").then(|| vxlan::vtep(peer, family).ok().map(|(mac, _)| mac)).flatten()
 }
 
 /// One family of a peer that may be routed.

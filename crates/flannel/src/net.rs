@@ -56,6 +56,21 @@ impl Family {
         }
     }
 
+    /// The sysctl by which one interface forwards packets of this family: hardening guides set it to 0 by default for new ones.
+    pub fn forwarding_of(self, interface: IfName) -> String {
+        match self {
+            Family::V4 => format!("net/ipv4/conf/{interface}/forwarding"),
+            Family::V6 => format!("net/ipv6/conf/{interface}/forwarding"),
+        }
+    }
+
+    /// The interface and the family of a sysctl that [`Family::forwarding_of`] names.
+    pub fn of_forwarding(path: &str) -> Option<(Family, IfName)> {
+        let interface = |prefix: &str| path.strip_prefix(prefix)?.strip_suffix("/forwarding")?.parse().ok();
+        let family = |(family, prefix)| interface(prefix).map(|interface: IfName| (family, interface));
+        [(Family::V4, "net/ipv4/conf/"), (Family::V6, "net/ipv6/conf/")].into_iter().find_map(family)
+    }
+
     /// The all-zero address (`0.0.0.0` or `::`).
     pub fn unspecified(self) -> IpAddr {
         self.address(0)

@@ -41,7 +41,7 @@ pub struct InterfaceAddr {
 pub struct RouteFact {
     /// Destination; length 0 for a default route.
     pub dst: Subnet,
-    /// Index of the output interface; 0 for a multipath route.
+    /// Index of the output interface; of a multipath route that of its first usable next hop, or 0.
     pub oif: u32,
     /// Is there a gateway? Without one the destination is on the link.
     pub gateway: bool,

@@ -220,9 +220,14 @@ impl Picture {
             (None, None) => Vec::new(),
             (None, Some(_)) => self.desired.set_part(Owner::Pods, Vec::new()),
             (Some(kept), _) => {
-                // The bridge is a gateway, so the plugin has enabled forwarding; keep it enabled.
+                // The bridge is a gateway, so the plugin has enabled forwarding. It is kept enabled, also on each interface that pods'
+                // packets pass: one that was created with forwarding off drops them, whatever the switch for all says.
                 let of = |family| kept.addrs.iter().any(|addr| gateways.contains(addr) && Family::of(addr.addr) == family);
-                let forwarding = Family::ALL.into_iter().filter(|family| of(*family)).map(|family| family.forwarding().to_owned());
+                let forwarding = Family::ALL.into_iter().filter(|family| of(*family)).flat_map(|family| {
+                    let devices = [Some(kept.name), Some(self.node.ext), self.config.backend.device(family)];
+                    let each = devices.into_iter().flatten().map(move |device| family.forwarding_of(device));
+                    [family.forwarding().to_owned()].into_iter().chain(each)
+                });
                 let sysctls: Vec<Object> = forwarding.map(|path| Object::Sysctl(Sysctl { path, value: "1".to_owned() })).collect();
                 let bridge = Object::Bridge(Box::new(kept));
                 self.desired.set_part(Owner::Pods, [bridge].into_iter().chain(sysctls).collect())
@@ -455,7 +460,8 @@ mod tests {
         let forwarding = Object::Sysctl(Sysctl { path: "net/ipv4/ip_forward".to_owned(), value: "1".to_owned() });
         assert_eq!(picture.desired().get(&forwarding.key()), None);
         let touched = picture.keep_bridge(&observed);
-        assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), forwarding.key()]);
+        let of = |name: &str| Key::Sysctl(Family::V4.forwarding_of(name.parse().unwrap()));
+        assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), of("cni0"), of("eth0"), forwarding.key()]);
         assert_eq!(picture.desired().get(&forwarding.key()), Some(&forwarding));
     }
 }

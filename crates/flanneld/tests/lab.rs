@@ -5,6 +5,8 @@
 
 #[path = "lab/adoption.rs"]
 mod adoption;
+#[path = "lab/checks.rs"]
+mod checks;
 #[path = "support/cluster.rs"]
 mod cluster;
 #[path = "support/containers.rs"]
@@ -82,7 +84,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 51] = [
+    let others: [(&str, Test); 55] = [
         ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
         ("udp_on_another_port", process::udp_on_another_port),
         ("a_foreign_device_of_our_name_is_replaced", process::a_foreign_device_of_our_name),
@@ -126,6 +128,10 @@ fn main() {
         ("an_address_that_peers_cannot_use_is_refused", an_address_that_peers_cannot_use_is_refused),
         ("a_late_interface_is_waited_for", a_late_interface_is_waited_for),
         ("one_family_that_fails_leaves_the_other_alone", one_family_that_fails_leaves_the_other_alone),
+        ("hosts_with_one_address_say_so", checks::hosts_with_one_address_say_so),
+        ("a_taken_vni_is_named_and_waited_for", checks::a_taken_vni_is_named_and_waited_for),
+        ("interfaces_that_do_not_forward_are_repaired", checks::interfaces_that_do_not_forward_are_repaired),
+        ("foreign_settings_of_our_device_are_seen_through", checks::foreign_settings_of_our_device_are_seen_through),
         ("bad_flags_are_refused", bad_flags_are_refused),
         ("the_store_can_be_told_the_network", the_store_can_be_told_the_network),
         ("the_lab_shows_host_gw_and_vxlan", the_lab_shows_host_gw_and_vxlan),

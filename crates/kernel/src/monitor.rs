@@ -378,7 +378,9 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
             let ours = |index| names.get(&index).copied().filter(|name| watched.scope.links.contains(name));
             object::neigh::decode_change(message, ours)
         }
-        sysctl::RTM_NEWNETCONF => object::sysctl::decode_change(message),
+        sysctl::RTM_NEWNETCONF => {
+            object::sysctl::decode_change(message, |index| names.get(&index).or_else(|| bridges.names.get(&index)).copied())
+        }
         _ => None,
     }
 }

@@ -50,6 +50,8 @@ pub struct RouteInfo {
     pub onlink: bool,
     /// Whether it has several nexthops.
     pub multipath: bool,
+    /// Of a multipath route, the interface of the first usable next hop; else 0.
+    pub first_hop: u32,
 }
 
 /// Decodes a route message (without its netlink header). Returns `None` for routes of other tables and types.
@@ -62,7 +64,7 @@ pub fn decode(body: &[u8]) -> Option<RouteInfo> {
     };
     let onlink = u32_at(body, 8)? & RTNH_F_ONLINK != 0;
     let (mut dst, mut oif, mut via, mut metric, mut table) = (family.unspecified(), 0, None, 0, u32::from(table));
-    let (mut multipath, mut gateway) = (false, false);
+    let (mut multipath, mut first_hop, mut gateway) = (false, 0, false);
     for (kind, value) in attrs(body.get(12..)?) {
         match kind {
             RTA_DST => dst = ip_in(value)?,
@@ -75,13 +77,33 @@ pub fn decode(body: &[u8]) -> Option<RouteInfo> {
             RTA_VIA => gateway = true,
             RTA_PRIORITY => metric = u32_at(value, 0)?,
             RTA_TABLE => table = u32_at(value, 0)?,
-            RTA_MULTIPATH => multipath = true,
+            RTA_MULTIPATH => {
+                multipath = true;
+                first_hop = first_usable_hop(value);
+            }
             _ => {}
         }
     }
     let dst = Subnet::new(dst, dst_len).ok().filter(|dst| dst.family() == family)?;
     let wanted = table == u32::from(RT_TABLE_MAIN) && kind == RTN_UNICAST;
-    wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath, gateway })
+    wanted.then_some(RouteInfo { dst, oif, via, metric, protocol, onlink, multipath, first_hop, gateway })
+}
+
+/// The interface of the first next hop that is neither dead nor without carrier, in the value of `RTA_MULTIPATH`: a list of `struct
+/// rtnexthop` (`linux/rtnetlink.h`), each with attributes of its own. 0 if there is none.
+fn first_usable_hop(mut hops: &[u8]) -> u32 {
+    const RTNH_F_DEAD: u8 = 1;
+    const RTNH_F_LINKDOWN: u8 = 16;
+    while let Some(&[a, b, flags, _]) = hops.first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([a, b]));
+        if flags & (RTNH_F_DEAD | RTNH_F_LINKDOWN) == 0 {
+            return u32_at(hops, 4).unwrap_or(0);
+        }
+        // A length of 0 would go on for ever; each entry is padded to four bytes.
+        let Some(rest) = hops.get(length.max(8).next_multiple_of(4)..) else { break };
+        hops = rest;
+    }
+    0
 }
 
 /// The routes that a dump returns; the kernel does the filtering.
@@ -129,7 +151,11 @@ pub fn facts(socket: &mut Socket) -> Result<Vec<RouteFact>, NetlinkError> {
     let mut facts = Vec::new();
     for family in Family::ALL {
         let routes = list(socket, family, Filter::All)?;
-        facts.extend(routes.iter().map(|r| RouteFact { dst: r.dst, oif: r.oif, gateway: r.gateway || r.multipath }));
+        facts.extend(routes.iter().map(|r| RouteFact {
+            dst: r.dst,
+            oif: if r.multipath { r.first_hop } else { r.oif },
+            gateway: r.gateway || r.multipath,
+        }));
     }
     Ok(facts)
 }
@@ -314,5 +340,28 @@ pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32,
     match added {
         Err(error) if error.is_exists() => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A next hop of `struct rtnexthop`, with a gateway attribute behind it.
+    fn hop(flags: u8, index: u32) -> Vec<u8> {
+        let mut bytes = vec![16, 0, flags, 0];
+        bytes.extend(index.to_ne_bytes());
+        bytes.extend([8, 0, 5, 0, 192, 0, 2, 1]);
+        bytes
+    }
+
+    #[test]
+    fn first_usable_next_hop_of_a_multipath_route_counts() {
+        assert_eq!(first_usable_hop(&[hop(0, 3), hop(0, 4)].concat()), 3);
+        assert_eq!(first_usable_hop(&[hop(1, 3), hop(16, 4), hop(0, 5)].concat()), 5);
+        assert_eq!(first_usable_hop(&hop(1, 3)), 0);
+        for garbled in [&[][..], &[0, 0, 1, 0], &[0, 0, 1, 0, 0, 0, 0, 0], &[255, 255, 1, 0, 1]] {
+            assert_eq!(first_usable_hop(garbled), 0);
+        }
     }
 }

@@ -52,7 +52,7 @@ pub fn forwards(socket: &mut Socket, family: Family) -> Result<bool, NetlinkErro
         |body| {
             body.bytes(&[family_number(family), 0, 0, 0]).attr_u32(NETCONFA_IFINDEX, ALL.cast_unsigned());
         },
-        |body| decode_forwarding(body).map(|(_, on)| on),
+        |body| decode_forwarding(body).map(|(_, _, on)| on),
     )
 }
 
@@ -63,14 +63,20 @@ const NETCONFA_FORWARDING: u16 = 2;
 /// `NETCONFA_IFINDEX_ALL`
 const ALL: i32 = -1;
 
-/// Decodes a netconf message (`linux/netconf.h`): a family, and whether the namespace forwards its packets. Returns `None` for a
-/// message about something else or about a single interface.
-pub(crate) fn decode_forwarding(body: &[u8]) -> Option<(Family, bool)> {
+/// Decodes a netconf message (`linux/netconf.h`): a family, the index of an interface (`None` for the whole namespace), and whether
+/// it forwards packets of the family. Returns `None` for a message about something else.
+pub(crate) fn decode_forwarding(body: &[u8]) -> Option<(Family, Option<u32>, bool)> {
     let family = Family::ALL.into_iter().find(|family| body.first() == Some(&family_number(*family)))?;
     let number =
         |wanted| attrs(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| u32_at(value, 0));
-    (number(NETCONFA_IFINDEX)? == ALL.cast_unsigned()).then_some(())?;
-    Some((family, number(NETCONFA_FORWARDING)? != 0))
+    let index = number(NETCONFA_IFINDEX)?;
+    let is_on = number(NETCONFA_FORWARDING)? != 0;
+    match index.cast_signed() {
+        ALL => Some((family, None, is_on)),
+        1.. => Some((family, Some(index), is_on)),
+        // The defaults for new interfaces.
+        _ => None,
+    }
 }
 
 /// Reads a sysctl of the desired state; `None` if the kernel does not have it or it cannot be read.
@@ -100,6 +106,12 @@ pub(crate) fn set(socket: &mut Socket, path: &str, value: &str) -> Result<(), Ne
             let _ = link::set_ipv4_conf(socket, link.index, link::FORWARDING, 1);
         }
         message.push_str("; enabled on each existing interface by netlink until then");
+    }
+    if let (Some((Family::V4, interface)), "1") = (Family::of_forwarding(path), value) {
+        let index = link::get(socket, interface)?
+            .map(|link| link.index)
+            .ok_or_else(|| NetlinkError::Refused { errno: libc::ENODEV, message: format!("there is no interface {interface}") })?;
+        return link::set_ipv4_conf(socket, index, link::FORWARDING, 1);
     }
     let errno = match error.kind() {
         io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,

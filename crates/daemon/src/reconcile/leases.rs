@@ -11,12 +11,14 @@ use flannel::store_trust::{Doubt, doubt_deletes};
 use flannel::{LeaseKey, Op, StoreEvent};
 use tokio::time::Instant;
 
-use super::{Inputs, Reconciler, audit};
+use super::{Inputs, Reconciler};
 use crate::host::Host;
 use crate::store::Held as LeaseHandle;
 
 /// How long after a lease was acquired the store must have sent its event.
 pub(super) const OWN: Duration = Duration::from_secs(5);
+/// A lease that another host writes as well is corrected no more rarely than this.
+const CORRECT: Duration = Duration::from_secs(60);
 /// How long after a list it is looked at again whether the store is followed.
 const LISTED: Duration = Duration::from_millis(100);
 /// A long list is put into an empty kernel in parts, so many…
@@ -61,13 +63,14 @@ impl OwnLease {
     }
 
     fn correct(&mut self) {
-        let (wait, times) = self.corrected.as_ref().map_or((OWN, 0), |last| ((last.wait * 2).min(audit::AUDIT.1), last.times));
+        let (wait, times) = self.corrected.as_ref().map_or((OWN, 0), |last| ((last.wait * 2).min(CORRECT), last.times));
         self.corrected = Some(Correction { at: Instant::now(), wait, times: times + 1 });
     }
 
-    /// The lease is as this node wrote it. Only if that has lasted is a conflict over: the event may be the echo of the last correction.
+    /// The lease is as this node wrote it. Only if that has lasted is a conflict over: the event may be the echo of the last correction,
+    /// and the other host waits as long as this one does before it writes again.
     fn is_right(&mut self) {
-        self.corrected.take_if(|last| last.at.elapsed() >= last.wait);
+        self.corrected.take_if(|last| last.at.elapsed() >= last.wait * 3);
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use flannel::backend::Refusal;
 use flannel::desired::Owner;
 use flannel::object::Key;
 use tokio::sync::watch;
@@ -113,7 +114,12 @@ impl<H: Host + 'static> Reconciler<H> {
         let interface = problem.map(|problem| note("interface", format!("{}: {problem}", self.picture.node().ext)));
         let contested =
             self.own.is_contested().then(|| Condition { code: "address-conflict", text: self.contested_text(), blocks_ready: true });
-        down.chain(interface).chain(contested).collect()
+        // It may be a lease that this host had before, which ends by itself: so the node is ready all the same.
+        let is_double = |refusal: &Refusal| matches!(refusal, Refusal::OwnPublicIp(_));
+        let double =
+            self.picture.refusals().iter().find_map(|(peer, refusals)| Some((peer, refusals.iter().find(|refusal| is_double(refusal))?)));
+        let double = double.map(|(peer, refusal)| note("address-twice", format!("lease {peer}: {refusal}")));
+        down.chain(interface).chain(contested).chain(double).collect()
     }
 }
 

@@ -202,6 +202,15 @@ impl Model {
         Err(OpError { errno, text: text.to_owned() })
     }
 
+    /// Is it a sysctl of an interface that is missing?
+    fn lacks_interface_of(&self, path: &str) -> bool {
+        let Some(name) = path.split('/').nth(3).and_then(|name| name.parse::<IfName>().ok()).filter(|name| name.as_str() != "all") else {
+            return false;
+        };
+        let is_external = name == eth0() && self.external.is_some();
+        !is_external && [Key::Link(name), Key::Bridge(name)].iter().all(|key| self.objects.get(key).is_none())
+    }
+
     fn execute(&mut self, op: &Op) -> Outcome {
         self.operations += 1;
         if self.refuses > 0 && fastrand::u32(..self.refuses) == 0 {
@@ -226,12 +235,8 @@ impl Model {
             Op::Set(Object::Addr(Addr { link: name, .. })) if !has_link(self, *name) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Neigh(neigh)) if !has_link(self, neigh.link) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Fdb(fdb)) if !has_link(self, fdb.link) => return Model::refuse(19, "no such device"),
-            // A sysctl of a link that is not there counts as set.
-            Op::Set(Object::Sysctl(Sysctl { path, .. }))
-                if path.split('/').nth(3).is_some_and(|name| !has_link(self, name.parse().unwrap())) =>
-            {
-                return Ok(());
-            }
+            // A sysctl of a link that is missing counts as set.
+            Op::Set(Object::Sysctl(Sysctl { path, .. })) if self.lacks_interface_of(path) => return Ok(()),
             Op::Set(Object::Route(route)) => {
                 if !is_up(self, route.dev) {
                     return Model::refuse(100, "network is down");

@@ -91,6 +91,10 @@ impl Driver for Udp {
         ]
     }
 
+    fn device(&self, _: Family) -> Option<IfName> {
+        Some(device_name())
+    }
+
     fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
         each_family(context, key, peer, |Admitted { subnet, public, .. }| match public {
             IpAddr::V4(_) => Ok(vec![Object::Forward(Forward { dst: subnet, host: public })]),

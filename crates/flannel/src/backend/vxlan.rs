@@ -86,7 +86,7 @@ impl Vxlan {
         })
     }
 
-    fn device(&self, family: Family) -> IfName {
+    fn link(&self, family: Family) -> IfName {
         match family {
             Family::V4 => self.devices.v4,
             Family::V6 => self.devices.v6,
@@ -105,11 +105,14 @@ impl Vxlan {
         if self.direct_routing && context.local.node.is_on_link(public) {
             return host_gw::route(context.local.node, admitted).map(|route| vec![route]);
         }
-        let mac = vtep_mac(peer, family).map_err(Refusal::BadData)?;
+        let (mac, vni) = vtep(peer, family).map_err(Refusal::BadData)?;
+        if let Some(vni) = vni.filter(|vni| *vni != self.vni.get()) {
+            return Err(Refusal::OtherVni(vni, self.vni));
+        }
         if context.local.identity.macs.get(family) == Some(&mac) {
             return Err(Refusal::OwnMac(mac));
         }
-        let link = self.device(family);
+        let link = self.link(family);
         // The network address of the peer's subnet stands for its VTEP: no pod has it.
         let vtep = subnet.network();
         Ok(vec![
@@ -176,7 +179,7 @@ impl Driver for Vxlan {
         let mut objects = Vec::new();
         for (family, mac) in identity.macs.iter().filter(|(family, _)| config.network(*family).is_some()) {
             let (Some(local), Some(own)) = (node.addrs.get(family), context.own.subnets().get(family)) else { continue };
-            let link = self.device(family);
+            let link = self.link(family);
             let kind =
                 LinkKind::Vxlan { vni: self.vni, port: self.port, local: *local, lower: node.ext, gbp: self.gbp, learning: self.learning };
             objects.push(Object::Link(Box::new(Link { name: link, kind, mac: *mac, mtu: self.device_mtu(node, family), up: true })));
@@ -190,8 +193,12 @@ impl Driver for Vxlan {
         each_family(context, key, peer, |admitted| self.peer_objects(context, admitted, peer))
     }
 
+    fn device(&self, family: Family) -> Option<IfName> {
+        Some(self.link(family))
+    }
+
     fn vtep(&self, family: Family) -> Option<IfName> {
-        Some(self.device(family))
+        Some(self.link(family))
     }
 
     fn has_plain_routes(&self) -> bool {
@@ -203,17 +210,17 @@ impl Driver for Vxlan {
 ///
 /// # Errors
 /// The reason why the peer's data cannot be used.
-pub(super) fn vtep_mac(peer: &Peer, family: Family) -> Result<Mac, String> {
+pub(super) fn vtep(peer: &Peer, family: Family) -> Result<(Mac, Option<u32>), String> {
     let data = peer.backend_data.get(family).ok_or("it is missing")?;
     let fields = Fields::parse(data).map_err(|error| error.to_string())?;
-    // Upstream checks the type of VNI and ignores its value; very old nodes omit it.
-    fields.get::<u32>("vni").map_err(|error| format!("VNI: {error}"))?;
+    // Very old nodes omit the VNI.
+    let vni = fields.get::<u32>("vni").map_err(|error| format!("VNI: {error}"))?;
     let text = fields.text("vtepmac").map_err(|error| format!("VtepMAC: {error}"))?.ok_or("VtepMAC is missing")?;
     let mac: Mac = text.parse().map_err(|error| format!("VtepMAC: {error}"))?;
     if !mac.is_unicast() {
         return Err(format!("VtepMAC: {mac} is not a unicast address"));
     }
-    Ok(mac)
+    Ok((mac, vni))
 }
 
 #[cfg(test)]
@@ -225,13 +232,15 @@ mod tests {
     const PEER: &str =
         r#"{"PublicIP":"192.0.2.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:02"}}"#;
     const FAR: &str =
-        r#"{"PublicIP":"198.51.100.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"vni":7,"vtepmac":"0E:00:00:00:00:03"}}"#;
+        r#"{"PublicIP":"198.51.100.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"vni":1,"vtepmac":"0E:00:00:00:00:03"}}"#;
+    const OTHER_VNI: &str =
+        r#"{"PublicIP":"192.0.2.4","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"0e:00:00:00:00:04"}}"#;
 
     #[test]
     fn peer_gets_fdb_neigh_and_route() {
         check(
             r#"{"Type":"vxlan"}"#,
-            &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR)],
+            &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR), ("10.244.4.0-24", OTHER_VNI)],
             expect![[r#"
                 publishes {"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0e:00:00:00:00:01"}}
                 mtu 1450
@@ -246,6 +255,8 @@ mod tests {
                   fdb 0e:00:00:00:00:03 dst 198.51.100.3 dev flannel.1
                   neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.1
                   route 10.244.3.0/24 via 10.244.3.0 dev flannel.1 metric 3 onlink
+                10.244.4.0-24:
+                  refused: its VNI is 7, this host's is 1: one of the two was started with another network config; restart that one
             "#]],
         );
     }
@@ -254,7 +265,7 @@ mod tests {
     fn direct_routing_uses_plain_routes_on_the_same_link() {
         check(
             r#"{"Type":"vxlan","VNI":7,"Port":4789,"MTU":1400,"GBP":true,"Learning":true,"DirectRouting":true}"#,
-            &[("10.244.2.0-24", PEER), ("10.244.3.0-24", FAR)],
+            &[("10.244.2.0-24", PEER), ("10.244.3.0-24", &FAR.replace(r#""vni":1"#, r#""vni":7"#))],
             expect![[r#"
                 publishes {"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":7,"VtepMAC":"0e:00:00:00:00:01"}}
                 mtu 1350
@@ -302,7 +313,7 @@ mod tests {
     #[test]
     fn unusable_data_is_refused_with_reason() {
         let data = |data: &str| format!(r#"{{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{data}}}"#);
-        let refused = |text: &str| vtep_mac(&crate::wire::parse_value(text.as_bytes()).unwrap(), Family::V4).unwrap_err();
+        let refused = |text: &str| vtep(&crate::wire::parse_value(text.as_bytes()).unwrap(), Family::V4).unwrap_err();
         assert_eq!(refused(&data("null")), "it is missing");
         assert_eq!(refused(&data("7")), "invalid type: integer `7`, expected a JSON object at line 1 column 1");
         assert_eq!(refused(&data("{}")), "VtepMAC is missing");

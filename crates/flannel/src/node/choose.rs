@@ -144,7 +144,7 @@ impl<'a> Choice<'a> {
     /// The interface that holds the address. In dual stack, a `--public-ipv6` on another interface is an error for an IPv4 address
     /// and takes precedence over an IPv6 address.
     fn by_address(&self, ip: IpAddr) -> Result<Found<'a>, String> {
-        let holder = |ip: IpAddr| self.interfaces.iter().find(|i| i.holds(ip));
+        let holder = |ip: IpAddr| self.interfaces.iter().find(|i| i.holds(ip) && !self.is_own(i));
         let mut found = holder(ip).ok_or("no interface has this address")?;
         let mut fixed = PerFamily::default();
         fixed.set(Family::of(ip), Some(ip));
@@ -171,7 +171,7 @@ impl<'a> Choice<'a> {
     /// The first interface with a matching address (in dual stack: of each family), or else the first with a matching name.
     fn by_regex(&self, text: &str) -> Result<Found<'a>, String> {
         let regex = compile(text)?;
-        for interface in self.interfaces {
+        for interface in self.interfaces.iter().filter(|interface| !self.is_own(interface)) {
             let mut fixed = PerFamily::default();
             for family in &self.families {
                 fixed.set(*family, self.usable(interface, *family).into_iter().find(|ip| regex.is_match(&ip.to_string())));
@@ -180,7 +180,7 @@ impl<'a> Choice<'a> {
                 return Ok((interface, fixed));
             }
         }
-        let named = self.interfaces.iter().find(|i| regex.is_match(i.name.as_str()));
+        let named = self.interfaces.iter().find(|i| !self.is_own(i) && regex.is_match(i.name.as_str()));
         named.map(|i| (i, PerFamily::default())).ok_or_else(|| "no interface's address or name matches".to_owned())
     }
 
@@ -195,12 +195,17 @@ impl<'a> Choice<'a> {
     }
 
     /// The interface of the default route; in dual stack both default routes must use it.
+    /// Is it a device of our own backend? A DHCP client may have given it an address, or even a default route.
+    fn is_own(&self, interface: &Interface) -> bool {
+        self.families.iter().any(|family| self.config.backend.device(*family) == Some(interface.name))
+    }
+
     fn by_default_route(&self) -> Result<&'a Interface, NodeError> {
         let mut chosen: Option<&Interface> = None;
         for &family in &self.families {
-            let default = |route: &&RouteFact| route.dst.family() == family && route.dst.prefix_len() == 0 && route.oif != 0;
-            let route = self.routes.iter().find(default).ok_or(NodeError::NoDefaultRoute(family))?;
-            let interface = self.interfaces.iter().find(|i| i.index == route.oif).ok_or(NodeError::NoDefaultRoute(family))?;
+            let default = |route: &&RouteFact| route.dst.family() == family && route.dst.prefix_len() == 0;
+            let interface = |route: &RouteFact| self.interfaces.iter().find(|i| i.index == route.oif && !self.is_own(i));
+            let interface = self.routes.iter().filter(default).find_map(interface).ok_or(NodeError::NoDefaultRoute(family))?;
             match chosen {
                 Some(first) if first.index != interface.index => return Err(NodeError::TwoDefaultRoutes(first.name, interface.name)),
                 _ => chosen = Some(interface),
@@ -433,5 +438,22 @@ mod tests {
                 format!("network config: {field} on eth0: choose a network that the hosts do not use")
             );
         }
+    }
+
+    #[test]
+    fn own_device_is_no_candidate_whatever_a_dhcp_client_gave_it() {
+        let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
+        let interface = |index, name: &str, cidr: &str| Interface {
+            index,
+            name: name.parse().unwrap(),
+            mtu: 1500,
+            addrs: vec![InterfaceAddr { cidr: cidr.parse().unwrap(), permanent: true, temporary: false, deprecated: false }],
+        };
+        let interfaces = [interface(2, "eth0", "192.0.2.1/24"), interface(3, "flannel.1", "192.0.2.125/24")];
+        let default = |oif| RouteFact { dst: "0.0.0.0/0".parse().unwrap(), oif, gateway: true };
+        let node = |wanted: Wanted| Node::choose(&interfaces, &[default(3), default(2)], &wanted, &config).map(|node| node.ext.to_string());
+        assert_eq!(node(Wanted::default()), Ok("eth0".to_owned()), "the first default route leads into our own device");
+        let regex = Wanted { iface_regex: vec!["192\\.0\\.2\\.125|flannel".to_owned()], ..Wanted::default() };
+        assert!(node(regex).unwrap_err().to_string().contains("no interface's address or name matches"));
     }
 }

@@ -17,7 +17,7 @@ pub struct Sysctl {
 impl Sysctl {
     /// Does it switch forwarding of a whole family? Nothing else depends on a sysctl of ours.
     pub fn is_forwarding(&self) -> bool {
-        Family::ALL.iter().any(|family| family.forwarding() == self.path)
+        Family::ALL.iter().any(|family| family.forwarding() == self.path) || Family::of_forwarding(&self.path).is_some()
     }
 }
 

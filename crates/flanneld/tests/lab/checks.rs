@@ -39,6 +39,8 @@ pub(crate) fn hosts_with_one_address_say_so(root: &Path) {
     lab.start_daemon(1, &[]).unwrap();
     eventually("it is set up", || is_ready(&lab, 1));
     lab.stop_daemon(1, true).unwrap();
+    // Without its file it does not ask for its former lease.
+    std::fs::remove_file(lab.hosts[1].subnet_file()).unwrap();
     lab.start_daemon(0, &[]).unwrap();
     eventually("the first host is set up", || is_ready(&lab, 0));
     lab.start_daemon(1, &["--public-ip=10.0.0.1", "--iface=eth0"]).unwrap();
@@ -58,7 +60,7 @@ pub(crate) fn hosts_with_one_address_say_so(root: &Path) {
     lab.stop_daemon(1, true).unwrap();
     lab.start_daemon(1, &[]).unwrap();
     eventually("the second host is ready", || is_ready(&lab, 1));
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(90);
     while !is_ready(&lab, 0) {
         assert!(Instant::now() < end, "the first host is not ready again: {:?}", readyz(&lab, 0));
         std::thread::sleep(Duration::from_millis(200));
@@ -78,4 +80,50 @@ pub(crate) fn a_taken_vni_is_named_and_waited_for(root: &Path) {
     eventually("the daemon goes on when it is gone", || is_ready(&lab, 0));
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &[pods[1].address]);
+}
+
+/// Hardening guides switch forwarding off for new interfaces: pods' packets pass all the same, and when it is switched off later.
+pub(crate) fn interfaces_that_do_not_forward_are_repaired(root: &Path) {
+    let mut lab = wire(root, 2);
+    for host in 0..2 {
+        shell(&lab, host, "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/net/ipv4/conf/default/forwarding");
+        lab.start_daemon(host, &[]).unwrap();
+        eventually("the host is ready", || is_ready(&lab, host));
+    }
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    let forwards = |lab: &Lab, name: &str| shell(lab, 1, &format!("cat /proc/sys/net/ipv4/conf/{name}/forwarding")).trim() == "1";
+    for name in ["cni0", "flannel.1", "eth0"] {
+        eventually(&format!("{name} forwards"), || forwards(&lab, name));
+    }
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    shell(&lab, 1, "echo 0 > /proc/sys/net/ipv4/conf/flannel.1/forwarding; echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding");
+    let began = Instant::now();
+    for name in ["flannel.1", "eth0"] {
+        eventually(&format!("{name} forwards again"), || forwards(&lab, name));
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "the kernel announces it: {:?}", began.elapsed());
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+}
+
+/// A peer of another VNI is refused by name; a DHCP client's default route through our device does not make it the external interface.
+pub(crate) fn foreign_settings_of_our_device_are_seen_through(root: &Path) {
+    let mut lab = wire(root, 2);
+    lab.start_daemon(0, &[]).unwrap();
+    eventually("the first host is ready", || is_ready(&lab, 0));
+    shell(
+        &lab,
+        0,
+        "ip addr add 10.0.0.125/24 dev flannel.1 noprefixroute; ip route add default via 10.0.0.254 dev flannel.1 onlink metric 5",
+    );
+    lab.stop_daemon(0, true).unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    eventually("it is ready again", || is_ready(&lab, 0));
+    assert_eq!(lab.hosts[0].state().unwrap()["interface"], "eth0");
+    lab.with_store(async |store| store.put_config(&VXLAN.replace("\"vxlan\"", "\"vxlan\",\"VNI\":7")).await).unwrap();
+    lab.start_daemon(1, &[]).unwrap();
+    for host in 0..2 {
+        let state = lab.wait_state(host, "the refusal", |state| state["peers"]["list"][0]["state"] == "refused").unwrap();
+        let reason = state["peers"]["list"][0]["reasons"][0].as_str().unwrap_or_default().to_owned();
+        assert!(reason.contains("its VNI is") && reason.contains("restart that one"), "{reason}");
+    }
 }

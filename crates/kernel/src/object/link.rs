@@ -27,7 +27,8 @@ fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkEr
     };
     let links = link::list(&mut kernel.route).unwrap_or_default();
     let others = links.iter().filter(|link| link.name != wanted.name);
-    let rivals = others.filter_map(|link| Some((link.name, link.vxlan?))).filter(|(_, vxlan)| vxlan.vni == vni.get() || vxlan.port == *port);
+    let rivals =
+        others.filter_map(|link| Some((link.name, link.vxlan?))).filter(|(_, vxlan)| vxlan.vni == vni.get() || vxlan.port == *port);
     let rivals: Vec<String> =
         rivals.map(|(name, vxlan)| format!("VXLAN device {name} has VNI {} and UDP port {}", vxlan.vni, vxlan.port)).collect();
     let message = match (rivals.is_empty(), errno) {

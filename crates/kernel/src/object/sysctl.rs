@@ -1,5 +1,6 @@
 //! Applies and reads sysctls.
 
+use flannel::IfName;
 use flannel::object::{Object, Sysctl};
 
 use super::{Change, Reading};
@@ -24,8 +25,12 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     }
 }
 
-/// Decodes a netconf notification, by which the kernel announces a change of a family's forwarding.
-pub(crate) fn decode_change(message: &Received<'_>) -> Option<Changed> {
-    let (family, on) = sysctl::decode_forwarding(message.body)?;
-    Some(Changed::Set(Object::Sysctl(Sysctl { path: family.forwarding().to_owned(), value: sysctl::on_off(on) })))
+/// The kernel announces forwarding of a whole family, and of each interface (netconf).
+pub(crate) fn decode_change(message: &Received<'_>, name: impl Fn(u32) -> Option<IfName>) -> Option<Changed> {
+    let (family, interface, is_on) = sysctl::decode_forwarding(message.body)?;
+    let path = match interface {
+        None => family.forwarding().to_owned(),
+        Some(index) => family.forwarding_of(name(index)?),
+    };
+    Some(Changed::Set(Object::Sysctl(Sysctl { path, value: sysctl::on_off(is_on) })))
 }
