@@ -1,10 +1,13 @@
-//! The part of the etcd v3 API that we speak, generated from `proto/etcd.proto`: the client's side is used by
-//! [`crate::store`], the server's by [`crate::embedded`].
+//! The part of the etcd v3 API that flannel uses: [`crate::store`] uses the client side, [`crate::embedded`] the server
+//! side.
+//!
+//! `etcd/generated.rs` is generated from `proto/etcd.proto` and checked in, so that a build of the daemon does not build
+//! a protobuf compiler first. `UPDATE_EXPECT=1 cargo test -p xtask --test generated` writes it again; without
+//! `UPDATE_EXPECT` the same test compares it with the definition.
 
+#[rustfmt::skip]
 #[expect(missing_docs, clippy::allow_attributes, reason = "generated code")]
-mod generated {
-    tonic::include_proto!("etcdserverpb");
-}
+mod generated;
 
 pub use generated::*;
 
