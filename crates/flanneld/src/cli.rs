@@ -7,6 +7,8 @@ use daemon::install_cni::InstallCniArgs;
 use daemon::settings::{self, RunArgs};
 use lab::cli::LabArgs;
 
+use crate::pages::CompletionsArgs;
+
 /// Pod network for containers: every host leases a subnet, every pod reaches every other
 #[derive(Debug, Parser)]
 #[command(
@@ -43,6 +45,11 @@ pub(crate) enum Command {
     DockerOpts(DockerOptsArgs),
     /// Put the CNI plugins and their list where container runtimes look, each in one step
     InstallCni(InstallCniArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Print the man page, in roff
+    #[command(hide = true)]
+    Man,
     /// Print the version
     Version,
 }

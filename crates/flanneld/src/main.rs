@@ -2,6 +2,7 @@
 //! plugin.
 
 mod cli;
+mod pages;
 
 use std::process::ExitCode;
 
@@ -58,6 +59,8 @@ fn main() -> ExitCode {
         Some(Command::Lab(args)) => return lab::cli::main(args),
         Some(Command::DockerOpts(args)) => docker_opts::run(&args),
         Some(Command::InstallCni(args)) => install_cni::run(&args),
+        Some(Command::Completions(args)) => pages::completions(&args),
+        Some(Command::Man) => pages::man(),
         Some(Command::Version) => {
             println!("{}", version());
             Ok(())

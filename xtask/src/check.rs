@@ -1,0 +1,60 @@
+//! Everything that can be checked without root and without other programs.
+
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::bail;
+
+use crate::tools::{run, step};
+use crate::{bench, deny, limits, words};
+
+/// A step. Returns what could not be checked, if anything.
+type Step = fn() -> anyhow::Result<Option<String>>;
+
+/// Runs all steps, also after one has failed, and lists those that failed.
+pub(crate) fn check() -> anyhow::Result<()> {
+    let steps: [(&str, Step); 8] = [
+        ("formatting", || run(Command::new("cargo").args(["fmt", "--all", "--check"])).map(|()| None)),
+        ("words", || words::check().map(|()| None)),
+        ("lines in a file", || limits::lines().map(|()| None)),
+        ("clippy, and lines in a function", || limits::clippy().map(|()| None)),
+        ("docs", || docs().map(|()| None)),
+        ("dependencies", deny::check),
+        ("pure tests and laws", || pure_tests().map(|()| None)),
+        ("instruction count", || bench::instructions().map(|()| None)),
+    ];
+    let (mut table, mut failed) = (Vec::new(), Vec::new());
+    for (name, check) in steps {
+        println!("check: {name}");
+        let start = Instant::now();
+        let outcome = check();
+        let result = match &outcome {
+            Ok(None) => "ok".to_owned(),
+            Ok(Some(missing)) => format!("ok, but {missing}"),
+            Err(error) => {
+                eprintln!("{error:#}");
+                failed.push(name);
+                "FAILED".to_owned()
+            }
+        };
+        table.push(format!("  {:>5.1} s  {name}: {result}", start.elapsed().as_secs_f64()));
+    }
+    println!("check:\n{}", table.join("\n"));
+    if !failed.is_empty() {
+        bail!("check failed: {}", failed.join("; "));
+    }
+    Ok(())
+}
+
+fn docs() -> anyhow::Result<()> {
+    let mut command = Command::new("cargo");
+    command.args(["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings");
+    step("cargo doc", &mut command)
+}
+
+/// Unit tests of all packages, the laws of the pure one, and the comparison of generated code with its definition.
+fn pure_tests() -> anyhow::Result<()> {
+    let cargo = |name: &str, args: &[&str]| step(name, Command::new("cargo").args(["test", "--quiet"]).args(args));
+    cargo("unit tests", &["--workspace", "--lib", "--bins"])?;
+    cargo("laws, and generated code", &["-p", "flannel", "-p", "xtask", "--test", "laws", "--test", "generated"])
+}

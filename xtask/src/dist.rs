@@ -1,0 +1,106 @@
+//! Building what is installed: programs, completions, man page, container image.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+
+use crate::tools::{Step, host, output, run, step};
+
+/// The shells that completions are written for, and the names that they look for.
+const SHELLS: [(&str, &str); 3] = [("bash", "flanneld.bash"), ("fish", "flanneld.fish"), ("zsh", "_flanneld")];
+
+/// Builds the programs as they are installed and returns their folder. The plugin is started for each pod, so it is
+/// linked statically: there is nothing to load. The daemon is not, because glibc resolves names by loaded modules.
+pub(crate) fn dist() -> anyhow::Result<PathBuf> {
+    let folder = std::env::current_dir()?.join("target/dist");
+    let daemon = build("flanneld", Linking::Dynamic)?.join("flanneld");
+    let plugin = build("cni", Linking::Static)?.join("flannel-cni");
+    std::fs::create_dir_all(&folder)?;
+    for (from, name) in [(&daemon, "flanneld"), (&plugin, "flannel-cni")] {
+        let to = folder.join(name);
+        // The old one may be running.
+        let _ = std::fs::remove_file(&to);
+        std::fs::copy(from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    }
+    for name in ["flannel", "bridge", "host-local", "loopback", "portmap", "bandwidth", "firewall", "tuning"] {
+        let link = folder.join(name);
+        let _ = std::fs::remove_file(&link);
+        std::fs::hard_link(folder.join("flannel-cni"), &link).with_context(|| format!("cannot link {}", link.display()))?;
+    }
+    let write = |args: &[&str], file: PathBuf| {
+        let output = output(Command::new(&daemon).args(args))?;
+        ensure!(output.status.success(), "flanneld {} ended with {}", args.join(" "), output.status);
+        std::fs::write(&file, output.stdout).with_context(|| format!("cannot write {}", file.display()))
+    };
+    let completions = folder.join("completions");
+    std::fs::create_dir_all(&completions)?;
+    for (shell, name) in SHELLS {
+        write(&["completions", shell], completions.join(name))?;
+    }
+    write(&["man"], folder.join("flanneld.8"))?;
+    Ok(folder)
+}
+
+/// How a program is linked with the C library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Linking {
+    /// With the machine's.
+    Dynamic,
+    /// With a copy of its own, so that it needs no other file.
+    Static,
+}
+
+/// Builds a package's programs with the profile `dist` and returns their folder. Always with `--target`: the flags then do
+/// not apply to build scripts, and cargo's own `target/dist` does not mix with ours.
+fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
+    let host = host()?;
+    let mut command = Command::new("cargo");
+    command.args(["build", "--locked", "--profile", "dist", "--quiet", "-p", package, "--target", &host]);
+    if linking == Linking::Static {
+        command.env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static");
+    }
+    let kind = if linking == Linking::Static { "statically linked" } else { "dynamically linked" };
+    step(format!("building {package}, optimized and {kind}"), &mut command)?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    Ok(std::env::current_dir()?.join(target).join(host).join("dist"))
+}
+
+/// Builds the container image and returns its archive. Nothing is downloaded: it begins with an empty file system. The
+/// daemon is static here too; it resolves names by DNS and /etc/hosts, which glibc has built in.
+pub(crate) fn image() -> anyhow::Result<PathBuf> {
+    let folder = std::env::current_dir()?.join("target/image");
+    let bin = folder.join("rootfs/opt/bin");
+    let _ = std::fs::remove_dir_all(folder.join("rootfs"));
+    std::fs::create_dir_all(&bin)?;
+    for (package, program) in [("flanneld", "flanneld"), ("cni", "flannel-cni")] {
+        std::fs::copy(build(package, Linking::Static)?.join(program), bin.join(program))
+            .with_context(|| format!("cannot copy {program}"))?;
+        // Names of functions are a sixth of it, and of no use where there is no debugger.
+        run(Command::new("strip").arg("--strip-all").arg(bin.join(program)))?;
+    }
+    for name in ["install-conf", "mk-docker-opts.sh"] {
+        std::os::unix::fs::symlink("flanneld", bin.join(name))?;
+    }
+    let (tag, archive) = (format!("localhost/flannel:{}", env!("CARGO_PKG_VERSION")), folder.join("flannel.tar"));
+    let _ = std::fs::remove_file(&archive);
+    // A store of its own, so that the machine's images are not touched.
+    let store = std::env::temp_dir().join(format!("flannel-image-{}", std::process::id()));
+    let podman = |args: &[&OsStr]| {
+        let mut command = Command::new("podman");
+        command.arg("--root").arg(store.join("root")).arg("--runroot").arg(store.join("run")).arg("--tmpdir").arg(store.join("tmp"));
+        run(command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"]).args(args).stdout(Stdio::null()))
+    };
+    let file = Path::new("deploy/image/Containerfile");
+    let packing = Step::begin("packing the container image");
+    let built =
+        podman(&["build".as_ref(), "--quiet".as_ref(), "--tag".as_ref(), tag.as_ref(), "--file".as_ref(), file.as_ref(), folder.as_ref()])
+            .and_then(|()| podman(&["save".as_ref(), "--quiet".as_ref(), "--output".as_ref(), archive.as_ref(), tag.as_ref()]));
+    drop(packing);
+    let _ = std::fs::remove_dir_all(&store);
+    built.context("podman cannot build the image")?;
+    let size = std::fs::metadata(&archive)?.len();
+    ensure!(size < 20_000_000, "the image has {size} bytes: it must stay under 20 MB");
+    Ok(archive)
+}

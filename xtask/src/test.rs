@@ -1,0 +1,212 @@
+//! All tests, or those whose names have a text in them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+
+use crate::check;
+use crate::programs::Need;
+use crate::tools::{cargo, output, run};
+
+/// Runs everything, or the tests that the arguments select: options of `cargo test` that choose packages and targets, a
+/// text, and after `--` options of the tests' own.
+pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
+    match args.is_empty() {
+        true => everything(),
+        false => some(&Selection::parse(args)?),
+    }
+}
+
+fn everything() -> anyhow::Result<()> {
+    Need::Debian.provide()?;
+    check::check()?;
+    let mut env = Vec::new();
+    for need in Need::ALL {
+        env.extend(need.provide()?);
+    }
+    let mut command: Vec<(&str, &std::ffi::OsStr)> = env.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
+    command.push(("RUST_BACKTRACE", "0".as_ref()));
+    cargo(&["test", "--workspace"], &command)
+}
+
+/// Which tests to run.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Selection {
+    /// For `cargo test`: packages and targets.
+    cargo: Vec<String>,
+    /// Texts of which a test's name has one.
+    filters: Vec<String>,
+    /// For the test programs.
+    harness: Vec<String>,
+}
+
+impl Selection {
+    fn parse(args: &[String]) -> anyhow::Result<Selection> {
+        let mut selection = Selection::default();
+        let mut args = args.iter().cloned();
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--" => selection.harness.extend(args.by_ref()),
+                "-p" | "--package" | "--test" | "--bin" | "--exclude" => {
+                    let value = args.next().with_context(|| format!("{arg} needs a name"))?;
+                    selection.cargo.extend([arg, value]);
+                }
+                _ if arg.starts_with('-') => selection.cargo.push(arg),
+                _ => selection.filters.push(arg),
+            }
+        }
+        if !selection.cargo.iter().any(|arg| arg == "-p" || arg.starts_with("--package") || arg == "--workspace") {
+            selection.cargo.push("--workspace".to_owned());
+        }
+        Ok(selection)
+    }
+}
+
+/// A test program, and which of its tests are selected.
+struct Program {
+    package: String,
+    target: String,
+    /// The package's folder, where cargo would start it.
+    folder: PathBuf,
+    file: PathBuf,
+    tests: Vec<String>,
+}
+
+impl Program {
+    /// What its selected tests need. A test says so by its kind (`[image] name`); for one that does not, the program counts.
+    fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
+        let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
+            ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation") => &[],
+            ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults") => &[Need::Debian],
+            ("cni", "reference") => &[Need::Debian, Need::ReferencePlugins],
+            ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],
+            // A test program that is not known here gets everything.
+            _ => &Need::ALL,
+        };
+        let mut needs = BTreeSet::new();
+        for test in &self.tests {
+            match test.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+                None => needs.extend(whole),
+                Some((kind, _)) => {
+                    for word in kind.split_whitespace() {
+                        needs
+                            .insert(Need::named(word).with_context(|| format!("{}: the kind of test {test:?} is not known", self.target))?);
+                    }
+                }
+            }
+        }
+        Ok(needs)
+    }
+}
+
+fn some(selection: &Selection) -> anyhow::Result<()> {
+    let mut programs = Vec::new();
+    for mut program in build(selection)? {
+        program.tests = list(&program, selection)?;
+        if !program.tests.is_empty() {
+            programs.push(program);
+        }
+    }
+    ensure!(!programs.is_empty(), "no test has {} in its name", selection.filters.join(" or "));
+    let mut needs = BTreeSet::new();
+    for program in &programs {
+        needs.extend(program.needs()?);
+    }
+    let mut env: BTreeMap<&str, OsString> = BTreeMap::from([("RUST_BACKTRACE", "0".into())]);
+    for need in needs {
+        env.extend(need.provide()?);
+    }
+    let mut failed = Vec::new();
+    for program in &programs {
+        println!("{} {}: {} tests", program.package, program.target, program.tests.len());
+        let mut command = Command::new(&program.file);
+        command.args(&selection.filters).args(&selection.harness).envs(&env).current_dir(&program.folder);
+        if let Err(error) = run(&mut command) {
+            failed.push(format!("{error:#}"));
+        }
+    }
+    if !failed.is_empty() {
+        bail!("{}", failed.join("\n"));
+    }
+    Ok(())
+}
+
+/// Builds the test programs of the selection.
+fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(&selection.cargo);
+    let output = output(&mut command)?;
+    ensure!(output.status.success(), "the tests cannot be built");
+    let mut programs = Vec::new();
+    for line in String::from_utf8(output.stdout)?.lines() {
+        let message: Value = serde_json::from_str(line).context("cargo printed no JSON")?;
+        let Some(file) = message["executable"].as_str().filter(|_| message["profile"]["test"] == true) else { continue };
+        let manifest = Path::new(message["manifest_path"].as_str().context("a target has a manifest")?);
+        let folder = manifest.parent().context("a manifest has a folder")?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let kind = text(&message["target"]["kind"][0]);
+        programs.push(Program {
+            package: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            target: if kind == "test" { text(&message["target"]["name"]) } else { kind },
+            folder: folder.to_owned(),
+            file: file.into(),
+            tests: Vec::new(),
+        });
+    }
+    programs.sort_by(|a, b| (&a.package, &a.target).cmp(&(&b.package, &b.target)));
+    Ok(programs)
+}
+
+/// The selected tests of a program.
+fn list(program: &Program, selection: &Selection) -> anyhow::Result<Vec<String>> {
+    let mut command = Command::new(&program.file);
+    let exact = selection.harness.iter().filter(|arg| *arg == "--exact" || *arg == "--ignored" || *arg == "--include-ignored");
+    let output = output(command.args(&selection.filters).args(exact).arg("--list").current_dir(&program.folder))?;
+    ensure!(output.status.success(), "{} --list ended with {}", program.file.display(), output.status);
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(ToOwned::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selection(args: &[&str]) -> Selection {
+        Selection::parse(&args.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn program(package: &str, target: &str, tests: &[&str]) -> Program {
+        let tests = tests.iter().map(ToString::to_string).collect();
+        Program { package: package.to_owned(), target: target.to_owned(), folder: PathBuf::new(), file: PathBuf::new(), tests }
+    }
+
+    #[test]
+    fn arguments_are_for_cargo_the_names_and_the_harness() {
+        let parsed = selection(&["-p", "kernel", "--test", "netns", "route", "--", "--nocapture"]);
+        assert_eq!(parsed.cargo, ["-p", "kernel", "--test", "netns"]);
+        assert_eq!((parsed.filters, parsed.harness), (vec!["route".to_owned()], vec!["--nocapture".to_owned()]));
+        assert_eq!(selection(&["route"]).cargo, ["--workspace"]);
+    }
+
+    #[test]
+    fn only_the_needs_of_selected_tests_count() {
+        let needs = |package: &str, target: &str, tests: &[&str]| program(package, target, tests).needs().unwrap();
+        assert_eq!(needs("flannel", "laws", &["a"]), BTreeSet::new());
+        assert_eq!(needs("cni", "reference", &["a"]), BTreeSet::from([Need::Debian, Need::ReferencePlugins]));
+        assert_eq!(
+            needs("flanneld", "kube", &["[helm] a", "[image kubernetes] b"]),
+            BTreeSet::from([Need::Helm, Need::Image, Need::Kubernetes])
+        );
+        assert_eq!(needs("flanneld", "kube", &["[helm] a", "b"]), BTreeSet::from(Need::ALL));
+        assert_eq!(needs("flanneld", "unknown", &["a"]), BTreeSet::from(Need::ALL));
+    }
+
+    #[test]
+    fn unknown_kind_is_refused() {
+        assert!(program("flanneld", "kube", &["[hlem] a"]).needs().is_err());
+    }
+}
