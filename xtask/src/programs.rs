@@ -34,10 +34,9 @@ impl Need {
     pub(crate) const ALL: [Need; 7] =
         [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
 
-    /// The need that a test names in its kind (`[image]`).
+    /// The need that a test names in its kind (`[kubernetes image]`).
     pub(crate) fn named(name: &str) -> Option<Need> {
         Some(match name {
-            "debian" => Need::Debian,
             "etcd" => Need::Etcd,
             "reference-plugins" => Need::ReferencePlugins,
             "kubernetes" => Need::Kubernetes,

@@ -77,7 +77,8 @@ struct Program {
 }
 
 impl Program {
-    /// What its selected tests need. A test says so by its kind (`[image] name`); for one that does not, the program counts.
+    /// What its selected tests need. A test names that in its kind (`[kubernetes image] name`), besides Debian's packages; a
+    /// test without a kind needs what its program does.
     fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
             ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation") => &[],
@@ -92,6 +93,7 @@ impl Program {
             match test.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
                 None => needs.extend(whole),
                 Some((kind, _)) => {
+                    needs.insert(Need::Debian);
                     for word in kind.split_whitespace() {
                         needs
                             .insert(Need::named(word).with_context(|| format!("{}: the kind of test {test:?} is not known", self.target))?);

@@ -32,17 +32,28 @@ use serde_json::{Value, json};
 
 type Test = fn(&Path);
 
+/// Programs that `cargo xtask test FILTER` must build for the tests whose names begin so; for all others it is `kubernetes`.
+const NEEDS: [(&str, &str); 5] = [
+    ("1.28: ", "kubernetes-1.28"),
+    ("kubelets_run_our_daemonset", "kubernetes image"),
+    ("the_chart_renders_the_same_objects", "kubernetes helm"),
+    ("the_image_has_all_it_needs", "image"),
+    ("readers_never_see_half_of_what_is_installed", "image"),
+];
+
 fn main() {
     let arguments = Arguments::from_args();
     let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
     let mut trials = Vec::new();
     let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
         let root = scratch.join(name.replace([' ', ':', ','], "-"));
-        trials.push(Trial::test(name, move || {
+        let kind = NEEDS.iter().find(|(start, _)| name.starts_with(start)).map_or("kubernetes", |(_, needs)| needs);
+        let trial = Trial::test(name, move || {
             test(&root);
             let _ = std::fs::remove_dir_all(&root);
             Ok(())
-        }));
+        });
+        trials.push(trial.with_kind(kind));
     };
     for backend in ["host-gw", "vxlan"] {
         for (name, family) in [("v4", PodFamily::V4), ("v6", PodFamily::V6), ("dual", PodFamily::Dual)] {
@@ -79,6 +90,9 @@ fn main() {
     ];
     for (name, test) in tests {
         add(name.to_owned(), Box::new(test));
+    }
+    for (start, _) in NEEDS {
+        assert!(trials.iter().any(|trial| trial.name().starts_with(start)), "NEEDS names {start:?}, but no test begins so");
     }
     libtest_mimic::run(&arguments, trials).exit();
 }
