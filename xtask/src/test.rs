@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(needs("cni", "reference", &["a"]), BTreeSet::from([Need::Debian, Need::ReferencePlugins]));
         assert_eq!(
             needs("flanneld", "kube", &["[helm] a", "[image kubernetes] b"]),
-            BTreeSet::from([Need::Helm, Need::Image, Need::Kubernetes])
+            BTreeSet::from([Need::Debian, Need::Helm, Need::Image, Need::Kubernetes])
         );
         assert_eq!(needs("flanneld", "kube", &["[helm] a", "b"]), BTreeSet::from(Need::ALL));
         assert_eq!(needs("flanneld", "unknown", &["a"]), BTreeSet::from(Need::ALL));

@@ -6,7 +6,7 @@
 //! `UPDATE_EXPECT` the same test compares it with the definition.
 
 #[rustfmt::skip]
-#[expect(missing_docs, clippy::allow_attributes, reason = "generated code")]
+#[expect(missing_docs, clippy::allow_attributes, clippy::too_many_lines, reason = "generated code")]
 mod generated;
 
 pub use generated::*;
