@@ -18,7 +18,21 @@ pub(crate) fn instructions() -> anyhow::Result<()> {
     let runner = format!("CARGO_TARGET_{}_RUNNER", host.to_uppercase().replace('-', "_"));
     let count = |leases: u64| -> anyhow::Result<u64> {
         let mut command = Command::new("cargo");
-        command.args(["bench", "--quiet", "--profile", "dist", "--target", &host, "-p", "flannel", "--bench", "core", "--"]);
+        command.args([
+            "bench",
+            "--quiet",
+            "--profile",
+            "dist",
+            "--target",
+            &host,
+            "--target-dir",
+            dist::TARGET,
+            "-p",
+            "flannel",
+            "--bench",
+            "core",
+            "--",
+        ]);
         command.arg(leases.to_string());
         command.env(&runner, format!("{} --tool=cachegrind --cache-sim=no --cachegrind-out-file=/dev/null", valgrind.display()));
         if let Some(folder) = &tools {
@@ -45,7 +59,7 @@ pub(crate) fn bench(args: &[String]) -> anyhow::Result<()> {
     let plugin = dist::dist()?.join("flannel-cni");
     let kubernetes = programs::kubernetes()?;
     let host = host()?;
-    let profile = ["bench", "--quiet", "--profile", "dist", "--target", host.as_str(), "-p"];
+    let profile = ["bench", "--quiet", "--profile", "dist", "--target", host.as_str(), "--target-dir", dist::TARGET, "-p"];
     let mut command = [&profile[..], &["flanneld", "--bench", "bench", "--"]].concat();
     command.extend(args.iter().map(String::as_str));
     let out = std::env::current_dir()?.join("docs/bench");

@@ -52,19 +52,21 @@ enum Linking {
     Static,
 }
 
-/// Builds a package's programs with the profile `dist` and returns their folder. Always with `--target`: the flags then do
-/// not apply to build scripts, and cargo's own `target/dist` does not mix with ours.
+/// Where cargo builds with the profile `dist`: its own `target/dist` would mix with the folder of what is installed.
+pub(crate) const TARGET: &str = "target/optimized";
+
+/// Builds a package's programs with the profile `dist` and returns their folder. Always with `--target`, so that the flags
+/// do not apply to build scripts, and both kinds of linking share those.
 fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
     let host = host()?;
     let mut command = Command::new("cargo");
-    command.args(["build", "--locked", "--profile", "dist", "--quiet", "-p", package, "--target", &host]);
+    command.args(["build", "--locked", "--profile", "dist", "--quiet", "-p", package, "--target", &host, "--target-dir", TARGET]);
     if linking == Linking::Static {
         command.env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static");
     }
     let kind = if linking == Linking::Static { "statically linked" } else { "dynamically linked" };
     step(format!("building {package}, optimized and {kind}"), &mut command)?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-    Ok(std::env::current_dir()?.join(target).join(host).join("dist"))
+    Ok(std::env::current_dir()?.join(TARGET).join(host).join("dist"))
 }
 
 /// Builds the container image and returns its archive. Nothing is downloaded: it begins with an empty file system. The

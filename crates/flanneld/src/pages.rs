@@ -29,10 +29,26 @@ pub(crate) fn man() -> anyhow::Result<()> {
 }
 
 fn page() -> anyhow::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    let page = clap_mangen::Man::new(Cli::command().disable_help_subcommand(true)).section("8").manual("flannel");
-    page.render(&mut text).context("cannot write the man page")?;
+    let command = Cli::command().disable_help_subcommand(true);
+    let examples = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    let (page, mut text) = (clap_mangen::Man::new(command).section("8").manual("flannel"), Vec::new());
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    // A synopsis of forty flags helps no reader.
+    text.extend(b".SH SYNOPSIS\n\\fBflanneld\\fR [\\fIOPTIONS\\fR]\n.br\n\\fBflanneld\\fR \\fICOMMAND\\fR [\\fIOPTIONS\\fR]\n");
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
+    page.render_subcommands_section(&mut text)?;
+    text.extend(verbatim("NOTES", &examples).into_bytes());
     Ok(text)
+}
+
+/// A section whose lines stay as they are.
+fn verbatim(title: &str, text: &str) -> String {
+    let lines = text.lines().map(|line| line.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq"));
+    // A line that begins with a dot would be an instruction.
+    let lines: Vec<String> = lines.map(|line| if line.starts_with('.') { format!("\\&{line}") } else { line }).collect();
+    format!(".SH {title}\n.nf\n{}\n.fi\n", lines.join("\n"))
 }
 
 fn print(text: &[u8]) -> anyhow::Result<()> {
@@ -57,6 +73,11 @@ mod tests {
                 assert!(text.contains(word), "{shell}: {word} is missing");
             }
         }
+    }
+
+    #[test]
+    fn verbatim_lines_are_no_instructions() {
+        assert_eq!(verbatim("NOTES", ".x\n a-b 'c' \\"), ".SH NOTES\n.nf\n\\&.x\n a\\-b \\(aqc\\(aq \\e\n.fi\n");
     }
 
     #[test]
