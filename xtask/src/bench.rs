@@ -1,10 +1,8 @@
 //! Measuring: the tables of docs/performance.md, and the instruction count that `check` holds.
 
-use std::process::Command;
-
 use anyhow::{Context, ensure};
 
-use crate::tools::{Step, cargo, host};
+use crate::tools::{Step, cargo, cargo_command, host};
 use crate::{dist, programs};
 
 /// Instructions that the pure core may need for a lease, from the stored text to the comparison with a kernel that has it all:
@@ -17,7 +15,7 @@ pub(crate) fn instructions() -> anyhow::Result<()> {
     let host = host()?;
     let runner = format!("CARGO_TARGET_{}_RUNNER", host.to_uppercase().replace('-', "_"));
     let count = |leases: u64| -> anyhow::Result<u64> {
-        let mut command = Command::new("cargo");
+        let mut command = cargo_command();
         command.args([
             "bench",
             "--quiet",

@@ -1,11 +1,10 @@
 //! Everything that can be checked without root and without other programs.
 
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::bail;
 
-use crate::tools::{run, step};
+use crate::tools::{cargo_command, run, step};
 use crate::{bench, deny, limits, words};
 
 /// A step. Returns what could not be checked, if anything.
@@ -14,7 +13,7 @@ type Step = fn() -> anyhow::Result<Option<String>>;
 /// Runs all steps, also after one has failed, and lists those that failed.
 pub(crate) fn check() -> anyhow::Result<()> {
     let steps: [(&str, Step); 8] = [
-        ("formatting", || run(Command::new("cargo").args(["fmt", "--all", "--check"])).map(|()| None)),
+        ("formatting", || run(cargo_command().args(["fmt", "--all", "--check"])).map(|()| None)),
         ("words", || words::check().map(|()| None)),
         ("lines in a file", || limits::lines().map(|()| None)),
         ("clippy, and lines in a function", || limits::clippy().map(|()| None)),
@@ -47,14 +46,14 @@ pub(crate) fn check() -> anyhow::Result<()> {
 }
 
 fn docs() -> anyhow::Result<()> {
-    let mut command = Command::new("cargo");
+    let mut command = cargo_command();
     command.args(["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings");
     step("cargo doc", &mut command)
 }
 
 /// Unit tests of all packages, the laws of the pure one, and the comparison of generated code with its definition.
 fn pure_tests() -> anyhow::Result<()> {
-    let cargo = |name: &str, args: &[&str]| step(name, Command::new("cargo").args(["test", "--quiet"]).args(args));
+    let cargo = |name: &str, args: &[&str]| step(name, cargo_command().args(["test", "--quiet"]).args(args));
     cargo("unit tests", &["--workspace", "--lib", "--bins"])?;
     cargo("laws, and generated code", &["-p", "flannel", "-p", "xtask", "--test", "laws", "--test", "generated"])
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use crate::tools::{cargo_program, run};
+use crate::tools::{cargo_command, cargo_program, run};
 
 const VERSION: &str = "0.20.2";
 /// How long the download of the advisory database may take.
@@ -22,7 +22,7 @@ pub(crate) fn check() -> anyhow::Result<Option<String>> {
         command
     };
     // cargo-deny reads the manifests of all platforms' dependencies; this downloads those that no build here has needed.
-    run(Command::new("cargo").args(["fetch", "--locked", "--quiet"]))?;
+    run(cargo_command().args(["fetch", "--locked", "--quiet"]))?;
     run(deny(&["--offline"]).args(["check", "--hide-inclusion-graph", "bans", "licenses", "sources"]))?;
     let mut fetch = deny(&["fetch", "db"]);
     let fetched = finishes_within(fetch.stdout(Stdio::null()).stderr(Stdio::null()), DOWNLOAD)?;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 
-use crate::tools::{Step, host, output, run, step};
+use crate::tools::{Step, cargo_command, host, output, run, step};
 
 /// The shells that completions are written for, and the names that they look for.
 const SHELLS: [(&str, &str); 3] = [("bash", "flanneld.bash"), ("fish", "flanneld.fish"), ("zsh", "_flanneld")];
@@ -59,7 +59,7 @@ pub(crate) const TARGET: &str = "target/optimized";
 /// do not apply to build scripts, and both kinds of linking share those.
 fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
     let host = host()?;
-    let mut command = Command::new("cargo");
+    let mut command = cargo_command();
     command.args(["build", "--locked", "--profile", "dist", "--quiet", "-p", package, "--target", &host, "--target-dir", TARGET]);
     if linking == Linking::Static {
         command.env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static");

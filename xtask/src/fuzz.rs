@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::Context;
 
-use crate::tools::{cargo, host, run, step};
+use crate::tools::{cargo, cargo_command, host, run, step};
 
 /// Runs COUNT simulated clusters from seed FROM on.
 pub(crate) fn simulate(args: &[String]) -> anyhow::Result<()> {
@@ -23,7 +23,7 @@ pub(crate) fn fuzz(args: &[String]) -> anyhow::Result<()> {
     // libFuzzer's instrumentation, as cargo-fuzz sets it; without that tool there is one thing less to install.
     let flags = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
                  -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
-    let mut build = Command::new("cargo");
+    let mut build = cargo_command();
     build.args(["+nightly", "build", "--release", "--quiet", "--manifest-path", "fuzz/Cargo.toml", "--target", &host]);
     step("building the fuzz targets with the nightly compiler", build.env("RUSTFLAGS", flags))?;
     let programs = Path::new("fuzz/target").join(host).join("release");

@@ -1,14 +1,13 @@
 //! The limits of size: 600 lines in a file before its tests, 80 lines in a function.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use anyhow::{Context, bail};
 use serde_json::Value;
 
 use crate::pending;
 use crate::sources::sources;
-use crate::tools::{Step, output};
+use crate::tools::{Step, cargo_command, output};
 
 /// Lines that a file may have before its tests.
 const LINES: usize = 600;
@@ -28,7 +27,7 @@ pub(crate) fn lines() -> anyhow::Result<()> {
 /// Runs clippy over the workspace. Every warning fails, but that a function is too long in a file that is listed.
 pub(crate) fn clippy() -> anyhow::Result<()> {
     let step = Step::begin("clippy");
-    let mut command = Command::new("cargo");
+    let mut command = cargo_command();
     command.args(["clippy", "--workspace", "--all-targets", "--quiet", "--message-format=json", "--"]);
     let output = output(command.args(["-W", "clippy::too_many_lines"]))?;
     drop(step);

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::check;
 use crate::programs::Need;
-use crate::tools::{cargo, output, run};
+use crate::tools::{cargo, cargo_command, output, run, without_package};
 
 /// Runs everything, or the tests that the arguments select: options of `cargo test` that choose packages and targets, a
 /// text, and after `--` options of the tests' own.
@@ -38,8 +38,8 @@ fn everything() -> anyhow::Result<()> {
 struct Selection {
     /// For `cargo test`: packages and targets.
     cargo: Vec<String>,
-    /// Texts of which a test's name has one.
-    filters: Vec<String>,
+    /// A text that is in the tests' names.
+    filter: Option<String>,
     /// For the test programs.
     harness: Vec<String>,
 }
@@ -56,7 +56,11 @@ impl Selection {
                     selection.cargo.extend([arg, value]);
                 }
                 _ if arg.starts_with('-') => selection.cargo.push(arg),
-                _ => selection.filters.push(arg),
+                _ => {
+                    if let Some(first) = selection.filter.replace(arg.clone()) {
+                        bail!("{first:?} and {arg:?}: there can be only one FILTER");
+                    }
+                }
             }
         }
         if !selection.cargo.iter().any(|arg| arg == "-p" || arg.starts_with("--package") || arg == "--workspace") {
@@ -113,7 +117,7 @@ fn some(selection: &Selection) -> anyhow::Result<()> {
             programs.push(program);
         }
     }
-    ensure!(!programs.is_empty(), "no test has {} in its name", selection.filters.join(" or "));
+    ensure!(!programs.is_empty(), "no test has {:?} in its name", selection.filter.as_deref().unwrap_or_default());
     let mut needs = BTreeSet::new();
     for program in &programs {
         needs.extend(program.needs()?);
@@ -126,7 +130,9 @@ fn some(selection: &Selection) -> anyhow::Result<()> {
     for program in &programs {
         println!("{} {}: {} tests", program.package, program.target, program.tests.len());
         let mut command = Command::new(&program.file);
-        command.args(&selection.filters).args(&selection.harness).envs(&env).current_dir(&program.folder);
+        command.args(&selection.filter).args(&selection.harness).current_dir(&program.folder);
+        without_package(&mut command);
+        command.env("CARGO_MANIFEST_DIR", &program.folder).envs(&env);
         if let Err(error) = run(&mut command) {
             failed.push(format!("{error:#}"));
         }
@@ -139,7 +145,7 @@ fn some(selection: &Selection) -> anyhow::Result<()> {
 
 /// Builds the test programs of the selection.
 fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
-    let mut command = Command::new("cargo");
+    let mut command = cargo_command();
     command.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(&selection.cargo);
     let output = output(&mut command)?;
     ensure!(output.status.success(), "the tests cannot be built");
@@ -167,7 +173,7 @@ fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
 fn list(program: &Program, selection: &Selection) -> anyhow::Result<Vec<String>> {
     let mut command = Command::new(&program.file);
     let exact = selection.harness.iter().filter(|arg| *arg == "--exact" || *arg == "--ignored" || *arg == "--include-ignored");
-    let output = output(command.args(&selection.filters).args(exact).arg("--list").current_dir(&program.folder))?;
+    let output = output(command.args(&selection.filter).args(exact).arg("--list").current_dir(&program.folder))?;
     ensure!(output.status.success(), "{} --list ended with {}", program.file.display(), output.status);
     let text = String::from_utf8(output.stdout)?;
     Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(ToOwned::to_owned).collect())
@@ -190,7 +196,7 @@ mod tests {
     fn arguments_are_for_cargo_the_names_and_the_harness() {
         let parsed = selection(&["-p", "kernel", "--test", "netns", "route", "--", "--nocapture"]);
         assert_eq!(parsed.cargo, ["-p", "kernel", "--test", "netns"]);
-        assert_eq!((parsed.filters, parsed.harness), (vec!["route".to_owned()], vec!["--nocapture".to_owned()]));
+        assert_eq!((parsed.filter.as_deref(), parsed.harness), (Some("route"), vec!["--nocapture".to_owned()]));
         assert_eq!(selection(&["route"]).cargo, ["--workspace"]);
     }
 

@@ -60,10 +60,28 @@ pub(crate) fn step(name: impl Into<String>, command: &mut Command) -> anyhow::Re
     run(command)
 }
 
+/// `cargo`, as if it were called from a shell.
+pub(crate) fn cargo_command() -> Command {
+    let mut command = Command::new("cargo");
+    without_package(&mut command);
+    command
+}
+
+/// Takes out of a command's environment what the `cargo run` that started this program put there: build scripts that look at
+/// it (ring's does) would run again, and all that depends on them be built again, at each change between `cargo xtask` and
+/// `cargo`.
+pub(crate) fn without_package(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"].iter().any(|start| name.to_string_lossy().starts_with(start)) {
+            command.env_remove(name);
+        }
+    }
+}
+
 /// `cargo` with arguments and environment; its own output shows what is being done.
 pub(crate) fn cargo(args: &[&str], env: &[(&str, &OsStr)]) -> anyhow::Result<()> {
     println!("cargo {}", args.join(" "));
-    run(Command::new("cargo").args(args).envs(env.iter().copied()))
+    run(cargo_command().args(args).envs(env.iter().copied()))
 }
 
 /// Runs a command; that it fails is an error.
@@ -114,7 +132,7 @@ pub(crate) fn cargo_program(name: &str, version: &str) -> anyhow::Result<PathBuf
     let folder = cache()?.join(format!("{name}-{version}"));
     let program = folder.join("bin").join(name);
     if !program.is_file() {
-        let mut command = Command::new("cargo");
+        let mut command = cargo_command();
         command.args(["install", "--quiet", "--locked", "--version", version, name, "--root"]).arg(&folder);
         // The checkout's toolchain and target folder are not this program's.
         command.current_dir(cache()?).env_remove("CARGO_TARGET_DIR");
