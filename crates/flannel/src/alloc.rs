@@ -196,4 +196,78 @@ mod tests {
             "out of subnets: every /24 of 10.1.0.0/16 from 10.1.1.0 to 10.1.4.0 is leased; enlarge Network or raise SubnetLen"
         );
     }
+
+    fn addresses(v4: &str, v6: &str) -> PerFamily<IpAddr> {
+        PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() }
+    }
+
+    #[test]
+    fn host_with_ipv4_owns_lease_by_ipv4_alone() {
+        let mine = addresses("192.0.2.1", "2001:db8::1");
+        assert!(is_mine(&addresses("192.0.2.1", "2001:db8::1"), &mine));
+        assert!(is_mine(&addresses("192.0.2.1", "2001:db8::9"), &mine), "the IPv6 address may have changed");
+        assert!(is_mine(&addresses("192.0.2.1", ""), &mine));
+        assert!(!is_mine(&addresses("192.0.2.2", "2001:db8::1"), &mine));
+        assert!(!is_mine(&addresses("", "2001:db8::1"), &mine));
+    }
+
+    #[test]
+    fn host_without_ipv4_owns_lease_by_ipv6() {
+        let mine = addresses("", "2001:db8::1");
+        assert!(is_mine(&addresses("", "2001:db8::1"), &mine));
+        assert!(!is_mine(&addresses("", "2001:db8::2"), &mine));
+        assert!(!is_mine(&addresses("", ""), &mine));
+        assert!(!is_mine(&addresses("192.0.2.1", "2001:db8::1"), &mine), "a host with IPv4 is another host");
+    }
+
+    #[test]
+    fn host_without_addresses_owns_no_lease() {
+        assert!(!is_mine(&addresses("", ""), &addresses("", "")));
+        assert!(!is_mine(&addresses("", "2001:db8::1"), &addresses("", "")));
+        assert!(!is_mine(&addresses("192.0.2.1", ""), &addresses("", "")));
+    }
+
+    fn free_of(config: &str, taken: &[&str]) -> Vec<String> {
+        let config = Config::parse(config).unwrap();
+        let network = config.networks.iter().next().unwrap().1;
+        let taken = taken.iter().map(|text| text.parse().unwrap()).collect();
+        free(network, taken).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn free_subnets_are_those_between_taken_ones() {
+        let free_of = |taken: &[&str]| free_of(CONFIG, taken);
+        assert_eq!(free_of(&[]), ["10.1.1.0/24", "10.1.2.0/24", "10.1.3.0/24", "10.1.4.0/24"]);
+        assert_eq!(free_of(&["10.1.3.0/24", "10.1.1.0/24"]), ["10.1.2.0/24", "10.1.4.0/24"], "in any order");
+        assert_eq!(free_of(&["10.1.2.255/32"]), ["10.1.1.0/24", "10.1.3.0/24", "10.1.4.0/24"], "the last address of a subnet");
+        assert_eq!(free_of(&["10.1.3.0/32"]), ["10.1.1.0/24", "10.1.2.0/24", "10.1.4.0/24"], "the first address of a subnet");
+        assert_eq!(free_of(&["10.1.0.0/23", "10.1.0.0/32"]), ["10.1.2.0/24", "10.1.3.0/24", "10.1.4.0/24"], "one within another");
+        assert_eq!(free_of(&["10.1.2.0/23"]), ["10.1.1.0/24", "10.1.4.0/24"], "a larger one");
+        assert_eq!(free_of(&["10.0.0.0/24", "10.1.5.0/24"]).len(), 4, "outside the range");
+    }
+
+    #[test]
+    fn candidates_are_limited_to_a_hundred() {
+        let free = free_of(r#"{"Network":"10.1.0.0/16","Backend":{"Type":"alloc"}}"#, &["10.1.1.0/24"]);
+        assert_eq!((free.len(), free[0].as_str(), free[99].as_str()), (CANDIDATES, "10.1.2.0/24", "10.1.101.0/24"));
+    }
+
+    #[test]
+    fn last_subnet_of_the_address_space_is_free() {
+        let config = r#"{"Network":"255.255.0.0/16","SubnetMin":"255.255.254.0","SubnetMax":"255.255.255.0","Backend":{"Type":"alloc"}}"#;
+        assert_eq!(free_of(config, &[]), ["255.255.254.0/24", "255.255.255.0/24"]);
+        assert_eq!(free_of(config, &["255.255.255.128/25"]), ["255.255.254.0/24"]);
+    }
+
+    #[test]
+    fn lease_must_have_exactly_the_families_of_the_config() {
+        let config =
+            Config::parse(r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#).unwrap();
+        let subnets = |v4: &str, v6: &str| PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() };
+        assert!(is_admitted(&config, &subnets("10.1.7.0/24", "fc00:0:0:1::/64")));
+        assert!(!is_admitted(&config, &subnets("10.1.7.0/24", "")));
+        assert!(!is_admitted(&config, &subnets("", "fc00:0:0:1::/64")));
+        assert!(!is_admitted(&config, &subnets("10.1.7.0/24", "fd00:0:0:1::/64")));
+        assert!(!is_admitted(&Config::parse(CONFIG).unwrap(), &subnets("10.1.2.0/24", "fc00:0:0:1::/64")));
+    }
 }
