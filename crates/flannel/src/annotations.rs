@@ -475,4 +475,27 @@ mod tests {
             "its pod CIDR 10.1.1.0/24 lies outside the pod network 10.244.0.0/16: Network of the network config must contain kube-controller-manager's --cluster-cidr"
         );
     }
+
+    #[test]
+    fn only_keys_with_the_prefix_are_ours() {
+        let keys = Keys::new("org.com/9").unwrap();
+        for (key, ours) in
+            [("org.com/9-backend-type", true), ("org.com/9-x", true), ("org.com/9", false), ("org.com/8-backend-type", false), ("", false)]
+        {
+            assert_eq!(keys.is_ours(key), ours, "{key:?}");
+        }
+    }
+
+    #[test]
+    fn node_public_reads_each_family() {
+        let keys = Keys::new(PREFIX).unwrap();
+        let read = |pairs: &[(&str, &str)]| keys.node_public(&annotations(pairs)).map_err(|error| error.to_string());
+        assert_eq!(read(&[]), Ok(PerFamily::default()));
+        assert_eq!(
+            read(&[("node-public-ip", "192.0.2.7"), ("node-public-ipv6", "2001:db8::7")]),
+            Ok(PerFamily { v4: "192.0.2.7".parse().ok(), v6: "2001:db8::7".parse().ok() })
+        );
+        let problem = read(&[("node-public-ipv6", "192.0.2.7")]).unwrap_err();
+        assert!(problem.contains("node-public-ipv6") && problem.contains("192.0.2.7"), "{problem}");
+    }
 }
