@@ -16,7 +16,7 @@ const QUOTED: usize = 300;
 /// Runs a command to its end and returns what it printed, standard error behind standard output.
 ///
 /// # Errors
-/// When it cannot be started, fails, or exceeds [`LIMITS`]; the text ends with the last that it printed.
+/// When it cannot be started, fails, or exceeds `LIMITS`; the text ends with the last that it printed.
 pub fn run(command: &Command) -> io::Result<String> {
     let words = command.words(child::variable);
     let Some((program, args)) = words.split_first() else { return Ok(String::new()) };
