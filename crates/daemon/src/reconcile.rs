@@ -1,4 +1,4 @@
-//! The loop: everything that can wake it is in [`Wake`], everything it does to the kernel goes through the kernel threads, and its cost
+//! The loop: everything that can wake it is in `Wake`, everything it does to the kernel goes through the kernel threads, and its cost
 //! follows what changed. Read this file first; each step has a file of its own.
 
 mod audit;
