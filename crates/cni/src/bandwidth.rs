@@ -14,8 +14,10 @@ use crate::loopback::open_netns;
 use crate::protocol::{CniError, Command, Request, field, object};
 use crate::result::{CniResult, Interface};
 
-/// How long a packet may wait for its turn.
+/// How long a packet may wait to be sent.
 const LATENCY_MS: u64 = 25;
+/// Bytes that a frame has beside the packet: its Ethernet header.
+const FRAME_HEADER: u64 = 14;
 
 /// Bits a second and bits of a burst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +41,23 @@ struct Limits {
     egress: Option<Limit>,
 }
 
-fn limits(request: &Request) -> Result<Limits, CniError> {
+impl Limits {
+    /// A bucket that holds less than a frame never lets a full one pass: connections would stall for ever.
+    fn require_room(&self, mtu: u32) -> Result<(), CniError> {
+        let needed = (u64::from(mtu) + FRAME_HEADER) * 8;
+        for (limit, field) in [(self.ingress, "ingressBurst"), (self.egress, "egressBurst")] {
+            if let Some(Limit { burst, .. }) = limit.filter(|limit| limit.burst < needed) {
+                return Err(CniError::config(format!(
+                    "{field}: {burst} bits are less than one frame of an interface with MTU {mtu}, so no full packet could pass: \
+                     set at least {needed}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn limits(request: &Request<'_>) -> Result<Limits, CniError> {
     let of = |map: &Map<String, Value>| {
         let number = |name: &str| match field(map, name) {
             None => Ok(0),
@@ -49,38 +67,77 @@ fn limits(request: &Request) -> Result<Limits, CniError> {
             (0, 0) => Ok(None),
             (_, 0) => Err(CniError::config(format!("{burst}: it must be more than 0 where {rate} is"))),
             (0, _) => Err(CniError::config(format!("{rate}: it must be more than 0 where {burst} is"))),
-            (_, burst_bits) if burst_bits / 8 >= 1 << 32 => Err(CniError::config(format!("{burst}: it must be less than 4 GiB"))),
+            (_, burst_bits) if burst_bits / 8 >= u64::from(u32::MAX) => {
+                Err(CniError::config(format!("{burst}: it must be less than 34359738360 bits (4 GiB)")))
+            }
             (rate_bits, burst) if rate_bits >= 8 => Ok(Some(Limit { rate: rate_bits, burst })),
             _ => Err(CniError::config(format!("{rate}: it must be at least 8 bits a second"))),
         };
         Ok(Limits { ingress: limit("ingressRate", "ingressBurst")?, egress: limit("egressRate", "egressBurst")? })
     };
-    // What the configuration says goes before what the runtime says.
-    let own = of(&request.conf)?;
+    // The configuration takes precedence over the runtime.
+    let own = of(request.conf)?;
     if own != Limits::default() {
         return Ok(own);
     }
-    let runtime = object(&request.conf, "runtimeConfig")?.map(|runtime| object(runtime, "bandwidth")).transpose()?.flatten();
+    let runtime = request.runtime_config()?.map(|runtime| object(runtime, "bandwidth")).transpose()?.flatten();
     runtime.map_or(Ok(Limits::default()), of)
 }
 
-/// The name of the intermediate link: a prefix, and as much of a digest as a name takes.
-fn ifb(request: &Request) -> IfName {
-    // The usual interface has upstream's name for it, so that its plugin and ours can undo what the other did.
-    let ifname = if request.ifname == "eth0" { "" } else { &request.ifname };
-    let digest = Sha512::digest(format!("{}{}{ifname}", request.name, request.container_id));
-    let mut name = format!("bwp{}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-    name.truncate(15);
-    name.parse().expect("it has 15 bytes, none of them special")
+/// The names that the attachment's intermediate link may have: the reference plugin's, which all interfaces of the container
+/// in this network would share, and one of its own for those that come second.
+fn ifb_names(request: &Request<'_>) -> [IfName; 2] {
+    let name = |ifname: &str| {
+        let digest = Sha512::digest(format!("{}{}{ifname}", request.name, request.container_id));
+        let mut name = format!("bwp{}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+        name.truncate(15);
+        name.parse().expect("it has 15 bytes, none of them special")
+    };
+    [name(""), name(request.ifname)]
 }
 
-pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
+/// What the alias of an intermediate link says: whose it is. Those of the reference plugin have none.
+fn alias(request: &Request<'_>) -> String {
+    let tag = request.attachment().tag().0;
+    format!("cni:{}", tag.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+}
+
+/// Creates the attachment's intermediate link, or returns the one that an earlier ADD left.
+fn create_ifb(host: &mut Socket, request: &Request<'_>, mtu: u32) -> Result<IfName, CniError> {
+    let [shared, own] = ifb_names(request);
+    for name in [shared, own] {
+        match link::create_ifb(host, name, mtu, &alias(request)) {
+            Ok(()) => return Ok(name),
+            Err(error) if error.is_exists() => {}
+            Err(error) => return Err(failed(format!("create {name}"))(error)),
+        }
+        let holder = link::alias(host, name).map_err(failed(format!("read {name}")))?.unwrap_or_default();
+        // One without an alias is of another implementation, and of the usual interface.
+        if name == own || holder == alias(request) || holder.is_empty() && request.ifname == "eth0" {
+            return Ok(name);
+        }
+    }
+    Ok(own)
+}
+
+/// The name of the attachment's intermediate link; `None` if there is none.
+fn find_ifb(host: &mut Socket, request: &Request<'_>) -> Result<Option<IfName>, CniError> {
+    let [shared, own] = ifb_names(request);
+    let mut holder = |name: IfName| link::alias(host, name).map_err(failed(format!("read {name}")));
+    if holder(own)?.is_some() {
+        return Ok(Some(own));
+    }
+    Ok(holder(shared)?.filter(|holder| holder.is_empty() || *holder == alias(request)).map(|_| shared))
+}
+
+pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => add(request).map(Some),
         Command::Del => {
-            let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-            match link::delete(&mut socket, ifb(request)) {
-                Err(error) if !error.is_not_found() => Err(failed(format!("delete {}", ifb(request)))(error)),
+            let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
+            let Some(name) = find_ifb(&mut host, request)? else { return Ok(None) };
+            match link::delete(&mut host, name) {
+                Err(error) if !error.is_not_found() => Err(failed(format!("delete {name}"))(error)),
                 _ => Ok(None),
             }
         }
@@ -90,16 +147,15 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
 }
 
 /// The host's end of the attachment's veth pair.
-fn host_end(host: &mut Socket, request: &Request, netns: &Netns) -> Result<LinkInfo, CniError> {
+fn host_end(host: &mut Socket, request: &Request<'_>, netns: &Netns) -> Result<LinkInfo, CniError> {
     let name = ifname(request)?;
     let container = in_container(netns, |socket| link::get(socket, name).map_err(failed(format!("read {name} in the container"))))?;
-    let container = container.ok_or_else(|| CniError::failed(format!("there is no {name} in the container")))?;
+    let container = container.ok_or_else(|| CniError::failed(format!("{name} does not exist in the container")))?;
     let peer = link::get_index(host, container.link).map_err(failed("read the host's end"))?;
-    peer.filter(|peer| peer.kind == "veth")
-        .ok_or_else(|| CniError::failed(format!("{name} has no other end on the host: it must be a veth")))
+    peer.filter(|peer| peer.kind == "veth").ok_or_else(|| CniError::failed(format!("{name} has no peer on the host: it must be a veth")))
 }
 
-fn add(request: &Request) -> Result<CniResult, CniError> {
+fn add(request: &Request<'_>) -> Result<CniResult, CniError> {
     let (limits, mut result) = (limits(request)?, previous(request)?);
     if limits == Limits::default() {
         return Ok(result);
@@ -107,15 +163,12 @@ fn add(request: &Request) -> Result<CniResult, CniError> {
     let netns = open_netns(request)?;
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
     let veth = host_end(&mut host, request, &netns)?;
+    limits.require_room(veth.mtu)?;
     if let Some(ingress) = limits.ingress {
         qdisc::limit(&mut host, veth.index, ingress.bucket()).map_err(failed(format!("limit what {} sends", veth.name)))?;
     }
     if let Some(egress) = limits.egress {
-        let name = ifb(request);
-        match link::create_ifb(&mut host, name, veth.mtu) {
-            Err(error) if !error.is_exists() => return Err(failed(format!("create {name}"))(error)),
-            _ => {}
-        }
+        let name = create_ifb(&mut host, request, veth.mtu)?;
         let between = link::get(&mut host, name).map_err(failed(format!("read {name}")))?;
         let between = between.ok_or_else(|| CniError::failed(format!("{name} was deleted at once")))?;
         let limited =
@@ -133,7 +186,7 @@ fn add(request: &Request) -> Result<CniResult, CniError> {
     Ok(result)
 }
 
-fn check(request: &Request) -> Result<(), CniError> {
+fn check(request: &Request<'_>) -> Result<(), CniError> {
     let (limits, _) = (limits(request)?, previous(request)?);
     if limits == Limits::default() {
         return Ok(());
@@ -145,7 +198,7 @@ fn check(request: &Request) -> Result<(), CniError> {
         let found = qdisc::get(&mut host, index).map_err(failed("read the limits"))?;
         match found.is_some_and(|found| found.rate == limit.bucket().rate) {
             true => Ok(()),
-            false => Err(CniError::failed(format!("the limit on what the container {what} is gone"))),
+            false => Err(CniError::failed(format!("the limit on what the container {what} is missing"))),
         }
     };
     if let Some(ingress) = limits.ingress {
@@ -153,8 +206,23 @@ fn check(request: &Request) -> Result<(), CniError> {
     }
     if let Some(egress) = limits.egress {
         let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-        let between = link::get(&mut socket, ifb(request)).map_err(failed("read the intermediate link"))?;
+        let name = find_ifb(&mut socket, request)?;
+        let between = name.map(|name| link::get(&mut socket, name)).transpose().map_err(failed("read the intermediate link"))?.flatten();
         is_limited(between.map_or(0, |link| link.index), egress, "sends")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn burst_must_hold_a_frame() {
+        let limits = |burst| Limits { ingress: None, egress: Some(Limit { rate: 8_000, burst }) };
+        assert_eq!(limits((1450 + 14) * 8).require_room(1450), Ok(()));
+        let error = limits((1450 + 14) * 8 - 1).require_room(1450).unwrap_err();
+        assert!(error.msg.starts_with("egressBurst: 11711 bits"), "{}", error.msg);
+        assert_eq!(Limits::default().require_room(1450), Ok(()));
+    }
 }

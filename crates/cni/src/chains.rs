@@ -32,7 +32,7 @@ pub(crate) fn given_name<'a>(field: &str, name: &'a str) -> Result<&'a str, CniE
     let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-')) && !name.starts_with('-');
     let taken = ["INPUT", "OUTPUT", "FORWARD", "PREROUTING", "POSTROUTING", "ACCEPT", "DROP", "RETURN"].contains(&name);
     if name.is_empty() || name.len() > NAME || !plain || taken {
-        return Err(CniError::config(format!("{field}: {name:?} is no name for a chain: 1 to {NAME} letters, digits, _ and -")));
+        return Err(CniError::config(format!("{field}: {name:?} is not a name for a chain: use 1 to {NAME} letters, digits, _ and -")));
     }
     Ok(name)
 }
@@ -43,7 +43,7 @@ pub(crate) struct Table {
     table: &'static str,
     lines: Vec<String>,
     changes: String,
-    /// What was read stays true until it is changed.
+    /// Held so that what was read stays true until it is changed.
     _lock: Lock,
 }
 
@@ -52,7 +52,7 @@ impl Table {
     pub(crate) fn read(family: Family, table: &'static str) -> Result<Table, CniError> {
         let lock = lock::host()?;
         let text = iptables::save_text(family, table)
-            .map_err(|error| CniError::failed(format!("cannot read iptables' table {table}: {error}")))?;
+            .map_err(|error| CniError::failed(format!("cannot read table {table} of iptables: {error}")))?;
         Ok(Table { family, table, lines: text.lines().map(ToOwned::to_owned).collect(), changes: String::new(), _lock: lock })
     }
 
@@ -62,7 +62,7 @@ impl Table {
             return Ok(None);
         }
         if !iptables::has_programs(family) {
-            // What is not there cannot have made a chain of ours: somebody else's tables are in use.
+            // Without the programs no plugin made a chain: other tables are in use.
             return Ok(None);
         }
         Table::read(family, table).map(|found| found.has_chain(chain).then_some(found))
@@ -79,15 +79,15 @@ impl Table {
         self.lines.iter().filter_map(|line| line.strip_prefix(&prefix)).map(ToOwned::to_owned).collect()
     }
 
-    /// Makes a shared chain be there with these rules, if it is not.
+    /// Creates a shared chain with these rules if it does not exist.
     pub(crate) fn ensure_chain(&mut self, chain: &str, rules: &[String]) {
         if !self.has_chain(chain) {
-            // To declare it, as a container's own, would empty one that another program has made meanwhile.
+            // Declaring it, as a container's own, would empty one that another program has created meanwhile.
             self.changes.push_str(&format!("-N {chain}\n"));
             rules.iter().for_each(|rule| self.append(chain, rule));
             return;
         }
-        // Somebody may have emptied it.
+        // Another program may have emptied it.
         let have = self.rules(chain);
         rules.iter().filter(|rule| !have.contains(rule)).for_each(|rule| self.append(chain, rule));
     }
@@ -108,7 +108,7 @@ impl Table {
         self.changes.push_str(&format!("-I {chain} 1 {rule}\n"));
     }
 
-    /// Makes a jump to a shared chain be there, at the beginning or the end.
+    /// Adds a jump to a shared chain if there is none, at the beginning or the end.
     pub(crate) fn ensure_jump(&mut self, chain: &str, rule: &str, first: bool) {
         let target = rule.rsplit(' ').next().unwrap_or_default();
         if self.rules(chain).iter().any(|have| have.ends_with(&format!("-j {target}"))) {
@@ -142,7 +142,7 @@ impl Table {
         }
         let text = format!("*{}\n{}COMMIT\n", self.table, self.changes);
         iptables::restore_text(self.family, &text)
-            .map_err(|error| CniError::failed(format!("cannot change iptables' table {}: {error}", self.table)))
+            .map_err(|error| CniError::failed(format!("cannot change table {} of iptables: {error}", self.table)))
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_containers_chain_has_upstreams_name() {
+    fn container_chains_have_the_reference_plugins_names() {
         assert_eq!(name("CNI-", "net", "id").len(), 28);
         assert!(name("CNI-DN-", "net", "id").starts_with("CNI-DN-"));
         assert_ne!(name("CNI-", "net", "id"), name("CNI-", "net", "id2"));

@@ -1,5 +1,4 @@
-//! Calling another plugin: in this process where `CNI_PATH` gives this very program, by a process of its own
-//! otherwise.
+//! Calls of another plugin: in this process if `CNI_PATH` leads to this program, in a process of its own otherwise.
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -10,36 +9,47 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use crate::Plugin;
-use crate::protocol::{CniError, Command, Request};
+use crate::protocol::{CniError, Command, DEPTH, Request, string};
 use crate::result::CniResult;
 
 /// How often a plugin whose file is being written is tried, a second apart.
 const BUSY_TRIES: u32 = 6;
+/// How many plugins may call each other: `flannel`, its delegate and that one's IPAM plugin are three.
+const MAX_DEPTH: u32 = 8;
 
-/// Runs the plugin of a configuration for the attachment of `request`.
-pub(crate) fn call(request: &Request, command: Command, conf: Map<String, Value>, field: &str) -> Result<Option<CniResult>, CniError> {
-    let kind = conf.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
-    call_as(&kind, request, command, conf, field)
+/// Runs the plugin of a configuration for the attachment of `request`. `field` is where the configuration names it.
+pub(crate) fn call(request: &Request<'_>, command: Command, conf: &Map<String, Value>, field: &str) -> Result<Option<CniResult>, CniError> {
+    let kind = string(conf, "type").ok().flatten().unwrap_or_default();
+    call_as(kind, request, command, conf, field)
 }
 
-/// The same for a plugin whose name stands elsewhere: an IPAM plugin gets the whole configuration of its caller.
+/// The same for a plugin whose name is elsewhere: an IPAM plugin gets the whole configuration of its caller.
 pub(crate) fn call_as(
     kind: &str,
-    request: &Request,
+    request: &Request<'_>,
     command: Command,
-    conf: Map<String, Value>,
+    conf: &Map<String, Value>,
     field: &str,
 ) -> Result<Option<CniResult>, CniError> {
-    let file = find(kind, &request.path, field)?;
+    if request.depth + 1 >= MAX_DEPTH {
+        let text = format!("{field}: {kind:?}: {MAX_DEPTH} plugins called each other: does one delegate to itself?");
+        if command == Command::Del {
+            // ADD refuses this, so there is nothing to undo.
+            eprintln!("{text}");
+            return Ok(None);
+        }
+        return Err(CniError::config(text));
+    }
+    let file = find(kind, request.path, field)?;
     match Plugin::named(kind).filter(|_| is_this_program(&file)) {
-        Some(plugin) => plugin.run(&request.with_conf(command, conf)?),
-        None => execute(&file, request, command, &conf),
+        Some(plugin) => plugin.run(&request.delegated(command, conf)),
+        None => execute(&file, request, command, conf),
     }
 }
 
 fn find(kind: &str, path: &[PathBuf], field: &str) -> Result<PathBuf, CniError> {
     if kind.is_empty() || kind.contains('/') {
-        return Err(CniError::config(format!("{field}: {kind:?} is no plugin's name")));
+        return Err(CniError::config(format!("{field}: {kind:?} is not the name of a plugin")));
     }
     let found = path.iter().map(|dir| dir.join(kind)).find(|file| file.is_file());
     found.ok_or_else(|| CniError::failed(format!("{field}: failed to find plugin {kind:?} in CNI_PATH {path:?}")))
@@ -50,7 +60,7 @@ fn is_this_program(file: &Path) -> bool {
     id(file).is_some_and(|file| Some(file) == id(Path::new("/proc/self/exe")))
 }
 
-fn execute(file: &Path, request: &Request, command: Command, conf: &Map<String, Value>) -> Result<Option<CniResult>, CniError> {
+fn execute(file: &Path, request: &Request<'_>, command: Command, conf: &Map<String, Value>) -> Result<Option<CniResult>, CniError> {
     let failed = |what: &str, error: &dyn std::fmt::Display| CniError::failed(format!("cannot {what} plugin {}: {error}", file.display()));
     let verb = match command {
         Command::Add => "ADD",
@@ -63,11 +73,11 @@ fn execute(file: &Path, request: &Request, command: Command, conf: &Map<String, 
     let mut tries = 0;
     let mut child = loop {
         tries += 1;
-        let spawned =
-            Process::new(file).env("CNI_COMMAND", verb).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn();
-        match spawned {
+        let mut process = Process::new(file);
+        process.env("CNI_COMMAND", verb).env(DEPTH, (request.depth + 1).to_string());
+        match process.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn() {
             Ok(child) => break child,
-            // Somebody is just installing it.
+            // Another program is writing the file.
             Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy && tries < BUSY_TRIES => {
                 std::thread::sleep(Duration::from_secs(1))
             }
@@ -76,7 +86,7 @@ fn execute(file: &Path, request: &Request, command: Command, conf: &Map<String, 
     };
     if let Some(mut stdin) = child.stdin.take() {
         // A plugin that reads nothing may still succeed.
-        let _ = stdin.write_all(Value::Object(conf.clone()).to_string().as_bytes());
+        let _ = stdin.write_all(&serde_json::to_vec(conf).unwrap_or_default());
     }
     let output = child.wait_with_output().map_err(|error| failed("wait for", &error))?;
     let answer: Option<Value> = serde_json::from_slice(&output.stdout).ok();
@@ -86,11 +96,11 @@ fn execute(file: &Path, request: &Request, command: Command, conf: &Map<String, 
             let code = answer.get("code")?.as_u64().and_then(|code| u32::try_from(code).ok())?;
             Some(CniError { code, msg: text("msg"), details: text("details") })
         });
-        return Err(error.unwrap_or_else(|| failed("run", &format!("it ended with {} and without an answer", output.status))));
+        return Err(error.unwrap_or_else(|| failed("run", &format!("it ended with {} and printed no error object", output.status))));
     }
     match (command, answer) {
         (Command::Add, Some(answer)) => CniResult::parse(&answer).map(Some),
-        (Command::Add, None) => Err(failed("understand", &format!("its result for {} is no JSON", request.name))),
+        (Command::Add, None) => Err(failed("understand", &format!("its result for {} is not JSON", request.name))),
         _ => Ok(None),
     }
 }

@@ -1,5 +1,5 @@
-//! `firewall`: lets what a container sends and receives pass iptables, whatever the host's policy, and keeps containers of
-//! different bridges apart if wanted (specification, section 7.6).
+//! `firewall`: accepts in iptables what a container sends and receives, whatever the host's policy is, and isolates
+//! containers of different bridges from each other on request (specification, section 7.6).
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use ::flannel::{Family, IfName};
 use kernel::link;
 use kernel::netlink::{Protocol, Socket};
 
-use crate::chained::{addresses, failed, previous, previous_if_any};
+use crate::chained::{addresses, failed, previous, previous_leniently};
 use crate::chains::{Table, comment, given_name};
 use crate::protocol::{CniError, Command, Request, string};
 use crate::result::CniResult;
@@ -16,14 +16,14 @@ const FORWARD: &str = "CNI-FORWARD";
 const STAGE_1: &str = "CNI-ISOLATION-STAGE-1";
 const STAGE_2: &str = "CNI-ISOLATION-STAGE-2";
 
-/// Whose packets a bridge takes in.
+/// Which packets a bridge lets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Policy {
-    /// Everybody's.
+    /// All.
     Open,
-    /// Not those of other bridges that have a policy.
+    /// None of other bridges that have a policy.
     SameBridge,
-    /// Nor those of other containers on the same bridge.
+    /// None of other containers on the same bridge either.
     Isolated,
 }
 
@@ -33,21 +33,21 @@ struct Config {
 }
 
 impl Config {
-    fn new(request: &Request) -> Result<Config, CniError> {
-        let conf = &request.conf;
+    fn new(request: &Request<'_>) -> Result<Config, CniError> {
+        let conf = request.conf;
         match string(conf, "backend")?.unwrap_or_default() {
             "" | "iptables" => {}
             "firewalld" => {
                 return Err(CniError::unsupported(
-                    "backend: firewalld is not supported: set it to iptables, which works beside a firewalld as well",
+                    "backend: firewalld is not supported: set it to iptables, which works on hosts with firewalld as well",
                 ));
             }
             other => return Err(CniError::config(format!("backend: {other:?} is neither \"iptables\" nor \"firewalld\""))),
         }
-        let admin_chain = string(conf, "iptablesAdminChainName")?.filter(|name| !name.is_empty()).unwrap_or("CNI-ADMIN");
+        let admin_chain = string(conf, "iptablesAdminChainName")?.unwrap_or("CNI-ADMIN");
         let admin_chain = given_name("iptablesAdminChainName", admin_chain)?;
         if [FORWARD, STAGE_1, STAGE_2].contains(&admin_chain) {
-            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is another chain of this plugin's")));
+            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is another chain of this plugin")));
         }
         let policy = match string(conf, "ingressPolicy")?.unwrap_or_default() {
             "" | "open" => Policy::Open,
@@ -61,10 +61,10 @@ impl Config {
     }
 }
 
-pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
-    let config = Config::new(request)?;
+pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => {
+            let config = Config::new(request)?;
             let result = previous(request)?;
             let added = addresses(&result).iter().try_for_each(|ip| add(&config, &result, *ip));
             if added.is_err() {
@@ -74,17 +74,18 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
             added.map(|()| Some(result))
         }
         Command::Del => {
-            // Without a result nobody knows whose rules would go.
-            let Some(result) = previous_if_any(request)? else { return Ok(None) };
-            remove(&result).map(|()| None)
+            // Nothing of the configuration is needed: what ADD would refuse now may have been valid, or another plugin's.
+            // Without a result it is not known whose rules would go.
+            remove(&previous_leniently(request)).map(|()| None)
         }
         Command::Check => {
+            Config::new(request)?;
             let result = previous(request)?;
             for ip in addresses(&result) {
                 let table = Table::read_if_chain(Family::of(ip), "filter", FORWARD)?;
-                let there = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
-                if !rules(ip).iter().all(there) {
-                    return Err(CniError::failed(format!("the rules that let {ip} pass are gone")));
+                let exists = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
+                if !rules(ip).iter().all(exists) {
+                    return Err(CniError::failed(format!("the rules that accept traffic of {ip} are missing")));
                 }
             }
             Ok(None)

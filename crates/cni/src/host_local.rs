@@ -1,40 +1,51 @@
-//! `host-local`: addresses of a range, kept as files of this host (specification, section 7.4). A reservation appears
-//! with its content in one step, so whatever kills this process, each file says whose it is.
+//! `host-local`: addresses of a range, recorded as files of this host (specification, section 7.4). A reservation appears
+//! with its content in one step, so each file names its owner, whatever kills this process.
 
 mod index;
+mod ranges;
 
 use std::cell::Cell;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::Read;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use ::flannel::net::bits_of;
-use ::flannel::{Cidr, Family, Subnet};
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
+use ::flannel::Cidr;
+use ::flannel::pod::Attachment;
+use kernel::file::{self, Existing, How};
+use kernel::lock::{self, PATIENCE};
+use rustix::fs::{Mode, OFlags};
 use serde_json::{Map, Value};
 
 use self::index::Index;
+use self::ranges::{Range, candidates, describe, ranges};
 use crate::flannel::remove_file;
+use crate::lock::busy;
 use crate::protocol::{CniError, Command, Request, array, object, string};
 use crate::result::{CniResult, Ip, Route};
 
-pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
-    let ipam = object(&request.conf, "ipam")?.ok_or_else(|| CniError::config("ipam: it is missing"))?;
-    let directory = Path::new(string(ipam, "dataDir")?.unwrap_or("/var/lib/cni/networks")).join(&request.name);
+pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
-        Command::Add => add(request, ipam, &directory).map(Some),
-        Command::Del => match Store::open_existing(&directory)? {
-            Some(store) => store.release(&request.container_id, &request.ifname).map(|()| None),
-            None => Ok(None),
-        },
+        Command::Add => {
+            let ipam = ipam(request)?;
+            add(request, ipam, &directory(request, string(ipam, "dataDir")?)).map(Some)
+        }
+        Command::Del => {
+            // Whatever else is wrong with the configuration: ADD would have refused it.
+            let ipam = object(request.conf, "ipam").ok().flatten();
+            let configured = ipam.and_then(|ipam| string(ipam, "dataDir").ok().flatten());
+            match Store::open_existing(&directory(request, configured))? {
+                Some(store) => store.release(request.container_id, request.ifname).map(|()| None),
+                None => Ok(None),
+            }
+        }
         Command::Check => {
+            let directory = directory(request, string(ipam(request)?, "dataDir")?);
             let held = Store::open_existing(&directory)?.map(|store| store.entries()).transpose()?.unwrap_or_default();
             let owner = Owner::of(request);
-            match held.iter().any(|entry| owner.holds(&entry.content) || entry.content == request.container_id) {
+            match held.iter().any(|entry| owner.holds(&entry.content)) {
                 true => Ok(None),
                 false => Err(CniError::failed(format!(
                     "no address is reserved for container {} interface {}",
@@ -44,17 +55,25 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
         }
         Command::Gc => {
             let valid = request.valid_attachments()?;
-            match Store::open_existing(&directory)? {
+            match Store::open_existing(&directory(request, string(ipam(request)?, "dataDir")?))? {
                 Some(store) => store.collect(&valid).map(|()| None),
                 None => Ok(None),
             }
         }
-        Command::Status => ranges(request, ipam).map(|_| None),
+        Command::Status => ranges(request, ipam(request)?).map(|_| None),
         Command::Version => Ok(None),
     }
 }
 
-fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result<CniResult, CniError> {
+fn ipam<'a>(request: &Request<'a>) -> Result<&'a Map<String, Value>, CniError> {
+    object(request.conf, "ipam")?.ok_or_else(|| CniError::config("ipam: missing"))
+}
+
+fn directory(request: &Request<'_>, configured: Option<&str>) -> PathBuf {
+    Path::new(configured.unwrap_or("/var/lib/cni/networks")).join(request.name)
+}
+
+fn add(request: &Request<'_>, ipam: &Map<String, Value>, directory: &Path) -> Result<CniResult, CniError> {
     let sets = ranges(request, ipam)?;
     let mut requested = requested(request)?;
     let routes = array(ipam, "routes")?.map(Vec::as_slice).unwrap_or_default().iter().map(Route::parse).collect::<Result<_, _>>()?;
@@ -69,7 +88,7 @@ fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result
         let wanted = requested.iter().position(|ip| set.iter().any(|range| range.admits(*ip))).map(|at| requested.remove(at));
         let (address, range) = store.allocate(set, index, wanted, &owner)?;
         taken.addresses.push(address);
-        let gateway = range.gateway.filter(|gateway| *gateway != address);
+        let gateway = Some(range.gateway).filter(|gateway| *gateway != address);
         ips.push(Ip { interface: None, address: Cidr { addr: address, len: range.subnet.prefix_len() }, gateway });
     }
     if !requested.is_empty() {
@@ -81,7 +100,7 @@ fn add(request: &Request, ipam: &Map<String, Value>, directory: &Path) -> Result
     Ok(CniResult { interfaces: Vec::new(), ips, routes, dns })
 }
 
-/// Addresses that are given back unless the ADD succeeds.
+/// Addresses that are returned unless the ADD succeeds.
 struct Taken<'a> {
     store: &'a Store,
     addresses: Vec<IpAddr>,
@@ -96,111 +115,24 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// Addresses that may be handed out: `start..=end` of a subnet, without the gateway.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Range {
-    subnet: Subnet,
-    start: IpAddr,
-    end: IpAddr,
-    gateway: Option<IpAddr>,
-}
-
-impl Range {
-    fn admits(&self, ip: IpAddr) -> bool {
-        Family::of(ip) == self.subnet.family() && (self.start..=self.end).contains(&ip)
-    }
-}
-
-/// The range sets of a configuration: one address is handed out of each.
-fn ranges(request: &Request, ipam: &Map<String, Value>) -> Result<Vec<Vec<Range>>, CniError> {
-    let mut sets = Vec::new();
-    if let Some(runtime) = object(&request.conf, "runtimeConfig")?
-        && let Some(list) = array(runtime, "ipRanges")?
-    {
-        sets.extend(list.iter().map(range_set).collect::<Result<Vec<_>, _>>()?);
-    }
-    // The old form, one range at the top, goes first.
-    if string(ipam, "subnet")?.is_some() {
-        sets.push(vec![range(ipam)?]);
-    }
-    if let Some(list) = array(ipam, "ranges")? {
-        sets.extend(list.iter().map(range_set).collect::<Result<Vec<_>, _>>()?);
-    }
-    if sets.is_empty() {
-        return Err(CniError::config("ipam.ranges: no IP ranges specified"));
-    }
-    let all: Vec<&Range> = sets.iter().flatten().collect();
-    for (i, a) in all.iter().enumerate() {
-        if let Some(b) = all[..i].iter().find(|b| a.subnet.overlaps(b.subnet) && a.start <= b.end && b.start <= a.end) {
-            return Err(CniError::config(format!("ipam.ranges: {}-{} overlaps {}-{}", a.start, a.end, b.start, b.end)));
-        }
-    }
-    Ok(sets)
-}
-
-fn range_set(value: &Value) -> Result<Vec<Range>, CniError> {
-    let list = value
-        .as_array()
-        .filter(|list| !list.is_empty())
-        .ok_or_else(|| CniError::config("ipam.ranges: each set must be a list of ranges"))?;
-    let set = list
-        .iter()
-        .map(|value| range(value.as_object().ok_or_else(|| CniError::config("ipam.ranges: a range must be an object"))?))
-        .collect::<Result<Vec<_>, _>>()?;
-    if set.iter().any(|range| range.subnet.family() != set[0].subnet.family()) {
-        return Err(CniError::config("ipam.ranges: the families of one set must be the same"));
-    }
-    Ok(set)
-}
-
-fn range(object: &Map<String, Value>) -> Result<Range, CniError> {
-    let text = string(object, "subnet")?.ok_or_else(|| CniError::config("ipam.ranges: a range needs a subnet"))?;
-    let cidr: Cidr = text.parse().map_err(|error| CniError::config(format!("ipam.ranges: subnet: {error}")))?;
-    let (subnet, family) = (cidr.subnet(), Family::of(cidr.addr));
-    if subnet.network() != cidr.addr {
-        return Err(CniError::config(format!("ipam.ranges: subnet: {cidr} has host bits set: did you mean {subnet}?")));
-    }
-    if subnet.prefix_len() > family.bits() - 2 {
-        return Err(CniError::config(format!("ipam.ranges: subnet: {subnet} is too small to hand out addresses")));
-    }
-    let address = |name: &str| -> Result<Option<IpAddr>, CniError> {
-        let Some(text) = string(object, name)?.filter(|text| !text.is_empty()) else { return Ok(None) };
-        let ip: IpAddr = text.parse().map_err(|_| CniError::config(format!("ipam.ranges: {name}: {text:?} is no address")))?;
-        if name != "gateway" && !subnet.contains(ip) {
-            return Err(CniError::config(format!("ipam.ranges: {name}: {ip} is not in {subnet}")));
-        }
-        Ok(Some(ip))
+/// Addresses that the runtime asked for, in any of the places that it may; one that is in several counts once.
+fn requested(request: &Request<'_>) -> Result<Vec<IpAddr>, CniError> {
+    let list = |object: Option<&Map<String, Value>>| -> Result<Vec<String>, CniError> {
+        let list = object.map(|object| array(object, "ips")).transpose()?.flatten();
+        Ok(list.into_iter().flatten().filter_map(Value::as_str).map(ToOwned::to_owned).collect())
     };
-    let last = match family {
-        Family::V4 => family.address(bits_of(subnet.last()) - 1),
-        Family::V6 => subnet.last(),
-    };
-    let gateway = address("gateway")?.unwrap_or(subnet.first_host());
-    let (start, end) = (address("rangeStart")?.unwrap_or(subnet.first_host()), address("rangeEnd")?.unwrap_or(last));
-    if start > end {
-        return Err(CniError::config(format!("ipam.ranges: rangeStart {start} is above rangeEnd {end}")));
-    }
-    Ok(Range { subnet, start, end, gateway: Some(gateway) })
-}
-
-/// Addresses that the runtime asked for by name, in any of the places that it may.
-fn requested(request: &Request) -> Result<Vec<IpAddr>, CniError> {
     let mut texts: Vec<String> = request.arg("IP")?.map(|list| list.split(',').map(ToOwned::to_owned).collect()).unwrap_or_default();
-    let strings =
-        |list: Option<&Vec<Value>>| list.into_iter().flatten().filter_map(Value::as_str).map(ToOwned::to_owned).collect::<Vec<_>>();
-    let cni = object(&request.conf, "args")?.map(|args| object(args, "cni")).transpose()?.flatten();
-    texts.extend(strings(cni.map(|cni| array(cni, "ips")).transpose()?.flatten()));
-    let runtime = object(&request.conf, "runtimeConfig")?;
-    texts.extend(strings(runtime.map(|runtime| array(runtime, "ips")).transpose()?.flatten()));
-    let read = |text: &String| {
-        text.split('/')
-            .next()
-            .unwrap_or_default()
-            .trim()
-            .parse()
-            .map_err(|_| CniError::config(format!("requested IP {text:?} is no address")))
-    };
-    texts.iter().map(read).collect()
+    texts.extend(list(request.cni_args()?)?);
+    texts.extend(list(request.runtime_config()?)?);
+    let mut requested = Vec::new();
+    for text in texts.iter().filter(|text| !text.trim().is_empty()) {
+        let address = text.split('/').next().unwrap_or_default().trim().parse();
+        let address = address.map_err(|_| CniError::config(format!("requested IP {text:?} is not an address")))?;
+        if !requested.contains(&address) {
+            requested.push(address);
+        }
+    }
+    Ok(requested)
 }
 
 fn resolv_conf(path: &str) -> Result<Map<String, Value>, CniError> {
@@ -228,16 +160,25 @@ fn resolv_conf(path: &str) -> Result<Map<String, Value>, CniError> {
     Ok(dns)
 }
 
-/// Who holds an address: a container's interface.
-struct Owner(String);
+/// Who holds an address.
+struct Owner {
+    /// What its address files contain: container and interface.
+    content: String,
+    /// What files of old versions contain: the container alone.
+    container: String,
+}
 
 impl Owner {
-    fn of(request: &Request) -> Owner {
-        Owner(format!("{}\r\n{}", request.container_id, request.ifname))
+    fn of(request: &Request<'_>) -> Owner {
+        Owner::new(request.container_id, request.ifname)
+    }
+
+    fn new(container: &str, ifname: &str) -> Owner {
+        Owner { content: format!("{container}\r\n{ifname}"), container: container.to_owned() }
     }
 
     fn holds(&self, content: &str) -> bool {
-        content == self.0
+        content == self.content || content == self.container
     }
 }
 
@@ -252,7 +193,7 @@ struct Store {
     directory: PathBuf,
     lock: File,
     index: Index,
-    /// Has nobody else changed the folder since the index was right?
+    /// Is the index complete: has no other program changed the folder since it was?
     current: Cell<bool>,
 }
 
@@ -260,11 +201,15 @@ impl Store {
     fn open(directory: &Path) -> Result<Store, CniError> {
         let opened = (|| {
             fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
-            let lock = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o750).open(directory.join("lock"))?;
-            rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
-            std::io::Result::Ok(lock)
+            lock::open(&directory.join("lock"), 0o750, PATIENCE)
         })();
-        let lock = opened.map_err(|error| CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())))?;
+        let lock = opened.map_err(|error| match error.kind() {
+            std::io::ErrorKind::TimedOut => {
+                let text = format!("ipam.dataDir: cannot lock {}: {error}", directory.join("lock").display());
+                busy(std::io::Error::new(error.kind(), text))
+            }
+            _ => CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())),
+        })?;
         let index = Index::of(directory);
         let current = Cell::new(index.is_current(directory, &lock));
         Ok(Store { directory: directory.to_owned(), lock, index, current })
@@ -282,16 +227,16 @@ impl Store {
         for file in fs::read_dir(&self.directory).map_err(failed)? {
             let file = file.map_err(failed)?;
             let Some(address) = file.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            // A file that goes away while we look, without our lock, was none of ours.
+            // A file that is removed meanwhile, without our lock, is another program's.
             let Some(content) = read_owner(&directory, file.file_name().as_os_str()) else { continue };
             entries.push(Entry { address, content });
         }
         Ok(entries)
     }
 
-    /// Frees what was reserved before this host was booted: no container of then is alive, and many a runtime never says
-    /// so. Each reservation of ours carries its boot's name, so that those of other implementations, whose boot nobody
-    /// knows, are left alone. Looked at once a boot.
+    /// Frees addresses that were reserved before this host was booted: no container of then is alive, and many a runtime
+    /// never calls DEL for it. Each reservation of ours names its boot; those of other implementations do not, and stay. Done
+    /// once a boot.
     fn forget_earlier_boots(&self) -> Result<(), CniError> {
         let Some(boot) = boot_id() else { return Ok(()) };
         if boot_of(&self.lock).is_some_and(|seen| seen == boot) {
@@ -307,14 +252,14 @@ impl Store {
         Ok(())
     }
 
-    /// The index is right for the folder as it is now, if it was before and took all that was said since.
+    /// Notes that the index is complete for the folder as it is now, if it was before.
     fn note(&self) {
         if self.current.get() {
             Index::note(&self.directory, &self.lock);
         }
     }
 
-    /// The addresses of an owner. The folder is read only if somebody else changed it.
+    /// The addresses of an owner. The folder is read only if another program changed it.
     fn held_by(&self, owner: &Owner) -> Result<Vec<IpAddr>, CniError> {
         if !self.current.get() {
             let entries = self.entries()?;
@@ -324,19 +269,20 @@ impl Store {
             }
             return Ok(entries.into_iter().filter(|entry| owner.holds(&entry.content)).map(|entry| entry.address).collect());
         }
-        let said = self.index.get(&owner.0);
-        Ok(said.into_iter().filter(|address| self.owner_of(*address).is_some_and(|content| owner.holds(&content))).collect())
+        let mut named = self.index.get(&owner.content);
+        named.extend(self.index.get(&owner.container));
+        Ok(named.into_iter().filter(|address| self.owner_of(*address).is_some_and(|content| owner.holds(&content))).collect())
     }
 
     fn owner_of(&self, address: IpAddr) -> Option<String> {
         read_owner(&File::open(&self.directory).ok()?, address.to_string().as_ref())
     }
 
-    /// Reserves an address of a set: the wanted one, else the next after the last one that was handed out.
+    /// Reserves an address of a set: the wanted one, else the next after the last one that was allocated.
     fn allocate(&self, set: &[Range], index: usize, wanted: Option<IpAddr>, owner: &Owner) -> Result<(IpAddr, Range), CniError> {
         let of = |ip: IpAddr| set.iter().find(|range| range.admits(ip)).copied();
         if let Some((ip, range)) = wanted.and_then(|ip| Some((ip, of(ip)?))) {
-            if range.gateway == Some(ip) {
+            if range.gateway == ip {
                 return Err(CniError::failed(format!("requested IP {ip} is the subnet's gateway")));
             }
             if !self.reserve(ip, owner)? {
@@ -346,12 +292,12 @@ impl Store {
             return Ok((ip, range));
         }
         if let Some(address) = self.held_by(owner)?.into_iter().find(|address| of(*address).is_some()) {
-            let (id, ifname) = owner.0.split_once("\r\n").unwrap_or_default();
-            return Err(CniError::failed(format!("{address} has been allocated to {id} {ifname}, duplicate allocation is not allowed")));
+            let holder = owner.content.replace("\r\n", " ");
+            return Err(CniError::failed(format!("{address} has been allocated to {holder}, duplicate allocation is not allowed")));
         }
         let last: Option<IpAddr> = fs::read_to_string(self.last(index)).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
-            if range.gateway != Some(ip) && self.reserve(ip, owner)? {
+            if range.gateway != ip && self.reserve(ip, owner)? {
                 self.remember_last(index, ip);
                 return Ok((ip, range));
             }
@@ -359,13 +305,13 @@ impl Store {
         Err(CniError::failed(format!("no IP addresses available in range set: {}", describe(set))))
     }
 
-    /// The file that has the last address of a set that was handed out.
+    /// The file that has the address of a set that was allocated last.
     fn last(&self, index: usize) -> PathBuf {
         self.directory.join(format!("last_reserved_ip.{index}"))
     }
 
-    /// Only a hint where to go on: half of it is as good as none, so it is written in place and leaves no temporary file
-    /// when we are killed; and without it the address is reserved all the same.
+    /// Only a hint where to continue: half of it is as good as none, so it is written in place and leaves no temporary file
+    /// when the process is killed; and without it the address is reserved all the same.
     fn remember_last(&self, index: usize, ip: IpAddr) {
         let _ = fs::write(self.last(index), ip.to_string());
     }
@@ -375,21 +321,28 @@ impl Store {
         let name = self.directory.join(ip.to_string());
         let failed = |error: std::io::Error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", name.display()));
         match fs::read(&name) {
-            // We write no empty file, and nobody else is at it under our lock: its writer died before it said whose
-            // the address is.
+            // No plugin of ours writes an empty file, and others hold the lock while they write: its writer died before it
+            // wrote whose the address is.
             Ok(content) if content.is_empty() => fs::remove_file(&name).map_err(failed)?,
+            // A folder of that name reserves the address as well.
+            Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => return Ok(false),
             Ok(_) => return Ok(false),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        // What is said already of another set's address, or of one that is not held any more, does no harm.
-        let mut said = self.index.get(&owner.0);
-        said.retain(|other| *other != ip);
-        said.push(ip);
-        if !self.index.set(&owner.0, &said) {
+        // Addresses of another set stay in the index; one that is not held any more does no harm there.
+        let mut named = self.index.get(&owner.content);
+        named.retain(|other| *other != ip);
+        named.push(ip);
+        if !self.index.set(&owner.content, &named) {
             self.current.set(false);
         }
-        match publish(&self.directory, &name, owner.0.as_bytes(), false) {
+        let how = How { mode: 0o600, durable: false, existing: Existing::Keep };
+        let written = file::put(&name, owner.content.as_bytes(), how, |file| {
+            name_boot(file);
+            Ok(())
+        });
+        match written {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(failed(error)),
@@ -397,41 +350,52 @@ impl Store {
     }
 
     fn release(&self, id: &str, ifname: &str) -> Result<(), CniError> {
-        let owner = Owner(format!("{id}\r\n{ifname}"));
+        let owner = Owner::new(id, ifname);
+        let exact = |content: &str| content == owner.content;
         let held = if self.current.get() { self.held_by(&owner)? } else { Vec::new() };
-        if !held.is_empty() {
-            held.iter().try_for_each(|address| remove_file(&self.directory.join(address.to_string())))?;
-            self.index.set(&owner.0, &[]);
+        if held.iter().any(|address| self.owner_of(*address).as_deref().is_some_and(exact)) {
+            let own = held.iter().filter(|address| self.owner_of(**address).as_deref().is_some_and(exact));
+            remove_all(own.map(|address| self.directory.join(address.to_string())))?;
+            self.index.set(&owner.content, &[]);
             self.note();
             return Ok(());
         }
-        // Unknown to the index: so it holds nothing, or somebody else wrote what it holds.
-        self.index.set(&owner.0, &[]);
+        // Not in the index: it holds nothing, or another program wrote what it holds.
+        self.index.set(&owner.content, &[]);
         let entries = self.entries()?;
-        let exact: Vec<&Entry> = entries.iter().filter(|entry| owner.holds(&entry.content)).collect();
+        let own: Vec<&Entry> = entries.iter().filter(|entry| exact(&entry.content)).collect();
         // Old files name the container only.
-        let found = if exact.is_empty() { entries.iter().filter(|entry| entry.content == id).collect() } else { exact };
-        found.iter().try_for_each(|entry| remove_file(&self.directory.join(entry.address.to_string())))
+        let found = if own.is_empty() { entries.iter().filter(|entry| entry.content == id).collect() } else { own };
+        remove_all(found.iter().map(|entry| self.directory.join(entry.address.to_string())))
     }
 
     /// Removes what belongs to no valid attachment.
-    fn collect(&self, valid: &[(String, String)]) -> Result<(), CniError> {
-        let is_live = |entry: &Entry| valid.iter().any(|(id, ifname)| entry.content == *id || entry.content == format!("{id}\r\n{ifname}"));
+    fn collect(&self, valid: &[Attachment]) -> Result<(), CniError> {
+        let owners: Vec<Owner> = valid.iter().map(|attachment| Owner::new(&attachment.container, &attachment.ifname)).collect();
+        let is_live = |entry: &Entry| owners.iter().any(|owner| owner.holds(&entry.content));
         let (live, dead): (Vec<Entry>, Vec<Entry>) = self.entries()?.into_iter().partition(is_live);
-        for entry in dead {
-            remove_file(&self.directory.join(entry.address.to_string()))?;
-        }
+        let removed = remove_all(dead.iter().map(|entry| self.directory.join(entry.address.to_string())));
         self.current.set(self.index.rebuild(live.iter().map(|entry| (entry.content.as_str(), entry.address))));
         self.note();
-        Ok(())
+        removed
     }
 }
 
-/// The extended attribute of an address file that names its boot; of the lock's file, that in which the reservations of
+/// Removes files. One that cannot be removed does not keep the others; its error is reported at the end.
+fn remove_all(files: impl Iterator<Item = PathBuf>) -> Result<(), CniError> {
+    let mut done = Ok(());
+    for file in files {
+        let removed = remove_file(&file);
+        done = done.and(removed);
+    }
+    done
+}
+
+/// The extended attribute of an address file that names its boot; on the lock's file, the boot in which the reservations of
 /// earlier ones were freed.
 const BOOT_ATTRIBUTE: &str = "user.flannel.boot_id";
 
-/// The name of this boot (`random(4)`).
+/// The id of this boot (`random(4)`).
 fn boot_id() -> Option<&'static str> {
     static READ: OnceLock<Option<String>> = OnceLock::new();
     let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|text| text.trim().to_owned());
@@ -445,110 +409,22 @@ fn boot_of(file: &File) -> Option<String> {
     String::from_utf8(buffer.get(..length)?.to_vec()).ok()
 }
 
-/// Who an address file names. Each ADD reads all files, so this makes three system calls and no more.
+/// Who an address file names. An ADD may read all files, so this makes three system calls where the names are not long.
 fn read_owner(directory: &File, name: &std::ffi::OsStr) -> Option<String> {
-    let file = rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    // A container's and an interface's name are far below this.
+    let mut file: File = rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?.into();
     let mut buffer = [0; 512];
     let length = rustix::io::read(&file, &mut buffer).ok()?;
-    Some(std::str::from_utf8(&buffer[..length]).ok()?.trim().to_owned())
+    let mut content = buffer[..length].to_vec();
+    if length == buffer.len() {
+        file.read_to_end(&mut content).ok()?;
+    }
+    Some(String::from_utf8(content).ok()?.trim().to_owned())
 }
 
-/// Every address of a set once, from the one after `last` on, and round again.
-fn candidates(set: &[Range], last: Option<IpAddr>) -> impl Iterator<Item = (IpAddr, Range)> + '_ {
-    let at = last.and_then(|last| Some((set.iter().position(|range| range.admits(last))?, bits_of(last))));
-    let (first, from) = at.unwrap_or((0, bits_of(set[0].start).wrapping_sub(1)));
-    let part = move |range: Range, from: u128, to: u128| {
-        let family = range.subnet.family();
-        (from..=to).map(move |bits| (family.address(bits), range))
-    };
-    let head = part(set[first], from.wrapping_add(1), bits_of(set[first].end));
-    let others = (1..set.len())
-        .map(move |i| set[(first + i) % set.len()])
-        .flat_map(move |range| part(range, bits_of(range.start), bits_of(range.end)));
-    let tail = part(set[first], bits_of(set[first].start), from);
-    head.chain(others).chain(tail)
-}
-
-fn describe(set: &[Range]) -> String {
-    set.iter().map(|range| format!("{}-{}", range.start, range.end)).collect::<Vec<_>>().join(",")
-}
-
-/// Writes this boot's name to a file. A file system without extended attributes keeps reservations until the
-/// runtime returns them, as all did before.
+/// Writes this boot's id to a file. On a file system without extended attributes reservations stay until the runtime
+/// returns them.
 fn name_boot(file: &File) {
     if let Some(boot) = boot_id() {
         let _ = rustix::fs::fsetxattr(file, BOOT_ATTRIBUTE, boot.as_bytes(), rustix::fs::XattrFlags::empty());
-    }
-}
-
-/// Makes a file appear under its name with its content, exclusively: it is written without a name, synced if wanted, and
-/// then linked.
-pub(crate) fn publish(directory: &Path, name: &Path, content: &[u8], sync: bool) -> std::io::Result<()> {
-    match rustix::fs::openat(CWD, directory, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR) {
-        Ok(fd) => {
-            let mut file = File::from(fd);
-            file.write_all(content)?;
-            name_boot(&file);
-            if sync {
-                file.sync_all()?;
-            }
-            Ok(rustix::fs::linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
-        }
-        // A file system without nameless files: a name that no address has. We hold the lock, so it is one name.
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR | rustix::io::Errno::NOENT) => {
-            let temporary = directory.join(format!(".{}", name.file_name().unwrap_or_default().to_string_lossy()));
-            // One that a killed plugin left may be linked to an address by now: writing into it would change that.
-            let _ = fs::remove_file(&temporary);
-            fs::write(&temporary, content)?;
-            let file = File::open(&temporary)?;
-            name_boot(&file);
-            if sync {
-                file.sync_all()?;
-            }
-            let linked = fs::hard_link(&temporary, name);
-            fs::remove_file(&temporary)?;
-            linked
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn set(ranges: &[&str]) -> Vec<Range> {
-        ranges.iter().map(|text| range(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap()).unwrap()).collect()
-    }
-
-    fn order(ranges: &[&str], last: &str) -> Vec<String> {
-        candidates(&set(ranges), last.parse().ok()).map(|(ip, _)| ip.to_string()).collect()
-    }
-
-    #[test]
-    fn candidates_go_round_once() {
-        let small = r#"{"subnet":"10.1.0.0/29"}"#;
-        assert_eq!(order(&[small], ""), ["10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"]);
-        assert_eq!(order(&[small], "10.1.0.4"), ["10.1.0.5", "10.1.0.6", "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4"]);
-        assert_eq!(order(&[small], "10.9.9.9"), order(&[small], ""));
-        let two = [
-            r#"{"subnet":"10.1.0.0/24","rangeStart":"10.1.0.5","rangeEnd":"10.1.0.6"}"#,
-            r#"{"subnet":"10.2.0.0/24","rangeStart":"10.2.0.5","rangeEnd":"10.2.0.6"}"#,
-        ];
-        assert_eq!(order(&two, "10.2.0.5"), ["10.2.0.6", "10.1.0.5", "10.1.0.6", "10.2.0.5"]);
-    }
-
-    #[test]
-    fn ranges_that_cannot_be() {
-        let error = |text: &str| range(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap()).unwrap_err().msg;
-        assert_eq!(error("{}"), "ipam.ranges: a range needs a subnet");
-        assert_eq!(error(r#"{"subnet":"10.1.0.7/24"}"#), "ipam.ranges: subnet: 10.1.0.7/24 has host bits set: did you mean 10.1.0.0/24?");
-        assert_eq!(error(r#"{"subnet":"10.1.0.0/31"}"#), "ipam.ranges: subnet: 10.1.0.0/31 is too small to hand out addresses");
-        assert_eq!(error(r#"{"subnet":"10.1.0.0/24","rangeEnd":"10.2.0.1"}"#), "ipam.ranges: rangeEnd: 10.2.0.1 is not in 10.1.0.0/24");
-        assert_eq!(
-            error(r#"{"subnet":"10.1.0.0/24","rangeStart":"10.1.0.9","rangeEnd":"10.1.0.5"}"#),
-            "ipam.ranges: rangeStart 10.1.0.9 is above rangeEnd 10.1.0.5"
-        );
     }
 }

@@ -1,7 +1,8 @@
-//! Plugs pods in: the CNI plugins of [`NAMES`] in one program that goes by several names. Synchronous, without a runtime: a plugin lives for milliseconds.
+//! The CNI plugins of [`NAMES`] in one program that has several names. Synchronous, without an async runtime: a plugin runs
+//! for milliseconds.
 //!
-//! A plugin is a function from a [`Request`] to a [`CniResult`]. Delegation stays in this process where the delegate
-//! that `CNI_PATH` gives is this very program, and starts a process otherwise.
+//! A plugin is a function from a [`Request`] to a [`CniResult`]. Delegation stays in this process if the delegate that
+//! `CNI_PATH` leads to is this program, and starts a process otherwise.
 
 mod bandwidth;
 mod bridge;
@@ -23,7 +24,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::ExitCode;
 
-use protocol::{CniError, Command, Environment, Request};
+use protocol::{CniError, Command, Environment, Invocation, Request};
 use result::CniResult;
 
 /// A plugin of this program.
@@ -33,15 +34,15 @@ pub enum Plugin {
     Flannel,
     /// Connects pods by a bridge.
     Bridge,
-    /// Hands out addresses of a range, kept in files.
+    /// Allocates addresses of a range, recorded in files.
     HostLocal,
     /// Sets `lo` up.
     Loopback,
-    /// Leads ports of the host to containers.
+    /// Maps ports of the host to containers.
     Portmap,
     /// Limits what containers send and receive.
     Bandwidth,
-    /// Lets containers pass iptables.
+    /// Accepts the traffic of containers in iptables.
     Firewall,
     /// Sets sysctls and attributes of an interface.
     Tuning,
@@ -66,8 +67,8 @@ impl Plugin {
         }
     }
 
-    /// Does the work of one command. Commands without a result (DEL, CHECK, GC, STATUS) return `None`.
-    fn run(self, request: &Request) -> Result<Option<CniResult>, CniError> {
+    /// Executes one command. Commands without a result (DEL, CHECK, GC, STATUS) return `None`.
+    fn run(self, request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
         match self {
             Plugin::Flannel => flannel::run(request),
             Plugin::Bridge => bridge::run(request),
@@ -80,7 +81,7 @@ impl Plugin {
         }
     }
 
-    /// The first version of the specification that the plugin speaks: results of older ones do not say what it needs.
+    /// The first version of the specification that the plugin supports: results of older ones lack what it needs.
     fn since(self) -> &'static str {
         match self {
             Plugin::Bandwidth => "0.3.0",
@@ -90,19 +91,19 @@ impl Plugin {
     }
 }
 
-/// The plugin that a program's name (its `argv[0]`, or a first argument) stands for.
+/// The plugin that a program's name (its `argv[0]`, or a first argument) selects.
 pub fn called_as(name: Option<OsString>) -> Option<Plugin> {
     Plugin::named(Path::new(&name?).file_name()?.to_str()?)
 }
 
-/// Speaks the protocol for one plugin: environment and standard input in, JSON on standard output.
+/// Runs the protocol for one plugin: environment and standard input in, JSON on standard output.
 pub fn main(plugin: Plugin) -> ExitCode {
     let environment = Environment::from(|name: &str| std::env::var(name).ok());
     let (text, code) = match answer(plugin, &environment, &mut std::io::stdin().lock()) {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => (error.to_json(), ExitCode::FAILURE),
     };
-    // In one piece, which standard output's line buffer would not. Nobody reads on: then nobody wants to know.
+    // One write, where standard output would split it at lines. If the reader is gone there is no one left to report that to.
     let mut rest = text.as_bytes();
     while let Ok(written @ 1..) = rustix::io::retry_on_intr(|| rustix::io::write(std::io::stdout(), rest)) {
         rest = &rest[written..];
@@ -130,21 +131,22 @@ fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> R
         .take(MAX_CONFIG)
         .read_to_string(&mut text)
         .map_err(|error| CniError::decode(format!("cannot read the configuration from standard input: {error}")))?;
-    let request = Request::new(command, environment, &text)?;
+    let invocation = Invocation::new(command, environment, &text)?;
+    let request = invocation.request();
     request.require_version(plugin.since())?;
     if matches!(command, Command::Add | Command::Del) {
         refuse_own_namespace(&request)?;
     }
     let result = plugin.run(&request)?;
-    Ok(result.map_or(String::new(), |result| result.render(&request.version)))
+    Ok(result.map_or(String::new(), |result| result.render(request.version)))
 }
 
-/// Code 8: a plugin that was given the namespace that it runs in would work on the host's own interfaces. Asked before
-/// the work is done, not after it.
-fn refuse_own_namespace(request: &Request) -> Result<(), CniError> {
+/// Code 8: a plugin that was given the namespace that it runs in would change the host's own interfaces. Checked before the
+/// work.
+fn refuse_own_namespace(request: &Request<'_>) -> Result<(), CniError> {
     use kernel::netns::Netns;
     let id = |netns: std::io::Result<Netns>| netns.and_then(|netns| netns.id()).ok();
-    let given = request.netns.as_deref().and_then(|path| id(Netns::open(path)));
+    let given = request.netns.and_then(|path| id(Netns::open(path)));
     if given.is_some() && given == id(Netns::current()) && !request.netns_override {
         return Err(CniError::new(8, "CNI_NETNS is the plugin's own network namespace, the host's: it must be the container's"));
     }

@@ -1,4 +1,4 @@
-//! `loopback`: sets `lo` up in the container's namespace.
+//! `loopback`: sets `lo` up in the container's namespace (specification, section 7.6).
 
 use kernel::link;
 use kernel::netlink::{Protocol, Socket};
@@ -8,15 +8,15 @@ use serde_json::Value;
 use crate::protocol::{CniError, Command, Request};
 use crate::result::{CniResult, Interface, Ip};
 
-pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
+pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => {
             set(request, true)?;
             result(request).map(Some)
         }
         Command::Del => {
-            // A namespace that is gone has no lo to set down.
-            if request.netns.as_deref().is_some_and(|path| Netns::open(path).is_ok()) {
+            // A namespace that ended has no lo to set down.
+            if request.netns.is_some_and(|path| Netns::open(path).is_ok()) {
                 set(request, false)?;
             }
             Ok(None)
@@ -29,7 +29,7 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
     }
 }
 
-fn set(request: &Request, up: bool) -> Result<(), CniError> {
+fn set(request: &Request<'_>, up: bool) -> Result<(), CniError> {
     in_container(request, |socket, lo| {
         let index = link::get(socket, lo)?.map_or(1, |link| link.index);
         link::set_up(socket, index, up)
@@ -37,7 +37,7 @@ fn set(request: &Request, up: bool) -> Result<(), CniError> {
 }
 
 fn in_container<T>(
-    request: &Request,
+    request: &Request<'_>,
     f: impl FnOnce(&mut Socket, ::flannel::IfName) -> Result<T, kernel::netlink::NetlinkError>,
 ) -> Result<T, CniError> {
     let netns = open_netns(request)?;
@@ -48,16 +48,16 @@ fn in_container<T>(
 }
 
 /// The container's network namespace.
-pub(crate) fn open_netns(request: &Request) -> Result<Netns, CniError> {
-    let path = request.netns.as_deref().ok_or_else(|| CniError::environment("required env variables [CNI_NETNS] missing"))?;
+pub(crate) fn open_netns(request: &Request<'_>) -> Result<Netns, CniError> {
+    let path = request.netns.ok_or_else(|| CniError::environment("required env variables [CNI_NETNS] missing"))?;
     Netns::open(path).map_err(|error| CniError::environment(format!("CNI_NETNS: cannot open {}: {error}", path.display())))
 }
 
-fn result(request: &Request) -> Result<CniResult, CniError> {
+fn result(request: &Request<'_>) -> Result<CniResult, CniError> {
     if let Some(previous) = request.conf.get("prevResult").filter(|value| !value.is_null()) {
         return CniResult::parse(previous);
     }
-    let sandbox = request.netns.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    let sandbox = request.netns.map(|path| path.display().to_string()).unwrap_or_default();
     let lo = Interface { name: "lo".to_owned(), mac: "00:00:00:00:00:00".to_owned(), mtu: 0, sandbox, ..Interface::default() };
     let ip = |text: &str| Ip { interface: Some(0), address: text.parse().expect("it is an address"), gateway: None };
     Ok(CniResult {

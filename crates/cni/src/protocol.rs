@@ -1,11 +1,13 @@
-//! The protocol shell that all plugins share: environment, configuration, versions, errors (CNI specification 1.1.0;
-//! ours, section 7.1).
+//! The protocol that all plugins share: environment, configuration, versions, errors (CNI specification 1.1.0; ours,
+//! section 7.1).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use ::flannel::pod::Attachment;
+use ::flannel::{IfName, Mac};
 use serde_json::{Map, Value, json};
 
-/// Versions of the specification that are spoken.
+/// Supported versions of the specification.
 pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// An error as the runtime reads it.
@@ -13,9 +15,9 @@ pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1
 pub struct CniError {
     /// The specification's code; 999 for an internal error.
     pub code: u32,
-    /// What went wrong: the act, the object, the fix.
+    /// The act, the object, the reason and the fix.
     pub msg: String,
-    /// More, or nothing.
+    /// Further details; may be empty.
     pub details: String,
 }
 
@@ -25,7 +27,7 @@ impl CniError {
         CniError { code, msg: msg.into(), details: String::new() }
     }
 
-    /// Code 2: a field that this plugin does not know how to honour.
+    /// Code 2: a field that this plugin does not support.
     pub fn unsupported(msg: impl Into<String>) -> CniError {
         CniError::new(2, msg)
     }
@@ -74,20 +76,20 @@ pub fn pretty(value: &Value) -> String {
     String::from_utf8(bytes).expect("JSON is UTF-8")
 }
 
-/// What the runtime wants done.
+/// What the runtime asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// Attach.
     Add,
     /// Detach.
     Del,
-    /// Is the attachment as it was made?
+    /// Verify that the attachment is as ADD left it.
     Check,
     /// Remove what belongs to no valid attachment.
     Gc,
-    /// Could an ADD succeed?
+    /// Report whether an ADD could succeed.
     Status,
-    /// Which versions are spoken?
+    /// Report the supported versions.
     Version,
 }
 
@@ -101,7 +103,11 @@ pub struct Environment {
     args: Option<String>,
     path: Option<String>,
     netns_override: Option<String>,
+    depth: u32,
 }
+
+/// The variable by which a plugin tells the plugins that it starts how many called each other before.
+pub const DEPTH: &str = "FLANNEL_CNI_DEPTH";
 
 impl Environment {
     /// Reads the variables from a function that knows them.
@@ -115,6 +121,7 @@ impl Environment {
             args: get("CNI_ARGS"),
             path: get("CNI_PATH"),
             netns_override: get("CNI_NETNS_OVERRIDE"),
+            depth: get(DEPTH).and_then(|text| text.parse().ok()).unwrap_or(0),
         }
     }
 
@@ -152,37 +159,56 @@ impl Environment {
     }
 }
 
-/// One call of a plugin, validated.
-#[derive(Debug, Clone)]
-pub struct Request {
+/// One call of a plugin as it came: what a [`Request`] borrows from.
+#[derive(Debug)]
+pub struct Invocation {
+    command: Command,
+    container_id: String,
+    netns: Option<PathBuf>,
+    netns_override: bool,
+    ifname: String,
+    args: String,
+    path: Vec<PathBuf>,
+    name: String,
+    version: String,
+    conf: Map<String, Value>,
+    depth: u32,
+}
+
+/// One call of a plugin, validated. A delegate in this process gets the same call with another configuration
+/// ([`Request::delegated`]); nothing is copied for that.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
     /// What to do.
     pub command: Command,
     /// The container; empty for GC and STATUS.
-    pub container_id: String,
+    pub container_id: &'a str,
     /// The path of its network namespace.
-    pub netns: Option<PathBuf>,
+    pub netns: Option<&'a Path>,
     /// `CNI_NETNS_OVERRIDE`: the namespace may be the host's own.
     pub netns_override: bool,
     /// The interface in it; empty for GC and STATUS.
-    pub ifname: String,
+    pub ifname: &'a str,
     /// `CNI_ARGS`, as it came.
-    pub args: String,
+    pub args: &'a str,
     /// The directories of `CNI_PATH`.
-    pub path: Vec<PathBuf>,
+    pub path: &'a [PathBuf],
     /// The network's name.
-    pub name: String,
+    pub name: &'a str,
     /// The configuration's version of the specification.
-    pub version: String,
+    pub version: &'a str,
     /// The whole configuration.
-    pub conf: Map<String, Value>,
+    pub conf: &'a Map<String, Value>,
+    /// How many plugins called each other before this one.
+    pub depth: u32,
 }
 
-impl Request {
+impl Invocation {
     /// Reads and validates one call.
     ///
     /// # Errors
     /// With the specification's code, naming the variable or the field.
-    pub fn new(command: Command, environment: &Environment, stdin: &str) -> Result<Request, CniError> {
+    pub fn new(command: Command, environment: &Environment, stdin: &str) -> Result<Invocation, CniError> {
         environment.require(command)?;
         let container_id = environment.container_id.clone().unwrap_or_default();
         let ifname = environment.ifname.clone().unwrap_or_default();
@@ -192,81 +218,122 @@ impl Request {
             )));
         }
         if !ifname.is_empty() {
-            ifname.parse::<::flannel::IfName>().map_err(|error| CniError::environment(format!("invalid CNI_IFNAME: {error}")))?;
+            let parsed = if command == Command::Add { new_interface(&ifname) } else { ifname.parse().map_err(|error| format!("{error}")) };
+            parsed.map_err(|error| CniError::environment(format!("invalid CNI_IFNAME: {error}")))?;
         }
-        let conf: Value = serde_json::from_str(stdin)
-            .map_err(|error| CniError::decode(format!("the configuration on standard input is no JSON: {error}")))?;
-        let Value::Object(conf) = conf else { return Err(CniError::decode("the configuration on standard input is no JSON object")) };
-        let mut request = Request {
+        // Editors of other systems put a byte-order mark before the text.
+        let conf: Value = serde_json::from_str(stdin.strip_prefix('\u{feff}').unwrap_or(stdin))
+            .map_err(|error| CniError::decode(format!("the configuration on standard input is not JSON: {error}")))?;
+        let Value::Object(conf) = conf else {
+            return Err(CniError::decode("the configuration on standard input is not a JSON object"));
+        };
+        let name = string(&conf, "name")?.unwrap_or_default().to_owned();
+        if !is_identifier(&name) {
+            return Err(CniError::config(format!(
+                "name: invalid or missing network name {name:?}: it must match [a-zA-Z0-9][a-zA-Z0-9_.-]*"
+            )));
+        }
+        let version = string(&conf, "cniVersion")?.unwrap_or(OLDEST).to_owned();
+        check_version(command, &version)?;
+        Ok(Invocation {
             command,
             container_id,
             netns: environment.netns.clone().map(PathBuf::from),
-            netns_override: environment.netns_override.as_deref().is_some_and(|text| text == "1" || text.eq_ignore_ascii_case("true")),
+            netns_override: environment.netns_override.as_deref().is_some_and(is_true),
             ifname,
             args: environment.args.clone().unwrap_or_default(),
             path: environment.path.as_deref().unwrap_or_default().split(':').filter(|dir| !dir.is_empty()).map(PathBuf::from).collect(),
-            name: String::new(),
-            version: String::new(),
+            name,
+            version,
             conf,
-        };
-        request.check()?;
-        Ok(request)
+            depth: environment.depth,
+        })
     }
 
-    /// The same call with another configuration: what a delegate in this process gets.
-    ///
-    /// # Errors
-    /// When the configuration cannot be used.
-    pub fn with_conf(&self, command: Command, conf: Map<String, Value>) -> Result<Request, CniError> {
-        let mut request = Request { command, conf, ..self.clone() };
-        request.check()?;
-        Ok(request)
-    }
-
-    fn check(&mut self) -> Result<(), CniError> {
-        self.name = string(&self.conf, "name")?.unwrap_or_default().to_owned();
-        if !is_identifier(&self.name) {
-            return Err(CniError::config(format!(
-                "name: invalid or missing network name {:?}: it must match [a-zA-Z0-9][a-zA-Z0-9_.-]*",
-                self.name
-            )));
+    /// The call.
+    pub fn request(&self) -> Request<'_> {
+        Request {
+            command: self.command,
+            container_id: &self.container_id,
+            netns: self.netns.as_deref(),
+            netns_override: self.netns_override,
+            ifname: &self.ifname,
+            args: &self.args,
+            path: &self.path,
+            name: &self.name,
+            version: &self.version,
+            conf: &self.conf,
+            depth: self.depth,
         }
-        self.version = string(&self.conf, "cniVersion")?.filter(|version| !version.is_empty()).unwrap_or("0.1.0").to_owned();
-        let spoken = VERSIONS.iter().position(|version| *version == self.version);
-        let (needed, what) = match self.command {
-            Command::Check => ("0.4.0", "CHECK"),
-            Command::Gc => ("1.1.0", "GC"),
-            Command::Status => ("1.1.0", "STATUS"),
-            _ => ("0.1.0", ""),
-        };
-        let details = match spoken {
-            None => format!("config is {:?}, plugin supports {VERSIONS:?}", self.version),
-            Some(at) if VERSIONS.iter().position(|version| *version == needed) > Some(at) => {
-                format!("config version {:?} does not allow {what}", self.version)
-            }
-            Some(_) => return Ok(()),
-        };
-        Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
+    }
+}
+
+/// The version of a configuration that names none.
+const OLDEST: &str = "0.1.0";
+
+/// Does the configuration's version exist, and does it have the command?
+fn check_version(command: Command, version: &str) -> Result<(), CniError> {
+    let place = |version: &str| VERSIONS.iter().position(|known| *known == version);
+    let (since, verb) = match command {
+        Command::Check => ("0.4.0", "CHECK"),
+        Command::Gc => ("1.1.0", "GC"),
+        Command::Status => ("1.1.0", "STATUS"),
+        _ => (OLDEST, ""),
+    };
+    let details = match place(version) {
+        None => format!("config is {version:?}, plugin supports {VERSIONS:?}"),
+        Some(at) if place(since) > Some(at) => format!("config version {version:?} does not allow {verb}"),
+        Some(_) => return Ok(()),
+    };
+    Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
+}
+
+impl<'a> Request<'a> {
+    /// The same call with another configuration: what a delegate in this process gets. The configuration is one that this
+    /// program wrote, or the caller's own, so it is not validated again.
+    pub fn delegated<'b>(&self, command: Command, conf: &'b Map<String, Value>) -> Request<'b>
+    where
+        'a: 'b,
+    {
+        let text = |name: &str| string(conf, name).ok().flatten();
+        Request {
+            command,
+            name: text("name").unwrap_or(self.name),
+            version: text("cniVersion").unwrap_or(self.version),
+            conf,
+            depth: self.depth + 1,
+            ..*self
+        }
+    }
+
+    /// The attachment that the call is about.
+    pub fn attachment(&self) -> Attachment {
+        Attachment { network: self.name.to_owned(), container: self.container_id.to_owned(), ifname: self.ifname.to_owned() }
     }
 
     /// Is the configuration's version this one or later?
+    pub fn speaks(&self, since: &str) -> bool {
+        let place = |version: &str| VERSIONS.iter().position(|known| *known == version);
+        place(self.version) >= place(since)
+    }
+
+    /// Refuses a configuration whose version is earlier.
     ///
     /// # Errors
     /// Code 1.
     pub fn require_version(&self, since: &str) -> Result<(), CniError> {
-        let place = |version: &str| VERSIONS.iter().position(|known| *known == version);
-        if place(&self.version) >= place(since) {
+        if self.speaks(since) {
             return Ok(());
         }
         let details = format!("config is {:?}, plugin supports {since} and later", self.version);
         Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
     }
 
-    /// A value of `CNI_ARGS`.
+    /// A value of `CNI_ARGS`; an empty one is missing.
     ///
     /// # Errors
-    /// When `CNI_ARGS` is malformed, or has keys that nobody knows and `IgnoreUnknown` is not set.
-    pub fn arg(&self, name: &str) -> Result<Option<&str>, CniError> {
+    /// When `CNI_ARGS` is malformed, or has unknown keys and `IgnoreUnknown` is not set.
+    pub fn arg(&self, name: &str) -> Result<Option<&'a str>, CniError> {
         let mut found = None;
         let mut unknown = None;
         let mut tolerant = false;
@@ -276,11 +343,11 @@ impl Request {
                 .filter(|(_, value)| !value.contains('='))
                 .ok_or_else(|| CniError::environment(format!("CNI_ARGS: invalid pair {pair:?}: it must be KEY=VALUE")))?;
             match key {
-                "IgnoreUnknown" => tolerant = matches!(value, "1" | "true"),
+                "IgnoreUnknown" => tolerant = is_true(value),
                 "IP" | "MAC" => {}
                 _ => unknown = Some(key),
             }
-            if key == name {
+            if key == name && !value.is_empty() {
                 found = Some(value);
             }
         }
@@ -290,23 +357,73 @@ impl Request {
         }
     }
 
-    /// The attachments that are valid, of a GC: container and interface.
+    /// The object `args.cni` of the configuration.
     ///
     /// # Errors
-    /// When the list is not there or malformed: nothing may be collected then.
-    pub fn valid_attachments(&self) -> Result<Vec<(String, String)>, CniError> {
-        let field = "cni.dev/valid-attachments";
-        let list = self
-            .conf
-            .get(field)
-            .and_then(Value::as_array)
-            .ok_or_else(|| CniError::config(format!("{field}: GC needs the list of valid attachments")))?;
-        let read = |entry: &Value| Some((entry.get("containerID")?.as_str()?.to_owned(), entry.get("ifname")?.as_str()?.to_owned()));
+    /// Code 6, naming the field.
+    pub fn cni_args(&self) -> Result<Option<&'a Map<String, Value>>, CniError> {
+        object(self.conf, "args")?.map(|args| object(args, "cni")).transpose().map(Option::flatten)
+    }
+
+    /// The object `runtimeConfig` of the configuration.
+    ///
+    /// # Errors
+    /// Code 6, naming the field.
+    pub fn runtime_config(&self) -> Result<Option<&'a Map<String, Value>>, CniError> {
+        object(self.conf, "runtimeConfig")
+    }
+
+    /// The valid attachments of a GC. `null` is an empty list: libcni writes a Go slice without elements so.
+    ///
+    /// # Errors
+    /// When the list is missing or malformed: nothing may be collected then.
+    pub fn valid_attachments(&self) -> Result<Vec<Attachment>, CniError> {
+        let list = match self.conf.get(VALID_ATTACHMENTS) {
+            Some(Value::Array(list)) => list.as_slice(),
+            Some(Value::Null) => &[],
+            _ => return Err(CniError::config(format!("{VALID_ATTACHMENTS}: GC needs the list of valid attachments"))),
+        };
+        let read = |entry: &Value| {
+            let text = |name| Some(entry.get(name)?.as_str()?.to_owned());
+            Some(Attachment { network: self.name.to_owned(), container: text("containerID")?, ifname: text("ifname")? })
+        };
         list.iter()
             .map(read)
             .collect::<Option<_>>()
-            .ok_or_else(|| CniError::config(format!("{field}: each entry needs containerID and ifname")))
+            .ok_or_else(|| CniError::config(format!("{VALID_ATTACHMENTS}: each entry needs containerID and ifname")))
     }
+}
+
+/// The field of a GC that lists the attachments to keep.
+pub const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
+
+/// A boolean of the environment, as the reference implementation reads it.
+fn is_true(text: &str) -> bool {
+    text == "1" || text.eq_ignore_ascii_case("true")
+}
+
+/// A name for an interface that is to be created. The kernel replaces `%d` by a number, and has sysctls named `all` and
+/// `default` for all interfaces.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn new_interface(name: &str) -> Result<IfName, String> {
+    if matches!(name, "all" | "default") || name.contains('%') {
+        return Err(format!("{name:?} is reserved by the kernel: choose another name"));
+    }
+    name.parse().map_err(|error| format!("{error}"))
+}
+
+/// A MAC address for an interface.
+///
+/// # Errors
+/// Code 7, naming the field.
+pub fn unicast_mac(field: &str, text: &str) -> Result<Mac, CniError> {
+    let mac: Mac = text.parse().map_err(|error| CniError::config(format!("{field}: {error}")))?;
+    if mac.0[0] & 1 != 0 || mac.0 == [0; 6] {
+        return Err(CniError::config(format!("{field}: {mac} is a multicast or zero address: an interface needs a unicast MAC")));
+    }
+    Ok(mac)
 }
 
 fn is_identifier(text: &str) -> bool {
@@ -314,18 +431,18 @@ fn is_identifier(text: &str) -> bool {
     bytes.next().is_some_and(|b| b.is_ascii_alphanumeric()) && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
-/// A field by its name, case-insensitively as Go reads it; the exact spelling goes first, a `null` is nothing.
+/// A field by its name, case-insensitively as Go reads it; the exact spelling wins, `null` is missing.
 pub fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     let found = object.get(name).or_else(|| object.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value));
     found.filter(|value| !value.is_null())
 }
 
-/// A field that must be a string.
+/// A field that must be a string. An empty one is missing: Go programs write fields so that were never set.
 ///
 /// # Errors
 /// Code 6, naming the field.
 pub fn string<'a>(object: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>, CniError> {
-    typed(object, name, "a string", Value::as_str)
+    Ok(typed(object, name, "a string", Value::as_str)?.filter(|text| !text.is_empty()))
 }
 
 /// A field that must be true or false.
@@ -370,10 +487,10 @@ fn typed<'a, T>(
     read(value).map(Some).ok_or_else(|| CniError::decode(format!("{name}: it must be {what}")))
 }
 
-/// The answer to VERSION of a plugin that speaks `since` and everything later.
+/// The answer to VERSION of a plugin that supports `since` and later.
 pub fn version_answer(since: &str) -> String {
-    let spoken: Vec<&str> = VERSIONS.into_iter().skip_while(|version| *version != since).collect();
-    json!({ "cniVersion": "1.1.0", "supportedVersions": spoken }).to_string() + "\n"
+    let supported: Vec<&str> = VERSIONS.into_iter().skip_while(|version| *version != since).collect();
+    json!({ "cniVersion": "1.1.0", "supportedVersions": supported }).to_string() + "\n"
 }
 
 #[cfg(test)]
@@ -384,8 +501,11 @@ mod tests {
     #[track_caller]
     fn check(env: &[(&str, &str)], stdin: &str, want: Expect) {
         let env = Environment::from(|name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()));
-        let got = match env.command().and_then(|command| Request::new(command.expect("a command"), &env, stdin)) {
-            Ok(request) => format!("{:?} {} {} {}", request.command, request.name, request.version, request.container_id),
+        let got = match env.command().and_then(|command| Invocation::new(command.expect("a command"), &env, stdin)) {
+            Ok(invocation) => {
+                let request = invocation.request();
+                format!("{:?} {} {} {}", request.command, request.name, request.version, request.container_id)
+            }
             Err(error) => format!("{}: {} {}", error.code, error.msg, error.details),
         };
         want.assert_eq(&got);
@@ -402,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_the_specifications_code() {
+    fn errors_carry_the_specifications_code() {
         check(
             &[("CNI_COMMAND", "ADD"), ("CNI_IFNAME", "")],
             "{}",
@@ -410,8 +530,8 @@ mod tests {
         );
         check(&[("CNI_COMMAND", "GC")], "{}", expect!["4: required env variables [CNI_PATH] missing "]);
         check(&[("CNI_COMMAND", "FROB")], "{}", expect!["4: unknown CNI_COMMAND: FROB "]);
-        check(&ADD, "garbage", expect!["6: the configuration on standard input is no JSON: expected value at line 1 column 1 "]);
-        check(&ADD, "[]", expect!["6: the configuration on standard input is no JSON object "]);
+        check(&ADD, "garbage", expect!["6: the configuration on standard input is not JSON: expected value at line 1 column 1 "]);
+        check(&ADD, "[]", expect!["6: the configuration on standard input is not a JSON object "]);
         check(&ADD, r#"{"name":7}"#, expect!["6: name: it must be a string "]);
         check(
             &ADD,

@@ -14,11 +14,11 @@ pub struct Interface {
     pub name: String,
     /// Its link-layer address.
     pub mac: String,
-    /// Its MTU in bytes, 0 where it is not told.
+    /// Its MTU in bytes, 0 where it is not known.
     pub mtu: u32,
     /// The path of the network namespace that it is in; empty for the host's.
     pub sandbox: String,
-    /// Whatever else another plugin said of it (`socketPath`, `pciID`), kept as it came.
+    /// Further fields that another plugin set (`socketPath`, `pciID`), unchanged.
     pub more: Map<String, Value>,
 }
 
@@ -40,7 +40,7 @@ pub struct Route {
     pub dst: Subnet,
     /// Gateway; that of the family's first address where there is none.
     pub gw: Option<IpAddr>,
-    /// Whatever else the configuration said of it (`mtu`, `priority`, …), kept as it came.
+    /// Further fields of the configuration (`mtu`, `priority`, …), unchanged.
     pub more: Map<String, Value>,
 }
 
@@ -53,7 +53,7 @@ pub struct CniResult {
     pub ips: Vec<Ip>,
     /// Routes.
     pub routes: Vec<Route>,
-    /// Name servers and the like, as they came.
+    /// Name servers and the like, unchanged.
     pub dns: Map<String, Value>,
 }
 
@@ -130,40 +130,60 @@ impl CniResult {
     /// # Errors
     /// Code 6, naming the field.
     pub fn parse(value: &Value) -> Result<CniResult, CniError> {
+        let mut first = Ok(());
+        let result = CniResult::read(value, |error| {
+            if first.is_ok() {
+                first = Err(error);
+            }
+        });
+        first.map(|()| result)
+    }
+
+    /// The same without what cannot be read.
+    pub fn parse_leniently(value: &Value) -> CniResult {
+        CniResult::read(value, drop)
+    }
+
+    /// Reads what can be read, and reports the rest.
+    fn read(value: &Value, mut report: impl FnMut(CniError)) -> CniResult {
         let bad = |what: &str| CniError::decode(format!("result: {what}"));
-        let Value::Object(object) = value else { return Err(bad("it is no JSON object")) };
+        let mut result = CniResult::default();
+        let Value::Object(object) = value else {
+            report(bad("it is not a JSON object"));
+            return result;
+        };
         let list = |key: &str| object.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let gateway = |value: &Value, key: &str| match value.get(key).and_then(Value::as_str) {
             None | Some("") => Ok(None),
-            Some(ip) => ip.parse().map(Some).map_err(|_| bad(&format!("{key}: {ip:?} is no address"))),
+            Some(ip) => ip.parse().map(Some).map_err(|_| bad(&format!("{key}: {ip:?} is not an address"))),
         };
-        let mut result = CniResult::default();
         for i in list("interfaces") {
             let mtu = i.get("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok()).unwrap_or(0);
             let mut more = i.as_object().cloned().unwrap_or_default();
             more.retain(|key, _| !["name", "mac", "mtu", "sandbox"].contains(&key.as_str()));
             result.interfaces.push(Interface { name: text(i, "name"), mac: text(i, "mac"), mtu, sandbox: text(i, "sandbox"), more });
         }
-        for ip in list("ips") {
-            let address = text(ip, "address").parse().map_err(|error| bad(&format!("ips: {error}")))?;
+        let old = ["ip4", "ip6"].iter().filter_map(|key| object.get(*key)).map(|old| (old, "ip"));
+        for (ip, key) in list("ips").iter().map(|ip| (ip, "address")).chain(old.clone()) {
             let interface = ip.get("interface").and_then(Value::as_u64).and_then(|index| usize::try_from(index).ok());
-            result.ips.push(Ip { interface, address, gateway: gateway(ip, "gateway")? });
-        }
-        for old in ["ip4", "ip6"].iter().filter_map(|key| object.get(*key)) {
-            let address = text(old, "ip").parse().map_err(|error| bad(&format!("ip: {error}")))?;
-            result.ips.push(Ip { interface: None, address, gateway: gateway(old, "gateway")? });
-            for route in old.get("routes").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default() {
-                result.routes.push(Route::parse(route)?);
+            let address = text(ip, key).parse().map_err(|error| bad(&format!("{key}: {error}")));
+            match address.and_then(|address| Ok(Ip { interface, address, gateway: gateway(ip, "gateway")? })) {
+                Ok(ip) => result.ips.push(ip),
+                Err(error) => report(error),
             }
         }
-        for route in list("routes") {
-            result.routes.push(Route::parse(route)?);
+        let old_routes = old.filter_map(|(old, _)| old.get("routes").and_then(Value::as_array)).flatten();
+        for route in old_routes.chain(list("routes")) {
+            match Route::parse(route) {
+                Ok(route) => result.routes.push(route),
+                Err(error) => report(error),
+            }
         }
         if let Some(Value::Object(dns)) = object.get("dns") {
             result.dns = dns.clone();
         }
-        Ok(result)
+        result
     }
 }
 
@@ -179,7 +199,7 @@ impl Route {
         let dst = dst.map_err(|error| CniError::decode(format!("routes: dst: {error}")))?;
         let gw = match more.remove("gw").as_ref().and_then(Value::as_str) {
             None | Some("") => None,
-            Some(gw) => Some(gw.parse().map_err(|_| CniError::decode(format!("routes: gw: {gw:?} is no address")))?),
+            Some(gw) => Some(gw.parse().map_err(|_| CniError::decode(format!("routes: gw: {gw:?} is not an address")))?),
         };
         Ok(Route { dst, gw, more })
     }
@@ -248,7 +268,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_rendered_reads_back() {
+    fn lenient_parsing_skips_what_cannot_be_read() {
+        let value = json!({ "ips": [{ "address": "10.1.17.2/24" }, { "address": "x" }, 7], "routes": [{ "dst": "y" }] });
+        assert!(CniResult::parse(&value).is_err());
+        assert_eq!(CniResult::parse_leniently(&value).ips.len(), 1);
+        assert_eq!(CniResult::parse_leniently(&json!("x")), CniResult::default());
+    }
+
+    #[test]
+    fn rendered_results_read_back() {
         for version in ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
             let back = CniResult::parse(&serde_json::from_str(&result().render(version)).unwrap()).unwrap();
             assert_eq!((back.ips, back.routes), (result().ips, result().routes), "{version}");

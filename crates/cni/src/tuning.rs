@@ -1,10 +1,11 @@
-//! `tuning`: sysctls and attributes of the attachment's interface in the container (specification, section 7.6). What an
-//! interface was before is kept in a file, and put back by DEL.
+//! `tuning`: sysctls and attributes of the attachment's interface in the container (specification, section 7.6). The values
+//! before are kept in a file, and restored by DEL.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use ::flannel::{IfName, Mac};
+use kernel::file::{self, Existing, How};
 use kernel::link::{self, LinkInfo};
 use kernel::netlink::Socket;
 use kernel::netns::Netns;
@@ -12,13 +13,13 @@ use kernel::sysctl;
 use regex_lite::Regex;
 use serde_json::{Map, Value, json};
 
-use crate::chained::{failed, ifname, in_container, previous, previous_if_any};
+use crate::chained::{failed, ifname, in_container, previous};
 use crate::flannel::remove_file;
 use crate::loopback::open_netns;
-use crate::protocol::{CniError, Command, Request, boolean, number, object, string};
+use crate::protocol::{CniError, Command, Request, boolean, number, object, string, unicast_mac};
 use crate::result::CniResult;
 
-/// Patterns of sysctls that may be set, one a line; without the file all may.
+/// Patterns of sysctls that may be set, one a line; without the file all may be set.
 const ALLOW_LIST: &str = "/etc/cni/tuning/allowlist.conf";
 
 /// The validated configuration.
@@ -34,25 +35,25 @@ struct Config {
 }
 
 impl Config {
-    fn new(request: &Request) -> Result<Config, CniError> {
-        let conf = &request.conf;
-        let runtime = object(conf, "runtimeConfig")?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
-        let cni = object(conf, "args")?.map(|args| object(args, "cni")).transpose()?.flatten();
-        let args = cni.map(|cni| string(cni, "mac")).transpose()?.flatten();
-        let text = match runtime.or(args) {
+    /// Reads the configuration. What `args.cni` says takes precedence, as in the reference plugin; for the MAC the runtime
+    /// comes second, `CNI_ARGS` third and the configuration last.
+    fn new(request: &Request<'_>) -> Result<Config, CniError> {
+        let conf = request.conf;
+        let none = Map::new();
+        let args = request.cni_args()?.unwrap_or(&none);
+        let runtime = request.runtime_config()?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
+        let mac = match string(args, "mac")?.or(runtime) {
             Some(text) => Some(text),
-            None => request.arg("MAC")?,
+            None => request.arg("MAC")?.or(string(conf, "mac")?),
         };
-        let text = text.or(string(conf, "mac")?).filter(|text| !text.is_empty());
-        let mac = text.map(|text| text.parse().map_err(|error| CniError::config(format!("mac: {error}")))).transpose()?;
         Ok(Config {
-            sysctls: sysctls(request)?,
-            mac,
-            mtu: number(conf, "mtu")?.filter(|mtu| *mtu > 0),
-            promiscuous: boolean(conf, "promisc")?.unwrap_or(false),
-            all_multicast: boolean(conf, "allmulti")?,
-            tx_queue_len: number(conf, "txQLen")?,
-            directory: PathBuf::from(string(conf, "dataDir")?.unwrap_or("/run/cni/tuning")),
+            sysctls: sysctls(request, args)?,
+            mac: mac.map(|text| unicast_mac("mac", text)).transpose()?,
+            mtu: number(args, "mtu")?.or(number(conf, "mtu")?).filter(|mtu| *mtu > 0),
+            promiscuous: boolean(args, "promisc")?.or(boolean(conf, "promisc")?).unwrap_or(false),
+            all_multicast: boolean(args, "allmulti")?.or(boolean(conf, "allmulti")?),
+            tx_queue_len: number(args, "txQLen")?.or(number(conf, "txQLen")?),
+            directory: directory(string(conf, "dataDir")?),
         })
     }
 
@@ -61,30 +62,45 @@ impl Config {
     }
 }
 
-/// The sysctls, as paths below `/proc/sys`.
-fn sysctls(request: &Request) -> Result<Vec<(String, String)>, CniError> {
+fn directory(configured: Option<&str>) -> PathBuf {
+    PathBuf::from(configured.unwrap_or("/run/cni/tuning"))
+}
+
+/// The sysctls, as paths below `/proc/sys`; the last value of one that is given several times counts.
+fn sysctls(request: &Request<'_>, args: &Map<String, Value>) -> Result<Vec<(String, String)>, CniError> {
     let mut found: Vec<(String, String)> = Vec::new();
     let allowed = allow_list(Path::new(ALLOW_LIST))?;
-    for (name, value) in object(&request.conf, "sysctl")?.into_iter().flatten() {
+    let both = [object(request.conf, "sysctl")?, object(args, "sysctl")?];
+    for (name, value) in both.into_iter().flatten().flatten() {
         let value = value.as_str().ok_or_else(|| CniError::decode(format!("sysctl: {name}: its value must be a string")))?;
-        // Dots separate, unless there are slashes: an interface's name may contain dots.
-        let path = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
-        let path = path.replace("IFNAME", &request.ifname);
+        let path = sysctl_path(name).replace("IFNAME", request.ifname);
         let plain = path.starts_with("net/") && path.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
         if !plain {
-            return Err(CniError::config(format!("sysctl: {name}: only what is below net can be set for a container")));
-        }
-        if found.iter().any(|(known, _)| *known == path) {
-            return Err(CniError::config(format!("sysctl: {name}: it is given twice")));
+            return Err(CniError::config(format!("sysctl: {name}: only sysctls below net can be set for a container")));
         }
         if let Some(allowed) = &allowed
             && !allowed.iter().any(|regex| regex.is_match(name) || regex.is_match(&path))
         {
             return Err(CniError::config(format!("sysctl: {name}: {ALLOW_LIST} does not allow it")));
         }
+        found.retain(|(known, _)| *known != path);
         found.push((path, value.to_owned()));
     }
     Ok(found)
+}
+
+/// The path of a sysctl. As in sysctl(8) the first separator decides: with dots, a slash stands for a dot in the name of an
+/// interface; with slashes, both are as they are.
+fn sysctl_path(name: &str) -> String {
+    let swapped = |char| match char {
+        '.' => '/',
+        '/' => '.',
+        other => other,
+    };
+    match name.find(['.', '/']).map(|at| name.as_bytes()[at]) {
+        Some(b'.') => name.chars().map(swapped).collect(),
+        _ => name.to_owned(),
+    }
 }
 
 fn allow_list(file: &Path) -> Result<Option<Vec<Regex>>, CniError> {
@@ -98,11 +114,11 @@ fn allow_list(file: &Path) -> Result<Option<Vec<Regex>>, CniError> {
     regexes.collect::<Result<Vec<_>, _>>().map(Some)
 }
 
-pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
+pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => add(request, &Config::new(request)?).map(Some),
         Command::Del => {
-            // A container that goes takes its interface along: there is nothing that must not fail here.
+            // The interface ends with the container: a value that is not restored harms no other.
             if let Err(error) = restore(request) {
                 eprintln!("tuning: {error}");
             }
@@ -113,16 +129,16 @@ pub(crate) fn run(request: &Request) -> Result<Option<CniResult>, CniError> {
     }
 }
 
-fn backup(config_directory: &Path, request: &Request) -> PathBuf {
+fn backup(config_directory: &Path, request: &Request<'_>) -> PathBuf {
     config_directory.join(format!("{}_{}.json", request.container_id, request.ifname))
 }
 
 fn read(socket: &mut Socket, name: IfName) -> Result<LinkInfo, CniError> {
     let found = link::get(socket, name).map_err(failed(format!("read {name} in the container")))?;
-    found.ok_or_else(|| CniError::failed(format!("there is no {name} in the container")))
+    found.ok_or_else(|| CniError::failed(format!("{name} does not exist in the container")))
 }
 
-fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
+fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     let mut result = previous(request)?;
     let (netns, name) = (open_netns(request)?, ifname(request)?);
     if config.changes_the_link() {
@@ -134,7 +150,7 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
         // The error that led here is the one to report.
         let _ = restore(request);
     }
-    let now = changed?;
+    let Some(now) = changed? else { return Ok(result) };
     if let Some(interface) = result.interfaces.iter_mut().find(|i| i.name == request.ifname && !i.sandbox.is_empty()) {
         if config.mac.is_some() {
             interface.mac = now.mac.map(|mac| mac.to_string()).unwrap_or_default();
@@ -146,11 +162,8 @@ fn add(request: &Request, config: &Config) -> Result<CniResult, CniError> {
     Ok(result)
 }
 
-/// Keeps what an interface was, as far as it is going to be changed. An earlier file says more truly what it was.
+/// Keeps the values of an interface that are going to be changed. An earlier file has the values before the first change.
 fn keep(file: &Path, before: &LinkInfo, config: &Config) -> Result<(), CniError> {
-    if file.exists() {
-        return Ok(());
-    }
     let mut object = Map::new();
     if config.mac.is_some() {
         object.insert("mac".to_owned(), before.mac.map(|mac| mac.to_string()).into());
@@ -167,23 +180,27 @@ fn keep(file: &Path, before: &LinkInfo, config: &Config) -> Result<(), CniError>
     if config.tx_queue_len.is_some() {
         object.insert("txQLen".to_owned(), before.tx_queue_len.into());
     }
-    let write = || {
-        fs::create_dir_all(file.parent().unwrap_or(Path::new("/")))?;
-        // It is in the way of nobody else: a container's calls come one after another.
-        let temporary = file.with_extension("new");
-        fs::write(&temporary, json!(object).to_string())?;
-        fs::rename(&temporary, file)
-    };
-    write().map_err(|error| CniError::new(5, format!("dataDir: cannot write {}: {error}", file.display())))
+    let how = How { mode: 0o600, durable: false, existing: Existing::Keep };
+    match file::put(file, json!(object).to_string().as_bytes(), how, |_| Ok(())) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(CniError::new(5, format!("dataDir: cannot write {}: {error}", file.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
-fn change(netns: &Netns, name: IfName, config: &Config) -> Result<LinkInfo, CniError> {
+/// Changes the sysctls, and the interface if any of its attributes is configured: sysctls alone need none.
+fn change(netns: &Netns, name: IfName, config: &Config) -> Result<Option<LinkInfo>, CniError> {
     in_container(netns, |socket| {
         for (path, value) in &config.sysctls {
-            if sysctl::read(path).ok().flatten().is_none() {
+            // Some can be written and not read.
+            if matches!(sysctl::read(path), Ok(None)) {
                 return Err(CniError::failed(format!("sysctl: the kernel has no {path}")));
             }
             sysctl::write(path, value).map_err(|error| CniError::failed(error.to_string()))?;
+        }
+        if !config.changes_the_link() {
+            return Ok(None);
         }
         let before = read(socket, name)?;
         if let Some(mac) = config.mac {
@@ -202,21 +219,22 @@ fn change(netns: &Netns, name: IfName, config: &Config) -> Result<LinkInfo, CniE
             link::set_all_multicast(socket, before.index, on).map_err(failed(format!("set all-multicast of {name}")))?;
         }
         if let Some(mtu) = config.mtu {
-            link::set_mtu(socket, before.index, mtu).map_err(failed(format!("set the MTU of {name} to {mtu}")))?;
+            link::set_mtu(socket, before.index, mtu).map_err(failed(format!("set the MTU of {name} to {mtu} (field mtu)")))?;
         }
         if let Some(length) = config.tx_queue_len {
-            link::set_tx_queue_len(socket, before.index, length).map_err(failed(format!("set the queue length of {name}")))?;
+            link::set_tx_queue_len(socket, before.index, length)
+                .map_err(failed(format!("set the queue length of {name} to {length} (field txQLen)")))?;
         }
-        read(socket, name)
+        read(socket, name).map(Some)
     })
 }
 
-fn restore(request: &Request) -> Result<(), CniError> {
-    let file = backup(Path::new(string(&request.conf, "dataDir")?.unwrap_or("/run/cni/tuning")), request);
+fn restore(request: &Request<'_>) -> Result<(), CniError> {
+    let file = backup(&directory(string(request.conf, "dataDir").ok().flatten()), request);
     let Ok(text) = fs::read_to_string(&file) else { return Ok(()) };
-    // Whatever comes of it: an interface that is gone needs nothing.
+    // Whatever becomes of it: an interface that ended needs nothing.
     remove_file(&file)?;
-    if let (Some(path), Ok(Value::Object(before))) = (request.netns.as_deref(), serde_json::from_str(&text))
+    if let (Some(path), Ok(Value::Object(before))) = (request.netns, serde_json::from_str(&text))
         && let Ok(netns) = Netns::open(path)
     {
         let config = Config {
@@ -238,16 +256,23 @@ fn restore(request: &Request) -> Result<(), CniError> {
     Ok(())
 }
 
-fn check(request: &Request, config: &Config) -> Result<(), CniError> {
-    previous_if_any(request)?;
+fn check(request: &Request<'_>, config: &Config) -> Result<(), CniError> {
+    previous(request)?;
     let (netns, name) = (open_netns(request)?, ifname(request)?);
-    let wrong = |what: &str| CniError::failed(format!("{name}: {what} is not as it was set"));
+    let wrong = |what: &str| CniError::failed(format!("{name}: {what} differs from the configuration"));
     in_container(&netns, |socket| {
         for (path, value) in &config.sysctls {
-            let have = sysctl::read(path).ok().flatten().unwrap_or_default();
+            let have = match sysctl::read(path) {
+                // What can only be written has no value to compare.
+                Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => continue,
+                have => have.ok().flatten().unwrap_or_default(),
+            };
             if !have.split_whitespace().eq(value.split_whitespace()) {
-                return Err(CniError::failed(format!("sysctl: {path} is not {value}")));
+                return Err(CniError::failed(format!("sysctl: {path} is {have:?} instead of {value:?}")));
             }
+        }
+        if !config.changes_the_link() {
+            return Ok(());
         }
         let now = read(socket, name)?;
         for (is_right, what) in [
@@ -263,4 +288,20 @@ fn check(request: &Request, config: &Config) -> Result<(), CniError> {
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctl_names_follow_their_first_separator() {
+        for (name, path) in [
+            ("net.ipv4.conf.eth0.log_martians", "net/ipv4/conf/eth0/log_martians"),
+            ("net.ipv4.conf.eth0/798.log_martians", "net/ipv4/conf/eth0.798/log_martians"),
+            ("net/ipv4/conf/eth0.798/log_martians", "net/ipv4/conf/eth0.798/log_martians"),
+        ] {
+            assert_eq!(sysctl_path(name), path);
+        }
+    }
 }

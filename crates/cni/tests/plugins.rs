@@ -398,9 +398,9 @@ fn check_sees_what_is_gone(host: &Host) {
     })
     .unwrap();
     let error = host.call("flannel", "CHECK", "c1", &check).unwrap_err();
-    assert_eq!(error["msg"], "10.1.17.2/24 is gone from eth0 in the container");
+    assert_eq!(error["msg"], "10.1.17.2/24 is missing on eth0 in the container");
     pod.run(|| link::delete(&mut socket(), name("eth0")).unwrap()).unwrap();
-    assert_eq!(host.call("flannel", "CHECK", "c1", &check).unwrap_err()["msg"], "eth0 is gone from the container");
+    assert_eq!(host.call("flannel", "CHECK", "c1", &check).unwrap_err()["msg"], "eth0 is missing in the container");
     assert!(host.call("flannel", "CHECK", "c9", &check).is_err());
 }
 

@@ -4,13 +4,12 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use kernel::file;
+use kernel::file::{self, Existing, How};
 use serde_json::Value;
 
 /// The program of all plugins, under its own name.
@@ -104,16 +103,13 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
         wanted.append(&mut stays);
         let temporary = folder.join(format!(".{PROGRAM}.{}", std::process::id()));
         let written = (|| {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&program)?;
-            file.set_permissions(fs::Permissions::from_mode(0o755))?;
-            file.sync_all()?;
+            file::put(&temporary, &program, How { mode: 0o755, durable: true, existing: Existing::ReplaceAlone }, |_| Ok(()))?;
             for name in &wanted {
                 let link = folder.join(format!(".{name}.{}", std::process::id()));
                 let _ = fs::remove_file(&link);
                 fs::hard_link(&temporary, &link).and_then(|()| fs::rename(&link, folder.join(name)))?;
             }
-            // Its own name last: by that, who is killed in between still tells what of the rest is ours.
+            // Its own name last: by that, a run after one that was killed in between still recognises the rest as ours.
             fs::rename(&temporary, &main)
         })();
         if let Err(error) = written {

@@ -19,6 +19,7 @@ pub mod object;
 pub mod observed;
 pub mod op;
 pub mod picture;
+pub mod pod;
 pub mod renewal;
 pub mod scope;
 pub mod store_trust;

@@ -24,6 +24,7 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_TXQLEN: u16 = 13;
 const IFLA_OPERSTATE: u16 = 16;
+const IFLA_IFALIAS: u16 = 20;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_EXT_MASK: u16 = 29;
@@ -318,13 +319,17 @@ pub fn delete(socket: &mut Socket, name: IfName) -> Result<(), NetlinkError> {
     })
 }
 
-/// Creates a bridge, administratively down. MTU 0 leaves the choice to the kernel.
+/// Creates a bridge, administratively down. MTU 0 leaves the choice to the kernel. A bridge that is created with a MAC keeps it;
+/// without one it takes the lowest of its ports, and another when that port goes.
 ///
 /// # Errors
 /// What the kernel answers; `is_exists` when the name is taken.
-pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32) -> Result<(), NetlinkError> {
+pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32, mac: Option<Mac>) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
+        if let Some(mac) = mac {
+            body.attr(IFLA_ADDRESS, &mac.0);
+        }
         if mtu != 0 {
             body.attr_u32(IFLA_MTU, mtu);
         }
@@ -449,15 +454,39 @@ pub fn set_tx_queue_len(socket: &mut Socket, index: u32, length: u32) -> Result<
     })
 }
 
-/// Creates an intermediate functional block: a link that can limit what another one receives.
+/// Creates an intermediate functional block, up: a link that can limit what another one receives. The alias is a text for
+/// [`alias`].
 ///
 /// # Errors
 /// What the kernel answers; `is_exists` when the name is taken.
-pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32) -> Result<(), NetlinkError> {
+pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32, alias: &str) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str()).attr_u32(IFLA_MTU, mtu);
+        body.attr(IFLA_IFALIAS, alias.as_bytes());
         linkinfo(body, "ifb", |_| {});
     })
+}
+
+/// The alias of a link, empty where it has none; `None` if there is no link of this name.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn alias(socket: &mut Socket, name: IfName) -> Result<Option<String>, NetlinkError> {
+    let answer = socket.get(
+        RTM_GETLINK,
+        |body| {
+            body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
+        },
+        |body| {
+            let found = attrs(body.get(16..)?).find(|(kind, _)| *kind == IFLA_IFALIAS).and_then(|(_, value)| str_in(value));
+            Some(found.unwrap_or_default().to_owned())
+        },
+    );
+    match answer {
+        Ok(alias) => Ok(Some(alias)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes a bridge tell VLANs apart (IEEE 802.1Q).

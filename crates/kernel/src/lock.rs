@@ -1,77 +1,107 @@
-//! One at a time in a network namespace, for whoever reads and then changes what others read and change as well: tables of
-//! iptables and nftables, the link of a VLAN.
+//! Advisory locks on files and folders (`flock`), always with a deadline. They end with the process, however that ends.
 
 use std::fs::{DirBuilder, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
-/// Where the locks are, a file a namespace. Only root can enter: else anybody could stop all work by holding one.
+/// Where the locks of namespaces are, one file each. Only root can enter: otherwise any user could stop all work by holding
+/// one.
 const FOLDER: &str = "/run/flannel-locks";
-/// How long another's work is waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a plugin waits for another, or for the daemon.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest pause between two attempts.
+const PAUSE: Duration = Duration::from_millis(1);
 
-/// Held until it is dropped; it ends with the process as well, however that ends.
-#[derive(Debug)]
-pub struct Lock(Option<(File, PathBuf)>);
-
-/// Waits for the lock of the calling thread's network namespace. A process must not ask for it twice. Where there can be no
-/// lock (a read-only `/run`, no root), there is none: the work is done all the same.
+/// Waits until an open file or folder is locked by nobody else, and locks it until it is closed.
 ///
 /// # Errors
-/// `TimedOut` when somebody holds it for ten seconds.
-pub fn lock() -> io::Result<Lock> {
-    let Ok(namespace) = std::fs::metadata("/proc/thread-self/ns/net") else { return Ok(Lock(None)) };
-    let path = PathBuf::from(FOLDER).join(namespace.ino().to_string());
-    let end = Instant::now() + PATIENCE;
+/// `TimedOut` when another process holds it all the time; what the kernel answers otherwise.
+pub fn acquire(file: impl AsFd, patience: Duration) -> io::Result<()> {
+    let end = Instant::now() + patience;
+    let mut pause = PAUSE / 16;
     loop {
-        let _ = DirBuilder::new().mode(0o700).create(FOLDER);
-        let Ok(file) = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path) else { return Ok(Lock(None)) };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // Its last holder may have taken the name away: then this is nobody's lock any more.
-            Ok(()) if same_file(&file, &path) => return Ok(Lock(Some((file, path)))),
-            Ok(()) => continue,
-            Err(_) if Instant::now() > end => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("{} is held by another process", path.display())));
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => {
+                std::thread::sleep(pause);
+                // Locks are held for less than a millisecond as a rule.
+                pause = (pause * 2).min(PAUSE);
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("another process holds it for more than {patience:?}")));
+            }
+            Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// Waits a while for a file to be this process's alone, and leaves in it who has it: process and host name, which in a
-/// container is the pod's. It is held until the returned file is dropped, or the process ends.
+/// Opens a file, creating it with this mode if it does not exist, and locks it.
 ///
 /// # Errors
-/// When the file cannot be had; `AddrInUse` with the text that its holder left when it is held all the time.
+/// As [`acquire`], and when it cannot be opened.
+pub fn open(path: &Path, mode: u32, patience: Duration) -> io::Result<File> {
+    let file = File::options().create(true).truncate(false).read(true).write(true).mode(mode).open(path)?;
+    acquire(&file, patience)?;
+    Ok(file)
+}
+
+/// The lock of a network namespace, held until it is dropped.
+#[derive(Debug)]
+pub struct Lock(Option<(File, PathBuf)>);
+
+/// Locks the calling thread's network namespace, for those who read and then change what others read and change as well:
+/// tables of iptables and nftables, the link of a VLAN. A process must not ask for it twice. Where no lock can be had (a
+/// read-only `/run`, no root), the work is done without one.
+///
+/// # Errors
+/// `TimedOut` when another process holds it for ten seconds.
+pub fn lock() -> io::Result<Lock> {
+    let Ok(namespace) = std::fs::metadata("/proc/thread-self/ns/net") else { return Ok(Lock(None)) };
+    let path = PathBuf::from(FOLDER).join(namespace.ino().to_string());
+    loop {
+        let _ = DirBuilder::new().mode(0o700).create(FOLDER);
+        match open(&path, 0o600, PATIENCE) {
+            // Its last holder may have removed the name: then other processes lock another file.
+            Ok(file) if same_file(&file, &path) => return Ok(Lock(Some((file, path)))),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                return Err(io::Error::new(error.kind(), format!("cannot lock {}: {error}", path.display())));
+            }
+            Err(_) => return Ok(Lock(None)),
+        }
+    }
+}
+
+/// Locks a file for this process alone, and leaves in it who holds it: process and host name, which in a container is the
+/// pod's. It is held until the returned file is dropped, or the process ends.
+///
+/// # Errors
+/// When the file cannot be opened; `AddrInUse` with the text that its holder left when it is held all the time.
 pub fn alone(path: &Path, patience: Duration) -> io::Result<File> {
-    use std::io::{Read, Write};
+    use std::io::Write;
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let mut file = File::options().create(true).truncate(false).read(true).write(true).mode(0o644).open(path)?;
-    let end = Instant::now() + patience;
-    while let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        if error != rustix::io::Errno::WOULDBLOCK {
-            return Err(error.into());
-        }
-        if Instant::now() > end {
-            let mut holder = String::new();
-            file.read_to_string(&mut holder)?;
+    let mut file = match open(path, 0o644, patience) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            let holder = std::fs::read_to_string(path)?;
             return Err(io::Error::new(io::ErrorKind::AddrInUse, holder.trim().to_owned()));
         }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        other => other?,
+    };
     let name = rustix::system::uname();
     file.set_len(0)?;
     write!(file, "pid {} on {}", std::process::id(), name.nodename().to_string_lossy())?;
     Ok(file)
 }
 
-fn same_file(file: &File, path: &std::path::Path) -> bool {
+fn same_file(file: &File, path: &Path) -> bool {
     let id = |meta: io::Result<std::fs::Metadata>| meta.map(|meta| (meta.dev(), meta.ino())).ok();
     id(file.metadata()) == id(std::fs::metadata(path))
 }
@@ -82,5 +112,21 @@ impl Drop for Lock {
         if let Some((_, path)) = &self.0 {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_held_lock_times_out() {
+        let path = std::env::temp_dir().join(format!("flannel-lock-{}", std::process::id()));
+        let held = open(&path, 0o600, PATIENCE).unwrap();
+        let refused = open(&path, 0o600, Duration::from_millis(20)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        drop(held);
+        open(&path, 0o600, Duration::ZERO).unwrap();
+        std::fs::remove_file(&path).unwrap();
     }
 }

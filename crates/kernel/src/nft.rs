@@ -11,11 +11,9 @@ use flannel::{Family, Subnet};
 
 use crate::netlink::{Batch, Body, CREATE, NetlinkError, Socket, attrs, ip_in, str_in};
 
-pub use shared::Removal;
 pub(crate) use shared::{
-    Handle, Jump, Part, RULE_USERDATA, Shared, add_rules, delete_handles, encode_chain, encode_chain_with, encode_delete, encode_dnat,
-    encode_input_interface, encode_jump, encode_local_destination, encode_matches, encode_port, encode_source_mac, encode_translated,
-    encode_verdict, handles, open,
+    Jump, encode_chain, encode_dnat, encode_input_interface, encode_jump, encode_local_destination, encode_port, encode_source_mac,
+    encode_translated, encode_verdict, is_without_nf_tables, open,
 };
 
 pub(crate) const SUBSYSTEM: u16 = 10;
@@ -26,7 +24,7 @@ const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 pub(crate) const DELCHAIN: u16 = 5;
 pub(crate) const NEWRULE: u16 = 6;
-const GETRULE: u16 = 7;
+pub(crate) const GETRULE: u16 = 7;
 pub(crate) const DELRULE: u16 = 8;
 
 /// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE` and `NFTA_RULE_TABLE` have the same number.
@@ -40,11 +38,13 @@ const CHAIN_USERDATA: u16 = 12;
 const HOOK_NUM: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
 pub(crate) const RULE_CHAIN: u16 = 2;
+pub(crate) const RULE_HANDLE: u16 = 3;
 pub(crate) const RULE_EXPRESSIONS: u16 = 4;
+pub(crate) const RULE_USERDATA: u16 = 7;
 const LIST_ELEM: u16 = 1;
-const EXPR_NAME: u16 = 1;
-const EXPR_DATA: u16 = 2;
-const DATA_VALUE: u16 = 1;
+pub(crate) const EXPR_NAME: u16 = 1;
+pub(crate) const EXPR_DATA: u16 = 2;
+pub(crate) const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 
@@ -164,7 +164,7 @@ pub(crate) fn encode_rule(list: &mut Body<'_>, rule: &Rule) {
     }
 }
 
-fn encode_match(list: &mut Body<'_>, condition: &Match) {
+pub(crate) fn encode_match(list: &mut Body<'_>, condition: &Match) {
     let (data, mask, value, negated) = match *condition {
         Match::Mark(bits) => {
             expression(list, "meta", |meta| {

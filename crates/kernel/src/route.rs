@@ -294,24 +294,72 @@ pub struct Options {
     pub scope: Option<u8>,
 }
 
-/// Adds a route that flanneld does not own: of a pod or of a lab host. It has protocol boot, like the routes of `ip route add`. An
-/// existing route to the same destination is kept, without an error, because another attachment may have added it.
+/// What became of a route that was to be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Added {
+    /// It was added.
+    New,
+    /// It existed: same destination, gateway and interface.
+    Existed,
+    /// Another route to the same destination exists, and stays.
+    Taken,
+}
+
+/// Adds a route that is not flanneld's: a pod's or a lab host's. It has protocol boot, as `ip route add` gives it.
 ///
 /// # Errors
-/// The error that the kernel returns.
+/// The error that the kernel returns; `is_exists` when there is another route to the same destination.
 pub fn add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32) -> Result<(), NetlinkError> {
-    add_with(socket, dst, via, oif, Options::default())
+    match add_with(socket, dst, via, oif, Options::default())? {
+        Added::New | Added::Existed => Ok(()),
+        Added::Taken => Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("another route to {dst} exists") }),
+    }
 }
 
 /// Like [`add`], with options.
 ///
 /// # Errors
 /// The error that the kernel returns.
-pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<(), NetlinkError> {
+pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<Added, NetlinkError> {
+    match request_add(socket, dst, via, oif, options) {
+        Ok(()) => Ok(Added::New),
+        Err(error) if error.is_exists() => match has(socket, dst, via, oif, options)? {
+            true => Ok(Added::Existed),
+            false => Ok(Added::Taken),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// Is there a route to this destination by this gateway and interface? Without a gateway any by the interface counts.
+fn has(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<bool, NetlinkError> {
+    let table = options.table.filter(|table| *table != 0).unwrap_or(u32::from(RT_TABLE_MAIN));
+    let family = family_number(dst.family());
+    let matches = |body: &[u8]| {
+        let dst_len = *body.get(1)?;
+        let (mut found, mut gateway, mut interface) = (dst.family().unspecified(), None, 0);
+        for (kind, value) in attrs(body.get(12..)?) {
+            match kind {
+                RTA_DST => found = ip_in(value)?,
+                RTA_GATEWAY => gateway = ip_in(value),
+                RTA_OIF => interface = u32_at(value, 0)?,
+                _ => {}
+            }
+        }
+        let is_it = dst_len == dst.prefix_len() && found == dst.network() && interface == oif && via.is_none_or(|via| gateway == Some(via));
+        is_it.then_some(())
+    };
+    let body = |body: &mut Body<'_>| {
+        body.bytes(&[family, 0, 0, 0, 0, 0, 0, RTN_UNICAST, 0, 0, 0, 0]).attr_u32(RTA_TABLE, table).attr_u32(RTA_OIF, oif);
+    };
+    Ok(!socket.dump(RTM_GETROUTE, body, matches)?.is_empty())
+}
+
+fn request_add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, options: Options) -> Result<(), NetlinkError> {
     const RTA_METRICS: u16 = 8;
     const RTAX_MTU: u16 = 2;
     const RTAX_ADVMSS: u16 = 8;
-    let added = socket.request(RTM_NEWROUTE, CREATE | EXCL, |body| {
+    socket.request(RTM_NEWROUTE, CREATE | EXCL, |body| {
         let scope = options.scope.unwrap_or(if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK });
         let start = body.len();
         write(body, dst, RTPROT_BOOT, scope, RTN_UNICAST, 0);
@@ -336,11 +384,7 @@ pub fn add_with(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32,
                 }
             });
         }
-    });
-    match added {
-        Err(error) if error.is_exists() => Ok(()),
-        other => other,
-    }
+    })
 }
 
 #[cfg(test)]

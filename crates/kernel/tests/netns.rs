@@ -8,15 +8,19 @@ use std::collections::BTreeSet;
 use flannel::desired::Owner;
 use flannel::diff::{Prune, diff};
 use flannel::object::{Addr, Blackhole, Key, Link, LinkKind, Object, PodRules, ROUTE_PROTOCOL, Route, Sysctl};
+use flannel::pod::masquerade::{self, Masquerade};
+use flannel::pod::note::Rules;
+use flannel::pod::ports::{self, Holder, Mapping, Ports, Snat};
+use flannel::pod::{Attachment, Table};
 use flannel::scope::Scope;
 use flannel::traffic::iptables::Variant;
 use flannel::traffic::{self, Flavour, TrafficConfig};
 use flannel::{Cidr, Desired, Family, IfName, Mac, Observed, Op, PerFamily, Vni};
-use kernel::hostport::{self, Mapping, Snat};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
-use kernel::pod_rules::{Notes, Rules};
-use kernel::{Changed, Kernel, KernelEvent, Monitor, addr, link, masquerade, netns, route};
+use kernel::pod_rules::Notes;
+use kernel::pod_table::PORTS;
+use kernel::{Changed, Kernel, KernelEvent, Monitor, addr, link, netns, pod_table, route};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 fn pod_rules(missing: usize) -> Object {
@@ -558,18 +562,30 @@ fn what_plugins_wrote_for_pods_is_written_again() {
 
     let addresses: [Cidr; 2] = ["10.244.1.5/24".parse().unwrap(), "fd00::5/64".parse().unwrap()];
     let mapping = |host_port| Mapping { protocol: 6, host_port, container_port: 80, host_ip: None };
-    let (network, attachment) = ("cbr0".to_owned(), "eth0:abc".to_owned());
-    let mut all = vec![Rules::Masquerade { network: network.clone(), attachment: attachment.clone(), addresses: addresses.to_vec() }];
+    let pod = |container: &str| Attachment { network: "cbr0".to_owned(), container: container.to_owned(), ifname: "eth0".to_owned() };
+    let attachment = pod("abc");
+    let masquerade = Masquerade { attachment: attachment.clone(), addresses: addresses.to_vec() };
     let mappings = vec![mapping(80), mapping(81)];
-    all.extend(addresses.map(|container| Rules::Ports { id: "abc".to_owned(), container, mappings: mappings.clone(), snat: Snat::Local }));
+    let all_ports =
+        addresses.map(|address| Ports { holder: Holder::Attachment(pod("abc")), address, mappings: mappings.clone(), snat: Snat::Local });
     let add = |end| {
         let notes = Notes::hold().unwrap();
-        masquerade::add(&network, &attachment, &addresses).unwrap();
-        addresses.iter().for_each(|address| hostport::add("abc", *address, &mappings, Snat::Local).unwrap());
-        all.iter().for_each(|rules| notes.keep(end, "eth0", rules.clone()).unwrap());
+        pod_table::add(Table::Masquerade, &masquerade.rules()).unwrap();
+        notes.keep(end, "eth0", Rules::Masquerade(masquerade.clone())).unwrap();
+        for ports in &all_ports {
+            pod_table::add(Table::Ports(ports.family()), &ports.rules()).unwrap();
+            notes.keep(end, "eth0", Rules::Ports(ports.clone())).unwrap();
+        }
     };
-    let flush = || (masquerade::remove(&network, &attachment).unwrap(), hostport::remove("abc").unwrap());
-    let ports = || Family::ALL.map(|family| hostport::count("abc", family).unwrap());
+    let flush = || {
+        let ports = pod_table::remove(&PORTS, |rule| ports::is_of(rule, &attachment, &[])).unwrap();
+        (pod_table::remove(&[Table::Masquerade], |rule| masquerade::is_of(rule, &attachment)).unwrap(), ports)
+    };
+    let count = |attachment: &Attachment, family: Family| {
+        let rules = pod_table::list(Table::Ports(family)).unwrap();
+        rules.iter().filter(|rule| rule.chain == "hostports" && ports::is_of(rule, attachment, &[])).count()
+    };
+    let ports = || Family::ALL.map(|family| count(&attachment, family));
     let mut is_told = || monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::PodRules);
     add(end);
     assert!(!is_told() && wrong(&mut kernel) == Some(pod_rules(0)));
@@ -613,20 +629,39 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let notes = Notes::hold().unwrap();
     let id = |n: u32| format!("many-{n:064x}");
     for n in 0..200 {
-        let container = format!("10.244.{}.{}/16", 2 + n / 200, 1 + n % 200).parse().unwrap();
+        let address = format!("10.244.{}.{}/16", 2 + n / 200, 1 + n % 200).parse().unwrap();
         let mappings = vec![Mapping { host_port: u16::try_from(1_000 + n).unwrap(), ..mapping(1) }];
-        notes.keep(end, "eth0", Rules::Ports { id: id(n), container, mappings, snat: Snat::Local }).unwrap();
+        let ports = Ports { holder: Holder::Attachment(pod(&id(n))), address, mappings, snat: Snat::Local };
+        notes.keep(end, "eth0", Rules::Ports(ports)).unwrap();
     }
     drop(notes);
     assert_eq!(wrong(&mut kernel), Some(pod_rules(200)));
     apply(&mut kernel, &[Op::Set(pod_rules(0))]);
     assert_eq!(wrong(&mut kernel), Some(pod_rules(0)));
-    assert_eq!((0..200).map(|n| hostport::count(&id(n), Family::V4).unwrap()).sum::<usize>(), 200);
+    assert_eq!((0..200).map(|n| count(&pod(&id(n)), Family::V4)).sum::<usize>(), 200);
     let notes = Notes::hold().unwrap();
-    (0..200).for_each(|n| notes.forget_ports(&id(n), "eth0"));
+    (0..200).for_each(|n| notes.forget_ports(&pod(&id(n))));
     drop((notes, nft("delete table ip cni_hostport")));
     apply(&mut kernel, &[Op::Set(pod_rules(0))]);
     assert_eq!(nft("list table ip cni_hostport"), before);
+
+    // A note of an earlier version names the container only: its rules are restored as they were, and found by a DEL.
+    let notes = Notes::hold().unwrap();
+    let old = Ports { holder: Holder::Container("old".to_owned()), address: addresses[0], mappings: mappings.clone(), snat: Snat::No };
+    notes.keep(end, "eth0", Rules::Ports(old.clone())).unwrap();
+    drop(notes);
+    assert_eq!(wrong(&mut kernel), Some(pod_rules(1)));
+    apply(&mut kernel, &[Op::Set(pod_rules(0))]);
+    assert_eq!((wrong(&mut kernel), count(&pod("old"), Family::V4)), (Some(pod_rules(0)), 2));
+    let notes = Notes::hold().unwrap();
+    notes.forget_ports(&pod("old"));
+    let of_old = |address: &str| pod_table::remove(&PORTS, |rule| ports::is_of(rule, &pod("old"), &[address.parse().unwrap()])).unwrap();
+    drop(of_old("10.244.1.6"));
+    assert_eq!(count(&pod("old"), Family::V4), 2, "of another attachment of the container");
+    drop(of_old("10.244.1.5"));
+    assert_eq!(count(&pod("old"), Family::V4), 0);
+    drop(notes);
+    assert_eq!((wrong(&mut kernel), ports()), (Some(pod_rules(0)), [2, 2]));
 
     // While a plugin holds the notes the daemon does not wait.
     drop(flush());
@@ -634,8 +669,8 @@ fn what_plugins_wrote_for_pods_is_written_again() {
     let outcome = kernel.apply(&[Op::Set(pod_rules(0))]).remove(0);
     assert!(outcome.unwrap_err().text.contains("a plugin holds /run/flannel/pods"));
     // It forgets what it deletes.
-    held.forget_masquerade(&network, &attachment);
-    held.forget_ports("abc", "eth0");
+    held.forget_masquerade(&attachment);
+    held.forget_ports(&attachment);
     drop(held);
     assert_eq!(wrong(&mut kernel), Some(pod_rules(0)));
 

@@ -719,7 +719,7 @@ fn prepare_middle(networks: usize, families: Families) -> anyhow::Result<()> {
     link::set_up(&mut socket, 1, true)?;
     for network in 0..networks {
         let bridge = format!("lan{network}");
-        link::create_bridge(&mut socket, name(&bridge), 0)?;
+        link::create_bridge(&mut socket, name(&bridge), 0, None)?;
         let at = index(&mut socket, &bridge)?;
         // One of its own: else it has that of a port, and hosts lose the store when that host's interface is made anew.
         link::set_mac(&mut socket, at, Mac([2, 0, 0, 0, u8::try_from(network)?, 254]))?;

@@ -2,11 +2,12 @@
 
 use ::flannel::object::bridge::Port;
 use ::flannel::{IfName, Mac};
+use serde_json::{Map, Value};
 
 use super::vlan::Vlans;
-use crate::protocol::{CniError, Request, boolean, number, object, string};
+use crate::protocol::{CniError, Request, boolean, new_interface, number, object, string, unicast_mac};
 
-/// In which form a container is masqueraded.
+/// How a container is masqueraded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MasqBackend {
     /// A rule of the reference plugins' nftables table.
@@ -27,7 +28,7 @@ pub(super) struct Config {
     pub(super) promiscuous: bool,
     pub(super) vlans: Option<Vlans>,
     pub(super) spoofcheck: bool,
-    /// Look for duplicates of IPv6 addresses?
+    /// Detect duplicates of IPv6 addresses?
     pub(super) dad: bool,
     /// Leave the container's end down?
     pub(super) leave_down: bool,
@@ -37,13 +38,17 @@ pub(super) struct Config {
 }
 
 impl Config {
-    pub(super) fn new(request: &Request) -> Result<Config, CniError> {
-        let conf = &request.conf;
+    pub(super) fn new(request: &Request<'_>) -> Result<Config, CniError> {
+        let conf = request.conf;
         let flag = |name: &str| boolean(conf, name).map(Option::unwrap_or_default);
-        let bridge = string(conf, "bridge")?.filter(|name| !name.is_empty()).unwrap_or("cni0");
+        let bridge = string(conf, "bridge")?.unwrap_or("cni0");
         let is_default_gateway = flag("isDefaultGateway")?;
         let ipam = object(conf, "ipam")?.map(|ipam| string(ipam, "type")).transpose()?.flatten();
-        let ipam = ipam.filter(|kind| !kind.is_empty()).map(ToOwned::to_owned);
+        let ipam = ipam.map(ToOwned::to_owned);
+        if ipam.is_none() && !request.speaks("0.3.0") {
+            let text = format!("a result of CNI version {} needs an address: set ipam, or cniVersion 0.3.0 or later", request.version);
+            return Err(CniError::config(format!("ipam: {text}")));
+        }
         // nftables needs no program; the reference plugins take iptables where they have it.
         let backend = match string(conf, "ipMasqBackend")?.unwrap_or("nftables") {
             "nftables" => MasqBackend::Nftables,
@@ -59,12 +64,12 @@ impl Config {
             return Err(CniError::config("disableContainerInterface: an interface that stays down can have no ipam"));
         }
         Ok(Config {
-            bridge: bridge.parse().map_err(|error| CniError::config(format!("bridge: {error}")))?,
+            bridge: new_interface(bridge).map_err(|error| CniError::config(format!("bridge: {error}")))?,
             is_gateway: flag("isGateway")? || is_default_gateway,
             is_default_gateway,
             force_address: flag("forceAddress")?,
             ip_masq: flag("ipMasq")?.then_some(backend),
-            mtu: number(conf, "mtu")?.unwrap_or(0),
+            mtu: mtu(conf)?,
             port: Port { hairpin, isolated: flag("portIsolation")? },
             promiscuous,
             vlans: Vlans::new(conf)?,
@@ -77,14 +82,22 @@ impl Config {
     }
 }
 
+/// The MTU of bridge and veth pair; 0 leaves it to the kernel.
+fn mtu(conf: &Map<String, Value>) -> Result<u32, CniError> {
+    const VALID: std::ops::RangeInclusive<u32> = 68..=65_535;
+    match number(conf, "mtu")?.unwrap_or(0) {
+        mtu if mtu == 0 || VALID.contains(&mtu) => Ok(mtu),
+        mtu => Err(CniError::config(format!("mtu: {mtu} is out of range {VALID:?}"))),
+    }
+}
+
 /// The container's MAC: of the runtime, else of the arguments in the configuration, else of `CNI_ARGS`.
-fn mac(request: &Request) -> Result<Option<Mac>, CniError> {
-    let runtime = object(&request.conf, "runtimeConfig")?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
-    let cni = object(&request.conf, "args")?.map(|args| object(args, "cni")).transpose()?.flatten();
-    let args = cni.map(|cni| string(cni, "mac")).transpose()?.flatten();
-    let text = match runtime.or(args).filter(|text| !text.is_empty()) {
+fn mac(request: &Request<'_>) -> Result<Option<Mac>, CniError> {
+    let runtime = request.runtime_config()?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
+    let args = request.cni_args()?.map(|cni| string(cni, "mac")).transpose()?.flatten();
+    let text = match runtime.or(args) {
         Some(text) => Some(text),
         None => request.arg("MAC")?,
     };
-    text.map(|text| text.parse().map_err(|error| CniError::config(format!("mac: {error}")))).transpose()
+    text.map(|text| unicast_mac("mac", text)).transpose()
 }

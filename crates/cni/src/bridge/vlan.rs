@@ -9,10 +9,10 @@ use super::failed;
 use crate::lock;
 use crate::protocol::{CniError, array, boolean, number};
 
-/// The VLAN that a port has without being told.
+/// The VLAN that a port has by default.
 const DEFAULT: u16 = 1;
 
-/// What the configuration says of VLANs.
+/// The VLANs of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Vlans {
     own: Option<u16>,
@@ -87,9 +87,9 @@ impl Vlans {
 /// the bridge in that VLAN. Returns both.
 pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32) -> Result<(LinkInfo, LinkInfo), CniError> {
     let _lock = lock::host()?;
-    // Cut, the names of two VLANs might be one.
+    // Cut, the names of two VLANs could be the same.
     let name =
-        format!("{}.{vlan}", bridge.name).parse().map_err(|error| CniError::config(format!("bridge: with a VLAN's number {error}")))?;
+        format!("{}.{vlan}", bridge.name).parse().map_err(|error| CniError::config(format!("bridge: with the VLAN's number: {error}")))?;
     let read = |host: &mut Socket, index: u32| {
         let found = link::get_index(host, index).map_err(failed("read the VLAN's links"))?;
         found.ok_or_else(|| CniError::failed(format!("a link of {name} was deleted at once")))
@@ -109,7 +109,7 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
     if port.master != bridge.index {
         link::enslave(host, port.index, bridge.index, Port::default()).map_err(failed(format!("make {} a port", port.name)))?;
     }
-    // Also of one that was there: who made it may have been killed before this.
+    // Also of one that existed: the plugin that created it may have been killed before this.
     Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false }.set_port(host, &port)?;
     if !holder.up {
         link::set_up(host, holder.index, true).map_err(failed(format!("set {name} up")))?;

@@ -1,9 +1,9 @@
 //! Which addresses an attachment holds, without reading every address file: a symbolic link for each owner, named by a hash of
 //! it, that names its addresses. It lies beside the network's folder, which stays as the reference plugin has it.
 //!
-//! It is a hint that is always verified: an address counts only if its file names the owner. It is complete as long as nobody
-//! else changed the folder, which the folder's time of change tells; what we saw last is noted on the lock's file. Otherwise the
-//! folder is read once, and the index written anew.
+//! It is a hint that is always verified: an address counts only if its file names the owner. It is complete as long as no other
+//! program changed the folder, as the folder's time of change shows; the last one seen is noted on the lock's file. Otherwise the
+//! folder is read once, and the index rebuilt.
 
 use std::fs::{self, File};
 use std::net::IpAddr;
@@ -24,7 +24,7 @@ impl Index {
         Index(network.with_file_name(format!(".{name}.owners")))
     }
 
-    /// Has the folder not been changed by anybody since [`Index::note`]?
+    /// Is the folder unchanged since [`Index::note`]?
     pub(super) fn is_current(&self, network: &Path, lock: &File) -> bool {
         let mut buffer = [0; 64];
         let noted = rustix::fs::fgetxattr(lock, SEEN, &mut buffer[..]).ok().and_then(|length| buffer.get(..length));
@@ -38,13 +38,13 @@ impl Index {
         }
     }
 
-    /// The addresses that an owner is said to hold.
+    /// The addresses that an owner holds by the index.
     pub(super) fn get(&self, owner: &str) -> Vec<IpAddr> {
         let target = fs::read_link(self.file(owner)).unwrap_or_default();
         target.to_string_lossy().split(',').filter_map(|text| text.parse().ok()).collect()
     }
 
-    /// Says what an owner holds. Before it is so: a hint too many does no harm. False if it cannot be said.
+    /// Writes what an owner is going to hold; an address too many does no harm. False if it cannot be written.
     pub(super) fn set(&self, owner: &str, addresses: &[IpAddr]) -> bool {
         let file = self.file(owner);
         let _ = fs::remove_file(&file);
@@ -55,7 +55,7 @@ impl Index {
         symlink(text.join(","), &file).is_ok()
     }
 
-    /// Writes it anew from all address files. False if it cannot be had.
+    /// Rebuilds it from all address files. False if it cannot be written.
     pub(super) fn rebuild<'a>(&self, entries: impl Iterator<Item = (&'a str, IpAddr)>) -> bool {
         let _ = fs::remove_dir_all(&self.0);
         if fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0).is_err() {
@@ -74,14 +74,14 @@ impl Index {
     }
 }
 
-/// When a folder was changed last, to the nanosecond. Kernels from 6.13 on give each change that is looked at a time of its own;
-/// before, two within a tick have the same.
+/// When a folder was changed last, to the nanosecond. Kernels from 6.13 on give each observed change its own
+/// time; before, two within a tick have the same.
 fn changed(network: &Path) -> Option<String> {
     let meta = fs::metadata(network).ok()?;
     Some(format!("{} {}.{:09}", meta.ino(), meta.mtime(), meta.mtime_nsec()))
 }
 
-/// FNV-1a: the same in every build. That two owners share a name costs one of them a reading of the folder.
+/// FNV-1a: the same in every build. If two owners share a name, one of them costs a reading of the folder.
 fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hash_stays_what_it_is() {
+    fn hash_is_stable() {
         assert_eq!((hash(""), hash("a"), hash("foobar")), (0xcbf2_9ce4_8422_2325, 0xaf63_dc4c_8601_ec8c, 0x8594_4171_f739_67e8));
     }
 }

@@ -1,20 +1,15 @@
-//! What the CNI plugins need of nf_tables: tables that they share with others, in which a rule is found again by its
-//! comment, and the expressions of their rules.
+//! Expressions of the rules that CNI plugins keep for pods.
 
 use std::net::IpAddr;
 
-use flannel::traffic::Match;
 use flannel::{Family, Mac};
 
 use super::{
-    CHAIN_NAME, CHAIN_POLICY, CHAIN_TYPE, CHAIN_USERDATA, CMP_EQ, CMP_NEQ, DATA_VALUE, DATA_VERDICT, DELRULE, GETRULE, NEWCHAIN, NF_ACCEPT,
-    REG_1, REG_VERDICT, RULE_CHAIN, SUBSYSTEM, TABLE, VERDICT_CHAIN, VERDICT_CODE, be, comment, encode_hook, expression, find, kind,
-    octets,
+    CHAIN_NAME, CHAIN_POLICY, CHAIN_TYPE, CHAIN_USERDATA, CMP_EQ, CMP_NEQ, DATA_VALUE, DATA_VERDICT, NEWCHAIN, NF_ACCEPT, REG_1,
+    REG_VERDICT, TABLE, VERDICT_CHAIN, VERDICT_CODE, be, comment, encode_hook, expression, kind, octets,
 };
-use crate::netlink::{Batch, Body, CREATE, NetlinkError, Protocol, Socket, str_in};
+use crate::netlink::{Batch, Body, CREATE, NetlinkError, Protocol, Socket};
 
-const RULE_HANDLE: u16 = 3;
-pub(crate) const RULE_USERDATA: u16 = 7;
 const NFT_JUMP: u32 = (-3i32).cast_unsigned();
 const NFT_GOTO: u32 = (-4i32).cast_unsigned();
 const LINK_HEADER: u32 = 0;
@@ -25,16 +20,7 @@ const REG_2: u32 = 2;
 /// `IPS_DST_NAT` of `linux/netfilter/nf_conntrack_common.h`
 const DESTINATION_WAS_TRANSLATED: u32 = 0x20;
 
-/// A rule in a shared table.
-#[derive(Debug, Clone)]
-pub(crate) struct Handle {
-    pub(crate) chain: String,
-    handle: Vec<u8>,
-    /// Its comment; may be empty.
-    pub(crate) comment: String,
-}
-
-/// A socket for what may be there; `None` in a kernel without nf_tables, where nothing is.
+/// A socket for tables that may exist; `None` in a kernel without nf_tables, which has none.
 pub(crate) fn open() -> Result<Option<Socket>, NetlinkError> {
     match Socket::open(Protocol::Netfilter) {
         Err(error) if is_without_nf_tables(&error) => Ok(None),
@@ -42,144 +28,12 @@ pub(crate) fn open() -> Result<Option<Socket>, NetlinkError> {
     }
 }
 
-fn is_without_nf_tables(error: &NetlinkError) -> bool {
+pub(crate) fn is_without_nf_tables(error: &NetlinkError) -> bool {
     matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL))
 }
 
-/// The rules of a table; none if there is no such table. `proto` is the `nfgenmsg` that names the family.
-pub(crate) fn handles(socket: &mut Socket, proto: [u8; 4], table: &str) -> Result<Vec<Handle>, NetlinkError> {
-    let only = |body: &mut Body<'_>| {
-        body.bytes(&proto).attr_str(TABLE, table);
-    };
-    let read = |body: &[u8]| {
-        let bytes = body.get(4..)?;
-        if find(bytes, TABLE).and_then(str_in)? != table {
-            return None;
-        }
-        // Type and length come before the text.
-        let comment = find(bytes, RULE_USERDATA).and_then(|data| data.get(2..)).and_then(str_in).unwrap_or_default();
-        Some(Handle {
-            chain: find(bytes, RULE_CHAIN).and_then(str_in)?.to_owned(),
-            handle: find(bytes, RULE_HANDLE)?.to_vec(),
-            comment: comment.to_owned(),
-        })
-    };
-    match socket.dump(kind(GETRULE), only, read) {
-        Err(error) if error.is_not_found() || is_without_nf_tables(&error) => Ok(Vec::new()),
-        other => other,
-    }
-}
-
-/// A table that many share.
-pub(crate) struct Shared {
-    /// The `nfgenmsg` that names its family.
-    pub(crate) proto: [u8; 4],
-    /// Its name.
-    pub(crate) table: &'static str,
-    /// The chains whose rules all share: they lead to the others.
-    pub(crate) shared: &'static [&'static str],
-    /// Those in which each has its own.
-    pub(crate) own: &'static [&'static str],
-    /// Describes the table.
-    pub(crate) frame: Frame,
-}
-
-/// Appends what a table is made of.
-pub(crate) type Frame = Box<dyn Fn(&mut Batch, Part)>;
-
-/// What of a shared table is described.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Part {
-    /// The table with its chains.
-    Chains,
-    /// The rules that all share.
-    Rules,
-}
-
-impl Shared {
-    /// Are all the rules there that lead to each one's own? None of their chains is empty, then.
-    pub(crate) fn is_whole(&self, rules: &[Handle]) -> bool {
-        self.shared.iter().all(|chain| rules.iter().any(|rule| rule.chain == *chain))
-    }
-
-    /// All rules of the table.
-    pub(crate) fn handles(&self, socket: &mut Socket) -> Result<Vec<Handle>, NetlinkError> {
-        handles(socket, self.proto, self.table)
-    }
-}
-
-/// Adds rules to a table that many share. Its chains are named only if they are not there: the kernel
-/// takes a chain that is named again for a change of it, and the closing of the socket then waits for an RCU grace period (10 ms).
-pub(crate) fn add_rules(socket: &mut Socket, place: &Shared, rules: impl Fn(&mut Batch)) -> Result<(), NetlinkError> {
-    let mut batch = Batch::new();
-    if place.is_whole(&place.handles(socket)?) {
-        rules(&mut batch);
-        match socket.transaction(SUBSYSTEM, std::mem::take(&mut batch)) {
-            // Somebody just deleted a part of it.
-            Err(error) if error.is_not_found() => {}
-            outcome => return outcome,
-        }
-    }
-    (place.frame)(&mut batch, Part::Chains);
-    if !place.is_whole(&place.handles(socket)?) {
-        // What is left of them would be there twice.
-        for chain in place.shared {
-            batch.message(kind(DELRULE), 0, |body| {
-                body.bytes(&place.proto).attr_str(TABLE, place.table).attr_str(RULE_CHAIN, chain);
-            });
-        }
-        (place.frame)(&mut batch, Part::Rules);
-    }
-    rules(&mut batch);
-    socket.transaction(SUBSYSTEM, batch)
-}
-
-/// Appends the request to delete a rule.
-pub(crate) fn encode_delete(batch: &mut Batch, proto: [u8; 4], table: &str, rule: &Handle) {
-    batch.message(kind(DELRULE), 0, |body| {
-        body.bytes(&proto).attr_str(TABLE, table).attr_str(RULE_CHAIN, &rule.chain).attr(RULE_HANDLE, &rule.handle);
-    });
-}
-
-/// Deletes rules. That they are gone already is success.
-pub(crate) fn delete_handles(socket: &mut Socket, proto: [u8; 4], table: &str, rules: &[Handle]) -> Result<(), NetlinkError> {
-    if rules.is_empty() {
-        return Ok(());
-    }
-    let delete = |socket: &mut Socket, rules: &[Handle]| {
-        let mut batch = Batch::new();
-        rules.iter().for_each(|rule| encode_delete(&mut batch, proto, table, rule));
-        socket.transaction(SUBSYSTEM, batch)
-    };
-    match delete(socket, rules) {
-        // One that somebody else just deleted keeps the others: each by itself, then.
-        Err(error) if error.is_not_found() => rules.iter().try_for_each(|rule| match delete(socket, std::slice::from_ref(rule)) {
-            Err(error) if error.is_not_found() => Ok(()),
-            other => other,
-        }),
-        other => other,
-    }
-}
-
-/// What is left of a removal: the kernel frees the rules after an RCU grace period, and whoever closes the socket before
-/// waits for that, about 10 ms. So it is dropped after other work.
-#[derive(Debug, Default)]
-#[must_use = "dropped at once it waits"]
-pub struct Removal(#[expect(dead_code, reason = "held open")] Option<Socket>);
-
-impl Removal {
-    pub(crate) fn of(socket: Socket) -> Removal {
-        Removal(Some(socket))
-    }
-}
-
-/// Appends the request to make a chain be there; a base chain has hook, priority and type, and lets everything pass.
-pub(crate) fn encode_chain(batch: &mut Batch, proto: [u8; 4], table: &str, name: &str, base: Option<(u32, i32, &str)>) {
-    encode_chain_with(batch, proto, table, name, base, "");
-}
-
-/// The same with a comment.
-pub(crate) fn encode_chain_with(batch: &mut Batch, proto: [u8; 4], table: &str, name: &str, base: Option<(u32, i32, &str)>, text: &str) {
+/// Appends the request to create a chain if it does not exist; a base chain has hook, priority and type, and policy accept.
+pub(crate) fn encode_chain(batch: &mut Batch, proto: [u8; 4], table: &str, name: &str, base: Option<(u32, i32, &str)>, text: &str) {
     batch.message(kind(NEWCHAIN), CREATE, |body| {
         body.bytes(&proto).attr_str(TABLE, table).attr_str(CHAIN_NAME, name);
         if let Some((hook, priority, chain_type)) = base {
@@ -192,12 +46,12 @@ pub(crate) fn encode_chain_with(batch: &mut Batch, proto: [u8; 4], table: &str, 
     });
 }
 
-/// How a rule goes on in another chain.
+/// How a rule continues in another chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Jump {
-    /// And comes back.
+    /// And returns.
     Call,
-    /// And does not come back.
+    /// And does not return.
     Goto,
 }
 
@@ -243,13 +97,6 @@ fn meta(list: &mut Body<'_>, key: u32) {
     expression(list, "meta", |meta| {
         be(meta, 2, key).attr(1, &REG_1.to_be_bytes());
     });
-}
-
-/// Address matches without a verdict.
-pub(crate) fn encode_matches(list: &mut Body<'_>, matches: &[Match]) {
-    for condition in matches {
-        super::encode_match(list, condition);
-    }
 }
 
 /// The destination is an address of this host (`fib daddr type local`).

@@ -67,7 +67,7 @@ fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
     let have = match link::get(socket, name)? {
         Some(have) => have,
         None => {
-            match link::create_bridge(socket, name, want.mtu) {
+            match link::create_bridge(socket, name, want.mtu, Some(want.mac)) {
                 // The plugin was faster.
                 Err(error) if !error.is_exists() => return Err(error),
                 _ => {}

@@ -1,11 +1,12 @@
 //! The rules that the CNI plugins wrote for pods, as one object.
 
 use flannel::object::{Object, PodRules};
+use flannel::pod::Table;
 
 use super::{Change, Reading};
 use crate::monitor::Changed;
 use crate::netlink::{NetlinkError, Received};
-use crate::{Kernel, hostport, masquerade, nft};
+use crate::{Kernel, nft};
 
 pub(super) fn apply(kernel: &mut Kernel, change: Change) -> Result<(), NetlinkError> {
     match change {
@@ -28,5 +29,5 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
 /// A change in a table of this name: only deletions matter.
 pub(crate) fn decode_change(table: &str, message: &Received<'_>) -> Option<Changed> {
     let is_deletion = [nft::DELTABLE, nft::DELCHAIN, nft::DELRULE].iter().any(|kind| message.kind == nft::kind(*kind));
-    (matches!(table, hostport::TABLE | masquerade::NAME) && is_deletion).then_some(Changed::PodRules)
+    (Table::is_noted(table) && is_deletion).then_some(Changed::PodRules)
 }

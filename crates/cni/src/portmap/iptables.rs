@@ -1,0 +1,103 @@
+//! Port mappings in chains of iptables: some that all containers share, one a container, with the reference plugin's names.
+
+use std::net::IpAddr;
+
+use ::flannel::pod::ports::{Mapping, Snat};
+use ::flannel::{Cidr, Family};
+
+use super::config::Config;
+use crate::chains::{Table, comment, name};
+use crate::protocol::{CniError, Request};
+
+const SETMARK: &str = "CNI-HOSTPORT-SETMARK";
+const MASQ: &str = "CNI-HOSTPORT-MASQ";
+const DNAT: &str = "CNI-HOSTPORT-DNAT";
+/// Ports that one `multiport` match takes.
+const MULTIPORT: usize = 15;
+
+pub(super) fn protocol_name(protocol: u8) -> &'static str {
+    match protocol {
+        6 => "tcp",
+        17 => "udp",
+        _ => "sctp",
+    }
+}
+
+/// A container's own chain.
+fn own_chain(request: &Request<'_>) -> String {
+    name("CNI-DN-", request.name, request.container_id)
+}
+
+pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappings: &[Mapping]) -> Result<(), CniError> {
+    let family = Family::of(container.addr);
+    let mut table = Table::read(family, "nat")?;
+    let mark = 1u64 << config.mark_bit;
+    let set_mark = config.set_mark_chain.clone().unwrap_or_else(|| SETMARK.to_owned());
+    if config.snat != Snat::No && config.set_mark_chain.is_none() {
+        table.ensure_chain(SETMARK, &[format!("{} -j MARK --set-xmark {mark:#x}/{mark:#x}", comment("CNI portfwd masquerade mark"))]);
+        table.ensure_chain(MASQ, &[format!("-m mark --mark {mark:#x}/{mark:#x} -j MASQUERADE")]);
+        table.ensure_jump("POSTROUTING", &format!("{} -j {MASQ}", comment("CNI portfwd requiring masquerade")), true);
+    }
+    table.ensure_chain(DNAT, &[]);
+    for base in ["PREROUTING", "OUTPUT"] {
+        table.ensure_jump(base, &format!("-m addrtype --dst-type LOCAL -j {DNAT}"), false);
+    }
+    let chain = own_chain(request);
+    let sources: Vec<String> = match (config.snat, family) {
+        (Snat::No, _) => Vec::new(),
+        (Snat::All, Family::V4) => vec!["0.0.0.0/0".to_owned()],
+        (Snat::All, Family::V6) => vec!["::/0".to_owned()],
+        (Snat::Local, Family::V4) => vec![container.subnet().to_string(), "127.0.0.1/32".to_owned()],
+        (Snat::Local, Family::V6) => vec![container.subnet().to_string()],
+    };
+    let mut rules = Vec::new();
+    for mapping in mappings {
+        let protocol = protocol_name(mapping.protocol);
+        let host = mapping.host_ip.filter(|ip| !ip.is_unspecified()).map_or(String::new(), |ip| format!("-d {ip} "));
+        let port = format!("-p {protocol} -m {protocol} --dport {}", mapping.host_port);
+        rules.extend(sources.iter().map(|source| format!("-s {source} {host}{port} -j {set_mark}")));
+        let to = match container.addr {
+            IpAddr::V4(ip) => format!("{ip}:{}", mapping.container_port),
+            IpAddr::V6(ip) => format!("[{ip}]:{}", mapping.container_port),
+        };
+        rules.push(format!("{host}{port} -j DNAT --to-destination {to}"));
+    }
+    table.replace_chain(&chain, &rules);
+    // Those of an earlier ADD of this container are replaced.
+    let jump = format!("-j {chain}");
+    table.remove_rules(DNAT, |rule| rule.ends_with(&jump));
+    let text = comment(&format!("dnat name: \"{}\" id: \"{}\"", request.name, request.container_id));
+    let extra = config.conditions_of(family).join(" ");
+    let extra = if extra.is_empty() { extra } else { format!(" {extra}") };
+    for protocol in [6, 17, 132] {
+        let mut ports: Vec<String> = mappings.iter().filter(|m| m.protocol == protocol).map(|m| m.host_port.to_string()).collect();
+        ports.dedup();
+        for ports in ports.chunks(MULTIPORT) {
+            let list = ports.join(",");
+            table.append(DNAT, &format!("-p {} {text} -m multiport --destination-ports {list}{extra} -j {chain}", protocol_name(protocol)));
+        }
+    }
+    table.write()
+}
+
+/// Removes the container's chains in this network.
+pub(super) fn remove(request: &Request<'_>) -> Result<(), CniError> {
+    let chain = own_chain(request);
+    for family in Family::ALL {
+        if let Some(mut table) = Table::read_if_chain(family, "nat", &chain)? {
+            table.remove_chain(&chain, &[DNAT]);
+            table.write()?;
+        }
+    }
+    Ok(())
+}
+
+/// Does the container's chain have a translation for each mapping, and does a rule lead to it?
+pub(super) fn is_complete(request: &Request<'_>, family: Family, mappings: usize) -> Result<bool, CniError> {
+    let chain = own_chain(request);
+    let table = Table::read_if_chain(family, "nat", &chain)?;
+    Ok(table.is_some_and(|table| {
+        table.rules(DNAT).iter().any(|rule| rule.ends_with(&format!("-j {chain}")))
+            && table.rules(&chain).iter().filter(|rule| rule.contains("-j DNAT")).count() == mappings
+    }))
+}
