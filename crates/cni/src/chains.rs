@@ -1,23 +1,104 @@
 //! Chains of iptables, as the reference plugins keep them: some shared by all containers, one a container. A table is
 //! changed by one `iptables-restore`.
 
+use std::net::IpAddr;
+
 use ::flannel::Family;
 use kernel::iptables;
 use kernel::lock::Lock;
 use sha2::{Digest, Sha512};
 
 use crate::lock;
-use crate::protocol::CniError;
+use crate::protocol::{CniError, Request};
 
 /// The longest name of a chain in iptables.
 const NAME: usize = 28;
 
-/// The name of a container's chain: a prefix, and as much of a digest as fits.
-pub(crate) fn name(prefix: &str, network: &str, id: &str) -> String {
+fn name(prefix: &str, network: &str, id: &str) -> String {
     let digest: String = Sha512::digest(format!("{network}{id}")).iter().map(|byte| format!("{byte:02x}")).collect();
     let mut name = format!("{prefix}{digest}");
     name.truncate(NAME);
     name
+}
+
+/// The chains and comments of one attachment. All interfaces of a container in a network would share the reference plugin's
+/// chain; so one that comes second has a chain of its own, and comments name any interface but the usual one.
+pub(crate) struct Own {
+    shared: String,
+    own: String,
+    comment: String,
+    marker: String,
+    is_usual: bool,
+}
+
+impl Own {
+    /// Those of the attachment of a request.
+    pub(crate) fn of(prefix: &str, request: &Request<'_>) -> Own {
+        let (network, id, ifname) = (request.name, request.container_id, request.ifname);
+        let is_usual = ifname == "eth0";
+        let marker = format!("if: \\\"{ifname}\\\"");
+        let named = if is_usual { String::new() } else { format!(" if: \"{ifname}\"") };
+        let comment = format!("name: \"{network}\" id: \"{id}\"{named}");
+        Own { shared: name(prefix, network, id), own: name(prefix, network, &format!("{id} {ifname}")), comment, marker, is_usual }
+    }
+
+    /// The comment of its rules, after a prefix.
+    pub(crate) fn comment(&self, prefix: &str) -> String {
+        comment(&format!("{prefix}{}", self.comment))
+    }
+
+    fn names(&self) -> [&str; 2] {
+        [&self.own, &self.shared]
+    }
+
+    /// Its chain, if it has one already.
+    pub(crate) fn find(&self, table: &Table, base: &str) -> Option<&str> {
+        if table.has_chain(&self.own) {
+            return Some(&self.own);
+        }
+        (table.has_chain(&self.shared) && !self.is_anothers(table, base)).then_some(self.shared.as_str())
+    }
+
+    /// The chain that an ADD writes.
+    pub(crate) fn to_write(&self, table: &Table, base: &str) -> &str {
+        let is_free = !table.has_chain(&self.shared) || !self.is_anothers(table, base) && (self.is_usual || self.has_marker(table, base));
+        if is_free { &self.shared } else { &self.own }
+    }
+
+    /// Do rules of the shared chain, or those that lead to it, name another interface of the container?
+    fn is_anothers(&self, table: &Table, base: &str) -> bool {
+        self.rules(table, base).iter().any(|rule| rule.contains("if: \\\"") && !rule.contains(&self.marker))
+    }
+
+    fn has_marker(&self, table: &Table, base: &str) -> bool {
+        self.rules(table, base).iter().any(|rule| rule.contains(&self.marker))
+    }
+
+    fn rules(&self, table: &Table, base: &str) -> Vec<String> {
+        let jump = format!("-j {}", self.shared);
+        let leading = table.rules(base).into_iter().filter(|rule| rule.ends_with(&jump));
+        table.rules(&self.shared).into_iter().chain(leading).collect()
+    }
+
+    /// Removes its chain, and whatever in `base` jumps to it. `addresses` are its addresses as far as they are known: a chain
+    /// that names no interface may be that of another one, with another address.
+    pub(crate) fn remove(&self, family: Family, table: &'static str, base: &str, addresses: &[IpAddr]) -> Result<(), CniError> {
+        let Some(mut table) = Table::read_if_chain(family, table, &self.names())? else { return Ok(()) };
+        let Some(chain) = self.find(&table, base) else { return Ok(()) };
+        let named = |rule: &String| {
+            addresses.iter().any(|ip| [format!("{ip}/"), format!("{ip}:"), format!("[{ip}]")].iter().any(|text| rule.contains(text)))
+        };
+        let is_known = chain == self.own || self.is_usual || addresses.is_empty() || self.has_marker(&table, base);
+        if is_known || self.rules(&table, base).iter().any(named) {
+            table.remove_chain(chain, &[base]);
+        }
+        table.write()
+    }
+
+    /// The table if the attachment may have a chain in it.
+    pub(crate) fn read(&self, family: Family, table: &'static str) -> Result<Option<Table>, CniError> {
+        Table::read_if_chain(family, table, &self.names())
+    }
 }
 
 /// A comment, quoted for `iptables-restore`; it takes 255 bytes.
@@ -56,16 +137,16 @@ impl Table {
         Ok(Table { family, table, lines: text.lines().map(ToOwned::to_owned).collect(), changes: String::new(), _lock: lock })
     }
 
-    /// The same for a container's chain, if there is one; most containers have none, and then no process is started.
-    pub(crate) fn read_if_chain(family: Family, table: &'static str, chain: &str) -> Result<Option<Table>, CniError> {
-        if !iptables::may_have_chain(family, table, chain) {
+    /// The same if one of these chains exists; most containers have none, and then no process is started.
+    pub(crate) fn read_if_chain(family: Family, table: &'static str, chains: &[&str]) -> Result<Option<Table>, CniError> {
+        if !chains.iter().any(|chain| iptables::may_have_chain(family, table, chain)) {
             return Ok(None);
         }
         if !iptables::has_programs(family) {
             // Without the programs no plugin made a chain: other tables are in use.
             return Ok(None);
         }
-        Table::read(family, table).map(|found| found.has_chain(chain).then_some(found))
+        Table::read(family, table).map(|found| chains.iter().any(|chain| found.has_chain(chain)).then_some(found))
     }
 
     pub(crate) fn has_chain(&self, chain: &str) -> bool {

@@ -82,7 +82,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             Config::new(request)?;
             let result = previous(request)?;
             for ip in addresses(&result) {
-                let table = Table::read_if_chain(Family::of(ip), "filter", FORWARD)?;
+                let table = Table::read_if_chain(Family::of(ip), "filter", &[FORWARD])?;
                 let exists = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
                 if !rules(ip).iter().all(exists) {
                     return Err(CniError::failed(format!("the rules that accept traffic of {ip} are missing")));
@@ -102,7 +102,7 @@ fn rules(ip: IpAddr) -> [String; 2] {
 
 fn remove(result: &CniResult) -> Result<(), CniError> {
     for ip in addresses(result) {
-        if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", FORWARD)? {
+        if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", &[FORWARD])? {
             let rules = rules(ip);
             table.remove_rules(FORWARD, |rule| rules.iter().any(|ours| ours == rule));
             table.write()?;

@@ -118,7 +118,7 @@ fn remove(request: &Request<'_>, mappings: &[Mapping]) -> Result<(), CniError> {
     let _removal = removal.map_err(failed("remove the container's port mappings"))?;
     // Others need not wait for what the kernel does then.
     drop(notes);
-    iptables::remove(request)?;
+    iptables::remove(request, &addresses)?;
     // Only now: a packet that arrives before would be tracked again.
     Family::ALL.iter().for_each(|family| forget_udp(*family, &of_family(mappings, *family)));
     Ok(())

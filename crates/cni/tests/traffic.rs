@@ -172,6 +172,12 @@ fn ports_of_the_host(host: &Host, backend: &str) {
     let rules = host.nft();
     let left: Vec<&str> = rules.lines().filter(|line| line.contains("c1") || line.contains("10.1.17.2")).collect();
     assert!(left.is_empty(), "{left:?}");
+    // A program of the host that takes the port gets what the client sends, though the kernel had tracked its flow.
+    let on_host = host.netns.run(|| UdpSocket::bind("192.0.2.1:5353").unwrap()).unwrap();
+    on_host.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    client.send_to(b"xy", "192.0.2.1:5353").unwrap();
+    assert_eq!(on_host.recv_from(&mut buffer).unwrap().0, 2);
+    drop(on_host);
     // The next container of that port gets what a client sends that never stopped, though the kernel remembers where its
     // flow went.
     client.send_to(b"x", "192.0.2.1:5353").unwrap();

@@ -462,8 +462,11 @@ pub fn set_tx_queue_len(socket: &mut Socket, index: u32, length: u32) -> Result<
 pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32, alias: &str) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str()).attr_u32(IFLA_MTU, mtu);
-        body.attr(IFLA_IFALIAS, alias.as_bytes());
         linkinfo(body, "ifb", |_| {});
+    })?;
+    // The kernel ignores an alias in the request that creates a link.
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str()).attr(IFLA_IFALIAS, alias.as_bytes());
     })
 }
 

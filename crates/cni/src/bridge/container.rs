@@ -68,6 +68,7 @@ pub(super) fn configure(
         let mut made = Vec::with_capacity(result.routes.len());
         for route in result.routes.drain(..) {
             match add_route(&mut socket, index, &route, gateways)? {
+                Added::Existed if made.contains(&route) => {}
                 Added::New | Added::Existed => made.push(route),
                 Added::Taken => eprintln!("bridge: another route to {} exists in the container, and stays", route.dst),
             }

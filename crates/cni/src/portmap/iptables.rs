@@ -6,7 +6,7 @@ use ::flannel::pod::ports::{Mapping, Snat};
 use ::flannel::{Cidr, Family};
 
 use super::config::Config;
-use crate::chains::{Table, comment, name};
+use crate::chains::{Own, Table, comment};
 use crate::protocol::{CniError, Request};
 
 const SETMARK: &str = "CNI-HOSTPORT-SETMARK";
@@ -23,9 +23,8 @@ pub(super) fn protocol_name(protocol: u8) -> &'static str {
     }
 }
 
-/// A container's own chain.
-fn own_chain(request: &Request<'_>) -> String {
-    name("CNI-DN-", request.name, request.container_id)
+fn own(request: &Request<'_>) -> Own {
+    Own::of("CNI-DN-", request)
 }
 
 pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappings: &[Mapping]) -> Result<(), CniError> {
@@ -42,7 +41,8 @@ pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappi
     for base in ["PREROUTING", "OUTPUT"] {
         table.ensure_jump(base, &format!("-m addrtype --dst-type LOCAL -j {DNAT}"), false);
     }
-    let chain = own_chain(request);
+    let own = own(request);
+    let chain = own.to_write(&table, DNAT).to_owned();
     let sources: Vec<String> = match (config.snat, family) {
         (Snat::No, _) => Vec::new(),
         (Snat::All, Family::V4) => vec!["0.0.0.0/0".to_owned()],
@@ -66,7 +66,7 @@ pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappi
     // Those of an earlier ADD of this container are replaced.
     let jump = format!("-j {chain}");
     table.remove_rules(DNAT, |rule| rule.ends_with(&jump));
-    let text = comment(&format!("dnat name: \"{}\" id: \"{}\"", request.name, request.container_id));
+    let text = own.comment("dnat ");
     let extra = config.conditions_of(family).join(" ");
     let extra = if extra.is_empty() { extra } else { format!(" {extra}") };
     for protocol in [6, 17, 132] {
@@ -80,24 +80,16 @@ pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappi
     table.write()
 }
 
-/// Removes the container's chains in this network.
-pub(super) fn remove(request: &Request<'_>) -> Result<(), CniError> {
-    let chain = own_chain(request);
-    for family in Family::ALL {
-        if let Some(mut table) = Table::read_if_chain(family, "nat", &chain)? {
-            table.remove_chain(&chain, &[DNAT]);
-            table.write()?;
-        }
-    }
-    Ok(())
+/// Removes the attachment's chains.
+pub(super) fn remove(request: &Request<'_>, addresses: &[IpAddr]) -> Result<(), CniError> {
+    Family::ALL.into_iter().try_for_each(|family| own(request).remove(family, "nat", DNAT, addresses))
 }
 
-/// Does the container's chain have a translation for each mapping, and does a rule lead to it?
+/// Does the attachment's chain have a translation for each mapping, and does a rule lead to it?
 pub(super) fn is_complete(request: &Request<'_>, family: Family, mappings: usize) -> Result<bool, CniError> {
-    let chain = own_chain(request);
-    let table = Table::read_if_chain(family, "nat", &chain)?;
-    Ok(table.is_some_and(|table| {
-        table.rules(DNAT).iter().any(|rule| rule.ends_with(&format!("-j {chain}")))
-            && table.rules(&chain).iter().filter(|rule| rule.contains("-j DNAT")).count() == mappings
-    }))
+    let own = own(request);
+    let Some(table) = own.read(family, "nat")? else { return Ok(false) };
+    let Some(chain) = own.find(&table, DNAT) else { return Ok(false) };
+    Ok(table.rules(DNAT).iter().any(|rule| rule.ends_with(&format!("-j {chain}")))
+        && table.rules(chain).iter().filter(|rule| rule.contains("-j DNAT")).count() == mappings)
 }

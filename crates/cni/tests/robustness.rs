@@ -1,0 +1,659 @@
+//! Configurations, hosts and sequences of calls as users reported them: several attachments of a container, unset fields,
+//! a read-only `/proc/sys`, values that ADD refuses and DEL must not.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "support/host.rs"]
+mod host;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use flannel::IfName;
+use flannel::pod::Table;
+use flannel::pod::ports::{Holder, Mapping, Ports, Snat};
+use host::Host;
+use kernel::netlink::{Protocol, Socket};
+use kernel::netns::{self, Netns};
+use kernel::{link, lock, pod_table, sysctl};
+use libtest_mimic::{Arguments, Trial};
+use serde_json::{Value, json};
+
+type Test = fn(&Host);
+
+fn main() {
+    let arguments = Arguments::from_args();
+    if !arguments.list {
+        netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
+        // Default folders of plugins are below it.
+        run("mount -t tmpfs tmpfs /var/lib");
+    }
+    let tests: [(&str, Test); 20] = [
+        ("del_of_an_attachment_keeps_the_ports_of_another", del_of_an_attachment_keeps_the_ports_of_another),
+        ("iptables_chains_of_two_interfaces_are_separate", iptables_chains_of_two_interfaces_are_separate),
+        ("failed_add_keeps_the_ports_of_another_attachment", failed_add_keeps_the_ports_of_another_attachment),
+        ("untagged_port_rules_are_removed_by_address", untagged_port_rules_are_removed_by_address),
+        ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),
+        ("bridge_mac_never_follows_its_ports", bridge_mac_never_follows_its_ports),
+        ("zero_bridge_mac_is_replaced", zero_bridge_mac_is_replaced),
+        ("gc_takes_null_and_continues_after_an_error", gc_takes_null_and_continues_after_an_error),
+        ("route_of_another_attachment_stays_and_is_not_reported", route_of_another_attachment_stays),
+        ("read_only_proc_sys_with_right_values_is_enough", read_only_proc_sys_with_right_values_is_enough),
+        ("del_accepts_what_add_refuses", del_accepts_what_add_refuses),
+        ("portmap_needs_no_route_to_the_container", portmap_needs_no_route_to_the_container),
+        ("tuning_follows_args_and_sysctl_names", tuning_follows_args_and_sysctl_names),
+        ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth_links_have_the_reference_name),
+        ("host_local_validates_requests_and_ranges", host_local_validates_requests_and_ranges),
+        ("conditions_for_nftables_are_applied", conditions_for_nftables_are_applied),
+        ("errors_name_the_field", errors_name_the_field),
+        ("long_container_ids_are_compared_whole", long_container_ids_are_compared_whole),
+        ("delegation_to_itself_ends", delegation_to_itself_ends),
+        ("held_address_lock_times_out", held_address_lock_times_out),
+    ];
+    let trial = |(name, test): (&'static str, Test)| {
+        Trial::test(name, move || {
+            let host = Host::new(name);
+            test(&host);
+            host.tear_down();
+            Ok(())
+        })
+    };
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+}
+
+fn run(command: &str) {
+    let status = Command::new("sh").args(["-c", command]).status().unwrap();
+    assert!(status.success(), "{command}");
+}
+
+/// Runs a command line in a namespace and returns what it printed.
+fn shell(netns: &Netns, command: &str) -> String {
+    let output = netns.run(|| Command::new("sh").args(["-c", command]).output()).unwrap().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn parse(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+/// A network of a bridge of its own, with gateway.
+fn network(host: &Host, number: u8) -> Value {
+    let ipam = json!({ "type": "host-local", "dataDir": host.root.join("networks"), "subnet": format!("10.{number}.0.0/24") });
+    json!({ "cniVersion": "1.0.0", "name": format!("net{number}"), "type": "bridge", "bridge": format!("br{number}"),
+            "isDefaultGateway": true, "ipam": ipam })
+}
+
+fn portmap(number: u8, previous: &Value, more: &Value) -> Value {
+    let mapping = json!({ "hostPort": 8000 + u32::from(number), "containerPort": 80, "protocol": "tcp" });
+    let mut conf = json!({ "cniVersion": "1.0.0", "name": format!("net{number}"), "type": "portmap", "prevResult": previous,
+                           "runtimeConfig": { "portMappings": [mapping] } });
+    conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    conf
+}
+
+/// Calls a plugin for an interface of a container.
+fn call(host: &Host, plugin: &str, verb: &str, id: &str, ifname: &str, conf: &Value) -> Result<String, Value> {
+    host.call_with(plugin, verb, id, &conf.to_string(), &[("CNI_IFNAME", ifname)])
+}
+
+fn translations(host: &Host, address: &str) -> usize {
+    host.nft().matches(&format!("dnat to {address}:")).count()
+}
+
+/// A container in two networks with ports mapped in both; returns the results.
+fn two_networks(host: &Host, id: &str) -> [Value; 2] {
+    [(5, "eth0"), (6, "net1")].map(|(number, ifname)| {
+        let result = parse(&call(host, "bridge", "ADD", id, ifname, &network(host, number)).unwrap());
+        call(host, "portmap", "ADD", id, ifname, &portmap(number, &result, &json!({}))).unwrap();
+        result
+    })
+}
+
+fn del_of_an_attachment_keeps_the_ports_of_another(host: &Host) {
+    let _pod = host.pod("c1");
+    let [first, second] = two_networks(host, "c1");
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 1));
+    // The reference plugin recognises rules by this comment.
+    assert!(host.nft().contains("comment \"c1\""));
+    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
+    call(host, "portmap", "CHECK", "c1", "eth0", &portmap(5, &first, &json!({}))).unwrap();
+    // Without a result it removes its own, and its own only.
+    call(host, "portmap", "ADD", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
+    call(host, "portmap", "DEL", "c1", "eth0", &portmap(5, &Value::Null, &json!({}))).unwrap();
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (0, 1));
+    // Two interfaces in one network.
+    let third = parse(&call(host, "bridge", "ADD", "c1", "net2", &network(host, 6)).unwrap());
+    let of_third = portmap(6, &third, &json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 9000, "containerPort": 80 }] } }));
+    call(host, "portmap", "ADD", "c1", "net2", &of_third).unwrap();
+    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
+    assert_eq!((translations(host, "10.6.0.2"), translations(host, "10.6.0.3")), (0, 1));
+    call(host, "portmap", "DEL", "c1", "net2", &of_third).unwrap();
+    assert!(!host.nft().contains("c1"), "{}", host.nft());
+}
+
+fn iptables_chains_of_two_interfaces_are_separate(host: &Host) {
+    let pod = host.pod("c1");
+    let mut conf = network(host, 5);
+    conf["ipMasq"] = true.into();
+    conf["ipMasqBackend"] = "iptables".into();
+    conf["isDefaultGateway"] = false.into();
+    let more =
+        |port: u16| json!({ "backend": "iptables", "runtimeConfig": { "portMappings": [{ "hostPort": port, "containerPort": 80 }] } });
+    let places = [("eth0", 8001), ("net1", 8002)];
+    let results = places.map(|(ifname, port)| {
+        let result = parse(&call(host, "bridge", "ADD", "c1", ifname, &conf).unwrap());
+        call(host, "portmap", "ADD", "c1", ifname, &portmap(5, &result, &more(port))).unwrap();
+        result
+    });
+    let rules = || shell(&host.netns, "iptables-save -t nat");
+    let has = |address: &str| rules().contains(&format!("--to-destination {address}:80")) && rules().contains(&format!("-s {address}/32"));
+    assert!(has("10.5.0.2") && has("10.5.0.3"), "{}", rules());
+    for ((ifname, port), result) in places.iter().zip(&results) {
+        call(host, "portmap", "CHECK", "c1", ifname, &portmap(5, result, &more(*port))).unwrap();
+    }
+    let del = |at: usize| {
+        let (ifname, port) = places[at];
+        call(host, "portmap", "DEL", "c1", ifname, &portmap(5, &results[at], &more(port))).unwrap();
+        call(host, "bridge", "DEL", "c1", ifname, &conf).unwrap();
+    };
+    del(0);
+    assert!(!rules().contains("10.5.0.2") && has("10.5.0.3"), "{}", rules());
+    del(1);
+    assert!(!rules().contains("10.5.0.") && !rules().contains("c1"), "{}", rules());
+    drop(pod);
+}
+
+fn failed_add_keeps_the_ports_of_another_attachment(host: &Host) {
+    let _pod = host.pod("c1");
+    let [_, second] = two_networks(host, "c1");
+    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
+    let broken = portmap(6, &second, &json!({ "conditionsV4": ["no such word"] }));
+    let error = call(host, "portmap", "ADD", "c1", "net1", &broken).unwrap_err();
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
+    assert!(error["msg"].as_str().unwrap().starts_with("conditionsV4, conditionsV6: cannot add the rules with nft"), "{error}");
+}
+
+fn untagged_port_rules_are_removed_by_address(host: &Host) {
+    let _pod = host.pod("c1");
+    let [first, second] = [(5, "eth0"), (6, "net1")]
+        .map(|(number, ifname)| parse(&call(host, "bridge", "ADD", "c1", ifname, &network(host, number)).unwrap()));
+    // As the reference plugin and earlier versions write them.
+    let untagged = |address: &str, host_port: u16| {
+        let mapping = Mapping { protocol: 6, host_port, container_port: 80, host_ip: None };
+        let holder = Holder::Container("c1".to_owned());
+        let ports = Ports { holder, address: address.parse().unwrap(), mappings: vec![mapping], snat: Snat::Local };
+        host.netns.run(|| pod_table::add(Table::Ports(ports.family()), &ports.rules())).unwrap().unwrap();
+    };
+    untagged("10.5.0.2/24", 8005);
+    untagged("10.6.0.2/24", 8006);
+    call(host, "portmap", "CHECK", "c1", "eth0", &portmap(5, &first, &json!({ "backend": "nftables" }))).unwrap();
+    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
+    call(host, "portmap", "DEL", "c1", "eth0", &portmap(5, &Value::Null, &json!({}))).unwrap();
+    assert!(!host.nft().contains("c1"), "{}", host.nft());
+}
+
+fn empty_and_null_fields_are_unset(host: &Host) {
+    let folder = Path::new("/var/lib/cni/networks/unset");
+    let _pods = ["c1", "c2"].map(|id| host.pod(id));
+    let conf = |more: &Value| {
+        let ipam = json!({ "type": "host-local", "dataDir": "", "subnet": "10.9.0.0/24", "rangeStart": "", "rangeEnd": null, "gateway": "",
+                           "resolvConf": "", "ranges": null, "routes": null });
+        let mut conf = json!({ "cniVersion": "1.0.0", "name": "unset", "type": "bridge", "bridge": "", "ipMasqBackend": "", "mtu": null,
+                               "vlanTrunk": null, "dns": null, "runtimeConfig": null, "args": null, "isGateway": true, "ipam": ipam });
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        conf
+    };
+    let env = [("CNI_ARGS", "IgnoreUnknown=1;IP=;MAC=")];
+    let add = |id: &str, conf: &Value| parse(&host.call_with("bridge", "ADD", id, &conf.to_string(), &env).unwrap());
+    let first = add("c1", &conf(&json!({})));
+    assert_eq!((&first["interfaces"][0]["name"], &first["ips"][0]["address"]), (&json!("cni0"), &json!("10.9.0.2/24")));
+    assert!(folder.join("10.9.0.2").exists(), "an empty dataDir is the default one");
+    let second = add("c2", &conf(&json!({ "args": { "cni": { "ips": [""], "mac": "" } }, "runtimeConfig": { "mac": "", "ips": null } })));
+    assert_eq!(second["ips"][0]["address"], "10.9.0.3/24", "no address is allocated twice");
+    let chained = |plugin: &str, more: Value| {
+        let mut conf = json!({ "cniVersion": "1.0.0", "name": "unset", "type": plugin, "prevResult": first });
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        host.call(plugin, "ADD", "c1", &conf).unwrap();
+        host.call(plugin, "DEL", "c1", &conf).unwrap();
+    };
+    let mapping = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "", "hostIP": "" }]);
+    chained(
+        "portmap",
+        json!({ "backend": "", "externalSetMarkChain": "", "markMasqBit": null, "conditionsV4": null, "conditionsV6": [""], "snat": null,
+                "runtimeConfig": { "portMappings": mapping } }),
+    );
+    chained("firewall", json!({ "backend": "", "iptablesAdminChainName": "", "ingressPolicy": "" }));
+    chained(
+        "tuning",
+        json!({ "dataDir": null, "sysctl": null, "mac": "", "mtu": 0, "args": { "cni": null }, "runtimeConfig": { "mac": "" } }),
+    );
+    chained("bandwidth", json!({ "ingressRate": 0, "ingressBurst": null, "runtimeConfig": { "bandwidth": null } }));
+    for id in ["c1", "c2"] {
+        host.call("bridge", "DEL", id, &conf(&json!({}))).unwrap();
+    }
+    assert!(!folder.join("10.9.0.2").exists() && !folder.join("10.9.0.3").exists());
+    // The meta plugin fills in what is empty.
+    let mut meta = host.conf("1.0.0");
+    meta["delegate"] = json!({ "type": "", "mtu": null, "bridge": "cni1", "isDefaultGateway": true });
+    meta["ipam"]["type"] = "".into();
+    let _pod = host.pod("c3");
+    let result = parse(&host.call("flannel", "ADD", "c3", &meta).unwrap());
+    assert_eq!((&result["interfaces"][0]["name"], &result["ips"][0]["address"]), (&json!("cni1"), &json!("10.1.17.2/24")));
+}
+
+fn mac_of(host: &Host, link: &str) -> String {
+    let name: IfName = link.parse().unwrap();
+    host.netns.run(|| link::get(&mut Socket::open(Protocol::Route).unwrap(), name).unwrap().unwrap().mac.unwrap().to_string()).unwrap()
+}
+
+fn bridge_mac_never_follows_its_ports(host: &Host) {
+    let conf = network(host, 5);
+    let add =
+        |id: &str, conf: &Value| parse(&host.call("bridge", "ADD", id, conf).unwrap())["interfaces"][0]["mac"].as_str().unwrap().to_owned();
+    let ids = ["a", "b", "c", "d", "e"];
+    let _pods = ids.map(|id| host.pod(id));
+    let mut seen = Vec::new();
+    for id in ids {
+        seen.push(add(id, &conf));
+        seen.push(mac_of(host, "br5"));
+    }
+    for id in ids {
+        host.call("bridge", "DEL", id, &conf).unwrap();
+        seen.push(mac_of(host, "br5"));
+    }
+    seen.dedup();
+    assert_eq!(seen.len(), 1, "{seen:?}");
+    assert!(seen[0] != "00:00:00:00:00:00" && !host.nft().contains("br5"));
+    // A bridge of another program, whose gateway address exists already: its MAC would follow its ports.
+    shell(&host.netns, "ip link add br6 type bridge; ip addr add 10.6.0.1/24 dev br6; ip link set br6 up");
+    let before = mac_of(host, "br6");
+    let other = network(host, 6);
+    let _pods = ["f", "g", "h"].map(|id| host.pod(id));
+    for id in ["f", "g", "h"] {
+        assert_eq!(add(id, &other), before);
+    }
+    host.call("bridge", "DEL", "f", &other).unwrap();
+    assert_eq!(mac_of(host, "br6"), before);
+}
+
+fn zero_bridge_mac_is_replaced(host: &Host) {
+    shell(
+        &host.netns,
+        "ip link add br5 type bridge; ip link add d0 type veth peer name d1; ip link set d0 master br5; ip link del d0; ip addr add 10.5.0.1/24 dev br5",
+    );
+    assert_eq!(mac_of(host, "br5"), "00:00:00:00:00:00", "the kernel takes the MAC along with the last port");
+    let conf = network(host, 5);
+    let _pod = host.pod("c1");
+    let mac = parse(&host.call("bridge", "ADD", "c1", &conf).unwrap())["interfaces"][0]["mac"].as_str().unwrap().to_owned();
+    assert_ne!(mac, "00:00:00:00:00:00");
+    host.call("bridge", "DEL", "c1", &conf).unwrap();
+    assert_eq!(mac_of(host, "br5"), mac);
+}
+
+fn gc_takes_null_and_continues_after_an_error(host: &Host) {
+    let mut conf = host.conf("1.1.0");
+    for id in ["c1", "c2"] {
+        host.pod(id);
+        host.call("flannel", "ADD", id, &conf).unwrap();
+    }
+    // An address file that cannot be removed.
+    let stuck = host.root.join("networks/net/10.1.17.1");
+    std::fs::write(&stuck, "gone\r\neth0").unwrap();
+    run(&format!("mount --bind {0} {0}", stuck.display()));
+    conf["cni.dev/valid-attachments"] = Value::Null;
+    let error = host.call("flannel", "GC", "", &conf).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("10.1.17.1"), "{error}");
+    let addresses: Vec<String> = host.files("networks/net").into_iter().filter(|name| name.starts_with("10.")).collect();
+    assert_eq!(addresses, ["10.1.17.1"], "all others are collected");
+    assert!(host.files("flannel").is_empty());
+    run(&format!("umount {}", stuck.display()));
+    host.call("flannel", "GC", "", &conf).unwrap();
+    assert!(!stuck.exists());
+}
+
+fn route_of_another_attachment_stays(host: &Host) {
+    let pod = host.pod("c1");
+    let conf = |number| {
+        let mut conf = network(host, number);
+        conf["ipam"]["routes"] = json!([{ "dst": "198.51.100.0/24" }, { "dst": format!("10.{}.0.0/16", 100 + number) }]);
+        conf
+    };
+    call(host, "bridge", "ADD", "c1", "eth0", &conf(5)).unwrap();
+    let result = parse(&call(host, "bridge", "ADD", "c1", "net1", &conf(6)).unwrap());
+    assert_eq!(result["routes"], json!([{ "dst": "10.106.0.0/16" }]), "the result lists what was made");
+    let routes = shell(&pod, "ip route");
+    assert!(routes.contains("default via 10.5.0.1 dev eth0") && routes.contains("198.51.100.0/24 via 10.5.0.1 dev eth0"), "{routes}");
+    assert!(routes.contains("10.106.0.0/16 via 10.6.0.1 dev net1") && !routes.contains("default via 10.6.0.1"), "{routes}");
+    let mut check = conf(6);
+    check["prevResult"] = result;
+    call(host, "bridge", "CHECK", "c1", "net1", &check).unwrap();
+}
+
+fn read_only_proc_sys_with_right_values_is_enough(host: &Host) {
+    let script = "#!/bin/sh\nmount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys && exec \"$CNI_PATH/$1\"\n";
+    let inner = host.root.join("read-only");
+    std::fs::write(&inner, script).unwrap();
+    for plugin in ["bridge", "portmap"] {
+        let wrapper = host.root.join("bin").join(format!("{plugin}-read-only"));
+        std::fs::write(&wrapper, format!("#!/bin/sh\nexec unshare --mount {} {plugin}\n", inner.display())).unwrap();
+        std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    std::fs::set_permissions(&inner, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let _pods = ["c1", "c2"].map(|id| host.pod(id));
+    let conf = network(host, 5);
+    let error = host.call("bridge-read-only", "ADD", "c1", &conf).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("net/ipv4/ip_forward = 1"), "{error}");
+    host.netns.run(|| sysctl::write("net/ipv4/ip_forward", "1")).unwrap().unwrap();
+    for id in ["c1", "c2"] {
+        let result = parse(&host.call("bridge-read-only", "ADD", id, &conf).unwrap());
+        host.call("portmap-read-only", "ADD", id, &portmap(5, &result, &json!({}))).unwrap();
+    }
+    assert_eq!(shell(&host.netns, "cat /proc/sys/net/ipv4/conf/br5/route_localnet").trim(), "1");
+}
+
+fn del_accepts_what_add_refuses(host: &Host) {
+    let _pod = host.pod("c1");
+    let previous = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
+    let refuse = |plugin: &str, conf: &Value| {
+        host.call(plugin, "ADD", "c1", conf).expect_err("ADD refuses it");
+        host.call(plugin, "DEL", "c1", conf).unwrap_or_else(|error| panic!("{plugin} {conf}: {error}"));
+    };
+    for mapping in [
+        json!({ "hostPort": 65536, "containerPort": 80 }),
+        json!({ "hostPort": 0, "containerPort": 80 }),
+        json!({ "hostPort": 80, "containerPort": 80, "protocol": "icmp" }),
+        json!({ "hostPort": 80, "containerPort": 80, "hostIP": "192.168.000.001" }),
+        json!(7),
+    ] {
+        refuse("portmap", &portmap(5, &previous, &json!({ "runtimeConfig": { "portMappings": [mapping] } })));
+    }
+    for more in [json!({ "backend": "x" }), json!({ "externalSetMarkChain": "a b" }), json!({ "markMasqBit": 99 }), json!({ "snat": "x" })]
+    {
+        refuse("portmap", &portmap(5, &previous, &more));
+    }
+    let chained = |plugin: &str, more: Value| {
+        let mut conf = json!({ "cniVersion": "1.0.0", "name": "net5", "type": plugin, "prevResult": previous });
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        refuse(plugin, &conf);
+    };
+    for more in [
+        json!({ "backend": "firewalld" }),
+        json!({ "backend": 7 }),
+        json!({ "ingressPolicy": "pigeons" }),
+        json!({ "iptablesAdminChainName": "a b" }),
+    ] {
+        chained("firewall", more);
+    }
+    chained("firewall", json!({ "prevResult": { "ips": [{ "address": "nonsense" }] } }));
+    chained("tuning", json!({ "dataDir": 7 }));
+    chained("tuning", json!({ "sysctl": { "kernel.hostname": "x" } }));
+    chained("bandwidth", json!({ "ingressRate": "x" }));
+    for more in [
+        json!({ "bridge": "a/b" }),
+        json!({ "mtu": 10 }),
+        json!({ "ipMasqBackend": "x" }),
+        json!({ "ipMasq": "x" }),
+        json!({ "hairpinMode": true, "promiscMode": true }),
+        json!({ "vlan": 5000 }),
+        json!({ "ipam": 7 }),
+        json!({ "ipam": { "type": "host-local", "dataDir": 7, "subnet": "10.5.0.0/24" } }),
+        json!({ "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.5.0.7/24" }]] } }),
+    ] {
+        let mut conf = network(host, 5);
+        conf["name"] = "other".into();
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        refuse("bridge", &conf);
+    }
+    let mut meta = host.conf("1.0.0");
+    meta["dataDir"] = 7.into();
+    refuse("flannel", &meta);
+}
+
+fn portmap_needs_no_route_to_the_container(host: &Host) {
+    let _pod = host.pod("c1");
+    let previous = json!({ "cniVersion": "1.0.0", "interfaces": [{ "name": "eth0", "sandbox": host.path("c1") }],
+                           "ips": [{ "address": "203.0.113.5/24", "interface": 0 }] });
+    for more in [json!({}), json!({ "snat": false }), json!({ "masqAll": true }), json!({ "backend": "iptables" })] {
+        let conf = portmap(5, &previous, &more);
+        host.call("portmap", "ADD", "c1", &conf).unwrap();
+        host.call("portmap", "CHECK", "c1", &conf).unwrap();
+        host.call("portmap", "DEL", "c1", &conf).unwrap();
+    }
+}
+
+fn tuning_follows_args_and_sysctl_names(host: &Host) {
+    let pod = host.pod("c1");
+    let previous = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
+    let conf = |more: &Value| {
+        let mut conf =
+            json!({ "cniVersion": "1.0.0", "name": "net5", "type": "tuning", "dataDir": host.root.join("tuning"), "prevResult": previous });
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        conf
+    };
+    let args = json!({ "mtu": 1400, "promisc": true, "allmulti": true, "txQLen": 77, "mac": "02:00:00:00:00:01",
+                       "sysctl": { "net.ipv4.conf.IFNAME.log_martians": "1" } });
+    let all =
+        conf(&json!({ "mtu": 1300, "mac": "02:00:00:00:00:04", "runtimeConfig": { "mac": "02:00:00:00:00:02" }, "args": { "cni": args } }));
+    let env = [("CNI_ARGS", "MAC=02:00:00:00:00:03")];
+    let result = parse(&host.call_with("tuning", "ADD", "c1", &all.to_string(), &env).unwrap());
+    assert_eq!(result["interfaces"][2]["mac"], "02:00:00:00:00:01");
+    let shown = shell(&pod, "ip -d link show eth0; cat /proc/sys/net/ipv4/conf/eth0/log_martians");
+    for wanted in ["mtu 1400", "PROMISC", "ALLMULTI", "qlen 77", "02:00:00:00:00:01"] {
+        assert!(shown.contains(wanted), "{wanted}: {shown}");
+    }
+    assert!(shown.ends_with("1\n"), "{shown}");
+    host.call_with("tuning", "CHECK", "c1", &all.to_string(), &env).unwrap();
+    host.call_with("tuning", "DEL", "c1", &all.to_string(), &env).unwrap();
+    assert!(!shell(&pod, "ip -d link show eth0").contains("mtu 1400"));
+    // The other sources of a MAC, in their order.
+    for (more, env, mac) in [
+        (
+            json!({ "mac": "02:00:00:00:00:04", "runtimeConfig": { "mac": "02:00:00:00:00:02" } }),
+            "MAC=02:00:00:00:00:03",
+            "02:00:00:00:00:02",
+        ),
+        (json!({ "mac": "02:00:00:00:00:04" }), "MAC=02:00:00:00:00:03", "02:00:00:00:00:03"),
+        (json!({ "mac": "02:00:00:00:00:04" }), "", "02:00:00:00:00:04"),
+    ] {
+        let text = conf(&more).to_string();
+        let result = parse(&host.call_with("tuning", "ADD", "c1", &text, &[("CNI_ARGS", env)]).unwrap());
+        assert_eq!(result["interfaces"][2]["mac"], mac);
+        host.call_with("tuning", "DEL", "c1", &text, &[]).unwrap();
+    }
+    // Sysctls alone need no interface; a dotted interface, a sysctl that is given twice, and one that can only be written.
+    shell(&pod, "ip link add eth0.798 type veth peer name other");
+    let sysctls = conf(&json!({ "sysctl": {
+        "net.ipv4.conf.eth0/798.log_martians": "1",
+        "net.ipv4.ip_default_ttl": "77", "net/ipv4/ip_default_ttl": "77",
+        "net.ipv4.route.flush": "1",
+    } }));
+    let env = [("CNI_IFNAME", "absent")];
+    host.call_with("tuning", "ADD", "c1", &sysctls.to_string(), &env).unwrap();
+    host.call_with("tuning", "CHECK", "c1", &sysctls.to_string(), &env).unwrap();
+    let values = shell(&pod, "cat /proc/sys/net/ipv4/conf/eth0.798/log_martians /proc/sys/net/ipv4/ip_default_ttl");
+    assert_eq!(values, "1\n77\n");
+}
+
+fn bandwidth_links_have_the_reference_name(host: &Host) {
+    let _pod = host.pod("c1");
+    let results = ["net1", "eth0"].map(|ifname| {
+        let mut conf = network(host, 5);
+        conf["isDefaultGateway"] = false.into();
+        parse(&call(host, "bridge", "ADD", "c1", ifname, &conf).unwrap())
+    });
+    let conf = |previous: &Value| json!({ "cniVersion": "1.0.0", "name": "net5", "type": "bandwidth", "egressRate": 8_000_000, "egressBurst": 800_000, "prevResult": previous });
+    // `bwp` and the first 12 digits of the SHA-512 of network and container.
+    let digest = "net5c1";
+    let shared = format!("bwp{}", &shell(&host.netns, &format!("printf %s {digest} | sha512sum"))[..12]);
+    let ifbs = || host.links().into_iter().filter(|name| name.starts_with("bwp")).collect::<Vec<_>>();
+    call(host, "bandwidth", "ADD", "c1", "net1", &conf(&results[0])).unwrap();
+    assert_eq!(ifbs(), std::slice::from_ref(&shared));
+    call(host, "bandwidth", "ADD", "c1", "eth0", &conf(&results[1])).unwrap();
+    assert_eq!(ifbs().len(), 2);
+    for (ifname, previous) in [("net1", &results[0]), ("eth0", &results[1])] {
+        call(host, "bandwidth", "CHECK", "c1", ifname, &conf(previous)).unwrap();
+    }
+    call(host, "bandwidth", "DEL", "c1", "eth0", &conf(&results[1])).unwrap();
+    assert_eq!(ifbs(), std::slice::from_ref(&shared), "the other attachment keeps its own");
+    call(host, "bandwidth", "DEL", "c1", "net1", &conf(&results[0])).unwrap();
+    assert!(ifbs().is_empty());
+    // What the reference plugin made has no owner.
+    shell(&host.netns, &format!("ip link add {shared} type ifb"));
+    call(host, "bandwidth", "DEL", "c1", "net1", &conf(&results[0])).unwrap();
+    assert!(ifbs().is_empty());
+    for (burst, wanted) in [(8_000, "ingressBurst: 8000 bits"), (34_359_738_360_u64, "ingressBurst: it must be less than 34359738360 bits")]
+    {
+        let mut conf = conf(&results[1]);
+        conf["ingressRate"] = 8_000_000.into();
+        conf["ingressBurst"] = burst.into();
+        let error = call(host, "bandwidth", "ADD", "c1", "eth0", &conf).unwrap_err();
+        assert!(error["msg"].as_str().unwrap().starts_with(wanted), "{error}");
+    }
+    assert!(ifbs().is_empty());
+}
+
+fn host_local_validates_requests_and_ranges(host: &Host) {
+    let conf = |version: &str, ipam: &Value, more: &Value| {
+        let mut conf = host.bridge_conf(ipam);
+        conf["cniVersion"] = version.into();
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        conf
+    };
+    let plain = json!({ "subnet": "10.9.0.0/24" });
+    let both = conf("1.0.0", &plain, &json!({ "args": { "cni": { "ips": ["10.9.0.7"] } }, "runtimeConfig": { "ips": ["10.9.0.7/24"] } }));
+    let env = [("CNI_ARGS", "IgnoreUnknown=True;K8S_POD_NAME=x;IP=10.9.0.7")];
+    let result = parse(&host.call_with("host-local", "ADD", "a", &both.to_string(), &env).unwrap());
+    assert_eq!(result["ips"][0]["address"], "10.9.0.7/24");
+    // A file of an old version names the container alone, and is a reservation all the same.
+    std::fs::write(host.root.join("networks/net/10.9.0.99"), "old").unwrap();
+    let error = host.call("host-local", "ADD", "old", &conf("1.0.0", &plain, &json!({}))).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().starts_with("10.9.0.99 has been allocated to old"), "{error}");
+    let sets = json!({ "ranges": [[{ "subnet": "10.10.0.0/24" }], [{ "subnet": "10.11.0.0/24" }]] });
+    let error = host.call("host-local", "ADD", "b", &conf("0.2.0", &sets, &json!({}))).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("CNI version 0.2.0 does not support more than 1 address per family"), "{error}");
+    for gateway in ["10.10.0.1", "fd00::1"] {
+        let ipam = json!({ "subnet": "10.9.0.0/24", "gateway": gateway });
+        let error = host.call("host-local", "ADD", "b", &conf("1.0.0", &ipam, &json!({}))).unwrap_err();
+        assert_eq!(error["msg"], format!("ipam.ranges: gateway: {gateway} is not in 10.9.0.0/24"));
+    }
+    let _pod = host.pod("c1");
+    let layer2 = json!({ "cniVersion": "0.2.0", "name": "net", "type": "bridge" });
+    let error = host.call("bridge", "ADD", "c1", &layer2).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().starts_with("ipam: a result of CNI version 0.2.0 needs an address"), "{error}");
+    let reserved: Vec<String> = host.files("networks/net").into_iter().filter(|name| name.starts_with("10.")).collect();
+    assert_eq!(reserved, ["10.9.0.7", "10.9.0.99"], "a refused ADD reserves nothing");
+    // A folder in the place of an address is no reason to fail.
+    std::fs::create_dir(host.root.join("networks/net/10.9.0.2")).unwrap();
+    let result = parse(
+        &host
+            .call("host-local", "ADD", "b", &conf("1.0.0", &json!({ "subnet": "10.9.0.0/24", "rangeEnd": "10.9.0.6" }), &json!({})))
+            .unwrap(),
+    );
+    assert_eq!(result["ips"][0]["address"], "10.9.0.3/24");
+}
+
+fn conditions_for_nftables_are_applied(host: &Host) {
+    let _pod = host.pod("c1");
+    let result = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
+    for backend in ["nftables", ""] {
+        let conf = portmap(5, &result, &json!({ "backend": backend, "conditionsV4": ["ip", "saddr", "198.51.100.0/24"] }));
+        host.call("portmap", "ADD", "c1", &conf).unwrap();
+        let rules = host.nft();
+        assert!(rules.contains("ip saddr 198.51.100.0/24 tcp dport 8005 dnat to 10.5.0.2:80 comment \"c1\""), "{rules}");
+        assert!(rules.contains("masquerade comment \"c1\"") && rules.contains("fib daddr type local jump hostports_all"), "{rules}");
+        host.call("portmap", "CHECK", "c1", &conf).unwrap();
+        host.call("portmap", "DEL", "c1", &conf).unwrap();
+        assert!(!host.nft().contains("c1"), "{}", host.nft());
+    }
+}
+
+fn errors_name_the_field(host: &Host) {
+    let _pod = host.pod("c1");
+    let bridge = |more: Value| {
+        let mut conf = network(host, 5);
+        conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        host.call("bridge", "ADD", "c1", &conf).unwrap_err()["msg"].as_str().unwrap().to_owned()
+    };
+    for (more, wanted) in [
+        (json!({ "mtu": 70000 }), "mtu: 70000 is out of range 68..=65535"),
+        (json!({ "mtu": 10 }), "mtu: 10 is out of range 68..=65535"),
+        (json!({ "bridge": "all" }), "bridge: \"all\" is reserved by the kernel"),
+        (json!({ "bridge": "br%d" }), "bridge: \"br%d\" is reserved by the kernel"),
+        (json!({ "runtimeConfig": { "mac": "01:00:5e:00:00:01" } }), "mac: 01:00:5e:00:00:01 is a multicast or zero address"),
+        (json!({ "runtimeConfig": { "mac": "00:00:00:00:00:00" } }), "mac: 00:00:00:00:00:00 is a multicast or zero address"),
+    ] {
+        let text = bridge(more);
+        assert!(text.starts_with(wanted), "{wanted}: {text}");
+    }
+    for ifname in ["all", "default", "eth%d"] {
+        let error = call(host, "bridge", "ADD", "c1", ifname, &network(host, 5)).unwrap_err();
+        assert_eq!(error["msg"], format!("invalid CNI_IFNAME: {ifname:?} is reserved by the kernel: choose another name"));
+        call(host, "bridge", "DEL", "c1", ifname, &network(host, 5)).unwrap();
+    }
+    assert!(!host.links().contains("br5"), "nothing was made");
+    let text = bridge(json!({ "ipam": { "type": "host-local", "subnet": "10.5.0.1/32", "gateway": "10.6.0.1" } }));
+    assert!(text.starts_with("ipam.ranges: subnet: 10.5.0.1/32 is too small"), "{text}");
+    // A byte-order mark is no part of the text.
+    let env = std::fs::read_to_string(host.root.join("subnet.env")).unwrap();
+    std::fs::write(host.root.join("subnet.env"), format!("\u{feff}{env}")).unwrap();
+    host.call_with("flannel", "ADD", "c1", &format!("\u{feff}{}", host.conf("1.0.0")), &[]).unwrap();
+}
+
+fn long_container_ids_are_compared_whole(host: &Host) {
+    let ids = ["1", "2"].map(|last| format!("{}{last}", "x".repeat(600)));
+    let mut conf = network(host, 5);
+    conf["macspoofchk"] = true.into();
+    conf["ipMasq"] = true.into();
+    // A namespace's file takes no name that long.
+    let pods = ["one", "two"].map(|name| host.pod(name));
+    let paths = ["one", "two"].map(|name| host.path(name).to_string_lossy().into_owned());
+    let call = |plugin: &str, verb: &str, at: usize, conf: &Value| {
+        host.call_with(plugin, verb, &ids[at], &conf.to_string(), &[("CNI_NETNS", &paths[at])]).unwrap()
+    };
+    let results = [0, 1].map(|at| {
+        let result = parse(&call("bridge", "ADD", at, &conf));
+        call("portmap", "ADD", at, &portmap(5 + u8::try_from(at).unwrap(), &result, &json!({})));
+        result
+    });
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.5.0.3")), (1, 1));
+    call("portmap", "DEL", 0, &portmap(5, &Value::Null, &json!({})));
+    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.5.0.3")), (0, 1), "the other container keeps its ports");
+    call("bridge", "DEL", 0, &conf);
+    let rules = host.nft();
+    assert!(!rules.contains("10.5.0.2 ") && rules.contains("10.5.0.3 ") && rules.matches("-mac {").count() == 1, "{rules}");
+    assert!(!host.files("networks/net5").contains("10.5.0.2"), "the reservation ended");
+    call("portmap", "DEL", 1, &portmap(6, &results[1], &json!({})));
+    call("bridge", "DEL", 1, &conf);
+    assert!(!host.nft().contains("10.5.0.") && !host.nft().contains("-mac {"), "{}", host.nft());
+    assert!(!host.files("networks/net5").iter().any(|name| name.starts_with("10.")));
+    drop(pods);
+}
+
+fn delegation_to_itself_ends(host: &Host) {
+    let _pod = host.pod("c1");
+    let mut conf = network(host, 5);
+    conf["ipam"]["type"] = "bridge".into();
+    host.call("bridge", "ADD", "c1", &conf).unwrap_err();
+    host.call("bridge", "DEL", "c1", &conf).unwrap();
+    // By processes of its own, too: a script that calls the plugin again.
+    let script = "#!/bin/sh\nexec \"${0%/*}/bridge\"\n";
+    let path = host.root.join("bin/again");
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    conf["ipam"]["type"] = "again".into();
+    conf["cniVersion"] = "1.1.0".into();
+    let error = host.call("bridge", "STATUS", "", &conf).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("does one delegate to itself?"), "{error}");
+}
+
+fn held_address_lock_times_out(host: &Host) {
+    std::fs::create_dir_all(host.root.join("networks/net")).unwrap();
+    let _held = lock::open(&host.root.join("networks/net/lock"), 0o600, lock::PATIENCE).unwrap();
+    let error = host.call("host-local", "ADD", "a", &host.bridge_conf(&json!({ "subnet": "10.9.0.0/24" }))).unwrap_err();
+    assert_eq!(error["code"], 11, "{error}");
+    assert!(error["msg"].as_str().unwrap().starts_with("ipam.dataDir: cannot lock "), "{error}");
+}
