@@ -88,7 +88,7 @@ fn subnet_env(request: &Request<'_>) -> Result<SubnetEnv, CniError> {
     SubnetEnv::parse(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|error| CniError::failed(format!("{file} {error}")))
 }
 
-/// The delegate's configuration. What is `null` or empty counts as missing.
+/// The delegate's configuration. Fields that are `null` or empty count as missing.
 fn delegate_conf(conf: &Map<String, Value>, env: &SubnetEnv) -> Result<Map<String, Value>, CniError> {
     let is_set = |_: &String, value: &mut Value| !value.is_null() && value.as_str() != Some("");
     let mut delegate = object(conf, "delegate")?.cloned().unwrap_or_default();

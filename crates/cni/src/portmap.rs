@@ -112,16 +112,17 @@ fn forget_udp(family: Family, mappings: &[Mapping]) {
 fn remove(request: &Request<'_>, mappings: &[Mapping]) -> Result<(), CniError> {
     let attachment = request.attachment();
     let addresses = container_addresses(&previous_leniently(request), request);
+    // The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
+    let chains = iptables::remove(request, &addresses);
     let notes = lock::notes()?;
     notes.forget_ports(&attachment);
     let removal = pod_table::remove(&PORTS, |rule| ports::is_of(rule, &attachment, &addresses));
     let _removal = removal.map_err(failed("remove the container's port mappings"))?;
     // Others need not wait for what the kernel does then.
     drop(notes);
-    iptables::remove(request, &addresses)?;
     // Only now: a packet that arrives before would be tracked again.
     Family::ALL.iter().for_each(|family| forget_udp(*family, &of_family(mappings, *family)));
-    Ok(())
+    chains
 }
 
 fn check(request: &Request<'_>, config: &Config, result: &CniResult) -> Result<(), CniError> {

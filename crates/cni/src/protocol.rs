@@ -406,7 +406,7 @@ fn is_true(text: &str) -> bool {
 /// `default` for all interfaces.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The reason why the kernel would refuse it.
 pub fn new_interface(name: &str) -> Result<IfName, String> {
     if matches!(name, "all" | "default") || name.contains('%') {
         return Err(format!("{name:?} is reserved by the kernel: choose another name"));

@@ -1,5 +1,5 @@
-//! A plugin that is killed at any of its system calls, a host that is booted, a runtime that forgets its DEL: GC returns
-//! every address that no live attachment holds, and never one that is in use.
+//! A plugin that is killed at any of its system calls, a reboot, a DEL that never comes: GC frees every address that no
+//! live attachment holds, and never one that is in use.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -25,11 +25,11 @@ fn main() {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
     let tests: [(&str, Test); 5] = [
-        ("an_add_among_thousands_reads_none_of_them", an_add_among_thousands),
-        ("an_add_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "ADD")),
-        ("a_del_killed_at_any_system_call_is_collected", |host| killed_at_any_system_call(host, "DEL")),
-        ("a_full_disk_reserves_nothing_and_leaves_nothing", a_full_disk),
-        ("a_reboot_frees_what_was_reserved_before_it", a_reboot_frees_what_was_reserved_before_it),
+        ("add_reads_no_other_address_file", add_reads_no_other_address_file),
+        ("killed_add_is_collected", |host| killed_at_any_system_call(host, "ADD")),
+        ("killed_del_is_collected", |host| killed_at_any_system_call(host, "DEL")),
+        ("full_disk_reserves_nothing", full_disk_reserves_nothing),
+        ("reboot_frees_earlier_reservations", reboot_frees_earlier_reservations),
     ];
     let trial = |(name, test): (&'static str, Test)| {
         Trial::test(name, move || {
@@ -42,7 +42,7 @@ fn main() {
     libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
 }
 
-fn an_add_among_thousands(host: &Host) {
+fn add_reads_no_other_address_file(host: &Host) {
     let folder = host.root.join("networks/net");
     std::fs::create_dir_all(&folder).unwrap();
     for n in 0..3_000 {
@@ -67,7 +67,7 @@ fn an_add_among_thousands(host: &Host) {
     assert!(refused["msg"].as_str().unwrap().contains("10.1.17.77 has been allocated to p3 eth0"), "{refused}");
     host.call("flannel", "DEL", "p3", &host.conf("1.0.0")).unwrap();
     assert!(!folder.join("10.1.17.77").exists());
-    // An index that lies is not believed, and one that is lost is written anew.
+    // A wrong index is verified, and a lost one is rebuilt.
     host.add("p4");
     let index = host.root.join("networks/.net.owners");
     assert_eq!(std::fs::read_dir(&index).unwrap().count(), 3_002);
@@ -77,7 +77,7 @@ fn an_add_among_thousands(host: &Host) {
     assert!(!host.files("networks/net").iter().any(|name| name.starts_with("10.1.")));
 }
 
-fn a_full_disk(host: &Host) {
+fn full_disk_reserves_nothing(host: &Host) {
     let small = host.root.join("small");
     std::fs::create_dir_all(&small).unwrap();
     let mount = |options: &str| {
@@ -193,7 +193,7 @@ fn killed_at_any_system_call(host: &Host, verb: &str) {
             host.call("flannel", "ADD", "victim", &host.conf("1.1.0")).unwrap();
         }
         killed += usize::from(call_killed(host, verb, "victim", at));
-        // The container is gone, and nobody calls DEL.
+        // The container ended, and the runtime never calls DEL.
         drop(pod);
         netns::unbind(&host.path("victim")).unwrap();
         collect(host, &["live"]);
@@ -222,7 +222,7 @@ fn killed_at_any_system_call(host: &Host, verb: &str) {
     drop(live);
 }
 
-fn a_reboot_frees_what_was_reserved_before_it(host: &Host) {
+fn reboot_frees_earlier_reservations(host: &Host) {
     let attribute = "user.flannel.boot_id";
     let folder = host.root.join("networks/net");
     let pods: Vec<_> = ["a", "b", "c"].map(|id| host.pod(id)).into();
@@ -238,6 +238,6 @@ fn a_reboot_frees_what_was_reserved_before_it(host: &Host) {
     host.add("c");
     let files = host.files("networks/net");
     assert!(!files.contains("10.1.17.2"), "a's address is free: {files:?}");
-    assert!(files.contains("10.1.17.3") && files.contains("10.1.17.9"), "b's is of this boot, the other's of nobody knows when: {files:?}");
+    assert!(files.contains("10.1.17.3") && files.contains("10.1.17.9"), "b's is of this boot, the other's boot is unknown: {files:?}");
     drop(pods);
 }

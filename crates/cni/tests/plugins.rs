@@ -1,5 +1,5 @@
-//! The plugins from outside: the program with environment and standard input, the JSON that it prints, and what is in
-//! the namespaces then. After DEL nothing is left.
+//! The plugins as programs: environment and standard input, the JSON that they print, and the objects in the namespaces
+//! afterwards. After DEL nothing is left.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -28,24 +28,24 @@ fn main() {
     }
     let tests: [(&str, Test); 19] = [
         ("add_check_and_del_by_the_meta_plugin", add_check_and_del_by_the_meta_plugin),
-        ("two_attachments_of_a_container_are_undone_each_by_itself", two_attachments_of_a_container),
-        ("the_hosts_own_namespace_is_refused", the_hosts_own_namespace_is_refused),
-        ("the_result_has_the_form_of_the_configurations_version", the_result_has_the_form_of_the_version),
-        ("the_bridge_plugin_alone_gives_a_default_route_and_forwards", the_bridge_plugin_alone),
-        ("an_ipv6_range_works_beside_an_ipv4_one", an_ipv6_range_works_beside_an_ipv4_one),
-        ("without_the_daemons_masquerading_the_bridge_masquerades", the_bridge_masquerades),
-        ("host_locals_files_are_upstreams", host_locals_files_are_upstreams),
-        ("addresses_run_out_and_come_back", addresses_run_out_and_come_back),
-        ("an_empty_address_file_is_a_dead_writers", an_empty_address_file_is_a_dead_writers),
-        ("requested_addresses_and_macs_are_given_or_refused", requested_addresses_and_macs),
-        ("a_failed_add_leaves_nothing", a_failed_add_leaves_nothing),
-        ("del_succeeds_on_absence", del_succeeds_on_absence),
-        ("gc_returns_what_no_valid_attachment_holds", gc_returns_what_no_valid_attachment_holds),
-        ("check_sees_what_is_gone", check_sees_what_is_gone),
-        ("bad_input_is_refused_with_the_specifications_codes", bad_input_is_refused),
-        ("a_foreign_delegate_is_executed", a_foreign_delegate_is_executed),
-        ("loopback_goes_up_and_down", loopback_goes_up_and_down),
-        ("the_program_links_no_async_runtime", the_program_links_no_async_runtime),
+        ("attachments_of_a_container_are_deleted_separately", attachments_of_a_container_are_deleted_separately),
+        ("host_namespace_is_refused", host_namespace_is_refused),
+        ("result_follows_the_configured_version", result_follows_the_configured_version),
+        ("bridge_adds_default_route_and_enables_forwarding", bridge_adds_default_route_and_enables_forwarding),
+        ("ranges_of_both_families_are_allocated", ranges_of_both_families_are_allocated),
+        ("bridge_masquerades_when_the_daemon_does_not", bridge_masquerades_when_the_daemon_does_not),
+        ("host_local_files_match_the_reference_plugin", host_local_files_match_the_reference_plugin),
+        ("exhausted_range_is_refilled_by_del", exhausted_range_is_refilled_by_del),
+        ("empty_address_file_counts_as_free", empty_address_file_counts_as_free),
+        ("requested_addresses_and_macs_are_applied_or_refused", requested_addresses_and_macs_are_applied_or_refused),
+        ("failed_add_leaves_nothing", failed_add_leaves_nothing),
+        ("del_of_a_missing_attachment_succeeds", del_of_a_missing_attachment_succeeds),
+        ("gc_frees_addresses_of_invalid_attachments", gc_frees_addresses_of_invalid_attachments),
+        ("check_reports_missing_objects", check_reports_missing_objects),
+        ("invalid_input_is_refused_with_cni_codes", invalid_input_is_refused_with_cni_codes),
+        ("foreign_delegate_is_executed", foreign_delegate_is_executed),
+        ("loopback_sets_lo_up_and_down", loopback_sets_lo_up_and_down),
+        ("program_links_no_async_runtime", program_links_no_async_runtime),
     ];
     let trial = |(name, test): (&'static str, Test)| {
         Trial::test(name, move || {
@@ -137,7 +137,7 @@ fn add_check_and_del_by_the_meta_plugin(host: &Host) {
     assert!(host.files("flannel").is_empty());
 }
 
-fn two_attachments_of_a_container(host: &Host) {
+fn attachments_of_a_container_are_deleted_separately(host: &Host) {
     let pod = host.pod("c1");
     let conf = host.conf("1.0.0").to_string();
     let net1 = [("CNI_IFNAME", "net1")];
@@ -154,7 +154,7 @@ fn two_attachments_of_a_container(host: &Host) {
     assert!(host.files("flannel").is_empty());
 }
 
-fn the_hosts_own_namespace_is_refused(host: &Host) {
+fn host_namespace_is_refused(host: &Host) {
     let own = [("CNI_NETNS", "/proc/self/ns/net")];
     for (plugin, verb, conf) in
         [("flannel", "ADD", host.conf("1.0.0")), ("loopback", "DEL", json!({ "cniVersion": "1.0.0", "name": "lo", "type": "loopback" }))]
@@ -165,7 +165,7 @@ fn the_hosts_own_namespace_is_refused(host: &Host) {
     assert_eq!(host.links(), BTreeSet::from(["lo".to_owned()]));
 }
 
-fn the_result_has_the_form_of_the_version(host: &Host) {
+fn result_follows_the_configured_version(host: &Host) {
     for version in ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
         let id = format!("v{version}");
         let _pod = host.pod(&id);
@@ -182,7 +182,7 @@ fn the_result_has_the_form_of_the_version(host: &Host) {
     assert_eq!(answer["supportedVersions"].as_array().unwrap().len(), 7);
 }
 
-fn the_bridge_plugin_alone(host: &Host) {
+fn bridge_adds_default_route_and_enables_forwarding(host: &Host) {
     let pod = host.pod("c1");
     let mut conf = host.bridge_conf(&json!({ "subnet": "10.9.0.0/24", "routes": [{ "dst": "192.168.0.0/16", "gw": "10.9.0.77" }] }));
     conf["bridge"] = "br9".into();
@@ -208,7 +208,7 @@ fn the_bridge_plugin_alone(host: &Host) {
     other["forceAddress"] = true.into();
     host.call("bridge", "ADD", "c2", &other).unwrap();
     assert_eq!(inside(&host.netns, "br9").0, ["10.8.0.1/24"]);
-    // An address that somebody put before the gateway's is in nobody's way.
+    // An address before the gateway's does no harm.
     other["forceAddress"] = false.into();
     let ip = |args: &[&str]| assert!(host.netns.run(|| Command::new("ip").args(args).status()).unwrap().unwrap().success());
     ip(&["addr", "flush", "dev", "br9"]);
@@ -219,7 +219,7 @@ fn the_bridge_plugin_alone(host: &Host) {
     assert_eq!(inside(&host.netns, "br9").0, ["192.0.2.1/24", "10.8.0.1/24"]);
 }
 
-fn an_ipv6_range_works_beside_an_ipv4_one(host: &Host) {
+fn ranges_of_both_families_are_allocated(host: &Host) {
     let pod = host.pod("c1");
     let conf = host.bridge_conf(&json!({ "ranges": [[{ "subnet": "10.9.0.0/24" }], [{ "subnet": "fd00:9::/64" }]] }));
     let result: Value = serde_json::from_str(&host.call("bridge", "ADD", "c1", &conf).unwrap()).unwrap();
@@ -235,7 +235,7 @@ fn an_ipv6_range_works_beside_an_ipv4_one(host: &Host) {
     );
 }
 
-fn the_bridge_masquerades(host: &Host) {
+fn bridge_masquerades_when_the_daemon_does_not(host: &Host) {
     host.subnet_env(false);
     for id in ["c1", "c2"] {
         host.pod(id);
@@ -261,7 +261,7 @@ fn the_bridge_masquerades(host: &Host) {
     assert!(!host.nft().contains("10.1.17."), "nothing of a container is left");
 }
 
-fn host_locals_files_are_upstreams(host: &Host) {
+fn host_local_files_match_the_reference_plugin(host: &Host) {
     host.pod("c1");
     host.add("c1");
     let directory = host.root.join("networks/net");
@@ -287,7 +287,7 @@ fn host_locals_files_are_upstreams(host: &Host) {
     assert_eq!(stored, wanted);
 }
 
-fn addresses_run_out_and_come_back(host: &Host) {
+fn exhausted_range_is_refilled_by_del(host: &Host) {
     let ipam = host.bridge_conf(&json!({ "subnet": "10.9.0.0/29" }));
     let add = |id: &str| {
         host.call("host-local", "ADD", id, &ipam)
@@ -304,7 +304,7 @@ fn addresses_run_out_and_come_back(host: &Host) {
     assert_eq!(twice["msg"], "10.9.0.3 has been allocated to f eth0, duplicate allocation is not allowed");
 }
 
-fn an_empty_address_file_is_a_dead_writers(host: &Host) {
+fn empty_address_file_counts_as_free(host: &Host) {
     let ipam = host.bridge_conf(&json!({ "subnet": "10.9.0.0/30" }));
     std::fs::create_dir_all(host.root.join("networks/net")).unwrap();
     std::fs::write(host.root.join("networks/net/10.9.0.2"), "").unwrap();
@@ -312,7 +312,7 @@ fn an_empty_address_file_is_a_dead_writers(host: &Host) {
     assert_eq!(std::fs::read(host.root.join("networks/net/10.9.0.2")).unwrap(), b"a\r\neth0");
 }
 
-fn requested_addresses_and_macs(host: &Host) {
+fn requested_addresses_and_macs_are_applied_or_refused(host: &Host) {
     let pod = host.pod("c1");
     let conf = host.bridge_conf(&json!({ "subnet": "10.9.0.0/24" }));
     let env = [("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAME=x;IP=10.9.0.50;MAC=02:00:00:00:00:50")];
@@ -334,7 +334,7 @@ fn requested_addresses_and_macs(host: &Host) {
     assert!(!host.files("networks/net").iter().any(|file| file.starts_with("10.9.0.") && file != "10.9.0.50"), "nothing was kept");
 }
 
-fn a_failed_add_leaves_nothing(host: &Host) {
+fn failed_add_leaves_nothing(host: &Host) {
     let pod = host.pod("c1");
     // The last step but one fails: the route's gateway is not reachable.
     let conf = host.bridge_conf(&json!({ "subnet": "10.9.0.0/24", "routes": [{ "dst": "192.168.0.0/16", "gw": "172.31.0.1" }] }));
@@ -347,7 +347,7 @@ fn a_failed_add_leaves_nothing(host: &Host) {
     host.call("bridge", "ADD", "c1", &host.bridge_conf(&json!({ "subnet": "10.9.0.0/24" }))).unwrap();
 }
 
-fn del_succeeds_on_absence(host: &Host) {
+fn del_of_a_missing_attachment_succeeds(host: &Host) {
     // Never added, no namespace, no files.
     assert_eq!(host.call("flannel", "DEL", "never", &host.conf("1.0.0")).unwrap(), "");
     assert_eq!(host.call("bridge", "DEL", "never", &host.bridge_conf(&json!({ "subnet": "10.9.0.0/24" }))).unwrap(), "");
@@ -370,7 +370,7 @@ fn del_succeeds_on_absence(host: &Host) {
     assert_eq!(host.files("flannel"), BTreeSet::from(["c3".to_owned()]));
 }
 
-fn gc_returns_what_no_valid_attachment_holds(host: &Host) {
+fn gc_frees_addresses_of_invalid_attachments(host: &Host) {
     for id in ["c1", "c2", "c3"] {
         host.pod(id);
         host.add(id);
@@ -386,7 +386,7 @@ fn gc_returns_what_no_valid_attachment_holds(host: &Host) {
     assert_eq!(host.call("flannel", "STATUS", "", &host.conf("1.1.0")).unwrap_err()["code"], 50);
 }
 
-fn check_sees_what_is_gone(host: &Host) {
+fn check_reports_missing_objects(host: &Host) {
     let pod = host.pod("c1");
     let mut check = host.conf("1.0.0");
     check["prevResult"] = host.add("c1");
@@ -404,7 +404,7 @@ fn check_sees_what_is_gone(host: &Host) {
     assert!(host.call("flannel", "CHECK", "c9", &check).is_err());
 }
 
-fn bad_input_is_refused(host: &Host) {
+fn invalid_input_is_refused_with_cni_codes(host: &Host) {
     host.pod("c1");
     let good = host.conf("1.0.0").to_string();
     let code = |stdin: &str, env: &[(&str, &str)]| {
@@ -438,7 +438,7 @@ fn bad_input_is_refused(host: &Host) {
     assert_eq!(host.links(), BTreeSet::from(["lo".to_owned()]), "nothing was made");
 }
 
-fn a_foreign_delegate_is_executed(host: &Host) {
+fn foreign_delegate_is_executed(host: &Host) {
     use std::os::unix::fs::PermissionsExt;
     let plugin = host.root.join("bin/mine");
     let script = format!(
@@ -461,7 +461,7 @@ fn a_foreign_delegate_is_executed(host: &Host) {
     assert_eq!((&error["code"], &error["msg"]), (&json!(11), &json!("later")));
 }
 
-fn loopback_goes_up_and_down(host: &Host) {
+fn loopback_sets_lo_up_and_down(host: &Host) {
     let pod = host.pod("c1");
     let up = || pod.run(|| link::get(&mut socket(), name("lo")).unwrap().unwrap().up).unwrap();
     let conf = json!({ "cniVersion": "1.0.0", "name": "lo", "type": "loopback" });
@@ -475,7 +475,7 @@ fn loopback_goes_up_and_down(host: &Host) {
     assert!(host.call("loopback", "CHECK", "c1", &conf).is_err());
 }
 
-fn the_program_links_no_async_runtime(_: &Host) {
+fn program_links_no_async_runtime(_: &Host) {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--offline", "--edges", "normal,build", "--prefix", "none", "--manifest-path", manifest])

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_flannel-cni");
 
-/// What is done with a list of configurations, of which each but the first follows the one before it.
+/// A command for a list of configurations, of which each but the first is chained to the one before it.
 #[derive(Clone)]
 struct Call {
     verb: &'static str,
@@ -173,7 +173,7 @@ fn cases() -> Vec<Case> {
         &[with(&host_local(&json!({})), &json!({ "runtimeConfig": { "ips": ["10.9.9.9/24"] } }))],
     ));
     cases.push(refused("host-local: a resolv.conf that is not there", &[host_local(&json!({ "resolvConf": "ROOT/nowhere" }))]));
-    // Addresses in turn, of several containers, and what is asked for by name.
+    // Addresses in turn, of several containers, and requested ones.
     let plain = host_local(&json!({ "ranges": [[{ "subnet": "10.1.17.0/29" }]] }));
     let add = |id: &'static str, args: &'static str| Call { verb: "ADD", id, list: vec![plain.clone()], env: vec![("CNI_ARGS", args)] };
     let del = |id: &'static str| Call { verb: "DEL", id, list: vec![plain.clone()], env: Vec::new() };
@@ -194,7 +194,7 @@ fn cases() -> Vec<Case> {
             add("g", ""),
             add("h", ""),
             add("i", ""),
-            del("nobody"),
+            del("absent"),
             del("b"),
             add("i", "IP=10.1.17.3/29"),
         ],
@@ -441,7 +441,7 @@ fn sorted(value: Value) -> Value {
     }
 }
 
-/// What is in the two namespaces and in the files.
+/// The objects in the two namespaces, and the files.
 fn state(root: &Path, host: &Netns, pod: &Netns) -> Vec<String> {
     let run = |netns: &Netns, script: &str| {
         let mut sh = Command::new("sh");

@@ -1,4 +1,4 @@
-//! What the rules and limits of plugins do to real packets.
+//! Rules and limits of the plugins, tested with packets.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -27,12 +27,12 @@ fn main() {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
     }
     let tests: [(&str, Test); 6] = [
-        ("calls_at_once_take_nothing_from_each_other_by_nftables", |host| calls_at_once(host, "nftables")),
-        ("calls_at_once_take_nothing_from_each_other_by_iptables", |host| calls_at_once(host, "iptables")),
-        ("ports_of_the_host_lead_to_the_container_by_nftables", |host| ports_of_the_host(host, "nftables")),
-        ("ports_of_the_host_lead_to_the_container_by_iptables", |host| ports_of_the_host(host, "iptables")),
-        ("the_firewall_plugin_lets_containers_pass_a_dropping_policy", the_firewall_plugin_lets_containers_pass),
-        ("a_container_cannot_send_with_another_mac", a_container_cannot_send_with_another_mac),
+        ("parallel_calls_keep_each_others_rules_nftables", |host| parallel_calls_keep_each_others_rules(host, "nftables")),
+        ("parallel_calls_keep_each_others_rules_iptables", |host| parallel_calls_keep_each_others_rules(host, "iptables")),
+        ("host_ports_reach_the_container_nftables", |host| host_ports_reach_the_container(host, "nftables")),
+        ("host_ports_reach_the_container_iptables", |host| host_ports_reach_the_container(host, "iptables")),
+        ("firewall_accepts_containers_under_drop_policy", firewall_accepts_containers_under_drop_policy),
+        ("spoofed_mac_is_dropped", spoofed_mac_is_dropped),
     ];
     let trial = |(name, test): (&'static str, Test)| {
         Trial::test(name, move || {
@@ -107,7 +107,7 @@ fn del(host: &Host, id: &str, list: &[Value]) {
     }
 }
 
-/// Listens on a port in a namespace; each connection is told who it comes from.
+/// Listens on a port in a namespace; each connection receives the client's address.
 fn serve(netns: &Netns, to: SocketAddr) {
     let listener = netns.run(|| TcpListener::bind(to).unwrap()).unwrap();
     std::thread::spawn(move || {
@@ -119,7 +119,7 @@ fn serve(netns: &Netns, to: SocketAddr) {
     });
 }
 
-/// Whom the server takes a client in `netns` for; `None` if it cannot be reached.
+/// The client's address as the server sees it; `None` if the server cannot be reached.
 fn ask(netns: &Netns, to: &str) -> Option<String> {
     netns
         .run(|| {
@@ -131,7 +131,7 @@ fn ask(netns: &Netns, to: &str) -> Option<String> {
         .unwrap()
 }
 
-fn ports_of_the_host(host: &Host, backend: &str) {
+fn host_ports_reach_the_container(host: &Host, backend: &str) {
     let outside = outside(host);
     let (pod, other) = (host.pod("c1"), host.pod("c2"));
     let mappings = json!([
@@ -157,7 +157,7 @@ fn ports_of_the_host(host: &Host, backend: &str) {
     // From another container of the same bridge, and from the container itself: the answer must come back the same way.
     assert!(ask(&other, "192.0.2.1:8080").is_some());
     assert!(ask(&pod, "192.0.2.1:8080").is_some());
-    // Containers that speak to each other directly keep their addresses.
+    // Containers that connect to each other directly keep their addresses.
     assert_eq!(ask(&other, &format!("{}:80", own[0])).as_deref(), Some("10.1.17.3"));
     // UDP.
     let server = pod.run(|| UdpSocket::bind(SocketAddr::new(own[0], 53)).unwrap()).unwrap();
@@ -190,7 +190,7 @@ fn ports_of_the_host(host: &Host, backend: &str) {
     assert_eq!(server.recv_from(&mut buffer).unwrap().0, 3);
 }
 
-fn the_firewall_plugin_lets_containers_pass(host: &Host) {
+fn firewall_accepts_containers_under_drop_policy(host: &Host) {
     let outside = outside(host);
     let pod = host.pod("c1");
     for program in ["iptables", "ip6tables"] {
@@ -210,7 +210,7 @@ fn the_firewall_plugin_lets_containers_pass(host: &Host) {
     del(host, "c1", &conf);
 }
 
-fn a_container_cannot_send_with_another_mac(host: &Host) {
+fn spoofed_mac_is_dropped(host: &Host) {
     let pod = host.pod("c1");
     let mut conf = list(host, &json!({ "type": "tuning" }));
     conf.truncate(1);
@@ -229,7 +229,7 @@ fn a_container_cannot_send_with_another_mac(host: &Host) {
     assert!(!host.nft().contains("c1"), "{}", host.nft());
 }
 
-fn calls_at_once(host: &Host, backend: &str) {
+fn parallel_calls_keep_each_others_rules(host: &Host, backend: &str) {
     let outside = outside(host);
     let pods: Vec<(String, Netns)> = (0..16).map(|i| (format!("c{i}"), host.pod(&format!("c{i}")))).collect();
     let conf = &|i: usize| {

@@ -127,8 +127,8 @@ pub struct Layout {
 
 impl Layout {
     /// Are the shared rules in place? None of their chains is empty, then.
-    pub fn is_whole(&self, found: &[Found]) -> bool {
-        self.shared.iter().all(|rule| found.iter().any(|found| found.chain == rule.chain))
+    pub fn is_whole(&self, has_rules: impl Fn(&str) -> bool) -> bool {
+        self.shared.iter().all(|rule| has_rules(&rule.chain))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Connection tracking: entries that must go because what they remember is over (`linux/netfilter/nfnetlink_conntrack.h`).
+//! Connection tracking: removal of entries that lead to the wrong place (`linux/netfilter/nfnetlink_conntrack.h`).
 
 use flannel::Family;
 
@@ -15,8 +15,8 @@ const PROTO_NUM: u16 = 1;
 const PROTO_DST_PORT: u16 = 3;
 const UDP: u8 = 17;
 
-/// Forgets UDP "connections" to some ports. A datagram to a port that leads to a container only since now would otherwise
-/// follow the entry that its predecessors made.
+/// Removes tracked UDP flows to some ports. While a flow is tracked its datagrams go where the first one went, whatever rules
+/// were added or removed since.
 ///
 /// # Errors
 /// What the kernel answers.

@@ -17,7 +17,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Waits until an open file or folder is locked by nobody else, and locks it until it is closed.
+/// Waits until no other process locks an open file or folder, and locks it until it is closed.
 ///
 /// # Errors
 /// `TimedOut` when another process holds it all the time; what the kernel answers otherwise.

@@ -1,10 +1,11 @@
 //! Tables that the CNI plugins share, ours and the reference plugins: rules of [`flannel::pod`] are encoded, read and
 //! deleted by netlink, without running `nft`.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use flannel::Family;
-use flannel::pod::{Chain, Condition, Found, Owner, Rule, Table, TableFamily, Tag, Verdict};
+use flannel::pod::{Chain, Condition, Found, Layout, Owner, Rule, Table, TableFamily, Tag, Verdict};
 use flannel::traffic;
 
 use crate::netlink::{APPEND, Batch, Body, CREATE, NetlinkError, Protocol, Socket, attrs, ip_in, str_in};
@@ -97,7 +98,7 @@ pub fn list(table: Table) -> Result<Vec<Found>, NetlinkError> {
 /// What the kernel answers.
 pub fn ensure(table: Table) -> Result<(), NetlinkError> {
     let mut socket = Socket::open(Protocol::Netfilter)?;
-    if table.layout().is_whole(&founds(&read(&mut socket, table)?)) {
+    if is_whole(&mut socket, table, &table.layout())? {
         return Ok(());
     }
     add_with(&mut socket, table, |_| {})
@@ -108,7 +109,7 @@ pub fn ensure(table: Table) -> Result<(), NetlinkError> {
 pub(crate) fn add_with(socket: &mut Socket, table: Table, rules: impl Fn(&mut Batch)) -> Result<(), NetlinkError> {
     let layout = table.layout();
     let mut batch = Batch::new();
-    if layout.is_whole(&founds(&read(socket, table)?)) {
+    if is_whole(socket, table, &layout)? {
         rules(&mut batch);
         match socket.transaction(nft::SUBSYSTEM, std::mem::take(&mut batch)) {
             // Another program just deleted a part of it.
@@ -118,7 +119,7 @@ pub(crate) fn add_with(socket: &mut Socket, table: Table, rules: impl Fn(&mut Ba
     }
     encode_table(&mut batch, table, layout.comment);
     layout.chains.iter().for_each(|chain| encode_chain(&mut batch, table, chain));
-    if !layout.is_whole(&founds(&read(socket, table)?)) {
+    if !is_whole(socket, table, &layout)? {
         // The ones that are left would exist twice.
         let mut chains: Vec<&str> = layout.shared.iter().map(|rule| rule.chain.as_str()).collect();
         chains.dedup();
@@ -133,28 +134,47 @@ pub(crate) fn add_with(socket: &mut Socket, table: Table, rules: impl Fn(&mut Ba
     socket.transaction(nft::SUBSYSTEM, batch)
 }
 
+/// Are the shared rules of a table in place? Of each rule the chain alone is read.
+fn is_whole(socket: &mut Socket, table: Table, layout: &Layout) -> Result<bool, NetlinkError> {
+    let chain = |rule: RawRule<'_>| Some(rule.chain.to_owned());
+    let chains: BTreeSet<String> = dump(socket, table, chain)?.into_iter().collect();
+    Ok(layout.is_whole(|chain| chains.contains(chain)))
+}
+
 pub(crate) fn founds(rules: &[Handle]) -> Vec<Found> {
     rules.iter().map(|rule| rule.found.clone()).collect()
 }
 
 /// Reads the rules of a table; none if it does not exist.
 pub(crate) fn read(socket: &mut Socket, table: Table) -> Result<Vec<Handle>, NetlinkError> {
+    dump(socket, table, |rule| {
+        let found = Found {
+            chain: rule.chain.to_owned(),
+            owner: decode_owner(find(rule.attributes, nft::RULE_USERDATA).unwrap_or_default()),
+            addresses: decode_addresses(find(rule.attributes, nft::RULE_EXPRESSIONS).unwrap_or_default()),
+        };
+        Some(Handle { found, handle: find(rule.attributes, nft::RULE_HANDLE)?.to_vec() })
+    })
+}
+
+/// A rule as the kernel sends it.
+struct RawRule<'a> {
+    chain: &'a str,
+    attributes: &'a [u8],
+}
+
+fn dump<T>(socket: &mut Socket, table: Table, decode: impl Fn(RawRule<'_>) -> Option<T>) -> Result<Vec<T>, NetlinkError> {
     let only = |body: &mut Body<'_>| {
         body.bytes(&proto(table)).attr_str(nft::TABLE, table.name());
     };
-    let decode = |body: &[u8]| {
-        let bytes = body.get(4..)?;
-        if find(bytes, nft::TABLE).and_then(str_in)? != table.name() {
+    let rule = |body: &[u8]| {
+        let attributes = body.get(4..)?;
+        if find(attributes, nft::TABLE).and_then(str_in)? != table.name() {
             return None;
         }
-        let found = Found {
-            chain: find(bytes, nft::RULE_CHAIN).and_then(str_in)?.to_owned(),
-            owner: decode_owner(find(bytes, nft::RULE_USERDATA).unwrap_or_default()),
-            addresses: decode_addresses(find(bytes, nft::RULE_EXPRESSIONS).unwrap_or_default()),
-        };
-        Some(Handle { found, handle: find(bytes, nft::RULE_HANDLE)?.to_vec() })
+        decode(RawRule { chain: find(attributes, nft::RULE_CHAIN).and_then(str_in)?, attributes })
     };
-    match socket.dump(nft::kind(nft::GETRULE), only, decode) {
+    match socket.dump(nft::kind(nft::GETRULE), only, rule) {
         Err(error) if error.is_not_found() || nft::is_without_nf_tables(&error) => Ok(Vec::new()),
         other => other,
     }

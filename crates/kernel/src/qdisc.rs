@@ -1,5 +1,5 @@
-//! Rate limits by queueing disciplines, as the bandwidth plugin wants them: a token bucket on a link, and a redirection of
-//! what a link receives to another one (`linux/pkt_sched.h`, `linux/pkt_cls.h`).
+//! Rate limits by queueing disciplines, as the bandwidth plugin needs them: a token bucket on a link, and a redirection of
+//! a link's received packets to another link (`linux/pkt_sched.h`, `linux/pkt_cls.h`).
 
 use crate::netlink::{Body, CREATE, EXCL, NetlinkError, REPLACE, Socket, attrs, str_in, u32_at};
 
@@ -28,14 +28,14 @@ const ETH_P_ALL: u16 = 3;
 /// `TC_LINKLAYER_ETHERNET`
 const ETHERNET: u8 = 1;
 
-/// A token bucket: bytes a second, and bytes that may go at once.
+/// A token bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     /// Bytes a second.
     pub rate: u64,
     /// Bytes of the largest burst.
     pub burst: u32,
-    /// Bytes that may wait; what is beyond is dropped.
+    /// Bytes that may wait; further packets are dropped.
     pub limit: u32,
 }
 
@@ -60,7 +60,7 @@ fn ticks(microseconds: u64) -> u32 {
     u32::try_from(microseconds.saturating_mul(t2us) / us2t).unwrap_or(u32::MAX)
 }
 
-/// Limits what a link sends.
+/// Limits a link's transmission.
 ///
 /// # Errors
 /// What the kernel answers.
@@ -84,7 +84,7 @@ pub fn limit(socket: &mut Socket, index: u32, bucket: Bucket) -> Result<(), Netl
     })
 }
 
-/// Hands everything that a link receives to another one, as if that had sent it.
+/// Redirects all packets that a link receives to another link, which sends them.
 ///
 /// # Errors
 /// What the kernel answers.
@@ -123,7 +123,7 @@ fn mirred(action: &mut Body<'_>, to: u32) {
     });
 }
 
-/// The limit on what a link sends, if there is one.
+/// The limit on a link's transmission; `None` if it has none.
 ///
 /// # Errors
 /// What the kernel answers.

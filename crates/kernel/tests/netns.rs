@@ -46,11 +46,11 @@ fn main() {
         ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
         ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
-        ("what_plugins_wrote_for_pods_is_written_again", what_plugins_wrote_for_pods_is_written_again),
+        ("missing_pod_rules_are_restored", missing_pod_rules_are_restored),
         ("forwarding_that_is_switched_off_is_heard_of", forwarding_that_is_switched_off_is_heard_of),
         ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
         ("a_file_is_watched_also_when_its_folder_goes", a_file_is_watched_also_when_its_folder_goes),
-        ("one_daemon_at_a_time", one_daemon_at_a_time),
+        ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
         ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
     ];
     let trial = |(name, test): (&str, fn())| {
@@ -552,7 +552,7 @@ fn forwarding_that_is_switched_off_is_heard_of() {
     }
 }
 
-fn what_plugins_wrote_for_pods_is_written_again() {
+fn missing_pod_rules_are_restored() {
     let end = link::get(&mut external(), name("wire")).unwrap().unwrap().index;
     let mut kernel = Kernel::open().unwrap();
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
@@ -820,7 +820,7 @@ fn a_file_is_watched_also_when_its_folder_goes() {
     );
 }
 
-fn one_daemon_at_a_time() {
+fn instance_lock_refuses_second_holder() {
     let path = std::path::Path::new("/mnt/alone/.lock");
     let patience = std::time::Duration::from_millis(50);
     let held = kernel::lock::alone(path, patience).unwrap();

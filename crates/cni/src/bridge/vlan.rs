@@ -69,7 +69,7 @@ impl Vlans {
         }
         let own = match (self.own, self.trunk.is_empty()) {
             (Some(own), _) => Some(own),
-            // A trunk alone: what is untagged belongs to the default VLAN.
+            // A trunk alone: untagged frames belong to the default VLAN.
             (None, false) => Some(DEFAULT),
             (None, true) => None,
         };

@@ -149,7 +149,7 @@ pub fn review(table: Table, layout: &Layout, notes: &[(String, Note)], alive: &B
         }
     }
     // Rules that no shared rule leads to have no effect.
-    let is_whole = layout.is_whole(found);
+    let is_whole = layout.is_whole(|chain| found.iter().any(|rule| rule.chain == chain));
     let repair = |state: State<'_>| {
         let add: Vec<Rule> = state.living.iter().flat_map(|(_, note)| note.rules.encode()).collect();
         let is_right = is_whole && state.dead.is_empty() && state.rules.len() >= add.len();
