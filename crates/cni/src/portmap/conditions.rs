@@ -1,19 +1,23 @@
 //! Port mappings with conditions in the words of `nft`: that program writes the rules, because only it reads its language. It
 //! writes no tags, and the rules are not noted: a DEL finds them by comment and address.
 
-use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::process::{Command as Process, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use ::flannel::Family;
 use ::flannel::pod::ports::{HOSTPORTS, Ports};
 use ::flannel::pod::{Table, comment};
+use kernel::child::{self, Limits};
 use kernel::pod_table;
 
 use super::iptables::protocol_name;
 use crate::chained::failed;
 use crate::protocol::CniError;
+
+/// What `nft` may use: it waits for no one, and prints the lines that it refuses.
+const LIMITS: Limits = Limits { time: Duration::from_secs(10), output: 4096 };
 
 /// Adds a container's mappings for packets that meet the conditions.
 pub(super) fn add(ports: &Ports, container: &str, conditions: &[String]) -> Result<(), CniError> {
@@ -46,19 +50,11 @@ fn run(script: &str) -> Result<(), CniError> {
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
     let program = folders.map(|folder| folder.join("nft")).find(|file| file.is_file());
     let program = program.ok_or_else(|| failed("the program is not installed".to_owned()))?;
-    let mut child = Process::new(program)
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| failed(error.to_string()))?;
-    // What nft does not read it reports by its status.
-    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
-    let output = child.wait_with_output().map_err(|error| failed(error.to_string()))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    let ended = child::run(Command::new(program).args(["-f", "-"]), script, LIMITS).map_err(|error| failed(error.to_string()))?;
+    match ended.status {
+        Some(status) if status.success() => Ok(()),
+        Some(_) => Err(failed(String::from_utf8_lossy(&ended.stderr).trim().to_owned())),
+        None => Err(failed(format!("it did not end within {} s", LIMITS.time.as_secs()))),
     }
 }
 
