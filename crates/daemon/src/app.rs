@@ -24,7 +24,7 @@ use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::settings::RunArgs;
-use crate::store::{self, Access, Claim, Etcd, Kube, Obstacle, Store, kube};
+use crate::store::{self, Access, Claim, Etcd, Kube, Store, StoreError, kube};
 use crate::systemd;
 use crate::view::View;
 
@@ -120,9 +120,9 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     // The configuration is read again at each attempt: it may be the reason why the interface does not fit.
     let (config, facts, node, data) = retry_until_ready(&starting, &notices, async || {
         let config = store.config().await?;
-        let facts = Facts::new(args, &store.node_public().await?).map_err(Obstacle::Lasting)?;
+        let facts = Facts::new(args, &store.node_public().await?).map_err(StoreError::Lasting)?;
         let node = facts.node(&host, &config, PerFamily::default()).await.map_err(|error| match error {
-            FactsError::Flags(text) => Obstacle::Lasting(anyhow!(text)),
+            FactsError::Flags(text) => StoreError::Lasting(anyhow!(text)),
             FactsError::Passing(text) => passing("NoInterface", text),
         })?;
         let data = match config.backend.before_lease() {
@@ -186,13 +186,13 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     bail!("a part of the daemon ended unexpectedly")
 }
 
-fn passing(reason: &'static str, text: String) -> Obstacle {
-    Obstacle::Passing(Notice::new(reason, text))
+fn passing(reason: &'static str, text: String) -> StoreError {
+    StoreError::Passing(Notice::new(reason, text))
 }
 
 /// Asks until there is an answer. An obstacle is logged once, is on `/readyz` for as long as it lasts, and becomes a notice if it is
 /// still there the next time: a Node that waits a moment for its pod CIDR concerns no operator.
-async fn retry_until_ready<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, Obstacle>) -> anyhow::Result<T> {
+async fn retry_until_ready<T>(guard: &Guard, notices: &Notices, ask: impl AsyncFn() -> Result<T, StoreError>) -> anyhow::Result<T> {
     let mut logged = String::new();
     let mut unsent = None;
     let mut wait = ASK_AGAIN.0;
@@ -202,14 +202,14 @@ async fn retry_until_ready<T>(guard: &Guard, notices: &Notices, ask: impl AsyncF
                 guard.say("");
                 return Ok(answer);
             }
-            Err(Obstacle::Lasting(error)) => return Err(error),
-            Err(Obstacle::Passing(notice)) if notice.text != logged => {
+            Err(StoreError::Lasting(error)) => return Err(error),
+            Err(StoreError::Passing(notice)) if notice.text != logged => {
                 tracing::warn!(reason = notice.text, "waiting; trying again");
                 guard.say(&notice.text);
                 logged.clone_from(&notice.text);
                 unsent = Some(notice);
             }
-            Err(Obstacle::Passing(_)) => unsent.take().into_iter().for_each(|notice| notices.put(notice)),
+            Err(StoreError::Passing(_)) => unsent.take().into_iter().for_each(|notice| notices.put(notice)),
         }
         systemd::extend_start(START_EXTENSION);
         tokio::time::sleep(wait.mul_f64(0.75 + 0.5 * fastrand::f64())).await;
@@ -238,7 +238,7 @@ fn access(args: &RunArgs) -> Access {
 }
 
 /// Runs a command of the operator; one that fails may succeed next time.
-async fn run_command(host: &impl Host, field: &str, command: Command) -> Result<String, Obstacle> {
+async fn run_command(host: &impl Host, field: &str, command: Command) -> Result<String, StoreError> {
     host.run(command).await.map_err(|error| passing("CommandFailed", format!("network config: {field}: {error:#}")))
 }
 

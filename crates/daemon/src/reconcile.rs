@@ -38,7 +38,7 @@ use crate::facts::Facts;
 use crate::host::{Host, Notifications};
 use crate::notice::Notices;
 use crate::ready::Guard;
-use crate::store::{Claim, Held as LeaseHandle};
+use crate::store::{Claim, LeaseHandle};
 use crate::view::View;
 
 /// How long the objects that wait for a child process or for a lock may delay a start.

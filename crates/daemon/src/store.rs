@@ -12,7 +12,7 @@ use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-pub use self::connect::{Access, Wire};
+pub use self::connect::{Access, Transport};
 pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
 pub use self::kube::Kube;
 use crate::notice::{Notice, Notices};
@@ -27,7 +27,7 @@ const STALE: Duration = Duration::from_secs(60);
 
 /// Why a store does not give what it was asked for.
 #[derive(Debug)]
-pub enum Obstacle {
+pub enum StoreError {
     /// It may pass: it is worth asking again.
     Passing(Notice),
     /// Nothing will change by waiting.
@@ -53,7 +53,7 @@ pub struct Claim {
 
 /// A lease that this node holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Held {
+pub struct LeaseHandle {
     /// The leased subnets.
     pub key: LeaseKey,
     /// The addresses that are published with it: an operator may have overwritten this node's own.
@@ -67,20 +67,25 @@ pub struct Held {
 /// A place where leases are kept. Clones are handles to the same.
 pub trait Store: Clone + Send + Sync + 'static {
     /// The network configuration.
-    fn config(&self) -> impl Future<Output = Result<Config, Obstacle>> + Send;
+    fn config(&self) -> impl Future<Output = Result<Config, StoreError>> + Send;
 
     /// The addresses that shall be published instead of those of the command line.
-    fn node_public(&self) -> impl Future<Output = Result<PerFamily<IpAddr>, Obstacle>> + Send;
+    fn node_public(&self) -> impl Future<Output = Result<PerFamily<IpAddr>, StoreError>> + Send;
 
     /// What this node, which publishes `public`, published before.
-    fn published(&self, config: &Config, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, Obstacle>> + Send;
+    fn published(&self, config: &Config, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, StoreError>> + Send;
 
     /// Acquires a lease.
-    fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<Held, Obstacle>> + Send;
+    fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<LeaseHandle, StoreError>> + Send;
 
     /// Keeps the lease for ever, writes it anew when the claim changes, and acquires it again whenever it is gone, which
     /// `lost` may tell as well. What is held is published in `held`.
-    fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) -> impl Future<Output = ()> + Send;
+    fn keep(
+        self,
+        claims: watch::Receiver<Claim>,
+        held: watch::Sender<LeaseHandle>,
+        lost: mpsc::Receiver<()>,
+    ) -> impl Future<Output = ()> + Send;
 
     /// Follows the leases and sends every list and every event, in order, until the receiver is gone.
     fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, link: Link) -> impl Future<Output = ()> + Send;

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::{Inputs, Reconciler};
 use crate::host::Host;
-use crate::store::Held as LeaseHandle;
+use crate::store::LeaseHandle;
 
 /// How long after a lease was acquired the store must have sent its event.
 pub(super) const OWN: Duration = Duration::from_secs(5);

@@ -41,10 +41,10 @@ pub struct Access {
 }
 
 /// What carries requests to one endpoint, and answers back: a connection of HTTP/2, or in a simulation a function.
-pub type Wire = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, tonic::transport::Error>;
+pub type Transport = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, tonic::transport::Error>;
 
 /// A wire that adds the token to each request.
-pub(super) type Connection = InterceptedService<Wire, Token>;
+pub(super) type Connection = InterceptedService<Transport, Token>;
 
 /// The token that etcd gave for the password; none before the first login, or where there is no user.
 #[derive(Debug, Clone, Default)]
@@ -70,14 +70,14 @@ impl Interceptor for Token {
 }
 
 /// Makes a wire; nothing is connected until it is used.
-pub(super) type Lay = Box<dyn Fn() -> Wire + Send + Sync>;
+pub(super) type Connector = Box<dyn Fn() -> Transport + Send + Sync>;
 
 /// The endpoints and who we are to them.
 pub(super) struct Endpoints {
     pub(super) names: Vec<String>,
     /// Makes a new wire to each.
-    lay: Vec<Lay>,
-    wires: Mutex<Vec<Wire>>,
+    lay: Vec<Connector>,
+    wires: Mutex<Vec<Transport>>,
     token: Token,
     login: Option<(String, Secret)>,
     /// Is any of them reached by TLS?
@@ -88,7 +88,7 @@ impl Endpoints {
     /// Reads the comma list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
         let at_start = tls(access)?;
-        let mut lay: Vec<Lay> = Vec::new();
+        let mut lay: Vec<Connector> = Vec::new();
         let mut names = Vec::new();
         for text in access.endpoints.split(',') {
             let bad = |problem: String| EtcdError::Endpoint(text.to_owned(), problem);
@@ -114,7 +114,7 @@ impl Endpoints {
                 // Certificates are renewed on disk. What cannot be read, or is half written, is as it was.
                 let renewed = is_secure.then(|| tls(&access).ok()).flatten();
                 let endpoint = renewed.and_then(|tls| endpoint.clone().tls_config(tls).ok()).unwrap_or_else(|| endpoint.clone());
-                Wire::new(endpoint.connect_lazy())
+                Transport::new(endpoint.connect_lazy())
             }));
             names.push(url);
         }
@@ -122,7 +122,7 @@ impl Endpoints {
     }
 
     /// Endpoints by their names and wires.
-    pub(super) fn over(names: Vec<String>, lay: Vec<Lay>, login: Option<(String, Secret)>) -> Endpoints {
+    pub(super) fn over(names: Vec<String>, lay: Vec<Connector>, login: Option<(String, Secret)>) -> Endpoints {
         let wires = Mutex::new(lay.iter().map(|lay| lay()).collect());
         let is_secure = names.iter().any(|name| name.starts_with("https:"));
         Endpoints { names, lay, wires, token: Token::default(), login, is_secure }

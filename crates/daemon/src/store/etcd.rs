@@ -19,8 +19,8 @@ use tonic::{Code, Request, Response, Status};
 
 pub use self::keeper::{AcquireError, Keeper};
 use self::seen::Seen;
-use super::connect::{Access, Connection, Endpoints, Wire, describe};
-use super::{Claim, Held, Link, Obstacle, Store};
+use super::connect::{Access, Connection, Endpoints, Transport, describe};
+use super::{Claim, LeaseHandle, Link, Store, StoreError};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::etcd::event::EventType;
 use crate::etcd::kv_client::KvClient;
@@ -133,7 +133,7 @@ impl Etcd {
     }
 
     /// A client that reaches its store by wires of the caller's, laid anew when this host moves.
-    pub fn over(name: &str, lay: impl Fn() -> Wire + Send + Sync + 'static, prefix: &str) -> Etcd {
+    pub fn over(name: &str, lay: impl Fn() -> Transport + Send + Sync + 'static, prefix: &str) -> Etcd {
         Etcd::with(Endpoints::over(vec![name.to_owned()], vec![Box::new(lay)], None), prefix.to_owned())
     }
 
@@ -143,12 +143,12 @@ impl Etcd {
     }
 
     /// Keeps a list for who asks next.
-    fn leave_seed(&self, snapshot: Snapshot) {
+    fn cache_snapshot(&self, snapshot: Snapshot) {
         *self.0.seed.lock().unwrap_or_else(PoisonError::into_inner) = Some((snapshot, Instant::now()));
     }
 
     /// The list that was kept, if it is not too old to be believed.
-    fn take_seed(&self) -> Option<Snapshot> {
+    fn take_cached(&self) -> Option<Snapshot> {
         let seed = self.0.seed.lock().unwrap_or_else(PoisonError::into_inner).take();
         seed.filter(|(_, at)| at.elapsed() < SEED).map(|(snapshot, _)| snapshot)
     }
@@ -387,7 +387,7 @@ impl Etcd {
 
     /// One snapshot and the watch from its revision on. Returns why it ended.
     async fn snapshot_and_watch(&self, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link, seen: &mut Seen) -> String {
-        let snapshot = match self.take_seed() {
+        let snapshot = match self.take_cached() {
             Some(snapshot) => snapshot,
             None => match self.snapshot().await {
                 Ok(snapshot) => snapshot,
@@ -471,40 +471,40 @@ impl Etcd {
 }
 
 impl Store for Etcd {
-    async fn config(&self) -> Result<Config, Obstacle> {
+    async fn config(&self) -> Result<Config, StoreError> {
         let key = self.config_key();
         match Etcd::config(self).await {
             Ok(Some(text)) => {
                 let text = String::from_utf8(text).with_context(|| format!("{key} in etcd is no UTF-8 text"));
                 let config = text.and_then(|text| Config::parse(&text).with_context(|| format!("{key} in etcd cannot be used")));
-                config.map_err(Obstacle::Lasting)
+                config.map_err(StoreError::Lasting)
             }
             Ok(None) => {
                 let text = format!("there is no network config in etcd yet: put one at {key}");
-                Err(Obstacle::Passing(Notice::new("NoNetworkConfig", text)))
+                Err(StoreError::Passing(Notice::new("NoNetworkConfig", text)))
             }
-            Err(error) => Err(Obstacle::Passing(Notice::new("StoreUnreachable", error.to_string()))),
+            Err(error) => Err(StoreError::Passing(Notice::new("StoreUnreachable", error.to_string()))),
         }
     }
 
-    async fn node_public(&self) -> Result<PerFamily<IpAddr>, Obstacle> {
+    async fn node_public(&self) -> Result<PerFamily<IpAddr>, StoreError> {
         Ok(PerFamily::default())
     }
 
-    async fn published(&self, _: &Config, public: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
+    async fn published(&self, _: &Config, public: PerFamily<IpAddr>) -> Result<Option<Peer>, StoreError> {
         let snapshot = self.snapshot().await.map_err(AcquireError::from)?;
         let mut peers = snapshot.entries.iter().filter_map(|entry| entry.peer.as_ref());
         let found = peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)).cloned();
-        self.leave_seed(snapshot);
+        self.cache_snapshot(snapshot);
         Ok(found)
     }
 
-    async fn acquire(&self, claim: &Claim) -> Result<Held, Obstacle> {
+    async fn acquire(&self, claim: &Claim) -> Result<LeaseHandle, StoreError> {
         let keeper = Keeper { store: self.clone(), claim: claim.clone() };
         Ok(keeper.acquire(&claim.previous, true).await?)
     }
 
-    async fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<Held>, lost: mpsc::Receiver<()>) {
+    async fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<LeaseHandle>, lost: mpsc::Receiver<()>) {
         let claim = claims.borrow().clone();
         Keeper { store: self, claim }.run(claims, held, lost).await;
     }
@@ -529,13 +529,13 @@ impl Store for Etcd {
     }
 }
 
-impl From<AcquireError> for Obstacle {
-    fn from(error: AcquireError) -> Obstacle {
+impl From<AcquireError> for StoreError {
+    fn from(error: AcquireError) -> StoreError {
         match error {
             AcquireError::Store(EtcdError::Unreachable { .. }) | AcquireError::Races => {
-                Obstacle::Passing(Notice::new("NoLease", error.to_string()))
+                StoreError::Passing(Notice::new("NoLease", error.to_string()))
             }
-            error => Obstacle::Lasting(anyhow::Error::new(error).context("cannot acquire a lease")),
+            error => StoreError::Lasting(anyhow::Error::new(error).context("cannot acquire a lease")),
         }
     }
 }

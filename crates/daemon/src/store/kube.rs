@@ -24,7 +24,7 @@ pub use self::api::ApiError;
 use self::api::{Api, NodeObject};
 use self::follow::Place;
 use self::table::Table;
-use super::{Claim, Held, Link, Obstacle, Store};
+use super::{Claim, LeaseHandle, Link, Store, StoreError};
 use crate::notice::{Notice, Notices};
 use crate::ready::{Guard, Ready};
 use crate::settings::RunArgs;
@@ -149,14 +149,14 @@ impl Trouble {
     }
 }
 
-impl From<Trouble> for Obstacle {
-    fn from(trouble: Trouble) -> Obstacle {
-        Obstacle::Passing(Notice::new(trouble.reason(), trouble.to_string()))
+impl From<Trouble> for StoreError {
+    fn from(trouble: Trouble) -> StoreError {
+        StoreError::Passing(Notice::new(trouble.reason(), trouble.to_string()))
     }
 }
 
-impl From<ApiError> for Obstacle {
-    fn from(error: ApiError) -> Obstacle {
+impl From<ApiError> for StoreError {
+    fn from(error: ApiError) -> StoreError {
         Trouble::Api(error).into()
     }
 }
@@ -166,9 +166,9 @@ impl Kube {
     ///
     /// # Errors
     /// Flags and files that cannot be used are lasting, a server that does not answer is not.
-    pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, Obstacle> {
-        let config = access.client_config().await.map_err(Obstacle::Lasting)?;
-        let api = Api::new(config).context("cannot make a client of the API server").map_err(Obstacle::Lasting)?;
+    pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, StoreError> {
+        let config = access.client_config().await.map_err(StoreError::Lasting)?;
+        let api = Api::new(config).context("cannot make a client of the API server").map_err(StoreError::Lasting)?;
         let node = match &access.whoami {
             WhoAmI::Node(name) => name.clone(),
             WhoAmI::Pod { namespace, name } => api.node_of_pod(namespace, name).await?,
@@ -204,7 +204,7 @@ impl Kube {
 
     /// Makes this node's Node say what this node publishes. Returns the lease, the Node's uid, and how many annotations
     /// had to be written. What no peer could use (a pod CIDR outside the pod network) is not published.
-    async fn publish(&self, claim: &Claim) -> Result<(Held, String, usize), Trouble> {
+    async fn publish(&self, claim: &Claim) -> Result<(LeaseHandle, String, usize), Trouble> {
         let node = self.own_node().await?;
         let key = annotations::pod_cidrs(&node.spec.pod_cidr, &node.spec.pod_cidrs)
             .and_then(|subnets| annotations::own_lease_key(&claim.config, &subnets))
@@ -218,7 +218,7 @@ impl Kube {
             let patch = json!({ "metadata": { "annotations": missing } });
             self.api().patch_node("write this node's annotations", self.node(), &patch).await?;
         }
-        Ok((Held { key, published: peer.public, etcd_lease: 0, is_new: false }, node.metadata.uid, missing.len()))
+        Ok((LeaseHandle { key, published: peer.public, etcd_lease: 0, is_new: false }, node.metadata.uid, missing.len()))
     }
 
     /// Tells the scheduler that pods can be put here (specification, section 4.7).
@@ -241,33 +241,33 @@ impl Kube {
 impl Store for Kube {
     /// The file of `--net-config-path`. It comes from a ConfigMap, which an operator may put right meanwhile: so what
     /// cannot be used is waited out.
-    async fn config(&self) -> Result<Config, Obstacle> {
+    async fn config(&self) -> Result<Config, StoreError> {
         let path = &self.0.access.config_path;
         let fix = "key net-conf.json of ConfigMap kube-flannel-cfg";
         let config = match std::fs::read_to_string(path) {
             Ok(text) => Config::parse_assigned(&text).map_err(|error| format!("--net-config-path {} ({fix}): {error}", path.display())),
             Err(error) => Err(format!("cannot read --net-config-path {} ({fix}): {error}", path.display())),
         };
-        config.map_err(|text| Obstacle::Passing(Notice::new("BadNetworkConfig", text)))
+        config.map_err(|text| StoreError::Passing(Notice::new("BadNetworkConfig", text)))
     }
 
-    async fn node_public(&self) -> Result<PerFamily<IpAddr>, Obstacle> {
+    async fn node_public(&self) -> Result<PerFamily<IpAddr>, StoreError> {
         let node = self.own_node().await?;
         Ok(self.keys().node_public(&node.metadata.annotations).map_err(|error| self.trouble(error))?)
     }
 
-    async fn published(&self, config: &Config, _: PerFamily<IpAddr>) -> Result<Option<Peer>, Obstacle> {
+    async fn published(&self, config: &Config, _: PerFamily<IpAddr>) -> Result<Option<Peer>, StoreError> {
         let node = self.own_node().await?;
         // What cannot be read is written anew.
         Ok(self.keys().peer(&node.metadata.annotations, config, &Peer::default()).map(|(peer, _)| peer))
     }
 
-    async fn acquire(&self, claim: &Claim) -> Result<Held, Obstacle> {
+    async fn acquire(&self, claim: &Claim) -> Result<LeaseHandle, StoreError> {
         let (held, _, _) = self.publish(claim).await?;
         Ok(held)
     }
 
-    async fn keep(self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
+    async fn keep(self, mut claims: watch::Receiver<Claim>, held: watch::Sender<LeaseHandle>, mut lost: mpsc::Receiver<()>) {
         // The Node whose condition was set: one that is made anew has none.
         let mut conditioned = if self.0.access.set_condition { None } else { Some(String::new()) };
         let mut failed: Option<(Duration, String, Guard)> = None;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use daemon::embedded::memory::Memory;
-use daemon::store::Wire;
+use daemon::store::Transport;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -106,9 +106,9 @@ impl Cable {
 }
 
 /// A wire to a store.
-pub(crate) fn wire(store: &Memory, cable: &Cable) -> Wire {
+pub(crate) fn wire(store: &Memory, cable: &Cable) -> Transport {
     let (store, cable) = (store.clone(), cable.clone());
-    Wire::new(tower::service_fn(move |request| {
+    Transport::new(tower::service_fn(move |request| {
         let (store, view) = (store.clone(), cable.subscribe());
         async move { Ok(carry(request, store, view).await) }
     }))

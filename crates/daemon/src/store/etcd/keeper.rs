@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::{Entry, Etcd, EtcdError, Snapshot};
-use crate::store::{Claim, Held};
+use crate::store::{Claim, LeaseHandle};
 
 /// How often a lost race for a subnet is tried again before it is an error.
 const TRIES: u32 = 20;
@@ -55,7 +55,7 @@ impl Keeper {
     ///
     /// # Errors
     /// [`AcquireError`].
-    pub async fn acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<Held, AcquireError> {
+    pub async fn acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<LeaseHandle, AcquireError> {
         for attempt in 0..TRIES {
             if attempt > 0 {
                 // Others who lost the same race draw another time and another subnet.
@@ -69,8 +69,8 @@ impl Keeper {
     }
 
     /// One try; `None` if somebody else changed what this decision stood on.
-    async fn try_acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<Option<Held>, AcquireError> {
-        let seed = self.store.take_seed().filter(|_| is_first);
+    async fn try_acquire(&self, previous: &PerFamily<Subnet>, is_first: bool) -> Result<Option<LeaseHandle>, AcquireError> {
+        let seed = self.store.take_cached().filter(|_| is_first);
         let mut snapshot = match seed {
             Some(snapshot) => snapshot,
             None => self.store.snapshot().await?,
@@ -88,7 +88,7 @@ impl Keeper {
             None => alloc::choose(config, &leases, &peer.public, previous, &mut stale, |n| fastrand::usize(..n))?,
         };
         let is_new = matches!(choice, Choice::Create(_));
-        let held = |key, etcd_lease| Held { key, published: peer.public, etcd_lease, is_new };
+        let held = |key, etcd_lease| LeaseHandle { key, published: peer.public, etcd_lease, is_new };
         let entry = |key: &LeaseKey| snapshot.entries.iter().find(|entry| entry.key == *key);
         if let Some(stale) = stale.as_ref().and_then(entry) {
             tracing::info!(subnet = %stale.key, "giving back a lease of this host that the network config no longer admits");
@@ -121,7 +121,7 @@ impl Keeper {
                 snapshot.entries.retain(|entry| entry.key != key);
                 // Its revisions are told by the watch, which begins before it was written.
                 snapshot.entries.push(Entry { key, peer: Some(lease.peer), create_revision: 0, mod_revision: 0, lease: etcd_lease });
-                self.store.leave_seed(snapshot);
+                self.store.cache_snapshot(snapshot);
             }
             return Ok(Some(held(key, etcd_lease)));
         }
@@ -140,7 +140,7 @@ impl Keeper {
     /// Writes the lease again with what this node publishes now. False if it is not this node's any more. It is known by what
     /// this node published last, and by any etcd lease that it ever had: a store that was restored from a backup may say what
     /// this node said long ago.
-    async fn publish(&self, current: &mut Held, past: &mut Past) -> Result<bool, EtcdError> {
+    async fn publish(&self, current: &mut LeaseHandle, past: &mut Past) -> Result<bool, EtcdError> {
         let snapshot = self.store.snapshot().await?;
         let is_own = |entry: &&Entry| {
             let says_so = entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published));
@@ -169,7 +169,7 @@ impl Keeper {
 
     /// Renews the lease for ever, writes it anew when the claim changes, and acquires it again whenever `lost` says that
     /// it is gone. What is held is published in `held`.
-    pub async fn run(mut self, mut claims: watch::Receiver<Claim>, held: watch::Sender<Held>, mut lost: mpsc::Receiver<()>) {
+    pub async fn run(mut self, mut claims: watch::Receiver<Claim>, held: watch::Sender<LeaseHandle>, mut lost: mpsc::Receiver<()>) {
         let mut current = *held.borrow();
         let ids = self.claim.previous_leases.iter().copied().chain([current.etcd_lease]);
         let mut past = Past { ever: ids.filter(|id| *id != 0).collect(), spare: None };
@@ -256,7 +256,7 @@ impl Keeper {
 
     /// A lease that seems lost may be this node's all the same: then it is written anew. A store that cannot be asked says
     /// neither.
-    async fn is_kept(&self, current: &mut Held, past: &mut Past) -> bool {
+    async fn is_kept(&self, current: &mut LeaseHandle, past: &mut Past) -> bool {
         let mut wait = Duration::from_millis(100);
         loop {
             match self.publish(current, past).await {
@@ -268,7 +268,7 @@ impl Keeper {
         }
     }
 
-    async fn reacquire(&self, before: &Held) -> Held {
+    async fn reacquire(&self, before: &LeaseHandle) -> LeaseHandle {
         let mut wait = Duration::from_millis(100);
         loop {
             match self.acquire(before.key.subnets(), false).await {
