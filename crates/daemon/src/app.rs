@@ -66,7 +66,9 @@ async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
     let (notices, queue) = Notices::new();
     let parts = Parts { ready, starting, syncing, notices, view: publish };
     if !args.kube_subnet_mgr {
-        return node_daemon(args, Etcd::new(&access(args))?, host, parts).await;
+        let access = access(args);
+        let store = retry_until_ready(&parts.starting, &parts.notices, async || Ok(Etcd::new(&access)?)).await?;
+        return node_daemon(args, store, host, parts).await;
     }
     let access = kube::Access::new(args, |name| std::env::var(name).ok())?;
     let store = retry_until_ready(&parts.starting, &parts.notices, async || {
@@ -120,6 +122,7 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     // The configuration is read again at each attempt: it may be the reason why the interface does not fit.
     let (config, facts, node, data) = retry_until_ready(&starting, &notices, async || {
         let config = store.config().await?;
+        store::check_commands(&config, store.config_source(), args.allow_commands)?;
         let facts = Facts::new(args, &store.node_public().await?).map_err(StoreError::Lasting)?;
         let node = facts.node(&host, &config, PerFamily::default()).await.map_err(|error| match error {
             FactsError::Flags(text) => StoreError::Lasting(anyhow!(text)),
@@ -153,7 +156,10 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
     let held = retry_until_ready(&starting, &notices, async || store.acquire(&claim).await).await?;
-    tracing::info!(subnet = %held.key, is_new = held.is_new, "lease acquired");
+    match held.is_new {
+        true => tracing::info!(subnet = %held.key, "lease acquired"),
+        false => tracing::info!(subnet = %held.key, "lease reused"),
+    }
 
     let earlier = before.as_ref().map(|file| previous_networks(&file.text)).unwrap_or_default();
     let has_forgotten = store_trust::has_forgotten(held.is_new, before.as_ref(), &config, &claim.previous);
@@ -229,6 +235,7 @@ fn access(args: &RunArgs) -> Access {
     };
     Access {
         endpoints: args.etcd_endpoints.clone(),
+        is_default: !args.etcd_endpoints_named,
         prefix: args.etcd_prefix.clone(),
         ca: args.etcd_cafile.clone(),
         cert: args.etcd_certfile.clone(),

@@ -12,6 +12,9 @@ pub struct RunArgs {
     /// etcd's endpoints, separated by commas
     #[arg(long, default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379", value_name = "URL[,URL]")]
     pub etcd_endpoints: String,
+    /// Were the endpoints named, on the command line or in the environment? Set from where the value came.
+    #[arg(skip)]
+    pub etcd_endpoints_named: bool,
     /// Prefix of all keys in etcd
     #[arg(long, default_value = "/coreos.com/network", value_name = "PATH")]
     pub etcd_prefix: String,
@@ -72,6 +75,10 @@ pub struct RunArgs {
     /// Port for /healthz, /readyz and /state; 0 for none
     #[arg(long, default_value_t = 0, value_name = "PORT", value_parser = port, allow_negative_numbers = true)]
     pub healthz_port: u16,
+    /// Run the commands of a network config in etcd (Backend.Type extension) on this host, as root. Whoever can write to etcd can then
+    /// run commands here
+    #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
+    pub allow_commands: bool,
     /// Keep leases in Kubernetes' Node objects instead of etcd; NODE_NAME names this host's
     #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set)]
     pub kube_subnet_mgr: bool,
@@ -133,6 +140,13 @@ impl RunArgs {
         let args = parse(&args)?;
         Ok(RunArgs { complaints, ..args })
     }
+
+    /// Notes which values were given and which are defaults.
+    #[must_use]
+    pub fn note_sources(self, matches: &clap::ArgMatches) -> RunArgs {
+        let etcd_endpoints_named = matches.value_source("etcd_endpoints") == Some(clap::parser::ValueSource::CommandLine);
+        RunArgs { etcd_endpoints_named, ..self }
+    }
 }
 
 fn command() -> clap::Command {
@@ -141,7 +155,7 @@ fn command() -> clap::Command {
 
 fn parse(args: &[String]) -> Result<RunArgs, clap::Error> {
     let matches = command().try_get_matches_from(std::iter::once("flanneld").chain(args.iter().map(String::as_str)))?;
-    RunArgs::from_arg_matches(&matches)
+    Ok(RunArgs::from_arg_matches(&matches)?.note_sources(&matches))
 }
 
 /// What Go calls a boolean flag: `--flag` and `--flag=false`, but not `--flag false`.
@@ -310,7 +324,10 @@ mod tests {
             let variable = format!("FLANNELD_{}", flag.to_uppercase().replace('-', "_"));
             assert_eq!(read(&[], &[(&variable, value)]).unwrap().complaints, Vec::<String>::new(), "{variable}");
         }
-        assert_eq!(command.get_arguments().filter(|arg| arg.get_long().is_some()).count(), rows.len(), "a flag that upstream has not");
+        // The flags that upstream does not have.
+        let own = ["allow-commands"];
+        let flags: Vec<_> = command.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| !own.contains(flag)).collect();
+        assert_eq!(flags.len(), rows.len(), "a flag that upstream does not have");
     }
 
     #[test]
@@ -319,6 +336,15 @@ mod tests {
         let run = read(&args, &[("FLANNELD_IFACE", "eth7")]).unwrap();
         assert_eq!((run.public_ip, run.iface_can_reach, run.etcd_cafile, run.etcd_username), (None, None, None, None));
         assert_eq!((run.iface, run.ip_masq), (vec!["eth7".to_owned()], true));
+    }
+
+    #[test]
+    fn default_endpoints_are_known_from_named_ones() {
+        const DEFAULT: &str = "http://127.0.0.1:4001,http://127.0.0.1:2379";
+        assert!(!read(&[], &[]).unwrap().etcd_endpoints_named);
+        assert!(read(&[&format!("--etcd-endpoints={DEFAULT}")], &[]).unwrap().etcd_endpoints_named);
+        assert!(read(&[], &[("FLANNELD_ETCD_ENDPOINTS", DEFAULT)]).unwrap().etcd_endpoints_named);
+        assert!(!read(&[], &[("FLANNELD_ETCD_ENDPOINTS", "")]).unwrap().etcd_endpoints_named);
     }
 
     #[test]

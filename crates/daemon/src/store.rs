@@ -1,40 +1,73 @@
-//! Where leases are kept: what the daemon needs of such a place, and the two that there are, [`Etcd`] (which the embedded
-//! server speaks as well) and [`Kube`].
+//! The store of leases: the trait that the daemon works with, and its two implementations, [`Etcd`] (also for the embedded
+//! server) and [`Kube`].
 
 mod connect;
+mod endpoint;
 pub mod etcd;
+mod failure;
+pub mod foreign;
 pub mod kube;
+mod limits;
+mod link;
+mod reports;
 
 use std::net::IpAddr;
 use std::time::Duration;
 
+use flannel::config::BackendConfig;
 use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
 pub use self::connect::{Access, Transport};
 pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
+pub use self::foreign::foreign_text;
 pub use self::kube::Kube;
-use crate::notice::{Notice, Notices};
-use crate::ready::{Guard, Ready};
-
-/// The wait before a store is followed anew doubles from the first to the second.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// A store that was followed for less than this before it was lost again is waited for longer each time.
-const STEADY: Duration = Duration::from_secs(5);
-/// After this long without the store a node is not called ready any more: it does not hear of new peers.
-const STALE: Duration = Duration::from_secs(60);
+pub use self::link::{Link, Outage};
+use crate::notice::Notice;
 
 /// Why a store does not give what it was asked for.
 #[derive(Debug)]
 pub enum StoreError {
-    /// It may pass: it is worth asking again.
+    /// It may pass: the same request is made again. One problem has one text, which does not change from attempt to attempt.
     Passing(Notice),
-    /// Nothing will change by waiting.
+    /// Only a restart with other flags ends it.
     Lasting(anyhow::Error),
 }
 
-/// What this node wants a lease for.
+/// Where a network config comes from, as far as it matters for what it may order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConfigSource {
+    /// A file of this host, or of this pod.
+    LocalFile,
+    /// A store that the operator named.
+    NamedStore,
+    /// The default endpoints, where any local user may listen.
+    DefaultStore,
+}
+
+/// Refuses commands that come from elsewhere: the commands of an extension backend run as root on this host. `allow` is
+/// `--allow-commands`.
+///
+/// # Errors
+/// [`StoreError::Passing`]: whoever wrote the config may take the commands out of it.
+pub fn check_commands(config: &Config, source: ConfigSource, allow: bool) -> Result<(), StoreError> {
+    let BackendConfig::Extension(extension) = &config.backend else { return Ok(()) };
+    let commands = [&extension.pre_startup, &extension.post_startup, &extension.subnet_add, &extension.subnet_remove];
+    if commands.iter().all(|command| command.trim().is_empty()) {
+        return Ok(());
+    }
+    let fix = match (source, allow) {
+        (ConfigSource::LocalFile, _) | (ConfigSource::NamedStore, true) => return Ok(()),
+        (ConfigSource::NamedStore, false) => "start flanneld with --allow-commands if everyone who can write to the store may do that",
+        (ConfigSource::DefaultStore, _) => {
+            "name the store by --etcd-endpoints and start flanneld with --allow-commands: on the default endpoints any local user may listen"
+        }
+    };
+    let text = format!("the network config in the store has commands (Backend.Type extension) to run on this host as root: {fix}");
+    Err(StoreError::Passing(Notice::new("CommandsRefused", text)))
+}
+
+/// What a lease is requested for.
 #[derive(Debug, Clone)]
 pub struct Claim {
     /// The network configuration.
@@ -43,9 +76,9 @@ pub struct Claim {
     pub peer: Peer,
     /// The addresses of its interface, which need not be those that it publishes.
     pub addrs: PerFamily<IpAddr>,
-    /// The subnets that it had last time.
+    /// The subnets that this node had last time.
     pub previous: PerFamily<Subnet>,
-    /// The etcd leases by which the store knew it earlier.
+    /// The etcd leases that were on this node's key earlier.
     pub previous_leases: Vec<i64>,
     /// How long before its end the lease is renewed, where leases end.
     pub margin: Duration,
@@ -60,26 +93,29 @@ pub struct LeaseHandle {
     pub published: PerFamily<IpAddr>,
     /// The etcd lease on the key; 0 for one that needs no renewal.
     pub etcd_lease: i64,
-    /// Did the store not know it before?
+    /// Was it created? Else the store had it already, and it is reused.
     pub is_new: bool,
 }
 
-/// A place where leases are kept. Clones are handles to the same.
+/// A store of leases. Clones are handles to the same one.
 pub trait Store: Clone + Send + Sync + 'static {
+    /// Where the network configuration comes from.
+    fn config_source(&self) -> ConfigSource;
+
     /// The network configuration.
     fn config(&self) -> impl Future<Output = Result<Config, StoreError>> + Send;
 
-    /// The addresses that shall be published instead of those of the command line.
+    /// The addresses to publish instead of those of the command line.
     fn node_public(&self) -> impl Future<Output = Result<PerFamily<IpAddr>, StoreError>> + Send;
 
-    /// What this node, which publishes `public`, published before.
+    /// What this node published before, found by `public`, which it publishes now.
     fn published(&self, config: &Config, public: PerFamily<IpAddr>) -> impl Future<Output = Result<Option<Peer>, StoreError>> + Send;
 
     /// Acquires a lease.
     fn acquire(&self, claim: &Claim) -> impl Future<Output = Result<LeaseHandle, StoreError>> + Send;
 
-    /// Keeps the lease for ever, writes it anew when the claim changes, and acquires it again whenever it is gone, which
-    /// `lost` may tell as well. What is held is published in `held`.
+    /// Renews the lease for ever, writes it again when the claim changes, and acquires it again when it is gone or `lost` says so.
+    /// The current lease is published in `held`.
     fn keep(
         self,
         claims: watch::Receiver<Claim>,
@@ -87,60 +123,54 @@ pub trait Store: Clone + Send + Sync + 'static {
         lost: mpsc::Receiver<()>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// Follows the leases and sends every list and every event, in order, until the receiver is gone.
+    /// Follows the leases: sends every list and every event, in order, until the receiver is dropped.
     fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, link: Link) -> impl Future<Output = ()> + Send;
 }
 
-/// Whether a store is being followed, and the waits between two tries.
-#[derive(Debug)]
-pub struct Link {
-    connected: watch::Sender<bool>,
-    ready: Ready,
-    notices: Notices,
-    wait: Duration,
-    /// Since when it is not followed, and what was said of that last.
-    away: (Instant, String),
-    /// Since when it was followed last, if it ever was.
-    up_at: Option<Instant>,
-    stale: Option<Guard>,
+/// Refuses what a peer may not publish: it is kept, logged and shown.
+fn check_peer(peer: &Peer) -> Result<(), String> {
+    let name = &peer.backend_type;
+    if name.len() > limits::BACKEND_TYPE || !name.chars().all(|c| c.is_ascii_graphic()) {
+        return Err(format!("field BackendType: {:?} is not the name of a backend", foreign_text(name)));
+    }
+    match peer.backend_data.iter().find(|(_, data)| data.len() > limits::LEASE_VALUE) {
+        Some((_, data)) => Err(format!("field BackendData has {} bytes, at most {} are read", data.len(), limits::LEASE_VALUE)),
+        None => Ok(()),
+    }
 }
 
-impl Link {
-    /// A link that is not there yet.
-    pub fn new(connected: watch::Sender<bool>, ready: Ready, notices: Notices) -> Link {
-        Link { connected, ready, notices, wait: BACKOFF.0, away: (Instant::now(), String::new()), up_at: None, stale: None }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backend_type_and_data_are_bounded() {
+        let peer = |name: &str, data: usize| Peer {
+            backend_type: name.into(),
+            backend_data: PerFamily { v4: Some("1".repeat(data).into()), v6: None },
+            ..Peer::default()
+        };
+        assert_eq!(check_peer(&peer("tencent-vpc", 150)), Ok(()));
+        assert!(check_peer(&peer(&"x".repeat(200_000), 1)).unwrap_err().len() < 512);
+        assert!(check_peer(&peer("vxlan\n2026-01-01 ERROR forged", 1)).unwrap_err().contains("vxlan\\\\n2026"));
+        assert!(check_peer(&peer("vxlan", 20_000)).unwrap_err().contains("at most 16384"));
     }
 
-    /// The store is being followed. True if it was not before.
-    pub fn up(&mut self) -> bool {
-        self.stale = None;
-        let is_new = !self.connected.send_replace(true);
-        if is_new {
-            self.up_at = Some(Instant::now());
+    #[test]
+    fn commands_run_only_where_this_host_permits_them() {
+        let config = |backend: &str| Config::parse(&format!(r#"{{"Network":"10.244.0.0/16","Backend":{backend}}}"#)).unwrap();
+        let commands = config(r#"{"Type":"extension","SubnetAddCommand":"touch /tmp/x"}"#);
+        let check = |config: &Config, source, allow| match check_commands(config, source, allow) {
+            Ok(()) => String::new(),
+            Err(StoreError::Passing(notice)) => notice.text,
+            Err(StoreError::Lasting(error)) => panic!("{error}"),
+        };
+        assert!(check(&commands, ConfigSource::NamedStore, false).contains("--allow-commands"));
+        assert!(check(&commands, ConfigSource::DefaultStore, true).contains("--etcd-endpoints"));
+        assert_eq!(check(&commands, ConfigSource::NamedStore, true), "");
+        assert_eq!(check(&commands, ConfigSource::LocalFile, false), "");
+        for harmless in [r#"{"Type":"extension"}"#, r#"{"Type":"vxlan"}"#] {
+            assert_eq!(check(&config(harmless), ConfigSource::DefaultStore, false), "", "{harmless}");
         }
-        is_new
-    }
-
-    /// The store is not followed any more: says so, and waits before it is tried again.
-    pub async fn down(&mut self, reason: String) {
-        let was_connected = self.connected.send_replace(false);
-        // One that breaks as soon as it is there was as good as away.
-        if was_connected && self.up_at.is_some_and(|at| at.elapsed() > STEADY) {
-            self.away.0 = Instant::now();
-            self.wait = BACKOFF.0;
-        }
-        if was_connected || reason != self.away.1 {
-            tracing::warn!(%reason, "the store is not followed; routes stay as they are until it is again");
-            self.away.1.clone_from(&reason);
-        }
-        if self.up_at.is_none() || self.away.0.elapsed() > STALE {
-            let guard = self.stale.get_or_insert_with(|| self.ready.guard("the store"));
-            guard.say(&reason);
-            self.notices.warn("StoreNotFollowed", format!("leases are not followed, routes stay as they are: {reason}"));
-        }
-        // Jitter, so that a cluster does not come back to a restarted store as one.
-        let jitter = Duration::from_millis(fastrand::u64(0..=u64::try_from(self.wait.as_millis()).unwrap_or(0) / 2));
-        tokio::time::sleep(self.wait + jitter).await;
-        self.wait = (self.wait * 2).min(BACKOFF.1);
     }
 }

@@ -68,7 +68,7 @@ impl Cli {
         let matches =
             settings::go_flags(Cli::command()).try_get_matches_from(std::iter::once("flanneld").chain(args.iter().map(String::as_str)))?;
         let mut cli = Cli::from_arg_matches(&matches)?;
-        cli.run.complaints = complaints;
+        cli.run = settings::RunArgs { complaints, ..cli.run }.note_sources(&matches);
         Ok(cli)
     }
 }

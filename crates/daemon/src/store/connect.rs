@@ -1,6 +1,8 @@
 //! How the store is reached: endpoints, TLS, and the token that stands for a user and a password (specification,
 //! section 3.9).
 
+use std::error::Error;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,26 +15,33 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status};
 use tower::util::BoxCloneSyncService;
 
-use super::EtcdError;
+use super::endpoint::{EndpointList, EndpointUrl, parse_list};
+use super::failure::{is_protocol_failure, reason, scheme_mismatch};
+use super::{EtcdError, foreign_text};
 use crate::etcd::AuthenticateRequest;
 use crate::etcd::auth_client::AuthClient;
 use crate::settings::Secret;
 
-/// How long an endpoint may take to accept a connection.
-const CONNECT: Duration = Duration::from_secs(3);
-/// How often the life of a connection is asked for. etcd's servers refuse more than one ping in five seconds.
+/// How long an endpoint may take to accept a connection: the kernel sends its first packet twice in this time. Longer waits would
+/// delay the end of an outage.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How often an idle connection is pinged, and how long the answer may take. etcd's servers refuse more than one ping in five
+/// seconds.
 const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
-/// What the operator says about the store.
-#[derive(Debug, Clone, Default)]
+/// How etcd is reached, as the operator says.
+#[derive(Clone, Default)]
 pub struct Access {
-    /// `--etcd-endpoints`: a comma list.
+    /// `--etcd-endpoints`: a comma-separated list.
     pub endpoints: String,
+    /// Is that the default, which the operator did not name? Then any local user may listen there: no password is sent to it, and
+    /// no command is taken from it.
+    pub is_default: bool,
     /// `--etcd-prefix`
     pub prefix: String,
     /// `--etcd-cafile`: what the servers' certificates are checked against, instead of the system's roots.
     pub ca: Option<PathBuf>,
-    /// `--etcd-certfile`: our own certificate.
+    /// `--etcd-certfile`: the client certificate.
     pub cert: Option<PathBuf>,
     /// `--etcd-keyfile`: its key.
     pub key: Option<PathBuf>,
@@ -40,10 +49,17 @@ pub struct Access {
     pub login: Option<(String, Secret)>,
 }
 
-/// What carries requests to one endpoint, and answers back: a connection of HTTP/2, or in a simulation a function.
+impl std::fmt::Debug for Access {
+    // The list of endpoints may have credentials in it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Access").field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+/// Carries requests to one endpoint, and answers back: a connection of HTTP/2, or in a simulation a function.
 pub type Transport = BoxCloneSyncService<http::Request<Body>, http::Response<Body>, tonic::transport::Error>;
 
-/// A wire that adds the token to each request.
+/// A transport that adds the token to each request.
 pub(super) type Connection = InterceptedService<Transport, Token>;
 
 /// The token that etcd gave for the password; none before the first login, or where there is no user.
@@ -69,104 +85,115 @@ impl Interceptor for Token {
     }
 }
 
-/// Makes a wire; nothing is connected until it is used.
+/// Makes a transport; nothing is connected until it is used.
 pub(super) type Connector = Box<dyn Fn() -> Transport + Send + Sync>;
 
-/// The endpoints and who we are to them.
+/// The endpoints, and the user as whom requests are made.
 pub(super) struct Endpoints {
+    /// As they are shown.
     pub(super) names: Vec<String>,
-    /// Makes a new wire to each.
-    lay: Vec<Connector>,
-    wires: Mutex<Vec<Transport>>,
+    /// What is known of each beyond its name; nothing in a simulation.
+    urls: Vec<EndpointUrl>,
+    connectors: Vec<Connector>,
+    transports: Mutex<Vec<Transport>>,
     token: Token,
     login: Option<(String, Secret)>,
+    /// Was a password given that must not be sent?
+    is_login_withheld: bool,
     /// Is any of them reached by TLS?
-    is_secure: bool,
+    has_tls: bool,
 }
 
 impl Endpoints {
-    /// Reads the comma list and the files. Nothing is connected yet.
+    /// Reads the list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
         let at_start = tls(access)?;
-        let mut lay: Vec<Connector> = Vec::new();
-        let mut names = Vec::new();
-        for text in access.endpoints.split(',') {
-            let bad = |problem: String| EtcdError::Endpoint(text.to_owned(), problem);
-            // Without a scheme, the files say whether it is TLS.
-            let scheme = if access.cert.is_some() || access.ca.is_some() { "https" } else { "http" };
-            let url = if text.contains("://") { text.to_owned() } else { format!("{scheme}://{text}") };
-            let mut endpoint = Endpoint::from_shared(url.clone()).map_err(|error| bad(error.to_string()))?;
-            let scheme = endpoint.uri().scheme_str().map(ToOwned::to_owned);
-            if !matches!(scheme.as_deref(), Some("http" | "https")) || endpoint.uri().port_u16().is_none() {
-                return Err(bad("an endpoint looks like http://127.0.0.1:2379 or https://etcd.example:2379".to_owned()));
-            }
-            if scheme.as_deref() == Some("https") {
-                endpoint = endpoint.tls_config(at_start.clone()).map_err(|error| bad(describe(&error)))?;
-            } else if access.cert.is_some() || access.ca.is_some() {
-                tracing::warn!(
-                    endpoint = text,
-                    "this endpoint is http: the certificate files are not used, and whoever is on the way can read and write"
-                );
+        let has_certificates = access.cert.is_some() || access.ca.is_some();
+        let list = parse_list(&access.endpoints, has_certificates)?;
+        let mut connectors: Vec<Connector> = Vec::new();
+        for url in &list.endpoints {
+            let bad = |problem: String| EtcdError::Endpoint(url.url.clone(), problem);
+            let mut endpoint = Endpoint::from_shared(url.url.clone()).map_err(|error| bad(error.to_string()))?;
+            if url.is_tls {
+                endpoint = endpoint.tls_config(at_start.clone()).map_err(|error| unusable_files(access, &error))?;
             }
             let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true).http2_keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
-            let (access, is_secure) = (access.clone(), scheme.as_deref() == Some("https"));
-            lay.push(Box::new(move || {
-                // Certificates are renewed on disk. What cannot be read, or is half written, is as it was.
-                let renewed = is_secure.then(|| tls(&access).ok()).flatten();
+            let (access, is_tls) = (access.clone(), url.is_tls);
+            connectors.push(Box::new(move || {
+                // Certificates are renewed on disk. Files that cannot be read, or are half written, count as unchanged.
+                let renewed = is_tls.then(|| tls(&access).ok()).flatten();
                 let endpoint = renewed.and_then(|tls| endpoint.clone().tls_config(tls).ok()).unwrap_or_else(|| endpoint.clone());
                 Transport::new(endpoint.connect_lazy())
             }));
-            names.push(url);
         }
-        Ok(Endpoints::over(names, lay, access.login.clone()))
+        warn_of_plain_text(access, &list);
+        let names = list.endpoints.iter().map(|endpoint| endpoint.url.clone()).collect();
+        let login = access.login.clone().filter(|_| !access.is_default);
+        let is_login_withheld = access.login.is_some() && login.is_none();
+        Ok(Endpoints { urls: list.endpoints, is_login_withheld, ..Endpoints::over(names, connectors, login) })
     }
 
-    /// Endpoints by their names and wires.
-    pub(super) fn over(names: Vec<String>, lay: Vec<Connector>, login: Option<(String, Secret)>) -> Endpoints {
-        let wires = Mutex::new(lay.iter().map(|lay| lay()).collect());
-        let is_secure = names.iter().any(|name| name.starts_with("https:"));
-        Endpoints { names, lay, wires, token: Token::default(), login, is_secure }
+    /// Endpoints by their names and connectors.
+    pub(super) fn over(names: Vec<String>, connectors: Vec<Connector>, login: Option<(String, Secret)>) -> Endpoints {
+        let transports = Mutex::new(connectors.iter().map(|connect| connect()).collect());
+        let has_tls = names.iter().any(|name| name.starts_with("https:"));
+        let urls = Vec::new();
+        Endpoints { names, urls, connectors, transports, token: Token::default(), login, is_login_withheld: false, has_tls }
     }
 
-    /// Begins all connections anew: those that there are begin at an address that this host has no more, or with certificates
-    /// that have ended.
+    /// Replaces all connections: the present ones begin at an address that this host no longer has, or use certificates that have
+    /// expired.
     pub(super) fn renew(&self) {
-        *self.wires.lock().unwrap_or_else(PoisonError::into_inner) = self.lay.iter().map(|lay| lay()).collect();
+        *self.transports.lock().unwrap_or_else(PoisonError::into_inner) = self.connectors.iter().map(|connect| connect()).collect();
     }
 
-    /// None of them answers: perhaps because certificates have ended that are others on disk by now.
+    /// No endpoint answers. The certificates may have expired and may have been renewed on disk.
     pub(super) fn renew_certificates(&self) {
-        if self.is_secure {
+        if self.has_tls {
             self.renew();
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.lay.len()
+        self.connectors.len()
+    }
+
+    /// The user as whom requests are made, and whether a password is withheld.
+    pub(super) fn user(&self) -> (Option<&str>, bool) {
+        (self.login.as_ref().map(|(name, _)| name.as_str()), self.is_login_withheld)
+    }
+
+    /// Why requests to the endpoint at this place fail.
+    pub(super) async fn explain(&self, at: usize, status: &Status) -> String {
+        let mismatch = match self.urls.get(at).filter(|_| is_protocol_failure(status)) {
+            Some(url) => scheme_mismatch(url).await,
+            None => None,
+        };
+        mismatch.unwrap_or_else(|| reason(status))
     }
 
     /// A connection to one of the endpoints, counted round. Logs in first, where there is a user and no token.
     pub(super) async fn connection(&self, at: usize) -> Result<Connection, Status> {
-        let wire = self.wires.lock().unwrap_or_else(PoisonError::into_inner)[at % self.lay.len()].clone();
+        let transport = self.transports.lock().unwrap_or_else(PoisonError::into_inner)[at % self.connectors.len()].clone();
         if let Some((name, password)) = self.login.as_ref().filter(|_| self.token.get().is_none()) {
             let request = AuthenticateRequest { name: name.clone(), password: password.0.clone() };
-            match AuthClient::new(wire.clone()).authenticate(request).await {
+            match AuthClient::new(transport.clone()).authenticate(request).await {
                 Ok(answer) => {
-                    let token = answer.into_inner().token.parse().map_err(|_| Status::internal("etcd's token is no ASCII text"))?;
+                    let token = answer.into_inner().token.parse().map_err(|_| Status::internal("etcd's token is not ASCII text"))?;
                     self.token.set(Some(token));
                 }
-                // A store that lets everybody in needs no token.
+                // Without authentication no token is needed.
                 Err(status) if status.code() == Code::FailedPrecondition && status.message().contains("not enabled") => {}
                 Err(status) if status.code() == Code::InvalidArgument => {
-                    return Err(Status::unauthenticated(format!("--etcd-username, --etcd-password: {}", status.message())));
+                    return Err(Status::unauthenticated(format!("--etcd-username, --etcd-password: {}", foreign_text(status.message()))));
                 }
                 Err(status) => return Err(status),
             }
         }
-        Ok(InterceptedService::new(wire, self.token.clone()))
+        Ok(InterceptedService::new(transport, self.token.clone()))
     }
 
-    /// Was a request refused because the token is too old? Then it is forgotten, and another try logs in again.
+    /// Was a request refused because the token is too old? Then it is forgotten, and the next attempt logs in again.
     pub(super) fn forget_stale_token(&self, status: &Status) -> bool {
         let stale = status.code() == Code::Unauthenticated
             || ["invalid auth token", "revision of auth store is old", "user name is empty"]
@@ -180,43 +207,69 @@ impl Endpoints {
     }
 }
 
+/// Says what a reader of the network could see, and what is not used.
+fn warn_of_plain_text(access: &Access, list: &EndpointList) {
+    if list.had_credentials {
+        tracing::warn!("credentials in --etcd-endpoints are not used; give --etcd-username and --etcd-password");
+    }
+    let is_local = |endpoint: &&EndpointUrl| {
+        let host = endpoint.authority.rsplit_once(':').map_or("", |(host, _)| host);
+        host == "localhost" || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    };
+    if access.login.is_some() && access.is_default {
+        tracing::warn!("the etcd password is not sent to the default endpoints; name etcd's by --etcd-endpoints");
+    }
+    for endpoint in list.endpoints.iter().filter(|endpoint| !endpoint.is_tls) {
+        if access.cert.is_some() || access.ca.is_some() {
+            tracing::warn!(endpoint = endpoint.url, "endpoint is http: certificate files are not used for it");
+        }
+        if access.login.is_some() && !access.is_default && !is_local(&endpoint) {
+            tracing::warn!(endpoint = endpoint.url, "endpoint is http: the etcd password is sent unencrypted");
+        }
+    }
+}
+
 impl std::fmt::Debug for Endpoints {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Endpoints").field("names", &self.names).finish_non_exhaustive()
     }
 }
 
+/// The TLS settings that the files give. They are read each time, because they are renewed on disk.
 fn tls(access: &Access) -> Result<ClientTlsConfig, EtcdError> {
-    let read = |flag: &'static str, path: &PathBuf| {
-        std::fs::read(path).map_err(|error| EtcdError::File(flag, path.display().to_string(), error.to_string()))
+    let read = |flag: &'static str, path: &PathBuf, kind: &str| {
+        let file = |problem: String| EtcdError::File(flag, path.display().to_string(), problem);
+        let text = std::fs::read(path).map_err(|error| file(error.to_string()))?;
+        let has_block = String::from_utf8_lossy(&text).lines().any(|line| line.starts_with("-----BEGIN ") && line.contains(kind));
+        has_block.then_some(text).ok_or_else(|| file(format!("it has no {kind} in PEM form")))
     };
     let mut tls = ClientTlsConfig::new();
     match &access.ca {
-        Some(path) => tls = tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", path)?)),
+        Some(path) => tls = tls.ca_certificate(Certificate::from_pem(read("--etcd-cafile", path, "CERTIFICATE")?)),
         None => tls = tls.with_native_roots(),
     }
     match (&access.cert, &access.key) {
         (Some(cert), Some(key)) => {
-            tls = tls.identity(Identity::from_pem(read("--etcd-certfile", cert)?, read("--etcd-keyfile", key)?));
+            let cert = read("--etcd-certfile", cert, "CERTIFICATE")?;
+            tls = tls.identity(Identity::from_pem(cert, read("--etcd-keyfile", key, "PRIVATE KEY")?));
         }
         (None, None) => {}
-        (Some(path), None) => {
-            return Err(EtcdError::File("--etcd-certfile", path.display().to_string(), "it needs --etcd-keyfile".to_owned()));
-        }
-        (None, Some(path)) => {
-            return Err(EtcdError::File("--etcd-keyfile", path.display().to_string(), "it needs --etcd-certfile".to_owned()));
-        }
+        (Some(_), None) => return Err(EtcdError::Flags("--etcd-certfile needs --etcd-keyfile")),
+        (None, Some(_)) => return Err(EtcdError::Flags("--etcd-keyfile needs --etcd-certfile")),
     }
     Ok(tls)
 }
 
-/// An error with all that lies beneath it: that says more than "transport error".
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
+/// The files were read, and the TLS library does not take them.
+fn unusable_files(access: &Access, error: &dyn Error) -> EtcdError {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
     }
-    text
+    let (flag, path) = match (&access.cert, &access.ca) {
+        (Some(path), _) => ("--etcd-certfile", path.display().to_string()),
+        (None, Some(path)) => ("--etcd-cafile", path.display().to_string()),
+        (None, None) => ("--etcd-cafile", "(the system's certificates)".to_owned()),
+    };
+    EtcdError::File(flag, path, cause.to_string())
 }

@@ -5,12 +5,13 @@
 mod api;
 mod events;
 mod follow;
+mod keeper;
 mod table;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use flannel::annotations::{self, Annotations, Keys, NodeError};
@@ -23,19 +24,18 @@ use tokio::sync::{Notify, mpsc, watch};
 pub use self::api::ApiError;
 use self::api::{Api, NodeObject};
 use self::follow::Place;
+use self::keeper::NodeKeeper;
 use self::table::Table;
-use super::{Claim, LeaseHandle, Link, Store, StoreError};
+use super::endpoint::without_credentials;
+use super::{Claim, ConfigSource, LeaseHandle, Link, Store, StoreError, foreign_text};
 use crate::notice::{Notice, Notices};
-use crate::ready::{Guard, Ready};
+use crate::ready::Ready;
 use crate::settings::RunArgs;
 
-/// The wait before the Node is put right again after a failure doubles from the first to the second.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// Annotations that were written more often than the first within the second are fought over, and then left alone for
-/// half of it.
-const FIGHT: (u32, Duration) = (10, Duration::from_secs(60));
+/// How long the API server may take to accept a connection; see `connect.rs`.
+const CONNECT: Duration = Duration::from_secs(2);
 
-/// How the API server is reached, and what for.
+/// How the API server is reached, and which Node is this node's.
 #[derive(Debug, Clone)]
 pub struct Access {
     api_url: Option<String>,
@@ -54,16 +54,16 @@ enum WhoAmI {
 }
 
 impl Access {
-    /// What the flags and the environment say.
+    /// Reads the flags and the environment.
     ///
     /// # Errors
-    /// What of it cannot be used; the text names the flag or variable and the fix.
+    /// The flag or variable that cannot be used, and the fix.
     pub fn new(args: &RunArgs, env: impl Fn(&str) -> Option<String>) -> anyhow::Result<Access> {
         let get = |name: &str| env(name).filter(|value| !value.is_empty());
-        // They become parts of an address.
+        // They become parts of a URL.
         let plain = |variable: &str, name: String| {
             let is_plain = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'));
-            ensure!(is_plain, "{variable}: {name:?} is no name of Kubernetes: it has lower-case letters, digits, dashes and dots");
+            ensure!(is_plain, "{variable}: {name:?} is not a name in Kubernetes: names have lower-case letters, digits, dashes and dots");
             Ok(name)
         };
         let whoami = match (get("NODE_NAME"), get("POD_NAMESPACE"), get("POD_NAME")) {
@@ -86,29 +86,41 @@ impl Access {
     }
 
     /// A kubeconfig file, else the files of a pod's service account, which are read again when they change.
-    async fn client_config(&self) -> anyhow::Result<kube::Config> {
+    async fn client_config(&self) -> Result<kube::Config, StoreError> {
         let mut config = match (&self.kubeconfig, &self.api_url) {
-            (Some(path), _) => {
-                let named = || format!("--kubeconfig-file {}", path.display());
-                let file = Kubeconfig::read_from(path).with_context(named)?;
-                kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(named)?
-            }
+            // The file may be written later, or mended.
+            (Some(path), _) => kubeconfig(path).await.map_err(|error| {
+                let text = format!("cannot use --kubeconfig-file {}: {}", path.display(), foreign_text(&format!("{error:#}")));
+                StoreError::Passing(Notice::new("BadKubeconfig", text))
+            })?,
             (None, None) => kube::Config::incluster()
-                .context("this is no pod with a service account: give --kubeconfig-file, or set automountServiceAccountToken")?,
+                .context("this is not a pod with a service account: give --kubeconfig-file, or set automountServiceAccountToken")
+                .map_err(StoreError::Lasting)?,
             // The address of the environment is replaced below.
             (None, Some(url)) => match kube::Config::incluster_dns() {
                 Ok(config) => config,
-                Err(_) => kube::Config::new(url.parse().with_context(|| format!("--kube-api-url {url}"))?),
+                Err(_) => kube::Config::new(api_url(url)?),
             },
         };
         if let Some(url) = &self.api_url {
-            config.cluster_url = url.parse().with_context(|| format!("--kube-api-url {url}"))?;
+            config.cluster_url = api_url(url)?;
         }
+        config.connect_timeout = Some(CONNECT);
         Ok(config)
     }
 }
 
-/// A client of the API server that knows this node's Node. Clones are handles to the same.
+async fn kubeconfig(path: &Path) -> anyhow::Result<kube::Config> {
+    let file = Kubeconfig::read_from(path)?;
+    Ok(kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?)
+}
+
+fn api_url(url: &str) -> Result<http::Uri, StoreError> {
+    let named = || format!("--kube-api-url {:?} is not a URL such as https://192.0.2.1:6443", foreign_text(&without_credentials(url).0));
+    url.parse().with_context(named).map_err(StoreError::Lasting)
+}
+
+/// A client of the API server that knows the name of this node's Node. Clones are handles to the same client.
 #[derive(Clone)]
 pub struct Kube(Arc<Inner>);
 
@@ -118,7 +130,7 @@ struct Inner {
     access: Access,
     ready: Ready,
     notices: Notices,
-    /// Somebody changed this node's Node.
+    /// This node's Node was changed.
     own_changed: Notify,
     /// Counts how often this host got another address.
     moves: watch::Sender<u32>,
@@ -126,7 +138,7 @@ struct Inner {
 
 /// Why this node has no lease.
 #[derive(Debug, Clone, Error)]
-enum Trouble {
+enum NodeProblem {
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error("Node {0}: {1}")]
@@ -135,40 +147,43 @@ enum Trouble {
     NoNode(String),
 }
 
-impl Trouble {
+impl NodeProblem {
     fn reason(&self) -> &'static str {
         match self {
-            Trouble::Api(ApiError::Refused { code: 403, .. }) => "Forbidden",
-            Trouble::Api(ApiError::Refused { code: 401, .. }) => "Unauthorized",
-            Trouble::Api(_) => "StoreUnreachable",
-            Trouble::Node(_, NodeError::NoPodCidr | NodeError::NoFamily(..)) => "NoPodCIDR",
-            Trouble::Node(_, NodeError::Outside(..) | NodeError::BadPodCidr(_)) => "BadPodCIDR",
-            Trouble::Node(..) => "BadAnnotation",
-            Trouble::NoNode(_) => "NoNode",
+            NodeProblem::Api(ApiError::Refused { code: 403, .. }) => "Forbidden",
+            NodeProblem::Api(ApiError::Refused { code: 401, .. }) => "Unauthorized",
+            NodeProblem::Api(_) => "StoreUnreachable",
+            NodeProblem::Node(_, NodeError::NoPodCidr | NodeError::NoFamily(..)) => "NoPodCIDR",
+            NodeProblem::Node(_, NodeError::Outside(..) | NodeError::BadPodCidr(_)) => "BadPodCIDR",
+            NodeProblem::Node(..) => "BadAnnotation",
+            NodeProblem::NoNode(_) => "NoNode",
         }
     }
 }
 
-impl From<Trouble> for StoreError {
-    fn from(trouble: Trouble) -> StoreError {
-        StoreError::Passing(Notice::new(trouble.reason(), trouble.to_string()))
+impl From<NodeProblem> for StoreError {
+    fn from(problem: NodeProblem) -> StoreError {
+        StoreError::Passing(Notice::new(problem.reason(), problem.to_string()))
     }
 }
 
 impl From<ApiError> for StoreError {
     fn from(error: ApiError) -> StoreError {
-        Trouble::Api(error).into()
+        NodeProblem::Api(error).into()
     }
 }
 
 impl Kube {
-    /// A client that knows its Node's name: the API server is asked for that only if the environment does not tell.
+    /// A client that knows its Node's name. The API server is asked for the name only if the environment does not have it.
     ///
     /// # Errors
-    /// Flags and files that cannot be used are lasting, a server that does not answer is not.
+    /// Flags that cannot be used are lasting; files, and a server that does not answer, are not.
     pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, StoreError> {
-        let config = access.client_config().await.map_err(StoreError::Lasting)?;
-        let api = Api::new(config).context("cannot make a client of the API server").map_err(StoreError::Lasting)?;
+        let config = access.client_config().await?;
+        let api = Api::new(config).map_err(|error| {
+            let text = format!("cannot use the certificates for the API server: {}", foreign_text(&error.to_string()));
+            StoreError::Passing(Notice::new("BadKubeconfig", text))
+        })?;
         let node = match &access.whoami {
             WhoAmI::Node(name) => name.clone(),
             WhoAmI::Pod { namespace, name } => api.node_of_pod(namespace, name).await?,
@@ -194,24 +209,24 @@ impl Kube {
         &self.0.access.keys
     }
 
-    async fn own_node(&self) -> Result<NodeObject, Trouble> {
-        self.api().node(self.node()).await?.ok_or_else(|| Trouble::NoNode(self.node().to_owned()))
+    async fn own_node(&self) -> Result<NodeObject, NodeProblem> {
+        self.api().node(self.node()).await?.ok_or_else(|| NodeProblem::NoNode(self.node().to_owned()))
     }
 
-    fn trouble(&self, error: NodeError) -> Trouble {
-        Trouble::Node(self.node().to_owned(), error)
+    fn problem(&self, error: NodeError) -> NodeProblem {
+        NodeProblem::Node(self.node().to_owned(), error)
     }
 
-    /// Makes this node's Node say what this node publishes. Returns the lease, the Node's uid, and how many annotations
-    /// had to be written. What no peer could use (a pod CIDR outside the pod network) is not published.
-    async fn publish(&self, claim: &Claim) -> Result<(LeaseHandle, String, usize), Trouble> {
+    /// Writes what this node publishes to its Node. Returns the lease, the Node's uid, and how many annotations had to be written.
+    /// What no peer could use (a pod CIDR outside the pod network) is not published.
+    async fn publish(&self, claim: &Claim) -> Result<(LeaseHandle, String, usize), NodeProblem> {
         let node = self.own_node().await?;
         let key = annotations::pod_cidrs(&node.spec.pod_cidr, &node.spec.pod_cidrs)
             .and_then(|subnets| annotations::own_lease_key(&claim.config, &subnets))
-            .map_err(|error| self.trouble(error))?;
+            .map_err(|error| self.problem(error))?;
         let current = &node.metadata.annotations;
-        let wanted = self.keys().wanted(current, &claim.config.backend, &claim.peer).map_err(|error| self.trouble(error))?;
-        // Our own text can be read.
+        let wanted = self.keys().wanted(current, &claim.config.backend, &claim.peer).map_err(|error| self.problem(error))?;
+        // Annotations that this program wrote can be read.
         let (peer, _) = self.keys().peer(&wanted, &claim.config, &Peer::default()).unwrap_or_default();
         let missing: Annotations = wanted.into_iter().filter(|(key, value)| current.get(key) != Some(value)).collect();
         if !missing.is_empty() {
@@ -221,8 +236,19 @@ impl Kube {
         Ok((LeaseHandle { key, published: peer.public, etcd_lease: 0, is_new: false }, node.metadata.uid, missing.len()))
     }
 
-    /// Tells the scheduler that pods can be put here (specification, section 4.7).
-    async fn set_condition(&self) -> Result<(), Trouble> {
+    /// Reads the file of `--net-config-path`; the error names the file and the fix.
+    fn read_config(&self) -> Result<Config, String> {
+        let path = &self.0.access.config_path;
+        let fix = "key net-conf.json of ConfigMap kube-flannel-cfg";
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse_assigned(&text)
+                .map_err(|error| format!("--net-config-path {} ({fix}): {}", path.display(), foreign_text(&error.to_string()))),
+            Err(error) => Err(format!("cannot read --net-config-path {} ({fix}): {error}", path.display())),
+        }
+    }
+
+    /// Tells the scheduler that pods can run here (specification, section 4.7).
+    async fn set_condition(&self) -> Result<(), NodeProblem> {
         let now = events::now();
         let condition = json!({
             "type": "NetworkUnavailable",
@@ -239,26 +265,23 @@ impl Kube {
 }
 
 impl Store for Kube {
-    /// The file of `--net-config-path`. It comes from a ConfigMap, which an operator may put right meanwhile: so what
-    /// cannot be used is waited out.
+    fn config_source(&self) -> ConfigSource {
+        ConfigSource::LocalFile
+    }
+
+    /// The file of `--net-config-path`. It comes from a ConfigMap, which an operator may correct meanwhile.
     async fn config(&self) -> Result<Config, StoreError> {
-        let path = &self.0.access.config_path;
-        let fix = "key net-conf.json of ConfigMap kube-flannel-cfg";
-        let config = match std::fs::read_to_string(path) {
-            Ok(text) => Config::parse_assigned(&text).map_err(|error| format!("--net-config-path {} ({fix}): {error}", path.display())),
-            Err(error) => Err(format!("cannot read --net-config-path {} ({fix}): {error}", path.display())),
-        };
-        config.map_err(|text| StoreError::Passing(Notice::new("BadNetworkConfig", text)))
+        self.read_config().map_err(|text| StoreError::Passing(Notice::new("BadNetworkConfig", text)))
     }
 
     async fn node_public(&self) -> Result<PerFamily<IpAddr>, StoreError> {
         let node = self.own_node().await?;
-        Ok(self.keys().node_public(&node.metadata.annotations).map_err(|error| self.trouble(error))?)
+        Ok(self.keys().node_public(&node.metadata.annotations).map_err(|error| self.problem(error))?)
     }
 
     async fn published(&self, config: &Config, _: PerFamily<IpAddr>) -> Result<Option<Peer>, StoreError> {
         let node = self.own_node().await?;
-        // What cannot be read is written anew.
+        // Annotations that cannot be read are written again.
         Ok(self.keys().peer(&node.metadata.annotations, config, &Peer::default()).map(|(peer, _)| peer))
     }
 
@@ -267,87 +290,19 @@ impl Store for Kube {
         Ok(held)
     }
 
-    async fn keep(self, mut claims: watch::Receiver<Claim>, held: watch::Sender<LeaseHandle>, mut lost: mpsc::Receiver<()>) {
-        // The Node whose condition was set: one that is made anew has none.
-        let mut conditioned = if self.0.access.set_condition { None } else { Some(String::new()) };
-        let mut failed: Option<(Duration, String, Guard)> = None;
-        let mut addrs = claims.borrow().addrs;
-        let mut written = (Instant::now(), 0);
-        loop {
-            tokio::select! {
-                () = self.0.ready.reached(), if conditioned.is_none() && failed.is_none() => {}
-                () = self.own_changed().notified() => {}
-                word = lost.recv() => if word.is_none() { return },
-                changed = claims.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(failed.as_ref().map_or(RETRY.1, |(wait, ..)| *wait)), if failed.is_some() => {}
-            }
-            let claim = claims.borrow_and_update().clone();
-            if std::mem::replace(&mut addrs, claim.addrs) != claim.addrs {
-                // What was connected from the old address is dead, though nobody says so.
-                self.api().reconnect();
-                self.0.moves.send_modify(|count| *count += 1);
-            }
-            let (wait, said, mut guard) = match failed.take() {
-                Some((wait, said, guard)) => (wait, said, Some(guard)),
-                None => (RETRY.0 / 2, String::new(), None),
-            };
-            let outcome = async {
-                let (now, uid, count) = self.publish(&claim).await?;
-                guard = None;
-                let is_due = conditioned.as_ref().is_none_or(|before| self.0.access.set_condition && *before != uid);
-                if is_due && self.0.ready.pending().is_empty() {
-                    self.set_condition().await?;
-                    tracing::info!(node = self.node(), "told the scheduler that this node's network is up");
-                    conditioned = Some(uid);
-                }
-                Ok::<_, Trouble>((now, count))
-            };
-            let (now, count) = match outcome.await {
-                Ok(done) => done,
-                Err(trouble) => {
-                    let text = trouble.to_string();
-                    if said != text {
-                        tracing::warn!(reason = %text, "cannot keep this node's Node as it should be; trying again, routes stay");
-                        self.0.notices.warn(trouble.reason(), text.clone());
-                    }
-                    let guard = guard.unwrap_or_else(|| self.0.ready.guard("this node's Node"));
-                    guard.say(&text);
-                    failed = Some(((wait * 2).min(RETRY.1), text, guard));
-                    continue;
-                }
-            };
-            let before = held.send_replace(now);
-            if now.key != before.key {
-                tracing::error!(was = %before.key, is = %now.key, "this node has another pod CIDR now: pods that are running keep addresses of the old one and must be restarted");
-            }
-            if count == 0 {
-                continue;
-            }
-            tracing::info!(node = self.node(), annotations = count, "wrote this node's annotations, which were not as they should be");
-            if written.0.elapsed() > FIGHT.1 {
-                written = (Instant::now(), 0);
-            }
-            written.1 += 1;
-            if written.1 > FIGHT.0 {
-                let wait = FIGHT.1 / 2;
-                tracing::warn!(
-                    times = written.1,
-                    "somebody changes this node's annotations again and again: is a second flanneld running on it? Leaving them for {} s",
-                    wait.as_secs()
-                );
-                tokio::time::sleep(wait).await;
-            }
-        }
+    async fn keep(self, claims: watch::Receiver<Claim>, held: watch::Sender<LeaseHandle>, lost: mpsc::Receiver<()>) {
+        NodeKeeper::new(self, &claims).run(claims, held, lost).await;
     }
 
     async fn follow(self, config: Config, events: mpsc::Sender<Vec<StoreEvent>>, mut link: Link) {
-        let mut place = Place::new(Table::new(self.keys().clone(), config, self.node().to_owned()), self.0.moves.subscribe());
+        let table = Table::new(self.keys().clone(), config.clone(), self.node().to_owned());
+        let mut place = Place::new(table, config, self.0.moves.subscribe());
         loop {
-            let outcome = self.turn(&mut place, &events, &mut link).await;
+            let outage = self.turn(&mut place, &events, &mut link).await;
             if events.is_closed() {
                 return;
             }
-            link.down(outcome).await;
+            link.down(outage).await;
         }
     }
 }

@@ -16,6 +16,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::store::endpoint::without_credentials;
+use crate::store::foreign_text;
+
 /// How long a request may take, a watch's beginning included.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the server lets a watch live; some are told less, so that not all end at once.
@@ -174,7 +177,7 @@ pub(super) struct Api {
 impl Api {
     /// A client. Nothing is connected yet.
     pub(super) fn new(config: kube::Config) -> Result<Api, kube::Error> {
-        let url = config.cluster_url.to_string();
+        let url = without_credentials(&config.cluster_url.to_string()).0;
         Ok(Api { client: Arc::new(Mutex::new(Client::try_from(config.clone())?)), config, url })
     }
 
@@ -286,12 +289,12 @@ impl Api {
     }
 
     fn unreachable(&self, error: &dyn Error) -> ApiError {
-        ApiError::Unreachable { url: self.url.clone(), last: chain(error) }
+        ApiError::Unreachable { url: self.url.clone(), last: foreign_text(&chain(error)) }
     }
 
     fn error(&self, act: &'static str, error: kube::Error) -> ApiError {
         match error {
-            kube::Error::Api(status) => ApiError::Refused { act, code: status.code, message: status.message },
+            kube::Error::Api(status) => ApiError::Refused { act, code: status.code, message: foreign_text(&status.message) },
             // The outermost says nothing.
             kube::Error::Service(error) => self.unreachable(error.as_ref()),
             kube::Error::HyperError(error) => self.unreachable(&error),

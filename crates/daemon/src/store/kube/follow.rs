@@ -1,11 +1,11 @@
-//! Follows the Nodes: a list, then the watch behind it. A watch that ends is gone on with where it ended; a list follows
-//! when the server has forgotten that place (410 Gone). Only metadata is asked for, so that neither a list nor a
-//! heartbeat costs what a whole Node does.
+//! Follows the Nodes: a list, then the watch behind it. A watch that ends is resumed where it ended; a list follows when the
+//! server no longer has that resource version (410 Gone). Only metadata is requested, so that neither a list nor a heartbeat
+//! costs a whole Node.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use flannel::StoreEvent;
+use flannel::{Config, StoreEvent};
 use futures_util::StreamExt;
 use kube::core::WatchEvent;
 use tokio::sync::{mpsc, watch};
@@ -13,53 +13,85 @@ use tokio::sync::{mpsc, watch};
 use super::Kube;
 use super::api::{ApiError, Changes, NodeObject, Part, Since};
 use super::table::Table;
-use crate::store::Link;
+use crate::store::{Link, Outage, foreign_text};
 
 /// Nodes of a page of a list: of metadata, and of whole Nodes, which are large.
 const PAGE: (u32, u32) = (500, 200);
 /// Up to this many Nodes are read one by one; more are read as a list.
 const ONE_BY_ONE: usize = 16;
-/// A watch that says nothing for so long, not even a bookmark (the server sends one a minute), is given up, and all is
-/// listed anew: the other end may be gone without a word, or was restored from a backup and knows only earlier versions,
-/// about which it is silent.
+/// A watch without an event for this long, not even a bookmark (the server sends one a minute), is given up, and all Nodes are
+/// listed again: the server may be gone, or was restored from a backup, which has no events to send for a future version.
 const SILENCE: Duration = Duration::from_secs(130);
 /// A server that ends each watch at once is not asked more often than this.
 const AT_LEAST: Duration = Duration::from_secs(1);
 /// Events that wait together are one change.
 const TOGETHER: usize = 512;
-/// What a bookmark says at the end of a list that came as events.
+/// The annotation of the bookmark at the end of a list that came as events.
 const LIST_ENDS: &str = "k8s.io/initial-events-end";
+/// The file of the network config is compared with the config in use at most this often.
+const CONFIG: Duration = Duration::from_secs(30);
 
 /// How far this node has followed.
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) table: Table,
-    /// Everything up to this resource version has been heard; `None`: a list is due.
+    /// Every event up to this resource version was received; `None`: a list is due.
     version: Option<String>,
+    /// The network config that this node started with, what its file said last, and when that was compared.
+    config: Config,
+    config_problem: String,
+    config_compared: Instant,
     /// Can the server send a list as events?
     streams: bool,
-    /// Tells when this host has another address.
+    /// Changes when this host has another address.
     moves: watch::Receiver<u32>,
 }
 
 impl Place {
-    pub(super) fn new(table: Table, moves: watch::Receiver<u32>) -> Place {
-        Place { table, version: None, streams: true, moves }
+    pub(super) fn new(table: Table, config: Config, moves: watch::Receiver<u32>) -> Place {
+        let (config_problem, config_compared) = (String::new(), Instant::now());
+        Place { table, version: None, config, config_problem, config_compared, streams: true, moves }
     }
 }
 
 impl Kube {
     /// Follows until it cannot go on, and returns why.
-    pub(super) async fn turn(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> String {
+    pub(super) async fn turn(&self, place: &mut Place, events: &mpsc::Sender<Vec<StoreEvent>>, link: &mut Link) -> Outage {
         match self.list_and_watch(place, events, link).await {
-            Ok(why) => why.to_owned(),
+            Ok(why) => Outage::Lost(why.to_owned()),
             Err(error) => {
                 if error.is_gone() {
                     place.version = None;
                 }
-                error.to_string()
+                match &error {
+                    ApiError::Refused { code: 400..=409 | 411..=428, .. } => Outage::Refused(error.to_string()),
+                    _ => Outage::Lost(error.to_string()),
+                }
             }
         }
+    }
+
+    /// Warns of a network config in the file that is not the one in use. The running daemon keeps what it began with.
+    fn compare_config(&self, place: &mut Place, link: &Link) {
+        if place.config_compared.elapsed() < CONFIG {
+            return;
+        }
+        place.config_compared = Instant::now();
+        let problem = match self.read_config() {
+            Ok(config) if config == place.config => String::new(),
+            Ok(_) => "the file of --net-config-path was changed; restart flanneld on each node to apply it".to_owned(),
+            Err(problem) => format!("{problem}; this node keeps the network config that it started with"),
+        };
+        if problem == place.config_problem {
+            return;
+        }
+        if problem.is_empty() {
+            tracing::info!("network config in the file is the one in use again");
+        } else {
+            tracing::warn!(reason = %problem, "network config in the file differs from the one in use");
+            link.notice("NetworkConfigChanged", problem.clone());
+        }
+        place.config_problem = problem;
     }
 
     /// Ends without an error when a new list is needed, and says why.
@@ -91,11 +123,12 @@ impl Kube {
             };
             self.learn(&mut place.table, &nodes).await?;
             let list = place.table.list(&nodes);
+            link.set_leases(place.table.len());
             self.look_after_own(&mut place.table);
             if events.send(list).await.is_err() {
-                return Ok("nobody listens");
+                return Ok("event channel closed");
             }
-            // Only now has all of it been told.
+            // Only now has all of it been passed on.
             place.version = Some(version);
         }
         loop {
@@ -107,31 +140,34 @@ impl Kube {
             };
             let mut chunks = pin!(stream.ready_chunks(TOGETHER));
             if link.up() {
-                tracing::info!(version, "following the Nodes");
+                tracing::info!(version, "store watch started");
             }
             loop {
-                // Only here may this be given up: what was taken in must be told.
+                // Only here may this be given up: events that were received must be passed on.
                 let next = tokio::select! {
                     next = tokio::time::timeout(SILENCE, chunks.next()) => next,
-                    _ = place.moves.changed() => return Ok("this host has another address: connecting anew"),
+                    _ = place.moves.changed() => return Ok("this host has another address; reconnecting"),
                 };
                 let chunk = match next {
                     Ok(Some(chunk)) => chunk,
                     Ok(None) => break,
                     Err(_) => {
                         place.version = None;
-                        return Ok("the API server said nothing for two minutes: listing all Nodes anew");
+                        return Ok("no event of the API server for two minutes; listing all Nodes again");
                     }
                 };
-                if self.take_in(place, chunk, events).await? {
-                    return Ok("another Node claims the subnet of one that is gone: listing all Nodes anew");
+                self.compare_config(place, link);
+                let list_again = self.take_in(place, chunk, events).await?;
+                link.set_leases(place.table.len());
+                if list_again {
+                    return Ok("another Node claims the subnet of a deleted one; listing all Nodes again");
                 }
             }
             tokio::time::sleep(AT_LEAST.saturating_sub(began.elapsed())).await;
         }
     }
 
-    /// What is there, as the server lists it by events, and the stream that goes on behind it.
+    /// All Nodes, as the server lists them by events, and the stream that goes on behind the list.
     async fn list_by_stream(&self) -> Result<(Vec<NodeObject>, String, Changes), ApiError> {
         let mut stream = self.api().watch(Since::List).await?;
         let mut nodes = Vec::new();
@@ -152,7 +188,7 @@ impl Kube {
         }
     }
 
-    /// All Nodes, and the resource version at which they were so.
+    /// All Nodes, page by page, and their resource version.
     async fn pages(&self, part: Part, limit: u32) -> Result<(Vec<NodeObject>, String), ApiError> {
         let (mut nodes, mut next) = (Vec::new(), String::new());
         loop {
@@ -165,7 +201,7 @@ impl Kube {
         }
     }
 
-    /// Reads the whole of those Nodes whose pod CIDRs are not known yet.
+    /// Reads the whole Nodes whose pod CIDRs are not known yet.
     async fn learn(&self, table: &mut Table, nodes: &[NodeObject]) -> Result<(), ApiError> {
         let unknown: Vec<&NodeObject> = nodes.iter().filter(|node| table.wants(node)).collect();
         if unknown.len() > ONE_BY_ONE {
@@ -176,7 +212,7 @@ impl Kube {
         }
         let names: Vec<String> = unknown.iter().map(|node| node.metadata.name.clone()).collect();
         for name in names {
-            // One that is gone by now is told of by the watch.
+            // The watch reports a Node that is gone by now.
             if let Some(node) = self.api().node(&name).await? {
                 table.learn(&node);
             }
@@ -184,7 +220,7 @@ impl Kube {
         Ok(())
     }
 
-    /// Takes events in. True if all must be listed anew.
+    /// Takes events in. True if all Nodes must be listed again.
     async fn take_in(
         &self,
         place: &mut Place,
@@ -221,12 +257,12 @@ impl Kube {
             place.version = Some(version);
         }
         self.look_after_own(&mut place.table);
-        // What was heard before an error counts.
+        // Events before an error count.
         if !news.is_empty() && events.send(news).await.is_err() {
             return Ok(true);
         }
         if again {
-            // Whatever else went wrong: a list puts it right.
+            // A list also covers what an error cut off.
             place.version = None;
         }
         outcome.map(|()| again)
@@ -240,5 +276,5 @@ impl Kube {
 }
 
 fn refused(code: u16, message: String) -> ApiError {
-    ApiError::Refused { act: "go on with the watch of the Nodes", code, message }
+    ApiError::Refused { act: "continue the watch of the Nodes", code, message: foreign_text(&message) }
 }

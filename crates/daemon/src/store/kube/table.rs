@@ -1,12 +1,13 @@
 //! Nodes in, [`StoreEvent`]s out: which Node has which lease. Pure; `follow` feeds it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use flannel::annotations::{self, Annotations, Keys, NodeError};
 use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 
 use super::api::NodeObject;
+use crate::store::reports::Reports;
+use crate::store::{check_peer, foreign_text};
 
 /// What is known of the Nodes.
 #[derive(Debug)]
@@ -24,6 +25,7 @@ pub(super) struct Table {
     /// What of this node's own Node was seen last: its uid and our annotations.
     own_seen: Option<(String, Annotations)>,
     own_changed: bool,
+    reports: Reports,
 }
 
 /// A Node. Its pod CIDRs never change: the API server admits them once.
@@ -34,8 +36,6 @@ struct Known {
     lease: Option<LeaseKey>,
     /// What it published last.
     peer: Peer,
-    /// What was said to be wrong with it last: a hash of it, because others write it and it may be long.
-    said: u64,
 }
 
 impl Table {
@@ -50,7 +50,13 @@ impl Table {
             contested: BTreeSet::new(),
             own_seen: None,
             own_changed: false,
+            reports: Reports::default(),
         }
+    }
+
+    /// How many Nodes have a lease.
+    pub(super) fn len(&self) -> usize {
+        self.owners.len()
     }
 
     /// Must the whole of this Node be read? Only when flannel manages it, and once.
@@ -102,29 +108,33 @@ impl Table {
         let known = self.nodes.entry(name.clone()).or_default();
         known.uid.clone_from(&node.metadata.uid);
         let Some((peer, problems)) = self.keys.peer(&node.metadata.annotations, &self.config, &known.peer) else {
-            // Somebody took its annotations away: its own flanneld writes them again, and pods do not wait for that.
+            // Its annotations were removed: its own flanneld writes them again, and its routes stay until then.
             return events.extend(known.lease.map(StoreEvent::Keep));
         };
+        if let Err(problem) = check_peer(&peer) {
+            report(&mut self.reports, name, &problem);
+            return events.extend(known.lease.map(StoreEvent::Keep));
+        }
         let learned = self.learned.remove(&node.metadata.uid);
         if let Some(Ok(subnets)) = learned {
             known.subnets = Some(subnets);
         }
         let Some(subnets) = known.subnets else {
             let problem = learned.and_then(Result::err).unwrap_or(NodeError::NoPodCidr);
-            return known.report(name, &problem.to_string());
+            return report(&mut self.reports, name, &problem.to_string());
         };
         let key = match annotations::lease_key(&self.config, &subnets) {
             Ok(key) => key,
-            Err(error) => return known.report(name, &error.to_string()),
+            Err(error) => return report(&mut self.reports, name, &error.to_string()),
         };
         let owner = self.owners.entry(key).or_insert_with(|| name.clone());
         if owner != name {
             let text = format!("its pod CIDR {key} is Node {owner}'s too, which was there before: delete one of the two Nodes");
             self.contested.insert(key);
-            return known.report(name, &text);
+            return report(&mut self.reports, name, &text);
         }
         let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
-        known.report(name, &texts.join("; "));
+        report(&mut self.reports, name, &texts.join("; "));
         let is_new = known.lease.replace(key) != Some(key);
         let says_nothing = !problems.is_empty() && (peer == known.peer || peer.public.is_empty());
         if says_nothing {
@@ -165,15 +175,10 @@ impl Table {
     }
 }
 
-impl Known {
-    /// Says once of a problem that what this Node says is skipped; no text: there is none.
-    fn report(&mut self, name: &str, text: &str) {
-        let mut hasher = DefaultHasher::new();
-        text.hash(&mut hasher);
-        let said = std::mem::replace(&mut self.said, hasher.finish());
-        if said != self.said && !text.is_empty() {
-            tracing::warn!(node = name, reason = text, "skipping what this Node says; the others are not affected");
-        }
+/// Warns once of a problem with what a Node publishes; an empty text is none.
+fn report(reports: &mut Reports, node: &str, problem: &str) {
+    if !problem.is_empty() && reports.is_due(node, problem) {
+        tracing::warn!(node, reason = foreign_text(problem), "skipping unreadable Node");
     }
 }
 
