@@ -1,6 +1,7 @@
 //! How the store is reached: endpoints, TLS, and the token that stands for a user and a password (specification,
 //! section 3.9).
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -102,6 +103,8 @@ pub(super) struct Endpoints {
     is_login_withheld: bool,
     /// Is any of them reached by TLS?
     has_tls: bool,
+    /// Why an endpoint does not answer, by its place.
+    reasons: Mutex<BTreeMap<usize, String>>,
 }
 
 impl Endpoints {
@@ -138,7 +141,17 @@ impl Endpoints {
         let transports = Mutex::new(connectors.iter().map(|connect| connect()).collect());
         let has_tls = names.iter().any(|name| name.starts_with("https:"));
         let urls = Vec::new();
-        Endpoints { names, urls, connectors, transports, token: Token::default(), login, is_login_withheld: false, has_tls }
+        Endpoints {
+            names,
+            urls,
+            connectors,
+            transports,
+            token: Token::default(),
+            login,
+            is_login_withheld: false,
+            has_tls,
+            reasons: Mutex::default(),
+        }
     }
 
     /// Replaces all connections: the present ones begin at an address that this host no longer has, or use certificates that have
@@ -163,13 +176,29 @@ impl Endpoints {
         (self.login.as_ref().map(|(name, _)| name.as_str()), self.is_login_withheld)
     }
 
-    /// Why requests to the endpoint at this place fail.
+    /// Why requests to the endpoint at this place fail. A server that refuses a certificate says why and closes the connection, and
+    /// either may be seen first; the reason that says more stands until the endpoint answers.
     pub(super) async fn explain(&self, at: usize, status: &Status) -> String {
-        let mismatch = match self.urls.get(at).filter(|_| is_protocol_failure(status)) {
+        let is_ambiguous = is_protocol_failure(status);
+        let mismatch = match self.urls.get(at).filter(|_| is_ambiguous) {
             Some(url) => scheme_mismatch(url).await,
             None => None,
         };
-        mismatch.unwrap_or_else(|| reason(status))
+        let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = match (mismatch, reasons.get(&at)) {
+            (Some(text), _) => text.to_owned(),
+            (None, Some(known)) if is_ambiguous => known.clone(),
+            _ => reason(status),
+        };
+        if !is_ambiguous || mismatch.is_some() {
+            reasons.insert(at, text.clone());
+        }
+        text
+    }
+
+    /// The endpoint at this place answered.
+    pub(super) fn answered(&self, at: usize) {
+        self.reasons.lock().unwrap_or_else(PoisonError::into_inner).remove(&(at % self.connectors.len()));
     }
 
     /// A connection to one of the endpoints, counted round. Logs in first, where there is a user and no token.

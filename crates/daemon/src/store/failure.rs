@@ -64,44 +64,51 @@ pub(super) fn is_protocol_failure(status: &Status) -> bool {
     status.source().is_some() && !is_network.iter().any(|word| text.to_lowercase().contains(word))
 }
 
-/// What to say of an endpoint that speaks TLS where `http://` was given, or the reverse. It is asked in plain HTTP/1.1, to which a
-/// plain etcd answers, and a TLS server says that it is one.
-pub(super) async fn scheme_mismatch(endpoint: &EndpointUrl) -> Option<String> {
+/// What to say of an endpoint that speaks TLS where `http://` was given, or the reverse. It is asked in the other protocol.
+pub(super) async fn scheme_mismatch(endpoint: &EndpointUrl) -> Option<&'static str> {
+    let question: &[u8] = if endpoint.is_tls { HTTP_REQUEST } else { CLIENT_HELLO };
     let ask = async {
         let mut stream = TcpStream::connect(&*endpoint.authority).await.ok()?;
-        stream.write_all(b"GET /version HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n").await.ok()?;
-        let mut answer = vec![0; 512];
-        let mut len = 0;
-        while len < answer.len() {
-            match stream.read(&mut answer[len..]).await {
-                Ok(0) | Err(_) => break,
-                Ok(more) => len += more,
-            }
-            if len > 0 && answer[0] == TLS_ALERT {
-                break;
-            }
-        }
-        answer.truncate(len);
+        stream.write_all(question).await.ok()?;
+        let mut answer = [0; 8];
+        stream.read_exact(&mut answer[..5]).await.ok()?;
         Some(answer)
     };
     let answer = tokio::time::timeout(PROBE, ask).await.ok().flatten()?;
-    match (speaks_tls(&answer)?, endpoint.is_tls) {
-        (true, false) => Some("the endpoint speaks TLS: write https:// in --etcd-endpoints".to_owned()),
-        (false, true) => Some("the endpoint is a plain etcd, without TLS: write http:// in --etcd-endpoints".to_owned()),
+    match (protocol(&answer)?, endpoint.is_tls) {
+        (Protocol::Tls, false) => Some("the endpoint speaks TLS: write https:// in --etcd-endpoints"),
+        (Protocol::Http, true) => Some("the endpoint is a plain etcd, without TLS: write http:// in --etcd-endpoints"),
         _ => None,
     }
 }
 
-/// The first byte of a TLS record that is an alert.
-const TLS_ALERT: u8 = 0x15;
+const HTTP_REQUEST: &[u8] = b"GET /version HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\n\r\n";
 
-/// Does a server speak TLS that answers plain HTTP so? `None` if the answer does not tell.
-fn speaks_tls(answer: &[u8]) -> Option<bool> {
-    let text = String::from_utf8_lossy(answer);
+/// The shortest ClientHello of TLS 1.2 (RFC 5246, section 7.4.1.2): two cipher suites, no extension. Whether a server accepts it
+/// or not, its answer is a TLS record.
+const CLIENT_HELLO: &[u8] = &{
+    let mut hello = [0; 52];
+    // The record: a handshake of 47 bytes.
+    (hello[0], hello[1], hello[2], hello[4]) = (0x16, 3, 1, 47);
+    // The message: a ClientHello of 43 bytes, version 1.2; the random bytes and the session identifier are zero and empty.
+    (hello[5], hello[8], hello[9], hello[10]) = (1, 43, 3, 3);
+    // Two cipher suites of two bytes, and the one compression method that there is, none.
+    (hello[45], hello[46], hello[47], hello[48], hello[49], hello[50]) = (4, 0xc0, 0x2f, 0xc0, 0x2b, 1);
+    hello
+};
+
+#[derive(Debug, PartialEq, Eq)]
+enum Protocol {
+    Tls,
+    Http,
+}
+
+/// The protocol of a server that answers with these first bytes.
+fn protocol(answer: &[u8]) -> Option<Protocol> {
     match answer {
-        [TLS_ALERT, 3, ..] => Some(true),
-        _ if text.starts_with("HTTP/1") && text.contains("HTTPS server") => Some(true),
-        _ if text.starts_with("HTTP/1") => Some(false),
+        // A handshake message, or an alert.
+        [0x15 | 0x16, 3, ..] => Some(Protocol::Tls),
+        [b'H', b'T', b'T', b'P', ..] => Some(Protocol::Http),
         _ => None,
     }
 }
@@ -126,12 +133,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn protocol_of_a_server_is_known_by_its_answer_to_plain_http() {
-        assert_eq!(speaks_tls(b"HTTP/1.1 200 OK\r\n\r\n{}"), Some(false));
-        assert_eq!(speaks_tls(b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"), Some(true));
-        assert_eq!(speaks_tls(&[0x15, 3, 1, 0, 2, 2, 70]), Some(true));
-        assert_eq!(speaks_tls(b""), None);
-        assert_eq!(speaks_tls(b"SSH-2.0"), None);
+    fn protocol_is_known_by_the_first_bytes() {
+        assert_eq!(protocol(b"HTTP/1.1"), Some(Protocol::Http));
+        assert_eq!(protocol(&[0x15, 3, 1, 0, 2]), Some(Protocol::Tls));
+        assert_eq!(protocol(&[0x16, 3, 3, 0, 80]), Some(Protocol::Tls));
+        assert_eq!(protocol(b"SSH-2.0"), None);
     }
 
     #[test]

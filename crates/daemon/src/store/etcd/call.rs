@@ -83,7 +83,10 @@ impl Etcd {
             let at = current.load(Ordering::Relaxed);
             let answer = async { ask(endpoints.connection(at).await?).await };
             let status = match tokio::time::timeout(patience, answer).await {
-                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Ok(answer)) => {
+                    endpoints.answered(at);
+                    return Ok(answer.into_inner());
+                }
                 Ok(Err(status)) => status,
                 // The time is not in the text: one problem is one text.
                 Err(_) => Status::deadline_exceeded("no answer in time"),
