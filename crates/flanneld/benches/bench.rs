@@ -271,8 +271,12 @@ fn put(lab: &Lab, leases: &[Lease]) {
             })),
         }
     };
-    let request = TxnRequest { success: leases.iter().map(op).collect(), ..TxnRequest::default() };
-    with_kv(lab, async |mut kv| drop(kv.txn(request).await.unwrap()));
+    // As many operations as a transaction may have.
+    with_kv(lab, async |mut kv| {
+        for part in leases.chunks(128) {
+            kv.txn(TxnRequest { success: part.iter().map(op).collect(), ..TxnRequest::default() }).await.unwrap();
+        }
+    });
 }
 
 /// For each lease the time from before its put until the kernel announces its route.

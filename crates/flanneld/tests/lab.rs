@@ -214,10 +214,13 @@ fn transaction(lab: &Lab, leases: &[Lease]) {
         let put = PutRequest { key, value: flannel::wire::value(&lease.peer).into_bytes(), ..PutRequest::default() };
         RequestOp { request: Some(Request::RequestPut(put)) }
     };
-    let request = TxnRequest { compare: Vec::<Compare>::new(), success: leases.iter().map(put).collect(), failure: Vec::new() };
     in_middle(lab, async || {
         let channel = tonic::transport::Endpoint::from_shared(format!("http://{STORE}")).unwrap().connect().await.unwrap();
-        KvClient::new(channel).txn(request.clone()).await.unwrap();
+        // As many operations as a transaction may have.
+        for part in leases.chunks(128) {
+            let request = TxnRequest { compare: Vec::<Compare>::new(), success: part.iter().map(put).collect(), failure: Vec::new() };
+            KvClient::new(channel.clone()).txn(request).await.unwrap();
+        }
     });
 }
 
@@ -653,6 +656,10 @@ fn bad_configurations_are_waited_out(root: &Path) {
         (r#"{"Network":"10.244.0.0/16","Backend":{}}"#, "Backend.Type is missing"),
         (r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48"}"#, "carries IPv4 only"),
         (r#"{"EnableIPv6":true,"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#, "IPv6Network is missing"),
+        (
+            r#"{"Network":"10.244.0.0/16","Backend":{"Type":"extension","PreStartupCommand":"false"}}"#,
+            "start flanneld with --allow-commands if everyone who can write to the store may do that",
+        ),
     ];
     let put = |lab: &mut Lab, text: &str| lab.with_store(async |store| store.put_config(text).await).unwrap();
     let log = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].log()).unwrap_or_default();

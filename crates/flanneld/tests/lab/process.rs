@@ -129,7 +129,7 @@ pub(crate) fn a_lease_is_renewed_and_a_reservation_stays_one(root: &Path) {
         }
         let log = lab.hosts[0].log();
         let end = Instant::now() + Duration::from_secs(70);
-        while !std::fs::read_to_string(&log).unwrap().contains("renewed the lease") {
+        while !std::fs::read_to_string(&log).unwrap().contains("lease renewed") {
             assert!(Instant::now() < end, "it is not renewed");
             std::thread::sleep(Duration::from_millis(100));
         }
