@@ -49,9 +49,10 @@ fn main() -> ExitCode {
         }
         Some(Command::Store(args)) => {
             log(0);
+            kernel::process::one_arena();
             run(async {
                 let bound = embedded::bind(&args).await?;
-                tracing::info!(listen = %bound.address(), data = %args.data_dir.display(), "the embedded store serves etcd's v3 API");
+                tracing::info!(listen = %bound.address(), data = %args.data_dir.display(), "embedded store serving etcd's v3 API");
                 bound.serve(stop()).await
             })
         }

@@ -7,6 +7,7 @@ use anyhow::Context;
 use prost::Message;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
+use super::limits;
 use super::state::{Change, Saved, revision_of};
 use crate::etcd::event::EventType;
 use crate::etcd::{Event, KeyValue};
@@ -29,7 +30,9 @@ impl Disk {
     pub(super) fn open(directory: &Path, cluster: u64) -> anyhow::Result<Disk> {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot create --data-dir {}", directory.display()))?;
         let path = directory.join("flannel.redb");
-        let database = Database::create(&path)
+        let database = Database::builder()
+            .set_cache_size(limits::FILE_CACHE)
+            .create(&path)
             .with_context(|| format!("cannot open the store's file {} (is another flanneld store using it?)", path.display()))?;
         let write = database.begin_write()?;
         {

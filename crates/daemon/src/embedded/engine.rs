@@ -1,19 +1,23 @@
-//! The thread that owns state and file. What waits together is done together: one transaction on disk answers many.
+//! The thread that owns the state and the file. Requests that wait together are executed together: one transaction on disk
+//! acknowledges many.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tonic::Status;
 
 use super::disk::Disk;
+use super::limits;
 use super::state::{Saved, State};
 
-/// Jobs in one transaction: enough to share a write among all who wait, few enough to answer soon.
+/// Jobs in one transaction: enough to share a write among all that wait, few enough to answer soon.
 const BATCH: usize = 256;
+/// After this long without a request, or this long with them, freed memory is given back to the kernel.
+const RELEASE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
 
-/// Executed on the state; what it returns is called with the fate of the transaction and answers.
+/// Executed on the state; the function that it returns is called with the outcome of the transaction, and answers.
 type Job = Box<dyn FnOnce(&mut State, Instant) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), Status>) + Send>;
 
@@ -28,12 +32,12 @@ pub(super) struct Engine {
 #[derive(Debug, Clone)]
 enum Jobs {
     /// By the thread that owns state and file.
-    Thread(Sender<Job>),
-    /// At once, on a state that nobody keeps.
+    Thread(Sender<Job>, Arc<Semaphore>),
+    /// At once, on a state that is in memory alone.
     Memory(Memory),
 }
 
-/// A store that is in memory alone and lives by tokio's clock, which a test may hold. Clones are the same store.
+/// A store that is in memory alone and uses tokio's clock, which tests control. Clones are the same store.
 #[derive(Debug, Clone)]
 pub(super) struct Memory(Arc<Mutex<(State, Vec<watch::Sender<i64>>)>>);
 
@@ -59,10 +63,10 @@ impl Memory {
     }
 
     pub(super) fn engine(&self) -> Engine {
-        // A channel for each: who of several receivers of one is woken first is left to chance, and a simulation has none.
+        // A channel for each: the order in which several receivers of one are woken is random, and a simulation must not be.
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (tell, revision) = watch::channel(inner.0.revision());
-        inner.1.push(tell);
+        let (publish, revision) = watch::channel(inner.0.revision());
+        inner.1.push(publish);
         Engine { jobs: Jobs::Memory(self.clone()), revision }
     }
 }
@@ -78,7 +82,8 @@ impl Engine {
         let (jobs, inbox) = std::sync::mpsc::channel();
         let (publish, revision) = watch::channel(state.revision());
         std::thread::Builder::new().name("store".to_owned()).spawn(move || run(state, disk, &inbox, &publish))?;
-        Ok(Engine { jobs: Jobs::Thread(jobs), revision })
+        let queue = Arc::new(Semaphore::new(limits::QUEUE));
+        Ok(Engine { jobs: Jobs::Thread(jobs, queue), revision })
     }
 
     /// Executes a function on the state and returns its result once what it changed is on disk.
@@ -90,51 +95,67 @@ impl Engine {
         let job: Job = Box::new(move |state, now| {
             let outcome = f(state, now);
             Box::new(move |written| {
-                // Who asked may have gone away; the change stands all the same.
+                // The client may have gone away; the change stands.
                 let _ = reply.send(written.and(outcome));
             })
         });
         let gone = || Status::unavailable("the store is shutting down");
         match &self.jobs {
-            Jobs::Thread(jobs) => jobs.send(job).map_err(|_| gone())?,
+            Jobs::Thread(jobs, queue) => {
+                // The place goes with the job, because a client that goes away does not take its job out of the queue.
+                let place = queue.clone().acquire_owned().await.map_err(|_| gone())?;
+                let job: Job = Box::new(move |state, now| {
+                    drop(place);
+                    job(state, now)
+                });
+                jobs.send(job).map_err(|_| gone())?;
+            }
             Jobs::Memory(memory) => memory.with(job)(Ok(())),
         }
         result.await.map_err(|_| gone())?
     }
 
-    /// The revision that is on disk, and news of it.
+    /// The revision that is on disk, and its changes.
     pub(super) fn revision(&self) -> watch::Receiver<i64> {
         self.revision.clone()
     }
 }
 
 fn run(mut state: State, mut disk: Disk, inbox: &Receiver<Job>, publish: &watch::Sender<i64>) {
+    let mut released = Instant::now();
+    let mut is_dirty = false;
     loop {
-        let wait = state.next_expiry().map_or(Duration::from_secs(3600), |at| at.saturating_duration_since(Instant::now()));
+        let idle = if is_dirty { RELEASE.0 } else { Duration::from_secs(3600) };
+        let wait = state.next_expiry().map_or(idle, |at| at.saturating_duration_since(Instant::now()).min(idle));
         let first = match inbox.recv_timeout(wait) {
             Ok(job) => Some(job),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         let now = Instant::now();
+        if is_dirty && (first.is_none() || now.duration_since(released) > RELEASE.1) {
+            kernel::process::release_memory();
+            (is_dirty, released) = (false, now);
+        }
+        is_dirty |= first.is_some();
         state.expire(now);
         let jobs = first.into_iter().chain(inbox.try_iter()).take(BATCH);
         let answers: Vec<Answer> = jobs.map(|job| job(&mut state, now)).collect();
 
         let changes = state.take_changes();
         let written = if changes.is_empty() { Ok(()) } else { disk.write(&changes, state.revision()) };
-        let fate = match written {
+        let outcome = match written {
             Ok(()) => Ok(()),
             Err(error) => {
-                tracing::error!(%error, "cannot write the store's file: the requests are refused and the store ends");
+                tracing::error!(%error, "failed to write the store's file; requests are refused and the store exits");
                 Err(Status::unavailable(format!("the store cannot write its file: {error}")))
             }
         };
         for answer in answers {
-            answer(fate.clone());
+            answer(outcome.clone());
         }
         // Memory is ahead of the disk now, and the database refuses to go on: the next start reads what is there.
-        if fate.is_err() {
+        if outcome.is_err() {
             return;
         }
         publish.send_if_modified(|revision| std::mem::replace(revision, state.revision()) != state.revision());

@@ -12,7 +12,7 @@ use super::state::State;
 #[derive(Debug, Clone)]
 pub struct Memory(engine::Memory);
 
-/// What a store held at some time.
+/// The data of a store at some time.
 #[derive(Debug, Clone)]
 pub struct Backup(State);
 
@@ -28,27 +28,27 @@ impl Memory {
         Service::new(self.0.engine(), SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 2379)).routes()
     }
 
-    /// Ends the leases whose time has come, which nobody asks about otherwise.
+    /// Ends the leases that have expired.
     pub fn tick(&self) {
         self.0.with(|_, _| ());
     }
 
-    /// What it holds now.
+    /// Its present data.
     pub fn backup(&self) -> Backup {
         self.0.with(|state, _| Backup(state.clone()))
     }
 
-    /// Puts it back to what it was: its revision goes backwards. Leases begin their lives anew, as with a server that starts.
+    /// Restores a backup: the revision goes backwards. Leases get their whole life again, as when a server starts.
     pub fn restore(&self, backup: &Backup) {
         self.0.with(|state, now| {
             *state = backup.0.clone();
-            state.begin_leases_anew(now);
+            state.renew_leases(now);
         });
     }
 
-    /// Forgets its history, so that who comes back too late must list anew.
+    /// Compacts its history, so that a watch that comes back too late must list again.
     pub fn compact(&self) {
-        // There may be nothing to forget.
+        // There may be nothing to compact.
         let _ = self.0.with(|state, _| state.compact(state.revision()));
     }
 }

@@ -1,38 +1,39 @@
 //! The gRPC services in front of the engine.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use anyhow::Context;
+use prost::Message;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::connection::{self, Handle};
 use super::disk::Disk;
 use super::engine::Engine;
-use super::state::Events;
+use super::guard::{GuardLayer, Slots};
+use super::limits;
 use crate::etcd::cluster_server::{Cluster, ClusterServer};
 use crate::etcd::kv_server::{Kv, KvServer};
 use crate::etcd::lease_server::{Lease, LeaseServer};
 use crate::etcd::maintenance_server::{Maintenance, MaintenanceServer};
-use crate::etcd::watch_create_request::FilterType;
-use crate::etcd::watch_request::RequestUnion;
-use crate::etcd::watch_server::{Watch, WatchServer};
+use crate::etcd::request_op::Request as Op;
+use crate::etcd::watch_server::WatchServer;
 use crate::etcd::*;
+use crate::store::foreign_text;
 
-/// The largest request that is read, in bytes. etcd's own limit is 1.5 MiB by default; a thousand leases in one
-/// transaction need a fifth of that.
-const MAX_REQUEST: usize = 16 << 20;
-
-/// From the store's failure to its end: for the answers that are on their way.
+/// The time between the store's failure and its end, in which the answers are sent that say why.
 const PARTING: Duration = Duration::from_secs(1);
+/// How often an idle connection is pinged, and how long the answer may take.
+const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 
-/// What `flanneld store` is told.
+/// The arguments of `flanneld store`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct StoreArgs {
     /// Address and port to serve the etcd v3 API on
@@ -41,7 +42,7 @@ pub struct StoreArgs {
     /// Directory of the store's file; created if missing
     #[arg(long, default_value = "/var/lib/flannel/store", value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Network configuration (JSON) to begin with: written to the store if it has none
+    /// Network configuration (JSON), written to the store at the start if it has none
     #[arg(long, value_name = "JSON")]
     pub net_config: Option<String>,
     /// Prefix of flannel's keys, for --net-config
@@ -60,32 +61,47 @@ pub struct Bound {
 /// Opens the file and the port.
 ///
 /// # Errors
-/// When either cannot be had; the text names it.
+/// When either cannot be opened; the text names it.
 pub async fn bind(args: &StoreArgs) -> anyhow::Result<Bound> {
     if let Some(text) = &args.net_config {
         flannel::Config::parse(text).context("--net-config cannot be used")?;
     }
     let disk = Disk::open(&args.data_dir, fastrand::u64(1..))?;
     let engine = Engine::start(disk).with_context(|| format!("cannot read the store's file in {}", args.data_dir.display()))?;
-    if let Some(text) = &args.net_config {
-        let put = PutRequest {
-            key: format!("{}/config", args.etcd_prefix.trim_end_matches('/')).into_bytes(),
-            value: text.as_bytes().to_vec(),
-            ..PutRequest::default()
-        };
-        let begin_with = move |state: &mut super::state::State, _| {
-            let there = state.range(&RangeRequest { key: put.key.clone(), ..RangeRequest::default() })?;
-            if there.count == 0 { state.put(put).map(drop) } else { Ok(()) }
-        };
-        engine.call(begin_with).await.context("cannot write --net-config to the store")?;
-    }
+    begin_with(&engine, args).await.context("cannot write --net-config to the store")?;
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on --listen {}", args.listen))?;
     let address = listener.local_addr()?;
     Ok(Bound { listener, service: Service::new(engine, address), address })
 }
 
+/// Writes `--net-config` if the store has no network config, and says what the store has.
+async fn begin_with(engine: &Engine, args: &StoreArgs) -> Result<(), Status> {
+    let key = format!("{}/config", args.etcd_prefix.trim_end_matches('/'));
+    let given = args.net_config.clone();
+    let put = PutRequest { key: key.clone().into_bytes(), value: given.clone().unwrap_or_default().into_bytes(), ..PutRequest::default() };
+    let write = move |state: &mut super::state::State, _| {
+        let found = state.range(&RangeRequest { key: put.key.clone(), ..RangeRequest::default() })?.kvs.into_iter().next();
+        if found.is_none() && !put.value.is_empty() {
+            state.put(put)?;
+        }
+        Ok(found.map(|kv| kv.value))
+    };
+    let found = engine.call(write).await?;
+    let text = |value: &[u8]| foreign_text(&String::from_utf8_lossy(value));
+    match (found, given) {
+        (None, None) => tracing::warn!(key, "store has no network config; daemons wait for one"),
+        (None, Some(given)) => tracing::info!(key, config = text(given.as_bytes()), "network config written from --net-config"),
+        (Some(found), Some(given)) if found != given.as_bytes() => {
+            let fix = format!("to change it: etcdctl put {key} '…'");
+            tracing::warn!(key, config = text(&found), fix, "--net-config ignored: the store already has a network config");
+        }
+        (Some(found), _) => tracing::info!(key, config = text(&found), "store has a network config"),
+    }
+    Ok(())
+}
+
 impl Bound {
-    /// Where it listens: the port may have been left to the kernel.
+    /// Where it listens: the kernel may have chosen the port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -97,19 +113,23 @@ impl Bound {
     pub async fn serve(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let Bound { listener, service, .. } = self;
         let engine = service.engine.clone();
-        let server = tonic::transport::Server::builder().add_routes(service.routes());
-        // Without this an answer in two segments waits for a delayed ack: 40 ms.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        // A store that cannot write is of no use to anybody: it ends, and is started again. Those whose requests it
-        // refused hear why first; a stream of keep-alives never ends by itself, so they have a moment for that.
+        let server = tonic::transport::Server::builder()
+            .max_concurrent_streams(limits::STREAMS)
+            .http2_max_header_list_size(limits::HEADERS)
+            .http2_keepalive_interval(Some(PING.0))
+            .http2_keepalive_timeout(Some(PING.1))
+            .layer(GuardLayer::default())
+            .add_routes(service.routes());
+        // A store that cannot write ends, and a supervisor starts it again. The answers that say why are sent first; streams never
+        // end by themselves, so there is a time for that.
         let parted = async {
             failed(engine.revision()).await;
             tokio::time::sleep(PARTING).await;
         };
         tokio::select! {
-            served = server.serve_with_incoming_shutdown(incoming, failed(engine.revision())) => served?,
+            served = server.serve_with_incoming_shutdown(connection::accept(listener), failed(engine.revision())) => served?,
             () = parted => {}
-            // Watches never end by themselves either: what is acknowledged is on disk.
+            // What is acknowledged is on disk.
             () = stop => return Ok(()),
         }
         anyhow::bail!("the store's file cannot be written: see the log")
@@ -123,24 +143,86 @@ async fn failed(mut revision: watch::Receiver<i64>) {
 
 #[derive(Debug, Clone)]
 pub(super) struct Service {
-    engine: Engine,
+    pub(super) engine: Engine,
     address: SocketAddr,
+    slots: Slots,
+    /// Of their own, so that watches that are not read do not delay other answers.
+    pub(super) watch_slots: Slots,
+    /// Watches of all streams.
+    pub(super) watches: Arc<AtomicUsize>,
 }
 
 impl Service {
     pub(super) fn new(engine: Engine, address: SocketAddr) -> Service {
-        Service { engine, address }
+        Service { engine, address, slots: Slots::new(), watch_slots: Slots::new(), watches: Arc::default() }
     }
 
     /// All services, by their paths.
     pub(super) fn routes(self) -> Routes {
-        let kv = KvServer::new(self.clone()).max_decoding_message_size(MAX_REQUEST).max_encoding_message_size(usize::MAX);
+        // Answers are bounded by `limits::ANSWER` where they are made.
+        let kv = KvServer::new(self.clone()).max_decoding_message_size(limits::DECODED).max_encoding_message_size(usize::MAX);
+        let watch = WatchServer::new(self.clone()).max_decoding_message_size(limits::CONTROL);
         Routes::new(kv)
-            .add_service(WatchServer::new(self.clone()).max_encoding_message_size(usize::MAX))
-            .add_service(LeaseServer::new(self.clone()))
-            .add_service(MaintenanceServer::new(self.clone()))
-            .add_service(ClusterServer::new(self))
+            .add_service(watch.max_encoding_message_size(usize::MAX))
+            .add_service(LeaseServer::new(self.clone()).max_decoding_message_size(limits::CONTROL))
+            .add_service(MaintenanceServer::new(self.clone()).max_decoding_message_size(limits::CONTROL))
+            .add_service(ClusterServer::new(self).max_decoding_message_size(limits::CONTROL))
     }
+
+    /// Executes a request that reads and writes. Its answer may be large, so it has a place first; a small one gives it back at once.
+    async fn write_and_read<T: Message + 'static>(
+        &self,
+        client: Option<Handle>,
+        f: impl FnOnce(&mut super::state::State) -> Result<T, Status> + Send + 'static,
+    ) -> Answer<T> {
+        let slot = self.slots.take(client).await?;
+        let mut response = Response::new(self.engine.call(move |state, _| f(state)).await?);
+        if response.get_ref().encoded_len() > limits::SMALL {
+            response.extensions_mut().insert(slot);
+        }
+        Ok(response)
+    }
+
+    /// Executes a request that only reads. A small answer needs no place, so that no client that reads slowly delays it; for a large
+    /// one the request is executed again when there is a place.
+    async fn read<T: Message + 'static, F>(&self, client: Option<Handle>, f: F) -> Answer<T>
+    where
+        F: Fn(&mut super::state::State) -> Result<T, Status> + Clone + Send + 'static,
+    {
+        let first = f.clone();
+        let small = move |state: &mut super::state::State, _| {
+            first(state).map(|answer| Some(answer).filter(|answer| answer.encoded_len() <= limits::SMALL))
+        };
+        match self.engine.call(small).await? {
+            Some(answer) => Ok(Response::new(answer)),
+            None => self.write_and_read(client, f).await,
+        }
+    }
+}
+
+/// The connection of a request; none in a simulation.
+pub(super) fn client<T>(request: &Request<T>) -> Option<Handle> {
+    request.extensions().get::<Handle>().cloned()
+}
+
+/// Does a transaction write?
+fn writes(txn: &TxnRequest) -> bool {
+    txn.success.iter().chain(&txn.failure).any(|op| match &op.request {
+        Some(Op::RequestPut(_) | Op::RequestDeleteRange(_)) => true,
+        Some(Op::RequestTxn(txn)) => writes(txn),
+        Some(Op::RequestRange(_)) | None => false,
+    })
+}
+
+/// Does a transaction read values?
+fn reads(txn: &TxnRequest) -> bool {
+    txn.success.iter().chain(&txn.failure).any(|op| match &op.request {
+        Some(Op::RequestRange(_)) => true,
+        Some(Op::RequestPut(put)) => put.prev_kv,
+        Some(Op::RequestDeleteRange(delete)) => delete.prev_kv,
+        Some(Op::RequestTxn(txn)) => reads(txn),
+        None => false,
+    })
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -148,23 +230,37 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl Kv for Service {
     async fn range(&self, request: Request<RangeRequest>) -> Answer<RangeResponse> {
+        let client = client(&request);
         let request = request.into_inner();
-        self.engine.call(move |state, _| state.range(&request)).await.map(Response::new)
+        self.read(client, move |state| state.range(&request)).await
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Answer<PutResponse> {
+        let client = client(&request);
         let request = request.into_inner();
+        if request.prev_kv {
+            return self.write_and_read(client, move |state| state.put(request)).await;
+        }
         self.engine.call(move |state, _| state.put(request)).await.map(Response::new)
     }
 
     async fn delete_range(&self, request: Request<DeleteRangeRequest>) -> Answer<DeleteRangeResponse> {
+        let client = client(&request);
         let request = request.into_inner();
+        if request.prev_kv {
+            return self.write_and_read(client, move |state| state.delete(&request)).await;
+        }
         self.engine.call(move |state, _| state.delete(&request)).await.map(Response::new)
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Answer<TxnResponse> {
+        let client = client(&request);
         let request = request.into_inner();
-        self.engine.call(move |state, _| state.txn(&request)).await.map(Response::new)
+        match (reads(&request), writes(&request)) {
+            (true, true) => self.write_and_read(client, move |state| state.txn(&request)).await,
+            (true, false) => self.read(client, move |state| state.txn(&request)).await,
+            (false, _) => self.engine.call(move |state, _| state.txn(&request)).await.map(Response::new),
+        }
     }
 
     async fn compact(&self, request: Request<CompactionRequest>) -> Answer<CompactionResponse> {
@@ -264,136 +360,5 @@ impl Cluster for Service {
             Ok(MemberListResponse { header: state.header(), members: vec![member] })
         };
         self.engine.call(look).await.map(Response::new)
-    }
-}
-
-#[tonic::async_trait]
-impl Watch for Service {
-    type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
-
-    async fn watch(&self, request: Request<Streaming<WatchRequest>>) -> Answer<Self::WatchStream> {
-        let (answers, stream) = mpsc::channel(16);
-        let watches = Watches { engine: self.engine.clone(), answers, watchers: BTreeMap::new() };
-        tokio::spawn(watches.run(request.into_inner()));
-        Ok(Response::new(ReceiverStream::new(stream)))
-    }
-}
-
-/// The watchers of one client's stream. Each pulls what it has not seen yet, so a slow client costs no memory; it may
-/// fall behind the history and then hears so.
-struct Watches {
-    engine: Engine,
-    answers: mpsc::Sender<Result<WatchResponse, Status>>,
-    watchers: BTreeMap<i64, Watcher>,
-}
-
-struct Watcher {
-    request: WatchCreateRequest,
-    /// The first revision that was not looked at yet.
-    next: i64,
-}
-
-/// The client is gone: nobody is left to answer.
-struct Gone;
-
-impl Watches {
-    async fn run(mut self, mut requests: Streaming<WatchRequest>) {
-        let mut revision = self.engine.revision();
-        loop {
-            let outcome = tokio::select! {
-                request = requests.message() => match request {
-                    Ok(Some(request)) => self.handle(request).await,
-                    _ => Err(Gone),
-                },
-                changed = revision.changed() => match changed {
-                    Ok(()) => self.pull_all().await,
-                    Err(_) => Err(Gone),
-                },
-            };
-            if outcome.is_err() {
-                return;
-            }
-        }
-    }
-
-    async fn handle(&mut self, request: WatchRequest) -> Result<(), Gone> {
-        match request.request_union {
-            Some(RequestUnion::CreateRequest(create)) => {
-                let now = self.engine.call(|state, _| Ok((state.header(), state.revision()))).await;
-                let (header, revision) = now.map_err(|_| Gone)?;
-                let taken = self.watchers.keys().next_back().copied();
-                let watch_id = if create.watch_id != 0 { create.watch_id } else { taken.map_or(0, |id| id + 1) };
-                let next = if create.start_revision > 0 { create.start_revision } else { revision + 1 };
-                self.send(WatchResponse { header, watch_id, created: true, ..WatchResponse::default() }).await?;
-                self.watchers.insert(watch_id, Watcher { request: create, next });
-                self.pull(watch_id).await
-            }
-            Some(RequestUnion::CancelRequest(WatchCancelRequest { watch_id })) => {
-                if self.watchers.remove(&watch_id).is_none() {
-                    return Ok(());
-                }
-                let header = self.engine.call(|state, _| Ok(state.header())).await.map_err(|_| Gone)?;
-                self.send(WatchResponse { header, watch_id, canceled: true, ..WatchResponse::default() }).await
-            }
-            Some(RequestUnion::ProgressRequest(_)) => {
-                self.pull_all().await?;
-                let header = self.engine.call(|state, _| Ok(state.header())).await.map_err(|_| Gone)?;
-                self.send(WatchResponse { header, watch_id: -1, ..WatchResponse::default() }).await
-            }
-            None => Ok(()),
-        }
-    }
-
-    async fn pull_all(&mut self) -> Result<(), Gone> {
-        for id in self.watchers.keys().copied().collect::<Vec<_>>() {
-            self.pull(id).await?;
-        }
-        Ok(())
-    }
-
-    /// Sends a watcher all that it has not seen yet.
-    async fn pull(&mut self, watch_id: i64) -> Result<(), Gone> {
-        loop {
-            let Some(watcher) = self.watchers.get_mut(&watch_id) else { return Ok(()) };
-            let WatchCreateRequest { key, range_end, .. } = watcher.request.clone();
-            let from = watcher.next;
-            let pulled = self.engine.call(move |state, _| Ok((state.header(), state.events(from, &key, &range_end))));
-            match pulled.await.map_err(|_| Gone)? {
-                (header, Events::Compacted(compact_revision)) => {
-                    self.watchers.remove(&watch_id);
-                    let cancel_reason = "etcdserver: mvcc: required revision has been compacted".to_owned();
-                    return self
-                        .send(WatchResponse {
-                            header,
-                            watch_id,
-                            canceled: true,
-                            compact_revision,
-                            cancel_reason,
-                            ..WatchResponse::default()
-                        })
-                        .await;
-                }
-                (header, Events::Next(mut events, next)) => {
-                    let done = next <= from || header.is_none_or(|h| next > h.revision);
-                    // A watch may begin in the future: its beginning never moves back.
-                    watcher.next = watcher.next.max(next);
-                    let unwanted: Vec<i32> = watcher.request.filters().map(|f| if f == FilterType::Noput { 0 } else { 1 }).collect();
-                    events.retain(|event| !unwanted.contains(&event.r#type));
-                    if !watcher.request.prev_kv {
-                        events.iter_mut().for_each(|event| event.prev_kv = None);
-                    }
-                    if !events.is_empty() {
-                        self.send(WatchResponse { header, watch_id, events, ..WatchResponse::default() }).await?;
-                    }
-                    if done {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-    }
-
-    async fn send(&self, response: WatchResponse) -> Result<(), Gone> {
-        self.answers.send(Ok(response)).await.map_err(|_| Gone)
     }
 }

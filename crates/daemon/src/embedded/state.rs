@@ -1,35 +1,30 @@
 //! The store's state and what requests do to it: keys with revisions, leases, and the history that watchers read.
 //! Pure: the time is an argument, and what must be written to disk is collected in [`State::take_changes`].
 
+mod check;
+mod leases;
+mod range;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
+use prost::Message;
 use tonic::Status;
 
-use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
+use self::check::check_key;
+use super::limits;
 use crate::etcd::event::EventType;
-use crate::etcd::range_request::{SortOrder, SortTarget};
 use crate::etcd::request_op::Request;
 use crate::etcd::response_op::Response;
 use crate::etcd::{
-    Compare, DeleteRangeRequest, DeleteRangeResponse, Event, KeyValue, PutRequest, PutResponse, RangeRequest, RangeResponse, RequestOp,
-    ResponseHeader, ResponseOp, TxnRequest, TxnResponse,
+    DeleteRangeRequest, DeleteRangeResponse, Event, KeyValue, PutRequest, PutResponse, ResponseHeader, ResponseOp, TxnRequest, TxnResponse,
 };
-
-/// Events that are kept for watchers which come back; older ones are compacted away, and such a watcher lists anew.
-const HISTORY: usize = 10_000;
 
 /// Events in one answer to a watcher, beyond which it is split (never within a revision).
 const WATCH_EVENTS: usize = 1_000;
 
-/// The longest life that etcd grants a lease, in seconds.
-const MAX_TTL: i64 = 9_000_000_000;
-
-/// The shortest, which a shorter wish is raised to, in seconds.
-const MIN_TTL: i64 = 2;
-
-/// A change that must be on disk before anybody hears of it.
+/// A change that must be on disk before a client sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Change {
     /// A key was put or deleted.
@@ -47,19 +42,25 @@ struct LeaseState {
     keys: BTreeSet<Vec<u8>>,
 }
 
-/// Everything there is.
+/// All data.
 #[derive(Debug, Clone)]
 pub(super) struct State {
     cluster: u64,
     revision: i64,
     compacted: i64,
     kvs: BTreeMap<Vec<u8>, KeyValue>,
+    /// What the keys cost, against [`limits::DATABASE`].
+    bytes: usize,
     leases: BTreeMap<i64, LeaseState>,
+    /// When which lease ends.
+    ends: BTreeSet<(Instant, i64)>,
     history: VecDeque<Event>,
+    /// What the history costs, against [`limits::HISTORY_BYTES`].
+    history_bytes: usize,
     changes: Vec<Change>,
 }
 
-/// What the disk holds at start.
+/// The data on disk at the start.
 #[derive(Debug, Default)]
 pub(super) struct Saved {
     pub(super) cluster: u64,
@@ -73,15 +74,14 @@ pub(super) struct Saved {
 /// A watcher's next events.
 #[derive(Debug, PartialEq)]
 pub(super) enum Events {
-    /// These, and where to go on.
+    /// These, and the revision to go on from.
     Next(Vec<Event>, i64),
-    /// They are forgotten before this revision.
+    /// Those before this revision are compacted.
     Compacted(i64),
 }
 
 impl State {
-    /// The state that the disk holds. Leases begin their whole life anew: that the store was away is not the fault of
-    /// their holders.
+    /// The state on disk. Leases get their whole life again, because their holders could not renew them while the store was down.
     pub(super) fn new(saved: Saved, now: Instant) -> State {
         let mut leases: BTreeMap<i64, LeaseState> = saved
             .leases
@@ -93,13 +93,17 @@ impl State {
                 lease.keys.insert(kv.key.clone());
             }
         }
+        let ends = leases.iter().map(|(id, lease)| (lease.expires, *id)).collect();
         State {
             cluster: saved.cluster,
             // An empty store has revision 1, as etcd has.
             revision: saved.revision.max(1),
             compacted: saved.compacted,
+            bytes: saved.kvs.iter().map(cost).sum(),
             kvs: saved.kvs.into_iter().map(|kv| (kv.key.clone(), kv)).collect(),
             leases,
+            ends,
+            history_bytes: saved.history.iter().map(event_bytes).sum(),
             history: saved.history.into(),
             changes: Vec::new(),
         }
@@ -113,65 +117,15 @@ impl State {
         self.revision
     }
 
-    /// What was changed since the last call, in order.
+    /// The changes since the last call, in order.
     pub(super) fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)
     }
 
-    pub(super) fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Status> {
-        self.check_range(request)?;
-        let past;
-        let kvs = if request.revision > 0 && request.revision < self.revision {
-            past = self.at(request.revision);
-            &past
-        } else {
-            &self.kvs
-        };
-        let mut found: Vec<&KeyValue> = kvs.range::<[u8], _>(bounds(&request.key, &request.range_end)).map(|(_, kv)| kv).collect();
-        let count = i64::try_from(found.len()).unwrap_or(i64::MAX);
-        if request.count_only {
-            return Ok(RangeResponse { header: self.header(), kvs: Vec::new(), more: false, count });
-        }
-        // As in etcd, the count is that of the keys before these bounds. 0 is none.
-        let within = |revision: i64, min: i64, max: i64| revision >= min && (max == 0 || revision <= max);
-        found.retain(|kv| {
-            within(kv.mod_revision, request.min_mod_revision, request.max_mod_revision)
-                && within(kv.create_revision, request.min_create_revision, request.max_create_revision)
-        });
-        match request.sort_target() {
-            SortTarget::Key => {}
-            SortTarget::Version => found.sort_by_key(|kv| kv.version),
-            SortTarget::Create => found.sort_by_key(|kv| kv.create_revision),
-            SortTarget::Mod => found.sort_by_key(|kv| kv.mod_revision),
-            SortTarget::Value => found.sort_by(|a, b| a.value.cmp(&b.value)),
-        }
-        if request.sort_order() == SortOrder::Descend {
-            found.reverse();
-        }
-        let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
-        let more = found.len() > limit;
-        let copy = |kv: &KeyValue| match request.keys_only {
-            true => KeyValue { value: Vec::new(), ..kv.clone() },
-            false => kv.clone(),
-        };
-        Ok(RangeResponse { header: self.header(), kvs: found.into_iter().take(limit).map(copy).collect(), more, count })
-    }
-
-    /// The keys as they were at a past revision: today's, with every later event undone.
-    fn at(&self, revision: i64) -> BTreeMap<Vec<u8>, KeyValue> {
-        let mut kvs = self.kvs.clone();
-        for event in self.history.iter().rev().take_while(|event| revision_of(event) > revision) {
-            let Some(kv) = &event.kv else { continue };
-            match &event.prev_kv {
-                Some(previous) => drop(kvs.insert(kv.key.clone(), previous.clone())),
-                None => drop(kvs.remove(&kv.key)),
-            }
-        }
-        kvs
-    }
-
     pub(super) fn put(&mut self, request: PutRequest) -> Result<PutResponse, Status> {
+        check_size(request.encoded_len())?;
         self.check_put(&request)?;
+        self.check_space(request.key.len() + request.value.len() + limits::KEY_OVERHEAD)?;
         self.revision += 1;
         let mut response = self.do_put(request, self.revision);
         response.header = self.header();
@@ -181,6 +135,9 @@ impl State {
 
     pub(super) fn delete(&mut self, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse, Status> {
         check_key(&request.key)?;
+        if request.prev_kv {
+            check_answer(self.deleted_bytes(request))?;
+        }
         let mut response = self.do_delete(request, self.revision + 1);
         if response.deleted > 0 {
             self.revision += 1;
@@ -191,8 +148,7 @@ impl State {
     }
 
     pub(super) fn txn(&mut self, request: &TxnRequest) -> Result<TxnResponse, Status> {
-        let mut puts = BTreeSet::new();
-        self.check_txn(request, &mut puts)?;
+        self.check_txn(request)?;
         let next = self.revision + 1;
         let (mut response, wrote) = self.do_txn(request, next);
         if wrote {
@@ -232,54 +188,6 @@ impl State {
         (TxnResponse { header: None, succeeded, responses }, wrote)
     }
 
-    /// All that could fail is asked before anything is done, so that a transaction is done whole or not at all.
-    fn check_txn(&self, request: &TxnRequest, puts: &mut BTreeSet<Vec<u8>>) -> Result<(), Status> {
-        for compare in &request.compare {
-            check_key(&compare.key)?;
-        }
-        for branch in [&request.success, &request.failure] {
-            // Only one branch is taken, so the two may name the same key.
-            let mut inner = puts.clone();
-            for RequestOp { request } in branch {
-                match request {
-                    Some(Request::RequestRange(range)) => self.check_range(range)?,
-                    Some(Request::RequestPut(put)) => {
-                        self.check_put(put)?;
-                        if !inner.insert(put.key.clone()) {
-                            return Err(Status::invalid_argument("etcdserver: duplicate key given in txn request"));
-                        }
-                    }
-                    Some(Request::RequestDeleteRange(delete)) => check_key(&delete.key)?,
-                    Some(Request::RequestTxn(txn)) => self.check_txn(txn, &mut inner)?,
-                    None => return Err(Status::invalid_argument("etcdserver: key is not provided")),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn check_range(&self, request: &RangeRequest) -> Result<(), Status> {
-        check_key(&request.key)?;
-        if request.revision > self.revision {
-            return Err(Status::out_of_range("etcdserver: mvcc: required revision is a future revision"));
-        }
-        if request.revision > 0 && request.revision < self.compacted {
-            return Err(Status::out_of_range("etcdserver: mvcc: required revision has been compacted"));
-        }
-        Ok(())
-    }
-
-    fn check_put(&self, request: &PutRequest) -> Result<(), Status> {
-        check_key(&request.key)?;
-        if (request.ignore_value || request.ignore_lease) && !self.kvs.contains_key(&request.key) {
-            return Err(Status::invalid_argument("etcdserver: key not found"));
-        }
-        if request.lease != 0 && !self.leases.contains_key(&request.lease) {
-            return Err(Status::not_found("etcdserver: requested lease not found"));
-        }
-        Ok(())
-    }
-
     fn do_put(&mut self, request: PutRequest, revision: i64) -> PutResponse {
         let previous = self.kvs.get(&request.key).cloned();
         let kept = previous.as_ref();
@@ -295,6 +203,8 @@ impl State {
         if let Some(lease) = self.leases.get_mut(&kv.lease) {
             lease.keys.insert(kv.key.clone());
         }
+        self.bytes += cost(&kv);
+        self.bytes -= previous.as_ref().map_or(0, cost);
         self.kvs.insert(kv.key.clone(), kv.clone());
         self.record(Event { r#type: EventType::Put.into(), kv: Some(kv), prev_kv: previous.clone() });
         PutResponse { header: None, prev_kv: previous.filter(|_| request.prev_kv) }
@@ -309,6 +219,7 @@ impl State {
 
     fn remove(&mut self, key: &[u8], revision: i64) -> Option<KeyValue> {
         let previous = self.kvs.remove(key)?;
+        self.bytes -= cost(&previous);
         self.detach(Some(&previous));
         let kv = KeyValue { key: key.to_vec(), mod_revision: revision, ..KeyValue::default() };
         self.record(Event { r#type: EventType::Delete.into(), kv: Some(kv), prev_kv: Some(previous.clone()) });
@@ -324,63 +235,35 @@ impl State {
     }
 
     fn record(&mut self, event: Event) {
+        self.history_bytes += event_bytes(&event);
         self.changes.push(Change::Event(event.clone()));
         self.history.push_back(event);
     }
 
     /// Bounds the history; in steps, so that the cost of a put does not follow its length.
     fn trim(&mut self) {
-        if self.history.len() > 2 * HISTORY {
-            let last = self.history.get(self.history.len() - HISTORY).map_or(self.revision, revision_of);
-            self.forget(last);
+        if self.history.len() <= 2 * limits::HISTORY && self.history_bytes <= limits::HISTORY_BYTES {
+            return;
         }
+        // The newest events stay: at most so many, and half the bytes.
+        let mut bytes = 0;
+        let kept = self.history.iter().rev().take(limits::HISTORY).take_while(|event| {
+            bytes += event_bytes(event);
+            bytes <= limits::HISTORY_BYTES / 2
+        });
+        let kept = kept.count();
+        let first = self.history.get(self.history.len() - kept).map_or(self.revision + 1, revision_of);
+        // A revision is forgotten whole or not at all.
+        let is_cut = kept > 0 && self.history.get((self.history.len() - kept).wrapping_sub(1)).map(revision_of) == Some(first);
+        self.forget(if is_cut { first + 1 } else { first });
     }
 
     fn forget(&mut self, revision: i64) {
         self.compacted = revision;
         while self.history.front().is_some_and(|event| revision_of(event) < revision) {
-            self.history.pop_front();
+            self.history_bytes -= self.history.pop_front().as_ref().map_or(0, event_bytes);
         }
         self.changes.push(Change::Compacted(revision));
-    }
-
-    fn holds(&self, compare: &Compare) -> bool {
-        let one = |kv: Option<&KeyValue>| {
-            let ordering = match (compare.target(), &compare.target_union) {
-                (CompareTarget::Version, Some(TargetUnion::Version(v))) => kv.map_or(0, |kv| kv.version).cmp(v),
-                (CompareTarget::Create, Some(TargetUnion::CreateRevision(r))) => kv.map_or(0, |kv| kv.create_revision).cmp(r),
-                (CompareTarget::Mod, Some(TargetUnion::ModRevision(r))) => kv.map_or(0, |kv| kv.mod_revision).cmp(r),
-                (CompareTarget::Lease, Some(TargetUnion::Lease(l))) => kv.map_or(0, |kv| kv.lease).cmp(l),
-                // An absent key equals no value.
-                (CompareTarget::Value, Some(TargetUnion::Value(value))) => match kv {
-                    Some(kv) => kv.value.cmp(value),
-                    None => return false,
-                },
-                // A default value is left out on the wire.
-                (CompareTarget::Value, None) => return kv.is_some_and(|kv| kv.value.is_empty()),
-                (target, _) => {
-                    let number = match target {
-                        CompareTarget::Version => kv.map_or(0, |kv| kv.version),
-                        CompareTarget::Create => kv.map_or(0, |kv| kv.create_revision),
-                        CompareTarget::Lease => kv.map_or(0, |kv| kv.lease),
-                        _ => kv.map_or(0, |kv| kv.mod_revision),
-                    };
-                    number.cmp(&0)
-                }
-            };
-            match compare.result() {
-                CompareResult::Equal => ordering.is_eq(),
-                CompareResult::NotEqual => ordering.is_ne(),
-                CompareResult::Greater => ordering.is_gt(),
-                CompareResult::Less => ordering.is_lt(),
-            }
-        };
-        if compare.range_end.is_empty() {
-            return one(self.kvs.get(&compare.key));
-        }
-        let mut range = self.kvs.range::<[u8], _>(bounds(&compare.key, &compare.range_end)).peekable();
-        // A range without keys compares as one key that is not there.
-        if range.peek().is_none() { one(None) } else { range.all(|(_, kv)| one(Some(kv))) }
     }
 
     pub(super) fn compact(&mut self, revision: i64) -> Result<(), Status> {
@@ -394,72 +277,6 @@ impl State {
         Ok(())
     }
 
-    /// Grants a lease and returns its identifier and its life in seconds. `random` is the identifier where the request
-    /// leaves the choice.
-    pub(super) fn grant(&mut self, id: i64, ttl: i64, random: i64, now: Instant) -> Result<(i64, i64), Status> {
-        let ttl = ttl.max(MIN_TTL);
-        let id = if id == 0 { random } else { id };
-        if ttl > MAX_TTL {
-            return Err(Status::out_of_range("etcdserver: too large lease TTL"));
-        }
-        if self.leases.contains_key(&id) {
-            return Err(Status::failed_precondition("etcdserver: lease already exists"));
-        }
-        self.leases.insert(id, LeaseState { ttl, expires: after(now, ttl), keys: BTreeSet::new() });
-        self.changes.push(Change::Lease(id, Some(ttl)));
-        Ok((id, ttl))
-    }
-
-    /// Ends a lease: its keys go with it, in one revision.
-    pub(super) fn revoke(&mut self, id: i64) -> Result<(), Status> {
-        let lease = self.leases.remove(&id).ok_or_else(|| Status::not_found("etcdserver: requested lease not found"))?;
-        self.changes.push(Change::Lease(id, None));
-        let next = self.revision + 1;
-        let removed = lease.keys.iter().filter_map(|key| self.remove(key, next)).count();
-        if removed > 0 {
-            self.revision = next;
-        }
-        self.trim();
-        Ok(())
-    }
-
-    /// Begins a lease's life anew and returns its length in seconds; 0 for one that is not there.
-    pub(super) fn keep_alive(&mut self, id: i64, now: Instant) -> i64 {
-        let Some(lease) = self.leases.get_mut(&id) else { return 0 };
-        lease.expires = after(now, lease.ttl);
-        lease.ttl
-    }
-
-    /// Seconds left, seconds granted and keys of a lease; `None` for one that is not there.
-    pub(super) fn time_to_live(&self, id: i64, now: Instant) -> Option<(i64, i64, Vec<Vec<u8>>)> {
-        let lease = self.leases.get(&id)?;
-        let left = lease.expires.saturating_duration_since(now).as_secs();
-        Some((i64::try_from(left).unwrap_or(i64::MAX), lease.ttl, lease.keys.iter().cloned().collect()))
-    }
-
-    pub(super) fn lease_ids(&self) -> Vec<i64> {
-        self.leases.keys().copied().collect()
-    }
-
-    /// Begins the lives of all leases anew.
-    pub(super) fn begin_leases_anew(&mut self, now: Instant) {
-        self.leases.values_mut().for_each(|lease| lease.expires = after(now, lease.ttl));
-    }
-
-    /// When the next lease ends.
-    pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.leases.values().map(|lease| lease.expires).min()
-    }
-
-    /// Ends the leases whose time has come.
-    pub(super) fn expire(&mut self, now: Instant) {
-        let due: Vec<i64> = self.leases.iter().filter(|(_, lease)| lease.expires <= now).map(|(id, _)| *id).collect();
-        for id in due {
-            // It was there a line ago.
-            let _ = self.revoke(id);
-        }
-    }
-
     /// A watcher's events from revision `from` on, within a key range.
     pub(super) fn events(&self, from: i64, key: &[u8], range_end: &[u8]) -> Events {
         if from < self.compacted {
@@ -467,12 +284,15 @@ impl State {
         }
         let start = self.history.partition_point(|event| revision_of(event) < from);
         let mut found: Vec<Event> = Vec::new();
+        let mut bytes = 0;
         for event in self.history.range(start..) {
             let revision = revision_of(event);
-            if found.len() >= WATCH_EVENTS && found.last().map(revision_of) != Some(revision) {
+            let is_full = found.len() >= WATCH_EVENTS || bytes >= limits::SMALL / 2;
+            if is_full && found.last().map(revision_of) != Some(revision) {
                 return Events::Next(found, revision);
             }
             if event.kv.as_ref().is_some_and(|kv| within(&kv.key, key, range_end)) {
+                bytes += event_bytes(event);
                 found.push(event.clone());
             }
         }
@@ -480,13 +300,30 @@ impl State {
     }
 }
 
-fn check_key(key: &[u8]) -> Result<(), Status> {
-    if key.is_empty() { Err(Status::invalid_argument("etcdserver: key is not provided")) } else { Ok(()) }
+/// What a key costs.
+fn cost(kv: &KeyValue) -> usize {
+    kv.key.len() + kv.value.len() + limits::KEY_OVERHEAD
+}
+
+/// What an event costs: twice that of its key and value, before and after.
+fn event_bytes(event: &Event) -> usize {
+    [&event.kv, &event.prev_kv].into_iter().flatten().map(cost).sum()
+}
+
+fn check_size(bytes: usize) -> Result<(), Status> {
+    if bytes > limits::REQUEST { Err(Status::invalid_argument("etcdserver: request is too large")) } else { Ok(()) }
+}
+
+fn check_answer(bytes: usize) -> Result<(), Status> {
+    if bytes <= limits::ANSWER {
+        return Ok(());
+    }
+    Err(Status::resource_exhausted(format!("the answer would be larger than {} MiB: ask for fewer keys", limits::ANSWER >> 20)))
 }
 
 fn after(now: Instant, seconds: i64) -> Instant {
     let life = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-    // A life beyond what the clock can say is a century.
+    // A life beyond the clock's range is a century.
     now.checked_add(life).unwrap_or_else(|| now + Duration::from_secs(3_000_000_000))
 }
 
@@ -515,6 +352,8 @@ fn within(candidate: &[u8], key: &[u8], end: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::etcd::compare::{CompareTarget, TargetUnion};
+    use crate::etcd::{Compare, RangeRequest, RequestOp};
 
     fn state() -> State {
         State::new(Saved::default(), Instant::now())
@@ -531,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn revisions_count_changes_and_the_past_can_be_read() {
+    fn revisions_count_changes_and_past_is_readable() {
         let mut s = state();
         assert_eq!(put(&mut s, "a", "1", 0), 2);
         assert_eq!(put(&mut s, "b", "1", 0), 3);
@@ -552,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_transaction_is_one_revision_and_refused_whole() {
+    fn transaction_is_one_revision_and_refused_whole() {
         let mut s = state();
         let op = |key: &str, lease| RequestOp {
             request: Some(Request::RequestPut(PutRequest { key: key.into(), lease, ..Default::default() })),
@@ -592,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watcher_gets_every_event_or_hears_of_compaction() {
+    fn watcher_gets_every_event_or_a_compaction() {
         let mut s = state();
         for i in 0..2_500 {
             put(&mut s, &format!("p{i}"), "", 0);
@@ -614,12 +453,107 @@ mod tests {
     }
 
     #[test]
-    fn the_history_is_bounded() {
+    fn history_is_bounded_in_events() {
         let mut s = state();
-        for _ in 0..3 * HISTORY {
+        for _ in 0..3 * limits::HISTORY {
             put(&mut s, "a", "", 0);
         }
-        assert!(s.history.len() <= 2 * HISTORY);
+        assert!(s.history.len() <= 2 * limits::HISTORY);
         assert!(s.take_changes().iter().any(|change| matches!(change, Change::Compacted(_))));
+    }
+
+    fn big(n: usize) -> String {
+        "x".repeat(n)
+    }
+
+    #[test]
+    fn history_is_bounded_in_bytes_and_memory_is_given_back() {
+        let mut s = state();
+        for _ in 0..200 {
+            put(&mut s, "a", &big(1_000_000), 0);
+        }
+        assert!(s.history_bytes <= limits::HISTORY_BYTES);
+        assert_eq!(s.history_bytes, s.history.iter().map(event_bytes).sum::<usize>());
+        let oldest = s.history.front().map(revision_of).unwrap();
+        assert!(matches!(s.events(oldest - 1, b"a", b""), Events::Compacted(_)), "a watcher that is behind is told to list");
+        assert!(matches!(s.events(oldest, b"a", b""), Events::Next(..)));
+    }
+
+    #[test]
+    fn database_size_is_bounded() {
+        let mut s = state();
+        let put = |s: &mut State, n: usize, size: usize| {
+            s.put(PutRequest { key: format!("k{n}").into(), value: big(size).into(), ..PutRequest::default() })
+        };
+        let full = (0..100).find_map(|n| put(&mut s, n, 1_000_000).err()).unwrap();
+        assert_eq!((full.code(), full.message()), (tonic::Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded"));
+        assert!(s.bytes <= limits::DATABASE);
+        s.delete(&DeleteRangeRequest { key: vec![0], range_end: vec![0], ..Default::default() }).unwrap();
+        assert_eq!(s.bytes, 0);
+        put(&mut s, 1, 1_000_000).unwrap();
+        assert_eq!(put(&mut s, 1, limits::REQUEST).unwrap_err().message(), "etcdserver: request is too large");
+    }
+
+    fn nested(depth: usize, inner: Vec<RequestOp>) -> TxnRequest {
+        let success = match depth {
+            0 => inner,
+            _ => vec![RequestOp { request: Some(Request::RequestTxn(nested(depth - 1, inner))) }],
+        };
+        TxnRequest { success, ..TxnRequest::default() }
+    }
+
+    #[test]
+    fn transactions_are_bounded_in_operations_and_depth() {
+        let mut s = state();
+        let range = || RequestOp { request: Some(Request::RequestRange(RangeRequest { key: b"a".to_vec(), ..Default::default() })) };
+        let txn = |n| TxnRequest { success: vec![range(); n], ..TxnRequest::default() };
+        s.txn(&txn(limits::OPERATIONS)).unwrap();
+        assert_eq!(s.txn(&txn(limits::OPERATIONS + 1)).unwrap_err().message(), "etcdserver: too many operations in txn request");
+        let compare = Compare { key: b"a".to_vec(), ..Compare::default() };
+        let compares = TxnRequest { compare: vec![compare; limits::OPERATIONS + 1], ..TxnRequest::default() };
+        assert!(s.txn(&compares).is_err());
+        s.txn(&nested(limits::NESTING, vec![range()])).unwrap();
+        assert!(s.txn(&nested(limits::NESTING + 1, vec![range()])).unwrap_err().message().contains("nested"));
+        let inner = RequestOp { request: Some(Request::RequestTxn(txn(limits::OPERATIONS))) };
+        let wide = TxnRequest { success: vec![inner; 100], ..TxnRequest::default() };
+        assert!(s.txn(&wide).unwrap_err().message().contains("too many operations"));
+    }
+
+    #[test]
+    fn answers_are_bounded() {
+        let mut s = state();
+        for n in 0..20 {
+            put(&mut s, &format!("k{n:02}"), &big(1_000_000), 0);
+        }
+        let all = RangeRequest { key: vec![0], range_end: vec![0], ..RangeRequest::default() };
+        assert_eq!(s.range(&all).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        assert_eq!(s.range(&RangeRequest { limit: 10, ..all.clone() }).unwrap().kvs.len(), 10);
+        assert_eq!(s.range(&RangeRequest { keys_only: true, ..all.clone() }).unwrap().kvs.len(), 20);
+        assert_eq!(s.range(&RangeRequest { count_only: true, ..all }).unwrap().count, 20);
+        let one = RequestOp { request: Some(Request::RequestRange(RangeRequest { key: b"k00".to_vec(), ..Default::default() })) };
+        let before = s.revision();
+        let many = TxnRequest { success: vec![one; 60], ..TxnRequest::default() };
+        assert_eq!(s.txn(&many).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        let delete = DeleteRangeRequest { key: vec![0], range_end: vec![0], prev_kv: true };
+        assert_eq!(s.delete(&delete).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        assert_eq!(s.revision(), before, "nothing was done");
+        // The events of a watch come in parts.
+        let Events::Next(events, next) = s.events(2, &[0], &[0]) else { panic!("nothing is compacted") };
+        assert_eq!((events.len(), next), (1, 3));
+    }
+
+    #[test]
+    fn leases_are_bounded_and_the_longest_life_is_no_overflow() {
+        let mut s = state();
+        let now = Instant::now();
+        for id in 1..=i64::try_from(limits::LEASES).unwrap() {
+            s.grant(id, 60, 0, now).unwrap();
+        }
+        assert_eq!(s.grant(0, 60, i64::MAX, now).unwrap_err().code(), tonic::Code::ResourceExhausted);
+        s.expire(now + Duration::from_secs(61));
+        assert_eq!((s.lease_ids().len(), s.next_expiry()), (0, None));
+        assert_eq!(s.grant(7, i64::MAX, 0, now).unwrap_err().code(), tonic::Code::OutOfRange);
+        s.grant(7, 9_000_000_000, 0, now).unwrap();
+        assert_eq!(s.keep_alive(7, now), 9_000_000_000);
     }
 }
