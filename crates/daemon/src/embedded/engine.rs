@@ -154,7 +154,7 @@ fn run(mut state: State, mut disk: Disk, inbox: &Receiver<Job>, publish: &watch:
         for answer in answers {
             answer(outcome.clone());
         }
-        // Memory is ahead of the disk now, and the database refuses to go on: the next start reads what is there.
+        // Memory is ahead of the disk now, and the database refuses to go on: the next start reads the file.
         if outcome.is_err() {
             return;
         }

@@ -406,7 +406,7 @@ mod tests {
         let first = s.txn(&txn).unwrap();
         assert!(first.succeeded);
         assert_eq!(first.header.unwrap().revision, 2);
-        assert!(!s.txn(&txn).unwrap().succeeded, "x is there now");
+        assert!(!s.txn(&txn).unwrap().succeeded, "x exists now");
         assert_eq!(s.revision(), 2, "an empty branch changes nothing");
         assert!(s.txn(&TxnRequest { success: vec![op("p", 0), op("q", 99)], ..Default::default() }).is_err(), "no such lease");
         assert!(s.txn(&TxnRequest { success: vec![op("p", 0), op("p", 0)], ..Default::default() }).is_err(), "duplicate key");
@@ -475,7 +475,7 @@ mod tests {
         assert!(s.history_bytes <= limits::HISTORY_BYTES);
         assert_eq!(s.history_bytes, s.history.iter().map(event_bytes).sum::<usize>());
         let oldest = s.history.front().map(revision_of).unwrap();
-        assert!(matches!(s.events(oldest - 1, b"a", b""), Events::Compacted(_)), "a watcher that is behind is told to list");
+        assert!(matches!(s.events(oldest - 1, b"a", b""), Events::Compacted(_)), "a watcher that is behind must list");
         assert!(matches!(s.events(oldest, b"a", b""), Events::Next(..)));
     }
 

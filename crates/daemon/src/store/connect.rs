@@ -236,7 +236,7 @@ impl Endpoints {
     }
 }
 
-/// Says what a reader of the network could see, and what is not used.
+/// Warns of a password that is sent unencrypted or not sent, and of settings that are not used.
 fn warn_of_plain_text(access: &Access, list: &EndpointList) {
     if list.had_credentials {
         tracing::warn!("credentials in --etcd-endpoints are not used; give --etcd-username and --etcd-password");

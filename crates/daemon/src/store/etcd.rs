@@ -78,7 +78,7 @@ pub struct Entry {
     pub key: LeaseKey,
     /// The owner; `None` if the value cannot be read.
     pub peer: Option<Peer>,
-    /// The revision at which the key was made: of two leases, this tells which is older.
+    /// The revision at which the key was created: it shows which of two leases is older.
     pub create_revision: i64,
     /// The key's revision, by which a change is made conditional.
     pub mod_revision: i64,
@@ -252,7 +252,7 @@ impl Etcd {
         snapshot
     }
 
-    /// Reads a stored lease, as far as it can be read, and says what cannot. Nothing of what is not a lease is kept.
+    /// Reads a stored lease, as far as it can be read, and reports what cannot.
     fn read(&self, kv: &KeyValue) -> (Option<Entry>, Option<Unreadable>) {
         let text = String::from_utf8_lossy(&kv.key);
         let unreadable = |reason: String| Unreadable { key: foreign_text(&text), revision: kv.mod_revision, reason: foreign_text(&reason) };
@@ -404,7 +404,7 @@ impl From<AcquireError> for StoreError {
     }
 }
 
-/// Reads a lease's value within the limits of what is kept.
+/// Reads a lease's value, within limits.
 fn read_peer(value: &[u8]) -> Result<Peer, String> {
     if value.len() > limits::LEASE_VALUE {
         return Err(format!("the value has {} bytes, at most {} are read", value.len(), limits::LEASE_VALUE));

@@ -1,4 +1,4 @@
-//! Requests to the API server: what is asked for, and what its refusals mean to an operator.
+//! Requests to the API server, and what its refusals mean to an operator.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -21,13 +21,13 @@ use crate::store::foreign_text;
 
 /// How long a request may take, a watch's beginning included.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the server lets a watch live; some are told less, so that not all end at once.
+/// How long the server keeps a watch open: drawn from this range, so that not all watches end at once.
 const WATCH: (u64, u64) = (300, 600);
 /// Objects with nothing but their metadata: without images, conditions and addresses a Node is a fifth of its size.
 const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
 const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
 
-/// What the API server could not do.
+/// Why a request to the API server failed.
 #[derive(Debug, Clone, Error)]
 pub enum ApiError {
     /// It answered, and refused.
@@ -40,7 +40,7 @@ pub enum ApiError {
         /// What it said.
         message: String,
     },
-    /// It did not answer, or not as it should.
+    /// It did not answer, or its answer cannot be used.
     #[error("the API server {url} does not answer: {last}{}", tls_advice(last))]
     Unreachable {
         /// Where it was looked for.
@@ -84,7 +84,7 @@ fn tls_advice(text: &str) -> &'static str {
     }
 }
 
-/// What of a Node is of interest. Everything else is skipped as it is read.
+/// The parts of a Node that are used. Everything else is skipped as it is read.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(super) struct NodeObject {
     pub(super) metadata: Metadata,
@@ -157,13 +157,13 @@ pub(super) enum Part {
 /// From where a watch begins.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Since<'a> {
-    /// With a list of what is there, as events, and a bookmark at its end (KEP-3157).
+    /// With a list of all Nodes, as events, and a bookmark at its end (KEP-3157).
     List,
     /// Behind a resource version.
     Version(&'a str),
 }
 
-/// The changes that a watch tells.
+/// The changes of a watch.
 pub(super) type Changes = BoxStream<'static, Result<WatchEvent<NodeObject>, ApiError>>;
 
 /// A client of the API server.
@@ -181,7 +181,7 @@ impl Api {
         Ok(Api { client: Arc::new(Mutex::new(Client::try_from(config.clone())?)), config, url })
     }
 
-    /// Begins all connections anew: those that there are begin at an address that this host has no more.
+    /// Replaces all connections: the present ones begin at an address that this host no longer has.
     pub(super) fn reconnect(&self) {
         if let Ok(client) = Client::try_from(self.config.clone()) {
             *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
@@ -214,7 +214,7 @@ impl Api {
         self.ask(act, Method::PATCH, &path, "application/strategic-merge-patch+json", Some(patch)).await
     }
 
-    /// Writes an Event; one of that name that is there already is counted up to `count`.
+    /// Writes an Event; the count of an existing one of that name is raised to `count`.
     pub(super) async fn event(&self, event: &Value, count: u32) -> Result<(), ApiError> {
         let act = "write an Event";
         let path = "/api/v1/namespaces/default/events";
@@ -315,6 +315,6 @@ fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     let text = texts.join(": ");
-    // The time is in it: a problem that stays the same is told once.
+    // The time is in it; one problem is one text.
     text.split(": verification time").next().unwrap_or(&text).to_owned()
 }

@@ -46,7 +46,7 @@ impl Kube {
             match self.api().event(&event(self.node(), &name, &notice), count + 1).await {
                 Err(error @ ApiError::Refused { code: 403, .. }) if !refused => {
                     refused = true;
-                    tracing::info!(%error, "what is wrong is not shown as Events of the Node, only here");
+                    tracing::info!(%error, "no right to write Events; problems are logged only");
                 }
                 Err(error) => tracing::debug!(%error, reason = notice.reason, "cannot write an Event"),
                 Ok(()) => {}
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_no_longer_than_the_api_admits_and_the_same_has_one_name() {
+    fn message_is_cut_to_the_limit_and_equal_notices_have_one_name() {
         let notice = Notice::new("PeerUnreachable", "é".repeat(2000));
         let event = event("n1", &name("n1", &notice), &notice);
         let message = event["message"].as_str().unwrap();

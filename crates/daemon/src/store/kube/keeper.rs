@@ -1,4 +1,4 @@
-//! Keeps this node's Node as it should be: annotations, and the condition that lets the scheduler use it.
+//! Keeps this node's Node up to date: annotations, and the condition that lets the scheduler use it.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};

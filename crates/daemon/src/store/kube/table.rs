@@ -9,20 +9,20 @@ use super::api::NodeObject;
 use crate::store::reports::Reports;
 use crate::store::{check_peer, foreign_text};
 
-/// What is known of the Nodes.
+/// The Nodes, as far as they are known.
 #[derive(Debug)]
 pub(super) struct Table {
     keys: Keys,
     config: Config,
     own: String,
     nodes: BTreeMap<String, Known>,
-    /// What was read of a Node's subnets, by its uid, until it is taken in.
+    /// The subnets that were read from whole Nodes, by uid, until the Node is taken in.
     learned: BTreeMap<String, Result<PerFamily<Subnet>, NodeError>>,
     /// Which Node has a lease.
     owners: BTreeMap<LeaseKey, String>,
     /// Leases that more than one Node claims.
     contested: BTreeSet<LeaseKey>,
-    /// What of this node's own Node was seen last: its uid and our annotations.
+    /// The last state of this node's own Node: its uid and our annotations.
     own_seen: Option<(String, Annotations)>,
     own_changed: bool,
     reports: Reports,
@@ -92,8 +92,8 @@ impl Table {
         events
     }
 
-    /// Takes in that a Node is there, as it is now. What says nothing new of its lease, as a heartbeat, makes no event. True
-    /// if all must be listed anew.
+    /// Takes in a Node that exists. A change that does not concern its lease, such as a heartbeat, makes no event. True if all Nodes
+    /// must be listed again.
     pub(super) fn apply(&mut self, node: &NodeObject, events: &mut Vec<StoreEvent>) -> bool {
         let former = self.nodes.get(&node.metadata.name).is_some_and(|known| known.uid != node.metadata.uid);
         // Deleted and made again, and only the latter was seen.
@@ -145,7 +145,7 @@ impl Table {
         }
     }
 
-    /// Takes in that a Node is gone. True if another claims its lease: then all must be listed anew.
+    /// Takes in a Node's deletion. True if another Node claims its lease: then all Nodes must be listed again.
     pub(super) fn delete(&mut self, name: &str, events: &mut Vec<StoreEvent>) -> bool {
         if name == self.own {
             self.own_seen = None;
@@ -193,7 +193,7 @@ mod tests {
         Table::new(Keys::new("flannel.alpha.coreos.com").unwrap(), config, "own".to_owned())
     }
 
-    /// A Node as "name uid podCIDR public-ip"; with `-` for a public IP nobody manages it.
+    /// A Node as "name uid podCIDR public-ip"; `-` for the public IP means that flannel does not manage it.
     fn node(text: &str) -> NodeObject {
         let [name, uid, cidr, ip] = text.split(' ').collect::<Vec<_>>()[..] else { panic!("{text}") };
         let pairs = [("kube-subnet-manager", "true"), ("public-ip", ip), ("backend-type", "host-gw"), ("backend-data", "null")];
@@ -224,7 +224,7 @@ mod tests {
         text(&table.list(&nodes))
     }
 
-    /// Lines: `+` a Node that is there now, `-` one that is gone.
+    /// Lines: `+` a Node that exists, `-` one that was deleted.
     #[track_caller]
     fn check(table: &mut Table, lines: &[&str], want: Expect) {
         let mut events = Vec::new();
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_and_its_changes() {
+    fn list_and_changes_become_events() {
         let mut table = table();
         assert_eq!(
             list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2", "new 3  -"]),
@@ -260,9 +260,9 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_of_a_node_is_read_once() {
+    fn whole_node_is_read_once() {
         let mut table = table();
-        assert!(!table.wants(&node("b 2 10.244.1.0/24 -")), "nobody manages it");
+        assert!(!table.wants(&node("b 2 10.244.1.0/24 -")), "flannel does not manage it");
         assert!(table.wants(&node("b 2 10.244.1.0/24 192.0.2.2")));
         list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2"]);
         assert!(!table.wants(&node("b 2  192.0.2.3")));
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_keeps_what_was_known() {
+    fn unreadable_annotations_keep_the_last_known_lease() {
         let mut table = table();
         list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2", "c 3 10.244.3.0/24 192.0.2.3"]);
         check(&mut table, &["+b 2  nonsense"], expect!["keep 10.244.1.0/24"]);
@@ -285,19 +285,19 @@ mod tests {
     }
 
     #[test]
-    fn of_two_nodes_with_one_subnet_the_first_has_it() {
+    fn first_of_two_nodes_keeps_their_subnet() {
         let mut table = table();
         list(&mut table, &["b 2 10.244.1.0/24 192.0.2.2"]);
         check(&mut table, &["+thief 3 10.244.1.0/24 192.0.2.66"], expect![""]);
         check(&mut table, &["-thief"], expect![""]);
         check(&mut table, &["+thief 3 10.244.1.0/24 192.0.2.66", "-b"], expect!["delete 10.244.1.0/24 (list again)"]);
         assert_eq!(list(&mut table, &["thief 3 10.244.1.0/24 192.0.2.66"]), "init; apply 10.244.1.0/24 192.0.2.66; done");
-        // While nobody watched, one was made again elsewhere, and another has what it had.
+        // Without a watch, one was created again with another subnet, and another Node has its old one.
         assert_eq!(
             list(&mut table, &["a 5 10.244.1.0/24 192.0.2.5", "thief 9 10.244.4.0/24 192.0.2.66"]),
             "init; apply 10.244.1.0/24 192.0.2.5; apply 10.244.4.0/24 192.0.2.66; done"
         );
-        // The same, as the watch tells it.
+        // The same, by events of the watch.
         check(
             &mut table,
             &["+b 8 10.244.4.0/24 192.0.2.8", "+thief 10 10.244.5.0/24 192.0.2.66"],
@@ -306,19 +306,19 @@ mod tests {
     }
 
     #[test]
-    fn changes_of_the_own_node_are_noticed_and_heartbeats_are_not() {
+    fn changes_of_own_node_are_noticed_and_heartbeats_are_not() {
         let mut table = table();
         list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2"]);
         assert!(table.take_own_changed());
         check(&mut table, &["+own 1  192.0.2.1", "+b 2  192.0.2.9"], expect!["apply 10.244.1.0/24 192.0.2.9"]);
         assert!(!table.take_own_changed());
         for line in ["+own 1  192.0.2.7", "+own 1  -", "-own", "+own 5  -"] {
-            check_silently(&mut table, line);
+            apply_line(&mut table, line);
             assert!(table.take_own_changed(), "{line}");
         }
     }
 
-    fn check_silently(table: &mut Table, line: &str) {
+    fn apply_line(table: &mut Table, line: &str) {
         let mut events = Vec::new();
         let _ = match line.split_at(1) {
             ("+", text) => table.apply(&node(text), &mut events),
