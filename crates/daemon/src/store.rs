@@ -14,7 +14,6 @@ mod reports;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use flannel::config::BackendConfig;
 use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
 
@@ -51,9 +50,7 @@ pub enum ConfigSource {
 /// # Errors
 /// [`StoreError::Passing`]: whoever wrote the config may take the commands out of it.
 pub fn check_commands(config: &Config, source: ConfigSource, allow: bool) -> Result<(), StoreError> {
-    let BackendConfig::Extension(extension) = &config.backend else { return Ok(()) };
-    let commands = [&extension.pre_startup, &extension.post_startup, &extension.subnet_add, &extension.subnet_remove];
-    if commands.iter().all(|command| command.trim().is_empty()) {
+    if !config.backend.has_commands() {
         return Ok(());
     }
     let fix = match (source, allow) {

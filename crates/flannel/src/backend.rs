@@ -112,6 +112,11 @@ trait Driver {
         false
     }
 
+    /// Has it commands to run on this host?
+    fn has_commands(&self) -> bool {
+        false
+    }
+
     /// The operator's command before the lease is acquired; its output is [`Identity::data`].
     fn before_lease(&self) -> Option<(&'static str, Command)> {
         None
@@ -324,6 +329,11 @@ impl Backend {
     /// Does it make plain routes by the external interface, as a Go flanneld may have left them?
     pub fn has_plain_routes(&self) -> bool {
         self.driver().has_plain_routes()
+    }
+
+    /// Has its configuration commands to run on this host?
+    pub fn has_commands(&self) -> bool {
+        self.driver().has_commands()
     }
 
     /// The operator's command before the lease is acquired, with the field that has it; its output is [`Identity::data`].

@@ -947,6 +947,7 @@ fn the_extension_runs_commands(root: &Path) {
     for (name, backend) in [("words", words), ("shell", shell)] {
         let mut plan = Plan::new(2, &backend, Path::new(PROGRAM));
         plan.env.push(("NODE_NAME".to_owned(), "here".to_owned()));
+        plan.env.push(("FLANNELD_ALLOW_COMMANDS".to_owned(), "true".to_owned()));
         let mut lab = Lab::start(plan, &root.join(name)).unwrap();
         lab.settle().unwrap();
         let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];

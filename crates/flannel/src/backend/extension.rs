@@ -90,6 +90,11 @@ impl Driver for Extension {
         part
     }
 
+    fn has_commands(&self) -> bool {
+        let commands = [&self.pre_startup, &self.post_startup, &self.subnet_add, &self.subnet_remove];
+        commands.iter().any(|command| !command.trim().is_empty())
+    }
+
     fn before_lease(&self) -> Option<(&'static str, Command)> {
         let line = Some(&self.pre_startup).filter(|line| !line.trim().is_empty())?;
         Some(("Backend.PreStartupCommand", Command { line: line.clone(), shell: self.shell, env: Vec::new(), stdin: String::new() }))
