@@ -149,8 +149,8 @@ fn refused_user_and_permission_are_waited_for() {
     waits_for(&server.access("http"), "user name is empty; give --etcd-username and --etcd-password");
     let wrong = Access { login: login("flannel", "wrong"), ..server.access("http") };
     waits_for(&wrong, "--etcd-username, --etcd-password: etcdserver: authentication failed");
-    let nobody = Access { login: login("stranger", PASSWORD), ..server.access("http") };
-    waits_for(&nobody, "--etcd-username, --etcd-password: etcdserver: authentication failed");
+    let unknown = Access { login: login("stranger", PASSWORD), ..server.access("http") };
+    waits_for(&unknown, "--etcd-username, --etcd-password: etcdserver: authentication failed");
     let right = Access { login: login("flannel", PASSWORD), ..server.access("http") };
     waits_for(&right, "permission denied; grant a role of user flannel (--etcd-username) the permission readwrite on the prefix /flannel");
     // The default endpoints do not get the password.

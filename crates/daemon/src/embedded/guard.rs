@@ -1,4 +1,4 @@
-//! Bounds what requests and answers hold in memory, whoever sends or reads them slowly.
+//! Bounds the memory of requests that are sent slowly and of answers that are read slowly.
 
 use std::convert::Infallible;
 use std::pin::Pin;

@@ -24,7 +24,7 @@ const STEADY: Duration = Duration::from_secs(5);
 /// After this long without the store a node is no longer ready: it does not see new peers.
 const STALE: Duration = Duration::from_secs(60);
 
-/// Why a store is not followed any more.
+/// Why the watch of a store ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outage {
     /// It does not answer, or broke off.
