@@ -12,6 +12,8 @@ use clap::Args;
 use kernel::file::{self, Existing, How};
 use serde_json::Value;
 
+use crate::output;
+
 /// The program of all plugins, under its own name.
 const PROGRAM: &str = "flannel-cni";
 
@@ -52,11 +54,11 @@ pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
     check_list(&text).with_context(|| format!("--conf {} (key cni-conf.json of ConfigMap kube-flannel-cfg)", args.conf.display()))?;
     let target = &args.conf_target;
     if fs::read_to_string(target).is_ok_and(|now| now == text) {
-        println!("{} is as it should be", target.display());
+        output::line(format_args!("{} is up to date", target.display()));
         return Ok(());
     }
     file::write(target, &text).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
-    println!("wrote {}", target.display());
+    output::line(format_args!("wrote {}", target.display()));
     Ok(())
 }
 
@@ -120,11 +122,11 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
     File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))?;
     let say = |what: &str, names: &[&str]| {
         if !names.is_empty() {
-            println!("{}: {what} {}", folder.display(), names.join(" "));
+            output::line(format_args!("{}: {what} {}", folder.display(), names.join(" ")));
         }
     };
     say("installed", &wanted);
-    say("as they should be:", &stays);
+    say("up to date:", &stays);
     say("left as they are, because they are programs of others (see --replace):", &left);
     Ok(())
 }

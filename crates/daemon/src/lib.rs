@@ -11,6 +11,7 @@ pub mod http;
 pub mod install_cni;
 pub mod kernel_thread;
 pub mod notice;
+pub mod output;
 pub mod ready;
 pub mod reconcile;
 pub mod settings;

@@ -9,6 +9,22 @@ use lab::cli::LabArgs;
 
 use crate::pages::CompletionsArgs;
 
+const EXAMPLES: &str = "\
+Without a command, flanneld runs the daemon. Every flag of the daemon can be given in the environment:
+--etcd-endpoints as FLANNELD_ETCD_ENDPOINTS, and so on; the command line wins.
+
+Examples:
+  flanneld lab                                     show a cluster of two hosts on this machine, without root
+  flanneld store --listen 10.0.0.1:2379 --data-dir /var/lib/flannel/store \\
+    --net-config '{\"Network\": \"10.244.0.0/16\", \"Backend\": {\"Type\": \"vxlan\"}}'
+                                                   serve the embedded store to other hosts
+  flanneld --etcd-endpoints=http://10.0.0.1:2379 --ip-masq --healthz-port=8081
+                                                   run the daemon with a store
+  flanneld --kube-subnet-mgr --ip-masq             run the daemon in a pod of Kubernetes
+  flanneld --iface=eth1 --public-ip=203.0.113.9    … behind NAT, on a host with several interfaces
+  curl http://127.0.0.1:8081/state                 ask the daemon for its state
+  flanneld cleanup --dry-run                       list what flannel left on this host";
+
 /// Pod network for containers: every host leases a subnet, every pod reaches every other
 #[derive(Debug, Parser)]
 #[command(
@@ -19,7 +35,7 @@ use crate::pages::CompletionsArgs;
     max_term_width = 110
 )]
 #[command(
-    after_help = "Without a command, flanneld runs the daemon. Every flag of the daemon can be given in the environment:\n--etcd-endpoints is FLANNELD_ETCD_ENDPOINTS, and so on; the command line goes first."
+    after_help = EXAMPLES
 )]
 pub(crate) struct Cli {
     /// The command.
@@ -30,20 +46,20 @@ pub(crate) struct Cli {
     pub(crate) run: RunArgs,
 }
 
-/// What else flanneld can do.
+/// The operator's commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve an embedded store that speaks etcd's v3 API: for one machine, a trial or the lab
     ///
-    /// It is a single node: when it is down no lease can be acquired or renewed and no change is heard of, while
-    /// routes stay as they are. Leases survive its restart with their whole life before them. It has no TLS, no
-    /// authentication and no second member; whoever outgrows it points --etcd-endpoints at an etcd cluster.
+    /// It is a single node: while it is down, no lease can be acquired or renewed and hosts learn of no changes, but
+    /// their routes stay. Leases survive its restart and start their full lifetime again. It has no TLS, no
+    /// authentication and no second member; if you need those, use etcd and set --etcd-endpoints.
     Store(StoreArgs),
     /// Make a cluster on this machine and show what flannel does; needs no root
     Lab(LabArgs),
     /// Write options for a Docker daemon from subnet.env; also when called as mk-docker-opts.sh
     DockerOpts(DockerOptsArgs),
-    /// Put the CNI plugins and their list where container runtimes look, each in one step
+    /// Install the CNI plugins and their configuration where container runtimes look for them, each file atomically
     InstallCni(InstallCniArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
@@ -55,7 +71,7 @@ pub(crate) enum Command {
 }
 
 impl Cli {
-    /// Reads the arguments (without the program's name) and the environment. What of the environment cannot be used is in
+    /// Reads the arguments (without the program's name) and the environment. Variables that cannot be used are listed in
     /// [`RunArgs::complaints`].
     ///
     /// # Errors
@@ -63,7 +79,7 @@ impl Cli {
     pub(crate) fn read(args: impl IntoIterator<Item = String>, env: impl Fn(&str) -> Option<String>) -> Result<Cli, clap::Error> {
         let (mut args, mut complaints): (Vec<String>, _) = (args.into_iter().collect(), Vec::new());
         if args.first().is_none_or(|first| first.starts_with('-')) {
-            (args, complaints) = settings::with_environment(args, env);
+            (args, complaints) = settings::with_environment(args, env)?;
         }
         let matches =
             settings::go_flags(Cli::command()).try_get_matches_from(std::iter::once("flanneld").chain(args.iter().map(String::as_str)))?;
@@ -80,6 +96,17 @@ mod tests {
     fn read(args: &[&str], env: &[(&str, &str)]) -> Result<Cli, String> {
         let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         Cli::read(args.iter().map(ToString::to_string), env).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn help_groups_flags_and_ends_with_examples() {
+        let help = read(&["--help"], &[]).unwrap_err();
+        let mut at = 0;
+        for heading in ["\netcd:\n", "\nKubernetes:\n", "\nInterface:\n", "\nTraffic rules and routes:\n", "\nHealth:\n", "\nExamples:\n"] {
+            let found = help[at..].find(heading).unwrap_or_else(|| panic!("{heading:?} is missing or out of order in {help}"));
+            at += found;
+        }
+        assert!(help.trim_end().ends_with("list what flannel left on this host"), "{help}");
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! `flanneld`: the daemon and the operator's commands in one program. Called by the name of a CNI plugin, it is that
-//! plugin.
+//! `flanneld`: the daemon and the operator's commands in one program. Called by the name of a CNI plugin, it runs as
+//! that plugin.
 
 mod cli;
 mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, docker_opts, embedded, install_cni};
+use daemon::{app, docker_opts, embedded, install_cni, output, settings};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
@@ -34,17 +34,15 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match cli.command {
-        // On standard error, as upstream has it.
+        // On standard error, as Go flannel does.
         None if cli.run.version => {
-            eprintln!("{}", version());
+            output::error_line(version());
             Ok(())
         }
         None => {
             log(cli.run.v);
             kernel::process::one_arena();
-            for complaint in &cli.run.complaints {
-                tracing::error!("{complaint}");
-            }
+            warn_of_environment(&cli.run.complaints);
             run(async { app::run(&cli.run, stop()).await })
         }
         Some(Command::Store(args)) => {
@@ -63,7 +61,7 @@ fn main() -> ExitCode {
         Some(Command::Completions(args)) => pages::completions(&args),
         Some(Command::Man) => pages::man(),
         Some(Command::Version) => {
-            println!("{}", version());
+            output::line(version());
             Ok(())
         }
     };
@@ -74,20 +72,27 @@ fn finish(outcome: anyhow::Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("flanneld: {error:#}");
+            output::error_line(format_args!("flanneld: {error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
 fn version() -> String {
-    format!("flanneld {} (compatible with flannel v0.28.9)", env!("CARGO_PKG_VERSION"))
+    format!("flanneld {} (compatible with flannel v0.28.10)", env!("CARGO_PKG_VERSION"))
+}
+
+fn warn_of_environment(complaints: &[String]) {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    for warning in complaints.iter().chain(&settings::unknown_variables(names)) {
+        tracing::warn!("{warning}");
+    }
 }
 
 fn run(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(future);
-    // Tasks that wait on the network do not hold up the end.
+    // Do not wait for tasks that wait for the network.
     runtime.shutdown_background();
     outcome
 }
@@ -99,9 +104,9 @@ fn log(verbosity: i32) {
         _ => tracing::Level::TRACE,
     };
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    // What the libraries beneath have to say matters from the third level on.
+    // Logs of libraries are of interest from level 4 on.
     let libraries = if verbosity > 3 { level } else { tracing::Level::WARN };
-    // The client of Kubernetes tells at length what we report ourselves.
+    // The Kubernetes client logs at length what the daemon reports itself.
     let kube = if verbosity > 3 { LevelFilter::from_level(level) } else { LevelFilter::OFF };
     let ours = Targets::new()
         .with_default(libraries)
@@ -113,6 +118,8 @@ fn log(verbosity: i32) {
         .with_ansi(terminal)
         .with_timer(SystemTime)
         .with_target(false)
+        // A standard error that was closed (`2>&1 | head`) must not end the daemon.
+        .log_internal_errors(false)
         .finish()
         .with(ours)
         .init();
