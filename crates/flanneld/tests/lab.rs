@@ -592,7 +592,7 @@ fn a_killed_plugin_leaves_nothing(root: &Path) {
         let (name, pod) = (format!("pod{i}"), Netns::create().unwrap());
         let path = root.join("netns").join(&name);
         pod.bind(&path).unwrap();
-        let (mut command, conf) = lab.cni_command(0, "flannel", "ADD", &name, &path, "eth0");
+        let (mut command, conf) = lab.cni_command(0, "flannel", "ADD", &name, &path, "eth0").unwrap();
         let mut child = netns.run(|| command.spawn()).unwrap().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.as_bytes()).unwrap();
         // Each a little later than the one before, over all of the time that an ADD takes and somewhat beyond.

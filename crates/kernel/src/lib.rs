@@ -16,6 +16,7 @@ pub mod iptables;
 pub mod link;
 pub mod lock;
 pub mod monitor;
+pub mod mounts;
 pub mod neigh;
 pub mod netlink;
 pub mod netns;

@@ -112,14 +112,14 @@ pub fn unbind(path: &Path) -> io::Result<()> {
     std::fs::remove_file(path)
 }
 
-/// Moves the calling process into the user and mount namespaces of another process of the same user, and into the
-/// network namespace that has a name there. Must be called while the process has one thread.
+/// Moves the calling process into the user namespace of another process of the same user, into the mount namespace that
+/// the other one has open under this descriptor, and into the network namespace that has a name there. Must be called
+/// while the process has one thread.
 ///
 /// # Errors
 /// When the other process is gone, or another user's.
-pub fn join(pid: u32, network: &Path) -> io::Result<()> {
-    let namespace = |kind: &str| File::open(format!("/proc/{pid}/ns/{kind}"));
-    let (user, mount) = (namespace("user")?, namespace("mnt")?);
+pub fn join(pid: u32, mounts: i32, network: &Path) -> io::Result<()> {
+    let (user, mount) = (File::open(format!("/proc/{pid}/ns/user"))?, File::open(format!("/proc/{pid}/fd/{mounts}"))?);
     let id = |file: &File| file.metadata().map(|meta| (meta.dev(), meta.ino()));
     // To enter one's own user namespace is an error.
     if id(&user)? != id(&File::open("/proc/self/ns/user")?)? {

@@ -182,6 +182,14 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(die) };
 }
 
+/// Makes the command's process enter a mount namespace before it starts its program.
+pub(crate) fn enter_mount_namespace(command: &mut Command, namespace: OwnedFd) {
+    // SAFETY: setns(2) takes no pointers.
+    let enter = move || check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) }).map(drop);
+    // SAFETY: the closure makes one system call and allocates nothing, so it is sound between fork and exec.
+    unsafe { command.pre_exec(enter) };
+}
+
 /// Lets the allocator have one arena (mallopt(3)).
 pub(crate) fn one_arena() {
     #[cfg(target_env = "gnu")]

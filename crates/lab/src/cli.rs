@@ -1,19 +1,24 @@
-//! The `lab` command: makes one or two labs, shows what they do, and says whether it was right.
+//! The `lab` command: builds one or two labs, shows what they do, and tells whether it was right.
 
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::{Args, Subcommand};
+use daemon::output;
 use serde_json::{Value, json};
 
+use crate::check::this_program;
+use crate::cluster::{Lab, Pod, check_hosts, kubernetes, outside};
+use crate::plan::{Plan, PodFamily, StoreKind, Topology};
 use crate::show::{Report, show};
-use crate::{Lab, Plan, PodFamily, StoreKind, Topology, chaos, exec, faults, isolate, kubernetes, outside};
+use crate::{chaos, check, exec, isolate, keep, measure};
 
-/// What `flanneld lab` is told.
+/// Arguments of `flanneld lab`.
 #[derive(Debug, Clone, Args)]
 pub struct LabArgs {
-    /// Number of hosts, each with one pod
+    /// Number of hosts, each with one pod; 1 to 200
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub hosts: usize,
     /// One L2 network, or two with a router between them
@@ -25,24 +30,24 @@ pub struct LabArgs {
     /// Which addresses pods have
     #[arg(long, value_enum, default_value_t = PodFamily::V4)]
     pub family: PodFamily,
-    /// Use the etcd at this address instead of an embedded store; the lab writes below a /flannel-lab/ prefix of its own, which it deletes at its end
+    /// Use the etcd at this address instead of an embedded store; the lab writes below a /flannel-lab/ prefix of its own and deletes that at its end
     #[arg(long, value_name = "URL")]
     pub etcd: Option<String>,
-    /// Keep leases in a real Kubernetes API server, started in the lab; `cargo xtask kubernetes` builds it once
+    /// Store leases in a real Kubernetes API server, started in the lab; build it once with `cargo xtask kubernetes`
     #[arg(long, conflicts_with = "etcd")]
     pub kube: bool,
-    /// Stay up and print how to enter each host and pod
+    /// Stay up and print a tour: lines to paste into another terminal
     #[arg(long)]
     pub keep: bool,
     /// Print one JSON document instead of text
     #[arg(long)]
     pub json: bool,
-    /// Something else to do.
+    /// A command of the lab.
     #[command(subcommand)]
     pub command: Option<LabCommand>,
 }
 
-/// What else the lab can do.
+/// Commands of the lab.
 #[derive(Debug, Clone, Subcommand)]
 pub enum LabCommand {
     /// Run a command in a host or pod of the lab that is kept up
@@ -53,9 +58,9 @@ pub enum LabCommand {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
-    /// Make each thing go wrong that the lab knows, and print how soon it is right again (needs ip and nft)
-    Faults(faults::FaultsArgs),
-    /// Let everything go wrong at random, and see that pods reach each other all the same (needs ip and nft)
+    /// Inject each fault that the lab knows and print how soon it is repaired (needs root, ip, nft and iptables)
+    Faults(measure::FaultsArgs),
+    /// Inject faults at random and check that pods still reach each other (needs root, ip, nft and iptables)
     Chaos(chaos::ChaosArgs),
     /// Connect to addresses outside for a lab (started by the lab itself)
     #[command(hide = true)]
@@ -66,10 +71,8 @@ pub enum LabCommand {
 pub fn main(args: LabArgs) -> ExitCode {
     let done = match &args.command {
         Some(LabCommand::Exec { place, command }) => exec::run(place, command).map(|()| true),
-        Some(LabCommand::Faults(args)) => {
-            this_program().and_then(|program| faults::measure(&program, &isolate(&program)?, args).map(|()| true))
-        }
-        Some(LabCommand::Chaos(args)) => this_program().and_then(|program| chaos::run(&program, &isolate(&program)?, args)),
+        Some(LabCommand::Faults(args)) => faults(args),
+        Some(LabCommand::Chaos(args)) => chaos(args),
         Some(LabCommand::Outside) => outside::serve().map(|()| true),
         None => run(&args),
     };
@@ -77,39 +80,35 @@ pub fn main(args: LabArgs) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("flanneld lab: {error:#}");
+            output::error_line(format_args!("flanneld lab: {error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
-fn this_program() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("cannot tell where this program is")
+fn faults(args: &measure::FaultsArgs) -> anyhow::Result<bool> {
+    measure::check(args)?;
+    let program = this_program()?;
+    measure::run(&program, &isolate(&program)?, args)
 }
 
-/// True if every lab did what it should.
-fn run(args: &LabArgs) -> anyhow::Result<bool> {
+fn chaos(args: &chaos::ChaosArgs) -> anyhow::Result<bool> {
+    chaos::check(args)?;
     let program = this_program()?;
-    let backends: Vec<String> = match (&args.backend, args.topology) {
-        (Some(backend), _) => vec![backend.clone()],
-        (None, Topology::Switch) => vec!["host-gw".to_owned(), "vxlan".to_owned()],
-        (None, Topology::Router) => vec!["vxlan".to_owned()],
+    chaos::run(&program, &isolate(&program)?, args)
+}
+
+/// Runs the labs. True if every lab did what it should.
+fn run(args: &LabArgs) -> anyhow::Result<bool> {
+    check_hosts(args.hosts)?;
+    let backends: Vec<&str> = match (&args.backend, args.topology) {
+        (Some(backend), _) => vec![backend.as_str()],
+        (None, Topology::Switch) => check::BACKENDS.to_vec(),
+        (None, Topology::Router) => vec!["vxlan"],
     };
-    // Before anything is made: is this a configuration at all?
-    for backend in &backends {
-        let config = Plan::new(args.hosts, &json!({ "Type": backend }), &program).config;
-        flannel::Config::parse(&config.to_string()).with_context(|| format!("--backend {backend}"))?;
-        ensure!(matches!(backend.as_str(), "host-gw" | "vxlan"), "--backend {backend}: the lab shows host-gw and vxlan");
-    }
-    let store = match &args.etcd {
-        None if args.kube => StoreKind::Kubernetes(kubernetes::program()?),
-        None => StoreKind::Embedded,
-        Some(url) => StoreKind::Outside(
-            url.strip_prefix("http://")
-                .map(|rest| rest.trim_end_matches('/').to_owned())
-                .context("--etcd: it looks like http://127.0.0.1:2379")?,
-        ),
-    };
+    backends.iter().try_for_each(|backend| check::backend(backend))?;
+    let program = this_program()?;
+    let store = store(args)?;
     if args.etcd.is_some() {
         outside::prepare(&program)?;
     }
@@ -117,60 +116,72 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
     let scratch = isolate(&program)?;
 
     let mut reports: Vec<Report> = Vec::new();
-    let last = backends.len() - 1;
     for (i, backend) in backends.iter().enumerate() {
-        // Nothing that is in a store outside is touched.
-        let prefix =
-            if args.etcd.is_some() { format!("/flannel-lab/{:016x}", fastrand::u64(..)) } else { "/coreos.com/network".to_owned() };
-        let plan = Plan {
-            topology: args.topology,
-            store: store.clone(),
-            prefix,
-            ..Plan::new(args.hosts, &json!({ "Type": backend }), &program).family(args.family)
-        };
-        progress(args, &format!("{backend}: starting {} hosts on a {:?}", args.hosts, args.topology).to_lowercase());
-        let root = scratch.join(format!("lab{i}"));
-        let mut lab = Lab::start(plan, &root)?;
-        progress(args, "waiting until every daemon has seen every host");
-        lab.settle()?;
-        progress(args, "making a pod on each host and pinging");
+        let mut lab = start(args, backend, &program, &store, &scratch.join(format!("lab{i}")))?;
+        progress(args, "creating a pod on each host and pinging");
         let (report, pods) = show(&mut lab, backend)?;
         if !args.json {
-            print!("{}", report.text());
+            output::line(report.text().trim_end());
         }
         reports.push(report);
-        if let Some(listener) = claimed.as_ref().filter(|_| i == last) {
-            let mut places: Vec<_> = lab.hosts.iter().map(|host| (host.name.clone(), root.join("netns").join(&host.name))).collect();
-            places.extend(pods.iter().map(|pod| (pod.name.clone(), pod.path.clone())));
-            keep(args, &reports, &places);
-            exec::tell(listener, &places);
+        if let Some(listener) = claimed.as_ref().filter(|_| i == backends.len() - 1) {
+            stay(args, &lab, &pods, &program, &reports, listener);
         }
         if args.etcd.is_some() {
-            // A daemon whose lease is deleted acquires another.
+            // A running daemon would acquire a new lease.
             (0..args.hosts).try_for_each(|host| lab.stop_daemon(host, true).map(drop))?;
             lab.with_store(async |store| store.delete_everything().await)?;
         }
     }
     if args.json {
-        println!("{}", document(&reports));
+        output::line(document(&reports));
     }
     Ok(reports.iter().all(Report::is_right))
 }
 
+fn store(args: &LabArgs) -> anyhow::Result<StoreKind> {
+    Ok(match &args.etcd {
+        None if args.kube => StoreKind::Kubernetes(kubernetes::program()?),
+        None => StoreKind::Embedded,
+        Some(url) => StoreKind::Outside(
+            url.strip_prefix("http://")
+                .map(|rest| rest.trim_end_matches('/').to_owned())
+                .with_context(|| format!("--etcd {url}: it must look like http://127.0.0.1:2379"))?,
+        ),
+    })
+}
+
+fn start(args: &LabArgs, backend: &str, program: &Path, store: &StoreKind, root: &Path) -> anyhow::Result<Lab> {
+    // A prefix of its own in a store outside: nothing else there is touched.
+    let prefix = if args.etcd.is_some() { format!("/flannel-lab/{:016x}", fastrand::u64(..)) } else { "/coreos.com/network".to_owned() };
+    let plan = Plan {
+        topology: args.topology,
+        store: store.clone(),
+        prefix,
+        ..Plan::new(args.hosts, &json!({ "Type": backend }), program).family(args.family)
+    };
+    progress(args, &format!("{backend}: starting {} hosts on a {:?}", args.hosts, args.topology).to_lowercase());
+    let mut lab = Lab::start(plan, root)?;
+    progress(args, "waiting until every daemon knows every host");
+    lab.settle()?;
+    Ok(lab)
+}
+
 fn progress(args: &LabArgs, text: &str) {
     if !args.json {
-        eprintln!("· {text}");
+        output::error_line(format_args!("· {text}"));
     }
 }
 
-fn keep(args: &LabArgs, reports: &[Report], places: &[(String, std::path::PathBuf)]) {
-    if args.json {
-        println!("{}", document(reports));
-        return;
+/// Prints the tour and lets other processes in, for the rest of the process's life.
+fn stay(args: &LabArgs, lab: &Lab, pods: &[Pod], program: &Path, reports: &[Report], listener: &UnixListener) {
+    match args.json {
+        true => output::line(document(reports)),
+        false => output::line(format_args!("\n{}", keep::tour(lab, pods, program))),
     }
-    println!("The lab stays up until Ctrl-C. From another terminal:");
-    for (name, _) in places {
-        println!("    flanneld lab exec {name} -- ip route");
+    // Who does not read the tour (`lab --keep | head -1`) cannot follow it either.
+    if !output::is_closed() {
+        exec::serve(listener, &keep::directory(lab, pods));
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a lab shows: addresses, routes, the packet on the wire, round trips, and whether all that is as it should be.
+//! What a lab shows: addresses, routes, the packet on the wire, round trips, and a verdict on each.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -12,25 +12,26 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::{link, route};
 use serde_json::{Value, json};
 
+use crate::cluster::{Host, Lab, Pod};
 use crate::packet::{Frame, Payload};
 use crate::ping::ping_all;
-use crate::{Host, Lab, Pod, Topology, name};
+use crate::plan::Topology;
 
-/// How long the pods may take to answer each other.
+/// Time limit for the pods to answer each other.
 const PING: Duration = Duration::from_secs(5);
 
-/// What was seen.
+/// The result of one lab.
 pub(super) struct Report {
     backend: String,
     topology: Topology,
     hosts: Vec<HostReport>,
     /// The echo request of the first pod to the second one, on the second host's wire.
     packet: Option<Frame>,
-    /// Round trips between the first two pods, there and back.
+    /// Round trips between the first two pods, in both directions.
     trips: Vec<(String, String, Option<Duration>)>,
-    /// Pairs that answered, and pairs.
+    /// Pairs that answered, and all pairs.
     pairs: (usize, usize),
-    /// What is not as it should be.
+    /// Deviations from what should be.
     problems: Vec<String>,
 }
 
@@ -45,7 +46,7 @@ struct HostReport {
     refused: Vec<String>,
 }
 
-/// Makes a pod on each host, lets them ping each other, and looks.
+/// Creates a pod on each host, lets all pods ping each other, and reports.
 pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<Pod>)> {
     let pods = (0..lab.hosts.len()).map(|host| lab.add_pod(host)).collect::<anyhow::Result<Vec<Pod>>>()?;
     let mut problems = Vec::new();
@@ -56,12 +57,12 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
 
     let mut packet = None;
     let mut results: Vec<BTreeMap<IpAddr, Duration>> = Vec::new();
-    // Where a route was refused, its peer is not waited for.
-    let patience = if problems.is_empty() { PING } else { Duration::from_secs(1) };
+    // A peer whose route was refused will not answer.
+    let timeout = if problems.is_empty() { PING } else { Duration::from_secs(1) };
     for (i, pod) in pods.iter().enumerate() {
         let others: Vec<IpAddr> = pods.iter().enumerate().filter(|(j, _)| *j != i).flat_map(|(_, other)| other.addresses.clone()).collect();
         let capture = if i == 0 && pods.len() > 1 { Some(open_capture(&lab.hosts[1])?) } else { None };
-        results.push(pod.netns.run(|| ping_all(&others, patience))??);
+        results.push(pod.netns.run(|| ping_all(&others, timeout))??);
         if let Some(capture) = capture.filter(|_| problems.is_empty()) {
             let (from, to) = (pods[0].address, pods[1].address);
             packet = capture.find(Duration::from_secs(1), |bytes| {
@@ -102,7 +103,7 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
 
 fn open_capture(host: &Host) -> anyhow::Result<Capture> {
     host.netns.run(|| {
-        let index = link::get(&mut Socket::open(Protocol::Route)?, name("eth0"))?.context("the host has no eth0")?.index;
+        let index = link::get(&mut Socket::open(Protocol::Route)?, "eth0".parse()?)?.context("the host has no eth0")?.index;
         anyhow::Ok(Capture::open(index)?)
     })?
 }
@@ -143,7 +144,7 @@ fn host_report(host: &Host, pod: &Pod) -> anyhow::Result<HostReport> {
     })
 }
 
-/// What of the packet on the second host's wire is not as the backend should make it.
+/// Compares the packet on the second host's wire with what the backend should send.
 fn wrong(frame: &Frame, backend: &str, hosts: &[Host], topology: Topology) -> anyhow::Result<Vec<String>> {
     let mut problems = Problems(Vec::new());
     problems.expect("destination MAC", frame.to, hosts[1].mac()?);
@@ -160,7 +161,7 @@ fn wrong(frame: &Frame, backend: &str, hosts: &[Host], topology: Topology) -> an
             problems.expect("inner payload", &inner.payload, &Payload::Icmp(if inner.src.is_ipv4() { 8 } else { 128 }));
         }
         (Payload::Icmp(8 | 128), "host-gw") => problems.expect("time to live", frame.ttl, 63),
-        (payload, _) => problems.0.push(format!("on the wire is {payload:?}, which is none of {backend}'s")),
+        (payload, _) => problems.0.push(format!("the packet on the wire carries {payload:?}, which {backend} does not send")),
     }
     Ok(problems.0)
 }
@@ -170,7 +171,7 @@ struct Problems(Vec<String>);
 impl Problems {
     fn expect<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, is: T, want: T) {
         if is != want {
-            self.0.push(format!("on the wire the {what} is {is:?}, not {want:?}"));
+            self.0.push(format!("the {what} on the wire is {is:?}, expected {want:?}"));
         }
     }
 }
@@ -186,13 +187,13 @@ impl Report {
         match (self.is_right(), self.backend.as_str()) {
             (true, "host-gw") => format!("{pods}; packets cross the wire unencapsulated, with the peer's MAC"),
             (true, _) => format!("{pods}; packets cross the wire in UDP 8472, VNI 1, between the hosts' addresses"),
-            (false, _) => format!("{pods}; not as it should be"),
+            (false, _) => format!("{pods}; see the problems above"),
         }
     }
 
     pub(super) fn text(&self) -> String {
         let mut text = format!("\n{} on a {}\n", self.backend, format!("{:?}", self.topology).to_lowercase());
-        // A page is enough to see the pattern.
+        // Some hosts are enough to see the pattern.
         const SHOWN: usize = 4;
         for host in self.hosts.iter().take(SHOWN) {
             let (at, has) = (join(&host.addresses), join(&host.pod_addresses));

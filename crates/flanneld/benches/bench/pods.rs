@@ -96,6 +96,8 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
     let flannel = |masquerade: bool| {
         let mut conf = lab.cni_conf(0, "flannel");
         conf["delegate"]["ipMasq"] = masquerade.into();
+        // The plugin is called where the benchmark runs, not in the host's mount namespace.
+        conf["subnetFile"] = json!(lab.hosts[0].subnet_file());
         Chain { lab: &lab, program: root.join("bin/flannel"), conf }
     };
     let chain = flannel(false);

@@ -9,8 +9,7 @@ use flannel::{Family, Lease, Op};
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{Kernel, link};
-use lab::Lab;
-use lab::faults::shell;
+use lab::{Lab, shell};
 use serde_json::{Value, json};
 
 use crate::{NETWORK, NETWORK6, host, latencies, lease, many_neighbours, millis, name, objects, percentile, routes, rss, used, with_kv};

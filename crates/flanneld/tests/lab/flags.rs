@@ -60,7 +60,7 @@ pub(crate) fn flags_do_what_they_say(root: &Path) {
         [("127.0.0.1", "/healthz", "flanneld is running"), ("[::1]", "/readyz", "flanneld is ready"), ("[::1]", "/nothing", "there is")]
     {
         let ask = || {
-            let mut stream = TcpStream::connect(format!("{address}:8080")).unwrap();
+            let mut stream = TcpStream::connect(format!("{address}:8081")).unwrap();
             write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
             let mut answer = String::new();
             stream.read_to_string(&mut answer).map(|_| answer).unwrap()

@@ -5,9 +5,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kernel::netns::Netns;
+use lab::events::{self, ClusterEvent};
 use lab::faults::{self, FAULTS, Noticed};
 use lab::ping::ping_all;
-use lab::{Lab, Pod, StoreKind, world};
+use lab::stage::{PORT, Stage};
+use lab::{Lab, Plan, Pod, StoreKind};
 
 use crate::cluster::{eventually, ping_all_from};
 use crate::start;
@@ -89,11 +91,7 @@ pub(crate) fn the_interface_changes(root: &Path) {
         shell(&h1, "ip link del eth0");
         shell(&lab.middle, "ip link add h1 type veth peer name h1x; ip link set h1 master lan0; ip link set h1 up");
         let namespace = root.join(backend).join("netns/h1");
-        let moved = format!(
-            "mkdir -p /run/netns; touch /run/netns/flannel-h1; mount --bind {0} /run/netns/flannel-h1; ip link set h1x netns flannel-h1; umount /run/netns/flannel-h1; rm /run/netns/flannel-h1",
-            namespace.display()
-        );
-        shell(&lab.middle, &moved);
+        shell(&lab.middle, &format!("ip link set h1x netns {}", namespace.display()));
         shell(
             &h1,
             "ip link set h1x name eth0; ip link set eth0 up; ip addr add 10.0.0.1/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0",
@@ -136,9 +134,9 @@ pub(crate) fn every_fault_is_put_right(root: &Path) {
         let mut lab = Lab::start(plan, &root.join(format!("{backend}-{nftables}"))).unwrap();
         lab.settle().unwrap();
         let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
-        pods.iter().for_each(|pod| lab.map_port(pod, "ADD", faults::PORT).unwrap());
+        pods.iter().for_each(|pod| lab.map_port(pod, "ADD", PORT).unwrap());
         // That the audit finds a sysctl takes a minute: `lab faults` measures it.
-        for fault in FAULTS.iter().filter(|fault| fault.fits(backend, nftables) && fault.noticed == Noticed::Told) {
+        for fault in FAULTS.iter().filter(|fault| fault.fits(backend, nftables) && fault.noticed == Noticed::Event) {
             faults::once(&lab, &pods, 0, fault).unwrap_or_else(|error| panic!("{backend}: {}: {error:#}", fault.name));
         }
         ping_all_from(&pods[0].netns, &[pods[1].address]);
@@ -248,20 +246,20 @@ pub(crate) fn a_full_disk_under_the_store(root: &Path) {
 }
 
 pub(crate) fn what_happens_to_hosts_and_the_store_is_followed(root: &Path) {
-    let mut stage = faults::stage(crate::plan(3, "vxlan", StoreKind::Embedded), root).unwrap();
-    for (at, world) in world::HOSTS.iter().chain(&world::STORES).enumerate() {
-        let (_, lost) = world::once(&mut stage, world, at % 3).unwrap_or_else(|error| panic!("{error:#}"));
-        assert!(world.cuts || lost == 0, "{}: {lost} pings lost", world.name);
+    let stage = Stage::new(crate::plan(3, "vxlan", StoreKind::Embedded), root).unwrap();
+    all_follow(stage, events::HOSTS.iter().chain(&events::STORES));
+}
+
+fn all_follow<'a>(mut stage: Stage, events: impl Iterator<Item = &'a ClusterEvent>) {
+    for (at, event) in events.enumerate() {
+        let (_, lost) = events::once(&mut stage, event, at % 3).unwrap_or_else(|error| panic!("{error:#}"));
+        assert!(event.interrupts || lost == 0, "{}: {lost} pings lost", event.name);
     }
 }
 
 pub(crate) fn three_members_of_etcd(root: &Path) {
-    let plan = faults::members(&crate::stores::tool("FLANNEL_ETCD_3_6"), 3, Path::new(crate::cluster::PROGRAM));
-    let mut stage = faults::stage(plan, root).unwrap();
-    for (host, world) in world::etcd::ETCD.iter().enumerate() {
-        let (_, lost) = world::once(&mut stage, world, host % 3).unwrap_or_else(|error| panic!("{error:#}"));
-        assert!(world.cuts || lost == 0, "{}: {lost} pings lost", world.name);
-    }
+    let plan = Plan::members(&crate::stores::tool("FLANNEL_ETCD_3_6"), 3, Path::new(crate::cluster::PROGRAM));
+    all_follow(Stage::new(plan, root).unwrap(), events::etcd::ETCD.iter());
 }
 
 /// Kills of the embedded store in the middle of writing; a run that is to prove more sets this variable.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kernel::netns::Netns;
-use lab::{Lab, Pod, StoreKind, faults};
+use lab::{Lab, Pod, StoreKind};
 
 use crate::cluster::eventually;
 use crate::start;
@@ -37,7 +37,7 @@ pub(crate) fn a_flush_does_not_take_the_ports_of_pods(root: &Path) {
     let mut lab: Lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let [first, _, second] = [0, 1, 0].map(|host| lab.add_pod(host).unwrap());
     let pods = [first, second];
-    let (h1, h2) = (Netns::open(&root.join("netns/h1")).unwrap(), Netns::open(&root.join("netns/h2")).unwrap());
+    let h2 = Netns::open(&root.join("netns/h2")).unwrap();
     pods.iter().for_each(serve);
     for (pod, port) in pods.iter().zip([8080, 8081]) {
         lab.map_port(pod, "ADD", port).unwrap();
@@ -45,30 +45,30 @@ pub(crate) fn a_flush_does_not_take_the_ports_of_pods(root: &Path) {
     }
     // A restart of nftables.service begins with this.
     for script in ["nft flush ruleset", "nft delete table ip cni_hostport", "nft flush table ip cni_hostport"] {
-        faults::shell(&h1, script).unwrap();
+        lab.hosts[0].shell(script).unwrap();
         eventually(script, || [8080, 8081].iter().all(|port| answers(&h2, "10.0.0.1", *port)));
     }
-    let rules = || faults::shell(&h1, "nft list table ip cni_hostport").unwrap();
-    assert_eq!(rules().matches("dnat to").count(), 2, "each is there once: {}", rules());
+    let rules = |lab: &Lab| lab.hosts[0].shell("nft list table ip cni_hostport").unwrap();
+    assert_eq!(rules(&lab).matches("dnat to").count(), 2, "each is there once: {}", rules(&lab));
 
     // Nobody is told of it while no daemon runs; the next one finds out.
     lab.stop_daemon(0, true).unwrap();
-    faults::shell(&h1, "nft flush ruleset").unwrap();
+    lab.hosts[0].shell("nft flush ruleset").unwrap();
     assert!(!answers(&h2, "10.0.0.1", 8080));
     lab.start_daemon(0, &[]).unwrap();
     eventually("a new daemon puts them back", || answers(&h2, "10.0.0.1", 8080) && answers(&h2, "10.0.0.1", 8081));
 
     // What a plugin deletes stays deleted, also when all the rest is flushed.
     lab.map_port(&pods[1], "DEL", 8081).unwrap();
-    faults::shell(&h1, "nft flush ruleset").unwrap();
+    lab.hosts[0].shell("nft flush ruleset").unwrap();
     eventually("the other one is back", || answers(&h2, "10.0.0.1", 8080));
-    assert_eq!(rules().matches("dnat to").count(), 1, "{}", rules());
+    assert_eq!(rules(&lab).matches("dnat to").count(), 1, "{}", rules(&lab));
 
     // A pod that ends without a DEL leaves none behind, and its port is free for another.
     let end = &pods[0].result["interfaces"][1]["name"].as_str().unwrap();
-    faults::shell(&h1, &format!("ip link del {end}; nft flush ruleset")).unwrap();
+    lab.hosts[0].shell(&format!("ip link del {end}; nft flush ruleset")).unwrap();
     lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
     lab.map_port(&pods[1], "ADD", 8080).unwrap();
     eventually("the port leads to the other pod", || answers(&h2, "10.0.0.1", 8080));
-    eventually("nothing is left of the one that is gone", || rules().matches("dnat to").count() == 1);
+    eventually("nothing is left of the one that is gone", || rules(&lab).matches("dnat to").count() == 1);
 }

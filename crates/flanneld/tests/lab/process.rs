@@ -32,11 +32,11 @@ pub(crate) fn a_daemon_without_a_store(root: &Path) {
         assert_eq!(lab.stop_daemon(0, true).unwrap().code(), Some(0), "{kill}");
     }
     // A port that somebody has ends it at once, by name.
-    let taken = lab.hosts[0].netns.run(|| std::net::TcpListener::bind("127.0.0.1:8080")).unwrap().unwrap();
+    let taken = lab.hosts[0].netns.run(|| std::net::TcpListener::bind("127.0.0.1:8081")).unwrap().unwrap();
     lab.start_daemon(0, &[]).unwrap();
     let log = lab.hosts[0].log();
     eventually("it says which", || {
-        std::fs::read_to_string(&log).unwrap().contains("cannot listen on --healthz-ip 127.0.0.1 --healthz-port 8080")
+        std::fs::read_to_string(&log).unwrap().contains("cannot listen on --healthz-ip 127.0.0.1 --healthz-port 8081")
     });
     eventually("it ends", || {
         std::fs::read_to_string(format!("/proc/{}/stat", lab.hosts[0].pid().unwrap())).is_ok_and(|stat| stat.contains(") Z "))

@@ -23,6 +23,8 @@ fn conf_list(lab: &Lab, host: usize, name: &str) -> PathBuf {
     let folder = lab.hosts[host].directory.join("net.d");
     std::fs::create_dir_all(&folder).unwrap();
     let mut flannel = lab.cni_conf(host, "flannel");
+    // The sandbox has a `/run` of its own.
+    flannel["subnetFile"] = json!(lab.hosts[host].subnet_file());
     let version = flannel["cniVersion"].take();
     let list = json!({ "cniVersion": version, "name": name, "plugins": [flannel, { "type": "portmap", "capabilities": { "portMappings": true } }] });
     std::fs::write(folder.join("10-flannel.conflist"), list.to_string()).unwrap();
@@ -112,7 +114,7 @@ pub(crate) fn two_hundred_pods_by_containerd(root: &Path) {
         conf["cniVersion"] = "1.1.0".into();
         conf["name"] = "cbr0".into();
         conf["cni.dev/valid-attachments"] = Value::Array(Vec::new());
-        let (mut command, _) = lab.cni_command(host, "flannel", "GC", "", Path::new(""), "");
+        let (mut command, _) = lab.cni_command(host, "flannel", "GC", "", Path::new(""), "").unwrap();
         let mut child = lab.hosts[host].netns.run(|| command.spawn()).unwrap().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes()).unwrap();
         let output = child.wait_with_output().unwrap();

@@ -1,5 +1,5 @@
-//! The way to a store outside of the lab's namespaces: a process that stayed outside connects for us and hands the
-//! connections in (unix(7), `SCM_RIGHTS`). Nothing of it is in the file system.
+//! The connection to a store outside of the lab's namespaces: a helper process that stays outside connects and passes the
+//! sockets in (unix(7), `SCM_RIGHTS`). It leaves nothing in the file system.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,21 +15,21 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// The line to the process outside.
+/// The socket to the helper process.
 static OUTSIDE: OnceLock<UnixStream> = OnceLock::new();
 
-/// Starts the process that stays outside. Must be called before [`crate::isolate`].
-pub(super) fn prepare(program: &std::path::Path) -> anyhow::Result<()> {
+/// Starts the helper process. Must be called before [`crate::isolate`].
+pub(crate) fn prepare(program: &std::path::Path) -> anyhow::Result<()> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new(program);
     command.args(["lab", "outside"]).stdin(Stdio::from(OwnedFd::from(theirs)));
     kernel::process::die_with_parent(&mut command);
-    command.spawn().context("cannot start the process that connects to --etcd")?;
-    OUTSIDE.set(ours).ok().context("it is started once")
+    command.spawn().context("cannot start the helper process that connects to --etcd")?;
+    OUTSIDE.set(ours).ok().context("the helper process was started twice")
 }
 
-/// The process outside: for each target that comes in by its standard input, a connection goes back.
-pub(super) fn serve() -> anyhow::Result<()> {
+/// The helper process: for each target that it reads from its standard input, it sends back a connection.
+pub(crate) fn serve() -> anyhow::Result<()> {
     let line = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut reader = &line;
     loop {
@@ -51,7 +51,7 @@ pub(super) fn serve() -> anyhow::Result<()> {
 }
 
 fn connect(target: &str) -> anyhow::Result<TcpStream> {
-    let mut line = OUTSIDE.get().context("the process outside was not started")?;
+    let mut line = OUTSIDE.get().context("the helper process was not started")?;
     let length = u8::try_from(target.len()).context("--etcd: the address is too long")?;
     line.write_all(&[&[length], target.as_bytes()].concat())?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -68,10 +68,10 @@ fn connect(target: &str) -> anyhow::Result<TcpStream> {
     anyhow::bail!("--etcd: cannot connect to {target}")
 }
 
-/// Listens where the lab's store is expected and forwards to the target outside, for the rest of the process's life.
+/// Listens at the address of the lab's store and forwards to the target outside, for the rest of the process's life.
 pub(super) fn forward(middle: &Netns, target: &str) -> anyhow::Result<()> {
     drop(connect(target)?);
-    let listener = middle.run(|| TcpListener::bind(crate::STORE))??;
+    let listener = middle.run(|| TcpListener::bind(super::STORE))??;
     let target = target.to_owned();
     std::thread::spawn(move || {
         for inside in listener.incoming().flatten() {

@@ -1,9 +1,9 @@
-//! The control plane of a lab in Kubernetes mode: a real API server with its etcd, the controllers that give Nodes their
-//! pod CIDRs, our own manifest, a Node for each host, and the service account's token for the daemons, which have no
-//! other right.
+//! The control plane of a lab in Kubernetes mode: a real API server with its etcd, the controllers that assign pod CIDRs to
+//! Nodes, our own manifest, a Node for each host, and the service account's token, which is all that the daemons get.
 
 use std::io::Write;
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -11,19 +11,23 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{Families, Lab, PATIENCE, STORE, spawn, tail};
+use super::{Lab, START_TIMEOUT, STORE};
+use crate::plan::{Families, StoreKind};
+use crate::process::{spawn, tail};
 
-/// What people apply, and what the lab applies.
-const MANIFEST: &str = include_str!("../../../deploy/kubernetes/kube-flannel.yml");
-/// The API server's port; etcd is on the loopback address beside it.
+/// The manifest that operators apply.
+const MANIFEST: &str = include_str!("../../../../deploy/kubernetes/kube-flannel.yml");
+/// The API server's port.
 const PORT: u16 = 6443;
-/// How long the daemons' token is good for. A lab is not kept up longer.
+/// etcd, on the control plane's loopback address.
+const ETCD: &str = "http://127.0.0.1:2379";
+/// Lifetime of the daemons' token. A lab is not kept up longer.
 const TOKEN: &str = "24h";
-/// The token of whoever may do everything.
+/// The administrator's token.
 const ADMIN: &str = "admin";
 
-/// Where the program is looked for that has all of Kubernetes' parts: where `cargo xtask test` puts it.
-pub(super) fn program() -> anyhow::Result<PathBuf> {
+/// The program that contains all of Kubernetes' parts, where `cargo xtask test` and `cargo xtask kubernetes` put it.
+pub(crate) fn program() -> anyhow::Result<PathBuf> {
     if let Some(path) = std::env::var_os("FLANNEL_KUBERNETES") {
         return Ok(path.into());
     }
@@ -39,79 +43,17 @@ pub(super) fn program() -> anyhow::Result<PathBuf> {
 }
 
 impl Lab {
-    /// Starts the control plane, or starts it again with the data that it had.
+    /// Starts the control plane; one that was killed continues with its data.
     pub(super) fn start_kubernetes(&mut self, program: &Path) -> anyhow::Result<()> {
         let folder = self.kubernetes();
         let is_new = !folder.join("ca.crt").exists();
         if is_new {
             self.prepare_kubernetes(program, &folder)?;
         }
-        let file = |name: &str| folder.join(name).display().to_string();
-        let families = Families::of(&self.plan.config);
-        let address = STORE.ip();
-        let (mut services, mut pods, mut masks) = (Vec::new(), Vec::new(), Vec::new());
-        // The API server has an IPv4 address, so the first service has one too.
-        services.push("10.96.0.0/16");
-        if families.v4 {
-            pods.push(self.plan.config["Network"].as_str().unwrap_or_default());
-            masks.push("--node-cidr-mask-size-ipv4=24");
-        }
-        if families.v6 {
-            services.push("fd00:96::/112");
-            pods.push(self.plan.config["IPv6Network"].as_str().unwrap_or_default());
-            masks.push("--node-cidr-mask-size-ipv6=64");
-        }
-        let etcd = "http://127.0.0.1:2379";
-        let programs: [(&str, Vec<String>); 3] = [
-            (
-                "etcd",
-                vec![
-                    format!("--data-dir={}", file("etcd")),
-                    "--unsafe-no-fsync".into(),
-                    format!("--listen-client-urls={etcd}"),
-                    format!("--advertise-client-urls={etcd}"),
-                    "--listen-peer-urls=http://127.0.0.1:2380".into(),
-                    "--log-level=warn".into(),
-                ],
-            ),
-            (
-                "kube-apiserver",
-                vec![
-                    format!("--etcd-servers={etcd}"),
-                    format!("--bind-address={address}"),
-                    format!("--secure-port={PORT}"),
-                    format!("--advertise-address={address}"),
-                    format!("--tls-cert-file={}", file("apiserver.crt")),
-                    format!("--tls-private-key-file={}", file("apiserver.key")),
-                    format!("--token-auth-file={}", file("tokens.csv")),
-                    "--authorization-mode=RBAC".into(),
-                    "--service-account-issuer=https://kubernetes.default.svc".into(),
-                    format!("--service-account-key-file={}", file("sa.key")),
-                    format!("--service-account-signing-key-file={}", file("sa.key")),
-                    format!("--service-cluster-ip-range={}", services.join(",")),
-                    "--endpoint-reconciler-type=none".into(),
-                    "--enable-priority-and-fairness=false".into(),
-                    "--allow-privileged=true".into(),
-                    "--profiling=false".into(),
-                ],
-            ),
-            (
-                "kube-controller-manager",
-                [
-                    format!("--kubeconfig={}", file("admin.kubeconfig")),
-                    "--leader-elect=false".into(),
-                    "--secure-port=0".into(),
-                    "--controllers=node-ipam-controller".into(),
-                    "--allocate-node-cidrs=true".into(),
-                    format!("--cluster-cidr={}", pods.join(",")),
-                    format!("--root-ca-file={}", file("ca.crt")),
-                    format!("--service-account-private-key-file={}", file("sa.key")),
-                    "--profiling=false".into(),
-                ]
-                .into_iter()
-                .chain(masks.iter().map(ToString::to_string))
-                .collect(),
-            ),
+        let programs = [
+            ("etcd", etcd_flags(&folder)),
+            ("kube-apiserver", self.apiserver_flags(&folder)),
+            ("kube-controller-manager", self.controller_flags(&folder)),
         ];
         for (name, args) in programs {
             let log = self.root.join(format!("{name}.log"));
@@ -130,17 +72,78 @@ impl Lab {
         Ok(())
     }
 
+    fn apiserver_flags(&self, folder: &Path) -> Vec<String> {
+        let file = |name: &str| folder.join(name).display().to_string();
+        let address = STORE.ip();
+        // The API server has an IPv4 address, so the first service network has one too.
+        let services = if Families::of(&self.plan.config).v6 { "10.96.0.0/16,fd00:96::/112" } else { "10.96.0.0/16" };
+        vec![
+            format!("--etcd-servers={ETCD}"),
+            format!("--bind-address={address}"),
+            format!("--secure-port={PORT}"),
+            format!("--advertise-address={address}"),
+            format!("--tls-cert-file={}", file("apiserver.crt")),
+            format!("--tls-private-key-file={}", file("apiserver.key")),
+            format!("--token-auth-file={}", file("tokens.csv")),
+            "--authorization-mode=RBAC".into(),
+            "--service-account-issuer=https://kubernetes.default.svc".into(),
+            format!("--service-account-key-file={}", file("sa.key")),
+            format!("--service-account-signing-key-file={}", file("sa.key")),
+            format!("--service-cluster-ip-range={services}"),
+            "--endpoint-reconciler-type=none".into(),
+            "--enable-priority-and-fairness=false".into(),
+            "--allow-privileged=true".into(),
+            "--profiling=false".into(),
+        ]
+    }
+
+    fn controller_flags(&self, folder: &Path) -> Vec<String> {
+        let file = |name: &str| folder.join(name).display().to_string();
+        let families = Families::of(&self.plan.config);
+        let network = |key: &str| self.plan.config[key].as_str().unwrap_or_default().to_owned();
+        let (mut pods, mut flags) = (Vec::new(), Vec::new());
+        if families.v4 {
+            pods.push(network("Network"));
+            flags.push("--node-cidr-mask-size-ipv4=24".to_owned());
+        }
+        if families.v6 {
+            pods.push(network("IPv6Network"));
+            flags.push("--node-cidr-mask-size-ipv6=64".to_owned());
+        }
+        flags.extend([
+            format!("--kubeconfig={}", file("admin.kubeconfig")),
+            "--leader-elect=false".to_owned(),
+            "--secure-port=0".to_owned(),
+            "--controllers=node-ipam-controller".to_owned(),
+            "--allocate-node-cidrs=true".to_owned(),
+            format!("--cluster-cidr={}", pods.join(",")),
+            format!("--root-ca-file={}", file("ca.crt")),
+            format!("--service-account-private-key-file={}", file("sa.key")),
+            "--profiling=false".to_owned(),
+        ]);
+        flags
+    }
+
     /// The control plane's files: certificates, data, the token of the daemons.
     pub fn kubernetes(&self) -> PathBuf {
         self.root.join("kubernetes")
     }
 
+    /// A folder with `kubectl`, for whoever enters the lab.
+    pub(crate) fn tools(&self) -> PathBuf {
+        self.kubernetes().join("bin")
+    }
+
     fn prepare_kubernetes(&self, program: &Path, folder: &Path) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder)?;
         certificates(program, folder, 0)?;
+        let kubectl = self.tools().join("kubectl");
+        kernel::file::replace(&kubectl, &format!("#!/bin/sh\nexec '{}' kubectl \"$@\"\n", program.display()), |file| {
+            file.set_permissions(std::fs::Permissions::from_mode(0o755))
+        })?;
         std::fs::write(folder.join("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
         for (name, user) in [("admin", json!({ "token": ADMIN })), ("flannel", json!({ "tokenFile": folder.join("token") }))] {
-            // Daemons check the server. The lab's own tools need not: tests make its certificate a bad one.
+            // Daemons verify the server. The lab's own tools do not: tests give the server a bad certificate.
             let cluster = match name {
                 "admin" => json!({ "server": self.api_url(), "insecure-skip-tls-verify": true }),
                 _ => json!({ "server": self.api_url(), "certificate-authority": folder.join("ca.crt") }),
@@ -156,10 +159,10 @@ impl Lab {
         Ok(())
     }
 
-    /// Ends the controllers: nobody assigns pod CIDRs any more.
+    /// Ends the controllers: from now on no pod CIDR is assigned.
     ///
     /// # Errors
-    /// When they cannot be waited for.
+    /// When their end cannot be awaited.
     pub fn stop_controllers(&mut self) -> anyhow::Result<()> {
         let mut controllers = self.store.pop().context("the control plane is not running")?;
         controllers.kill()?;
@@ -167,13 +170,13 @@ impl Lab {
         Ok(())
     }
 
-    /// New certificates for the API server's next start, good from so many hours ahead. Those of another authority, unless
-    /// they are not good yet: then the daemons are told of the authority.
+    /// Creates certificates for the API server's next start, valid from so many hours ahead. With 0 hours they are of an
+    /// authority that the daemons do not know; otherwise the daemons know it.
     ///
     /// # Errors
-    /// When they cannot be made.
+    /// When they cannot be created.
     pub fn new_certificates(&self, hours: u32) -> anyhow::Result<()> {
-        let crate::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
         let folder = self.kubernetes();
         let known = std::fs::read(folder.join("ca.crt"))?;
         certificates(program, &folder, hours)?;
@@ -184,15 +187,15 @@ impl Lab {
         Ok(())
     }
 
-    /// Where the API server is.
+    /// The API server's URL.
     pub fn api_url(&self) -> String {
         format!("https://{}:{PORT}", STORE.ip())
     }
 
     fn wait_for_api(&mut self) -> anyhow::Result<()> {
-        let end = Instant::now() + 4 * PATIENCE;
+        let end = Instant::now() + 4 * START_TIMEOUT;
         loop {
-            // kubectl is slow to start, so it is not asked before somebody listens.
+            // kubectl is slow to start, so the port is tried first.
             let listens = self.middle.run(|| TcpStream::connect((STORE.ip(), PORT)))?.is_ok();
             if listens && self.kubectl(&["get", "--raw", "/readyz"], "").is_ok() {
                 return Ok(());
@@ -211,7 +214,7 @@ impl Lab {
     fn make_nodes(&self) -> anyhow::Result<()> {
         let items: Vec<Value> = self.hosts.iter().map(|host| node(&host.name)).collect();
         self.kubectl(&["apply", "-f", "-"], &json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string())?;
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + START_TIMEOUT;
         while self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].spec.podCIDR}"], "")?.split_whitespace().count() < self.hosts.len()
         {
             ensure!(Instant::now() < end, "no pod CIDRs are assigned:\n{}", tail(&self.root.join("kube-controller-manager.log")));
@@ -222,18 +225,18 @@ impl Lab {
     /// Writes a new token of the service account where the daemons read it.
     ///
     /// # Errors
-    /// When the API server gives none.
+    /// When the API server refuses.
     pub fn renew_token(&self, life: &str) -> anyhow::Result<()> {
         let token = self.kubectl(&["create", "token", "flannel", "-n", "kube-flannel", "--duration", life], "")?;
         Ok(kernel::file::write(&self.kubernetes().join("token"), token.trim())?)
     }
 
-    /// Runs kubectl with all rights and returns what it prints.
+    /// Runs kubectl as administrator and returns its standard output.
     ///
     /// # Errors
-    /// What it says.
+    /// When it fails; the text has its standard error.
     pub fn kubectl(&self, args: &[&str], stdin: &str) -> anyhow::Result<String> {
-        let crate::StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
+        let StoreKind::Kubernetes(program) = &self.plan.store else { bail!("this lab has no Kubernetes") };
         let folder = self.kubernetes();
         let mut command = Command::new(program);
         command.arg("kubectl").args(args).arg("--kubeconfig").arg(folder.join("admin.kubeconfig")).env("HOME", &folder);
@@ -241,17 +244,17 @@ impl Lab {
         let mut child: Child = self.middle.run(|| command.spawn())?.with_context(|| format!("cannot start {}", program.display()))?;
         child.stdin.take().context("kubectl has no input")?.write_all(stdin.as_bytes())?;
         let output = child.wait_with_output()?;
-        let says = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "kubectl {}: {}", args.join(" "), says.trim());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "kubectl {}: {}", args.join(" "), stderr.trim());
         Ok(String::from_utf8(output.stdout)?)
     }
 
     /// The subnets that a host's Node was assigned.
     ///
     /// # Errors
-    /// When there are none within a while.
+    /// When none are assigned in time.
     pub fn pod_cidrs(&self, host: usize) -> anyhow::Result<String> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + START_TIMEOUT;
         loop {
             let cidrs = self.kubectl(&["get", "node", &self.hosts[host].name, "-o", "jsonpath={.spec.podCIDRs[*]}"], "")?;
             if !cidrs.is_empty() {
@@ -261,7 +264,7 @@ impl Lab {
         }
     }
 
-    /// The flags and variables by which a host's daemon uses Kubernetes.
+    /// Adds the flags and variables with which a host's daemon uses Kubernetes.
     pub(super) fn kubernetes_flags(&self, host: usize, command: &mut Command) {
         let folder = self.kubernetes();
         command.arg("--kube-subnet-mgr").arg(format!("--kubeconfig-file={}", folder.join("flannel.kubeconfig").display()));
@@ -269,10 +272,21 @@ impl Lab {
         command.env("NODE_NAME", &self.hosts[host].name);
     }
 
-    /// The file that stands for the ConfigMap.
+    /// The file that takes the place of the ConfigMap.
     pub fn net_conf(&self) -> PathBuf {
         self.root.join("net-conf.json")
     }
+}
+
+fn etcd_flags(folder: &Path) -> Vec<String> {
+    vec![
+        format!("--data-dir={}", folder.join("etcd").display()),
+        "--unsafe-no-fsync".into(),
+        format!("--listen-client-urls={ETCD}"),
+        format!("--advertise-client-urls={ETCD}"),
+        "--listen-peer-urls=http://127.0.0.1:2380".into(),
+        "--log-level=warn".into(),
+    ]
 }
 
 fn certificates(program: &Path, folder: &Path, hours: u32) -> anyhow::Result<()> {
@@ -283,11 +297,11 @@ fn certificates(program: &Path, folder: &Path, hours: u32) -> anyhow::Result<()>
         "fd00:96::1",
     ]);
     let made = command.output().with_context(|| format!("cannot start {}", program.display()))?;
-    ensure!(made.status.success(), "cannot make certificates: {}", String::from_utf8_lossy(&made.stderr));
+    ensure!(made.status.success(), "cannot create certificates: {}", String::from_utf8_lossy(&made.stderr));
     Ok(())
 }
 
-/// A Node that nobody has told anything of.
+/// A Node without podCIDR and annotations, as a kubelet registers it.
 pub fn node(name: &str) -> Value {
     json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "labels": { "kubernetes.io/os": "linux", "kubernetes.io/hostname": name } } })
 }

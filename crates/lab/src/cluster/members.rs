@@ -9,36 +9,37 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::netns::Netns;
 use kernel::{addr, link};
 
-use crate::{Lab, PATIENCE, index, name, spawn, tail};
+use super::wire::{connect, index};
+use super::{Lab, START_TIMEOUT};
+use crate::plan::StoreKind;
+use crate::process::{shell, spawn, tail};
 
-/// How many: the least of which one may be lost.
-pub(super) const MEMBERS: usize = 3;
-/// So small that a test can fill it.
+/// The smallest number of which one may be lost.
+pub(crate) const MEMBERS: usize = 3;
+/// `etcdctl`, with timeouts for a busy machine.
+const PLAIN: &str = "ETCDCTL_API=3 etcdctl --command-timeout=60s --dial-timeout=20s";
+/// The same as root.
+pub(crate) const CTL: &str = "ETCDCTL_API=3 etcdctl --command-timeout=60s --dial-timeout=20s --user root:root";
+/// The permission of the daemons.
+pub(crate) const ROLE: &str = "--prefix=true readwrite /coreos.com/network/";
+/// Small enough for a test to fill it.
 const QUOTA: &str = "--quota-backend-bytes=12000000";
 
-/// Where a member is.
+/// The address of a member.
 pub(super) fn address(member: usize) -> String {
     format!("10.0.0.{}", 251 + member)
 }
 
-/// Where clients find them.
-pub(super) fn endpoints() -> String {
+/// The endpoints for clients.
+pub(crate) fn endpoints() -> String {
     (0..MEMBERS).map(|member| format!("http://{}:2379", address(member))).collect::<Vec<_>>().join(",")
 }
 
-/// Makes the namespace of a member, on the hosts' first network.
-pub(super) fn make(root: &Path, middle: &Netns, member: usize) -> anyhow::Result<Netns> {
-    use std::os::fd::AsFd;
+/// Creates the namespace of a member, on the hosts' first network.
+pub(super) fn create(root: &Path, middle: &Netns, member: usize) -> anyhow::Result<Netns> {
     let (netns, own) = (Netns::create()?, format!("e{}", member + 1));
     netns.bind(&root.join("netns").join(&own))?;
-    middle.run(|| {
-        let mut socket = Socket::open(Protocol::Route)?;
-        let this = link::VethEnd { name: name(&own), mac: None, netns: None };
-        let peer = link::VethEnd { name: name("eth0"), mac: None, netns: Some(netns.as_fd()) };
-        link::create_veth(&mut socket, 1500, this, peer)?;
-        let (port, bridge) = (index(&mut socket, &own)?, index(&mut socket, "lan0")?);
-        anyhow::Ok(link::enslave(&mut socket, port, bridge, flannel::object::bridge::Port::default())?)
-    })??;
+    connect(middle, &netns, &own, 0)?;
     netns.run(|| {
         let mut socket = Socket::open(Protocol::Route)?;
         link::set_up(&mut socket, 1, true)?;
@@ -50,7 +51,20 @@ pub(super) fn make(root: &Path, middle: &Netns, member: usize) -> anyhow::Result
 }
 
 impl Lab {
-    /// Starts a member, or starts it again with the data that it had.
+    /// Creates users and passwords at an etcd of several members and enables authentication.
+    ///
+    /// # Errors
+    /// When `etcdctl` fails.
+    pub fn enable_auth(&self) -> anyhow::Result<()> {
+        let ctl = format!("{PLAIN} --endpoints {}", endpoints());
+        let script = format!(
+            "{ctl} user add root:root; {ctl} user grant-role root root; {ctl} role add flannel; {ctl} role grant-permission flannel {ROLE}; \
+             {ctl} user add flannel:flannel; {ctl} user grant-role flannel flannel; {ctl} auth enable"
+        );
+        shell(&self.middle, &script).map(drop)
+    }
+
+    /// Starts a member; one that was killed continues with its data.
     pub(super) fn start_member(&self, program: &Path, member: usize) -> anyhow::Result<Child> {
         let (own, log) = (format!("e{}", member + 1), self.root.join("store.log"));
         let url = |member: usize, port: u16| format!("http://{}:{port}", address(member));
@@ -67,7 +81,7 @@ impl Lab {
     /// Kills one member, as a power cut would.
     ///
     /// # Errors
-    /// When it cannot be waited for.
+    /// When its end cannot be awaited.
     pub fn kill_member(&mut self, member: usize) -> anyhow::Result<()> {
         let child = self.store.get_mut(member).context("the store has no such member")?;
         child.kill()?;
@@ -75,21 +89,21 @@ impl Lab {
         Ok(())
     }
 
-    /// Starts a member again that was killed.
+    /// Restarts a member that was killed.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn restart_member(&mut self, member: usize) -> anyhow::Result<()> {
-        let crate::StoreKind::Members(program) = self.plan.store.clone() else { bail!("the store has no members") };
+        let StoreKind::Members(program) = self.plan.store.clone() else { bail!("the store has no members") };
         self.store[member] = self.start_member(&program, member)?;
         Ok(())
     }
 
-    /// Waits until the members have found each other.
+    /// Waits until the members have elected a leader.
     pub(super) fn await_members(&mut self) -> anyhow::Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + START_TIMEOUT;
         while self.with_store(async |store| store.config().await).is_err() {
-            ensure!(Instant::now() < end, "the members do not find each other:\n{}", tail(&self.root.join("store.log")));
+            ensure!(Instant::now() < end, "the members of the store elect no leader:\n{}", tail(&self.root.join("store.log")));
         }
         Ok(())
     }
