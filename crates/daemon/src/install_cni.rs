@@ -57,9 +57,33 @@ pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
         output::line(format_args!("{} is up to date", target.display()));
         return Ok(());
     }
-    file::write(target, &text).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
+    file::replace(target, &text, |file| mark(file, &text)).with_context(|| format!("cannot write --conf-target {}", target.display()))?;
     output::line(format_args!("wrote {}", target.display()));
     Ok(())
+}
+
+/// Extended attribute of a CNI configuration that [`run`] wrote: the digest of its text.
+const MARK: &str = "user.flannel.install-cni";
+
+/// Marks a file as ours. A file system without extended attributes has no marks; then `flanneld cleanup` leaves the file.
+fn mark(file: &File, text: &str) -> std::io::Result<()> {
+    let _ = rustix::fs::fsetxattr(file, MARK, digest(text).as_bytes(), rustix::fs::XattrFlags::empty());
+    Ok(())
+}
+
+/// Is this file as [`run`] wrote it? `None` if there is no such file.
+pub fn wrote(path: &Path) -> Option<bool> {
+    let file = File::open(path).ok()?;
+    let text = fs::read_to_string(path).ok()?;
+    let mut buffer = [0; 64];
+    let noted = rustix::fs::fgetxattr(&file, MARK, &mut buffer[..]).ok().and_then(|length| buffer.get(..length));
+    Some(noted == Some(digest(&text).as_bytes()))
+}
+
+/// FNV-1a in 64 bits: it tells an edited file from the installed one, and protects from nothing else.
+fn digest(text: &str) -> String {
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{hash:016x}")
 }
 
 /// Is this what a runtime can use? To install anything else would take the network from a node that has one.
@@ -150,6 +174,21 @@ pub fn copy(args: &[String]) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_file_as_installed_counts_as_ours() {
+        let folder = std::env::temp_dir().join(format!("flannel-install-cni-{}", std::process::id()));
+        let path = folder.join("10-flannel.conflist");
+        assert_eq!(wrote(&path), None);
+        file::replace(&path, "{}", |file| mark(file, "{}")).unwrap();
+        assert_eq!(wrote(&path), Some(true), "the temporary folder has extended attributes");
+        fs::write(&path, "{ }").unwrap();
+        assert_eq!(wrote(&path), Some(false));
+        fs::remove_file(&path).unwrap();
+        file::write(&path, "{}").unwrap();
+        assert_eq!(wrote(&path), Some(false));
+        fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn a_list_that_no_runtime_could_use_is_refused() {

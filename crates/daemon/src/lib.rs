@@ -2,6 +2,7 @@
 //! same parts.
 
 pub mod app;
+pub mod cleanup;
 pub mod docker_opts;
 pub mod embedded;
 pub mod etcd;

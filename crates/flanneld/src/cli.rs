@@ -1,6 +1,7 @@
 //! The command line: the daemon's flags, or a command.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use daemon::cleanup::CleanupArgs;
 use daemon::docker_opts::DockerOptsArgs;
 use daemon::embedded::StoreArgs;
 use daemon::install_cni::InstallCniArgs;
@@ -66,6 +67,10 @@ pub(crate) enum Command {
     /// Print the man page, in roff
     #[command(hide = true)]
     Man,
+    /// Remove what flannel left on this host: devices, routes, rules and files; foreign ones stay
+    ///
+    /// Stop the daemon and delete this host's pods first. Sysctls (ip_forward) and the plugins in /opt/cni/bin stay.
+    Cleanup(CleanupArgs),
     /// Print the version
     Version,
 }

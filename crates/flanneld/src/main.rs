@@ -6,7 +6,7 @@ mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, docker_opts, embedded, install_cni, output, settings};
+use daemon::{app, cleanup, docker_opts, embedded, install_cni, output, settings};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         Some(Command::InstallCni(args)) => install_cni::run(&args),
         Some(Command::Completions(args)) => pages::completions(&args),
         Some(Command::Man) => pages::man(),
+        Some(Command::Cleanup(args)) => cleanup::run(&args),
         Some(Command::Version) => {
             output::line(version());
             Ok(())

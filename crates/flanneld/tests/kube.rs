@@ -36,9 +36,9 @@ type Test = fn(&Path);
 const NEEDS: [(&str, &str); 5] = [
     ("1.28: ", "kubernetes-1.28"),
     ("kubelets_run_our_daemonset", "kubernetes image"),
-    ("the_chart_renders_the_same_objects", "kubernetes helm"),
-    ("the_image_has_all_it_needs", "image"),
-    ("readers_never_see_half_of_what_is_installed", "image"),
+    ("chart_renders_the_same_objects", "kubernetes helm"),
+    ("image_has_everything_it_needs", "image"),
+    ("installed_files_are_never_seen_half_written", "image"),
 ];
 
 fn main() {
@@ -69,24 +69,24 @@ fn main() {
     }
     let old = Version::Oldest;
     add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
-    add("1.28: what_happens_to_nodes_is_followed".to_owned(), Box::new(move |root| follow::what_happens_to_nodes(root, old)));
+    add("1.28: node_changes_are_followed".to_owned(), Box::new(move |root| follow::node_changes_are_followed(root, old)));
     let tests: [(&str, Test); 16] = [
-        ("the_address_changes_and_all_follow", join::the_address_changes),
-        ("following_tells_lists_and_changes", follow::following_tells_lists_and_changes),
-        ("ours_over_upstreams_is_an_upgrade", manifests::ours_over_upstreams_is_an_upgrade),
-        ("the_chart_renders_the_same_objects", manifests::the_chart_renders_the_same_objects),
-        ("the_image_has_all_it_needs", manifests::the_image_has_all_it_needs),
-        ("readers_never_see_half_of_what_is_installed", manifests::readers_never_see_half_of_what_is_installed),
-        ("the_lab_shows_kubernetes", the_lab_shows_kubernetes),
-        ("annotations_are_kept_as_they_should_be", join::annotations_are_kept),
-        ("a_node_that_is_made_again_gets_its_new_subnet", join::a_node_that_is_made_again),
-        ("what_happens_to_nodes_is_followed", |root| follow::what_happens_to_nodes(root, Version::Current)),
-        ("a_minute_without_the_api_server_costs_nothing", follow::a_minute_without_the_api_server),
-        ("a_rotated_token_is_taken_up", follow::a_rotated_token),
-        ("a_server_without_streaming_lists_is_followed_too", follow::without_streaming_lists),
-        ("each_missing_right_is_named_and_waited_out", refusals::each_missing_right),
-        ("what_is_in_the_way_of_a_lease_is_named_and_waited_out", refusals::what_is_in_the_way),
-        ("what_cannot_be_waited_out_ends_with_the_fix", refusals::what_cannot_be_waited_out),
+        ("address_change_is_followed", join::address_change_is_followed),
+        ("following_reports_lists_and_changes", follow::following_reports_lists_and_changes),
+        ("our_manifest_upgrades_go_flannels", manifests::our_manifest_upgrades_go_flannels),
+        ("chart_renders_the_same_objects", manifests::chart_renders_the_same_objects),
+        ("image_has_everything_it_needs", manifests::image_has_everything_it_needs),
+        ("installed_files_are_never_seen_half_written", manifests::installed_files_are_never_seen_half_written),
+        ("lab_shows_kubernetes", lab_shows_kubernetes),
+        ("changed_annotations_are_restored", join::changed_annotations_are_restored),
+        ("recreated_node_gets_its_new_subnet", join::recreated_node_gets_its_new_subnet),
+        ("node_changes_are_followed", |root| follow::node_changes_are_followed(root, Version::Current)),
+        ("minute_without_api_server_loses_nothing", follow::minute_without_api_server_loses_nothing),
+        ("rotated_token_is_used", follow::rotated_token_is_used),
+        ("server_without_streaming_lists_is_followed", follow::server_without_streaming_lists_is_followed),
+        ("each_missing_permission_is_reported_and_retried", refusals::each_missing_permission_is_reported_and_retried),
+        ("obstacles_to_a_lease_are_reported_and_retried", refusals::obstacles_to_a_lease_are_reported_and_retried),
+        ("fatal_settings_end_with_the_fix", refusals::fatal_settings_end_with_the_fix),
     ];
     for (name, test) in tests {
         add(name.to_owned(), Box::new(test));
@@ -97,7 +97,7 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-fn the_lab_shows_kubernetes(_: &Path) {
+fn lab_shows_kubernetes(_: &Path) {
     let output = std::process::Command::new(PROGRAM).args(["lab", "--kube", "--family", "dual", "--json"]).output().unwrap();
     let shown: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     assert!(output.status.success() && shown["ok"] == true, "{shown} {}", String::from_utf8_lossy(&output.stderr));
@@ -155,7 +155,7 @@ fn annotate(lab: &Lab, node: &str, pairs: &[&str]) {
     lab.kubectl(&args, "").unwrap();
 }
 
-/// A Node as a Go flanneld annotates it, with pod CIDRs that somebody assigned by hand.
+/// A Node as a Go flanneld annotates it, with pod CIDRs assigned by hand.
 fn go_node(name: &str, cidrs: &[&str], annotations: &[(&str, &str)]) -> Value {
     let mut node = node(name);
     node["spec"] = json!({ "podCIDR": cidrs[0], "podCIDRs": cidrs });

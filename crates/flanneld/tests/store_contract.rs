@@ -1,4 +1,4 @@
-//! What a store must do, whichever it is: the embedded one, etcd 3.4 and etcd 3.5 answer the same questions alike.
+//! The contract of a store's API: the embedded one, etcd 3.4, 3.5 and 3.6 answer the same requests alike.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -40,13 +40,13 @@ fn main() {
     let tests: [(&str, Test); 10] = [
         ("ranges_count_limit_and_sort", ranges_count_limit_and_sort),
         ("transactions_compare_and_swap", transactions_compare_and_swap),
-        ("the_past_can_be_read_until_it_is_compacted", the_past_can_be_read_until_it_is_compacted),
-        ("a_watch_tells_every_change_once_and_in_order", a_watch_tells_every_change_once_and_in_order),
-        ("a_watch_from_a_compacted_revision_is_cancelled_and_says_so", a_watch_from_a_compacted_revision_is_cancelled),
-        ("a_lease_takes_its_keys_along", a_lease_takes_its_keys_along),
-        ("what_was_acknowledged_survives_a_kill", what_was_acknowledged_survives_a_kill),
-        ("following_tells_lists_and_changes", following_tells_lists_and_changes),
-        ("acquiring_reuses_races_and_reserves", acquiring_reuses_races_and_reserves),
+        ("old_revisions_can_be_read_until_compacted", old_revisions_can_be_read_until_compacted),
+        ("watch_reports_every_change_once_and_in_order", watch_reports_every_change_once_and_in_order),
+        ("watch_from_compacted_revision_is_cancelled_with_reason", watch_from_compacted_revision_is_cancelled_with_reason),
+        ("expired_lease_deletes_its_keys", expired_lease_deletes_its_keys),
+        ("acknowledged_writes_survive_a_kill", acknowledged_writes_survive_a_kill),
+        ("following_reports_lists_and_changes", following_reports_lists_and_changes),
+        ("acquire_handles_reuse_race_and_reservation", acquire_handles_reuse_race_and_reservation),
         ("etcdctl_reads_and_writes", etcdctl_reads_and_writes),
     ];
     let mut trials = Vec::new();
@@ -172,7 +172,7 @@ fn transactions_compare_and_swap(lab: &mut Lab) {
     });
 }
 
-fn the_past_can_be_read_until_it_is_compacted(lab: &mut Lab) {
+fn old_revisions_can_be_read_until_compacted(lab: &mut Lab) {
     with(lab, async |channel| {
         let mut kv = KvClient::new(channel);
         let first = kv.put(put("t/a", "1", 0)).await.unwrap().into_inner().header.unwrap().revision;
@@ -208,7 +208,7 @@ fn prefix(start_revision: i64) -> WatchCreateRequest {
     WatchCreateRequest { key: bytes("t/"), range_end: prefix_end(b"t/"), start_revision, prev_kv: true, ..WatchCreateRequest::default() }
 }
 
-fn a_watch_tells_every_change_once_and_in_order(lab: &mut Lab) {
+fn watch_reports_every_change_once_and_in_order(lab: &mut Lab) {
     with(lab, async |channel| {
         let mut kv = KvClient::new(channel.clone());
         let start = kv.put(put("t/before", "", 0)).await.unwrap().into_inner().header.unwrap().revision;
@@ -245,7 +245,7 @@ fn a_watch_tells_every_change_once_and_in_order(lab: &mut Lab) {
     });
 }
 
-fn a_watch_from_a_compacted_revision_is_cancelled(lab: &mut Lab) {
+fn watch_from_compacted_revision_is_cancelled_with_reason(lab: &mut Lab) {
     with(lab, async |channel| {
         let mut kv = KvClient::new(channel.clone());
         let start = kv.put(put("t/a", "1", 0)).await.unwrap().into_inner().header.unwrap().revision;
@@ -263,7 +263,7 @@ fn a_watch_from_a_compacted_revision_is_cancelled(lab: &mut Lab) {
     });
 }
 
-fn a_lease_takes_its_keys_along(lab: &mut Lab) {
+fn expired_lease_deletes_its_keys(lab: &mut Lab) {
     with(lab, async |channel| {
         let (mut kv, mut leases) = (KvClient::new(channel.clone()), LeaseClient::new(channel.clone()));
         let granted = leases.lease_grant(LeaseGrantRequest { ttl: 60, id: 0 }).await.unwrap().into_inner();
@@ -304,7 +304,7 @@ fn a_lease_takes_its_keys_along(lab: &mut Lab) {
     .unwrap();
 }
 
-fn what_was_acknowledged_survives_a_kill(lab: &mut Lab) {
+fn acknowledged_writes_survive_a_kill(lab: &mut Lab) {
     let mut wanted = String::new();
     for round in 0..5 {
         with(lab, async |channel| {
@@ -377,17 +377,17 @@ impl contract::Hand for Hand {
     }
 }
 
-fn following_tells_lists_and_changes(lab: &mut Lab) {
+fn following_reports_lists_and_changes(lab: &mut Lab) {
     with(lab, async |channel| {
         let store = Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network/").unwrap();
         assert!(!store.put_lease(&lease(2, "192.0.2.2"), 0, 77).await.unwrap(), "the key does not have that revision");
         let mut hand = Hand { kv: KvClient::new(channel) };
         hand.kv.put(put("/coreos.com/network/subnets-not/10.244.8.0-24", "{}", 0)).await.unwrap();
-        contract::following_tells_lists_and_changes(store, &mut hand).await;
+        contract::following_reports_lists_and_changes(store, &mut hand).await;
     });
 }
 
-fn acquiring_reuses_races_and_reserves(lab: &mut Lab) {
+fn acquire_handles_reuse_race_and_reservation(lab: &mut Lab) {
     with(lab, async |channel| {
         let store = Etcd::plain(&format!("http://{STORE}"), "/coreos.com/network").unwrap();
         let config =
@@ -478,7 +478,7 @@ fn etcdctl_reads_and_writes(lab: &mut Lab) {
         assert_eq!(ctl(&["del", "--prefix", "t/"]), "1\n");
         assert!(ctl(&["endpoint", "health"]).contains("is healthy"));
         assert!(ctl(&["member", "list"]).contains("10.0.0.254:2379"));
-        // A watch prints what somebody else puts.
+        // A watch prints the puts of another client.
         let mut watching = command(&["watch", "t/w", "--rev=1"]);
         let mut child = lab.middle.run(|| watching.stdout(std::process::Stdio::piped()).spawn()).unwrap().unwrap();
         ctl(&["put", "t/w", "seen"]);

@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
-use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 use rustix::thread::LinkNameSpaceType;
 
 use crate::sys;
@@ -75,6 +75,23 @@ pub fn tmpfs(path: &std::path::Path) -> io::Result<()> {
 /// When the kernel refuses.
 pub fn bind(source: &std::path::Path, path: &std::path::Path) -> io::Result<()> {
     Ok(rustix::mount::mount_bind_recursive(source, path)?)
+}
+
+/// A copy of a directory tree with all that is mounted below it, attached nowhere yet.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn detached(source: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(rustix::mount::open_tree(rustix::fs::CWD, source, flags)?)
+}
+
+/// Mounts a copy from [`detached`].
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn attach(tree: &OwnedFd, path: &std::path::Path) -> io::Result<()> {
+    Ok(rustix::mount::move_mount(tree, "", rustix::fs::CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// Lets what is mounted below `path` from now on appear in later copies of this mount namespace too, and the other way round.

@@ -19,7 +19,7 @@ use crate::pod_table::{self, Handle};
 use crate::{Kernel, conntrack, link};
 
 /// Where the notes are, a file for each group of rules.
-const FOLDER: &str = "/run/flannel/pods";
+pub const FOLDER: &str = "/run/flannel/pods";
 /// Groups of rules that are written in one transaction: a request has to fit the socket's buffer.
 const PART: usize = 64;
 /// How long the daemon waits for a plugin: it has other work.
@@ -95,6 +95,15 @@ impl Notes {
             let _ = std::fs::remove_file(path(*namespace, name));
         }
     }
+}
+
+/// Reads all notes of the calling thread's network namespace, with their files.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn notes() -> io::Result<Vec<(PathBuf, Rules)>> {
+    let Some(namespace) = namespace() else { return Ok(Vec::new()) };
+    Ok(read(namespace)?.into_iter().map(|(name, note)| (path(namespace, &name), note.rules)).collect())
 }
 
 /// Removes all notes of the calling thread's network namespace, which is about to end: a test's.

@@ -58,7 +58,7 @@ fn has(lab: &Lab, words: &[&str]) -> bool {
     entries(lab).iter().any(|line| words.iter().all(|word| line.contains(word)))
 }
 
-pub(crate) fn what_happens_to_nodes(root: &Path, version: Version) {
+pub(crate) fn node_changes_are_followed(root: &Path, version: Version) {
     let mut lab = start(root, 1, "vxlan", PodFamily::Dual, version);
     create(&lab, &[vxlan_node(0), vxlan_node(1)]);
     lab.wait_state(0, "two peers", |state| state["peers"]["programmed"] == 2).unwrap();
@@ -71,7 +71,7 @@ pub(crate) fn what_happens_to_nodes(root: &Path, version: Version) {
     eventually("the IPv4 address follows", || has(&lab, &["02:00:00:00:04:11", "dst 10.0.0.200"]) && !has(&lab, &["dst 10.0.0.101"]));
     assert!(has(&lab, &["02:00:00:00:04:10", "dst 10.0.0.100"]) && has(&lab, &["02:00:00:00:06:11", "dst fd00:10::101"]));
 
-    // What cannot be read costs nobody a route.
+    // An unreadable annotation costs no peer its route.
     annotate(&lab, "n0", &["public-ip=nonsense"]);
     annotate(&lab, "n1", &["backend-data={"]);
     create(&lab, &[go_node("bad", &CIDRS[2], &[("backend-type", "vxlan"), ("public-ip", "x")]), vxlan_node(3)]);
@@ -84,9 +84,9 @@ pub(crate) fn what_happens_to_nodes(root: &Path, version: Version) {
         assert!(log.lines().any(|line| line.contains(&format!("node=\"{node}\"")) && line.contains(problem)), "{node}: {log}");
     }
     annotate(&lab, "bad", &["public-ip=10.0.0.102", r#"backend-data={"VNI":1,"VtepMAC":"02:00:00:00:04:12"}"#]);
-    eventually("what is put right is there", || has(&lab, &["02:00:00:00:04:12", "dst 10.0.0.102"]));
+    eventually("the corrected annotation is followed", || has(&lab, &["02:00:00:00:04:12", "dst 10.0.0.102"]));
 
-    // Another encapsulation is refused by name, and told as an Event.
+    // Another encapsulation is refused by name, with an Event.
     annotate(&lab, "n0", &["public-ip=10.0.0.100", "backend-type=host-gw"]);
     lab.wait_state(0, "the refusal", |state| state["peers"]["refused"].to_string().contains("\\\"host-gw\\\"")).unwrap();
     eventually("the Event is there", || {
@@ -127,7 +127,7 @@ fn nft(netns: &Netns, script: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-pub(crate) fn a_minute_without_the_api_server(root: &Path) {
+pub(crate) fn minute_without_api_server_loses_nothing(root: &Path) {
     let mut lab = start(root, 2, "vxlan", PodFamily::Dual, Version::Current);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &pods[1].addresses);
@@ -184,7 +184,7 @@ pub(crate) fn a_minute_without_the_api_server(root: &Path) {
     assert!(log.contains("too old resource version"), "the place was forgotten: {log}");
 }
 
-pub(crate) fn a_rotated_token(root: &Path) {
+pub(crate) fn rotated_token_is_used(root: &Path) {
     let mut lab = crate::Lab::wire(plan(1, "vxlan", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
@@ -219,7 +219,7 @@ pub(crate) fn a_rotated_token(root: &Path) {
     assert!(!log.contains("Unauthorized"), "{log}");
 }
 
-pub(crate) fn without_streaming_lists(root: &Path) {
+pub(crate) fn server_without_streaming_lists_is_followed(root: &Path) {
     let mut plan = plan(1, "vxlan", PodFamily::Dual, Version::Current);
     plan.kubernetes_flags.push(("kube-apiserver", "--feature-gates=WatchList=false".to_owned()));
     let mut lab = Lab::wire(plan, root).unwrap();
@@ -303,8 +303,8 @@ impl crate::contract::Hand for Hand<'_> {
     }
 }
 
-/// What is promised of every store, with the daemon's own rights.
-pub(crate) fn following_tells_lists_and_changes(root: &Path) {
+/// The contract of every store, with the daemon's own permissions.
+pub(crate) fn following_reports_lists_and_changes(root: &Path) {
     let mut lab = Lab::wire(plan(1, "host-gw", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     let kubeconfig = format!("--kubeconfig-file={}", lab.kubernetes().join("flannel.kubeconfig").display());
@@ -313,7 +313,7 @@ pub(crate) fn following_tells_lists_and_changes(root: &Path) {
     let work = async || {
         let Ok(store) = Kube::connect(&access, Ready::default(), Notices::new().0).await else { panic!("no client") };
         let mut hand = Hand(&lab);
-        let contract = crate::contract::following_tells_lists_and_changes(store, &mut hand);
+        let contract = crate::contract::following_reports_lists_and_changes(store, &mut hand);
         tokio::time::timeout(Duration::from_secs(60), contract).await.expect("the store answers");
     };
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -49,11 +49,11 @@ pub(crate) fn three_hosts_join(root: &Path, backend: &str, family: PodFamily, ve
         };
         eventually("the condition is set", || condition("status") == "False");
         assert_eq!((condition("reason"), condition("message")), ("FlannelIsUp".to_owned(), "Flannel is running on this node".to_owned()));
-        assert_eq!(events(&lab, &host.name), [], "nothing to tell");
+        assert_eq!(events(&lab, &host.name), [], "no Events");
     }
 }
 
-pub(crate) fn annotations_are_kept(root: &Path) {
+pub(crate) fn changed_annotations_are_restored(root: &Path) {
     let mut lab = start(root, 2, "vxlan", PodFamily::Dual, Version::Current);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &pods[1].addresses);
@@ -108,14 +108,14 @@ pub(crate) fn annotations_are_kept(root: &Path) {
     assert!(subnets.iter().all(|subnet| env.contains(&subnet.replace(".0/", ".1/").replace("::/", "::1/"))), "{env}");
 }
 
-pub(crate) fn a_node_that_is_made_again(root: &Path) {
+pub(crate) fn recreated_node_gets_its_new_subnet(root: &Path) {
     let mut lab = start(root, 2, "vxlan", PodFamily::V4, Version::Current);
     let before = lab.pod_cidrs(0).unwrap();
     lab.kubectl(&["delete", "node", "h1"], "").unwrap();
     lab.wait_state(1, "no peer", |state| state["peers"]["programmed"] == 0).unwrap();
     let log = lab.hosts[0].log();
     eventually("it says what is wrong", || std::fs::read_to_string(&log).unwrap().contains("there is no Node h1: kubelet makes it"));
-    // Somebody else has the subnet by now.
+    // Another Node has the subnet by now.
     crate::create(
         &lab,
         &[crate::go_node(
@@ -140,7 +140,7 @@ pub(crate) fn a_node_that_is_made_again(root: &Path) {
     ping_all_from(&pods[1].netns, &[pods[0].address]);
 }
 
-pub(crate) fn the_address_changes(root: &Path) {
+pub(crate) fn address_change_is_followed(root: &Path) {
     let mut lab = start(root, 2, "vxlan", PodFamily::V4, Version::Current);
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &[pods[1].address]);
@@ -152,7 +152,7 @@ pub(crate) fn the_address_changes(root: &Path) {
     ping_all_from(&pods[0].netns, &[pods[1].address]);
     ping_all_from(&pods[1].netns, &[pods[0].address]);
     assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
-    // And it still hears of everything.
+    // And it still follows all changes.
     crate::create(
         &lab,
         &[crate::go_node(

@@ -1,4 +1,4 @@
-//! What people apply: our manifest over upstream's, the kustomization, the chart; and what is in the image.
+//! Deployment: our manifest over upstream's, the kustomization, the chart, and the image.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -54,12 +54,12 @@ fn dry(lab: &Lab, text: &str) -> BTreeMap<String, Value> {
     objects
 }
 
-pub(crate) fn ours_over_upstreams_is_an_upgrade(root: &Path) {
+pub(crate) fn our_manifest_upgrades_go_flannels(root: &Path) {
     let lab = lab(root);
     // The lab has applied ours already.
     lab.kubectl(&["delete", "namespace", "kube-flannel", "--wait=false"], "").unwrap();
     lab.kubectl(&["delete", "clusterrole,clusterrolebinding", "flannel"], "").unwrap();
-    // Nobody finalizes namespaces here.
+    // No controller finalizes namespaces here.
     lab.kubectl(
         &["replace", "--raw", "/api/v1/namespaces/kube-flannel/finalize", "-f", "-"],
         r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"kube-flannel"},"spec":{"finalizers":[]}}"#,
@@ -123,7 +123,7 @@ pub(crate) fn ours_over_upstreams_is_an_upgrade(root: &Path) {
     );
 }
 
-pub(crate) fn the_chart_renders_the_same_objects(root: &Path) {
+pub(crate) fn chart_renders_the_same_objects(root: &Path) {
     let lab = lab(root);
     let render = |sets: &[&str]| {
         let mut command = Command::new(tool("FLANNEL_HELM"));
@@ -231,7 +231,7 @@ fn unpacked(root: &Path) -> PathBuf {
     files
 }
 
-pub(crate) fn the_image_has_all_it_needs(root: &Path) {
+pub(crate) fn image_has_everything_it_needs(root: &Path) {
     assert!(std::fs::metadata(tool("FLANNEL_IMAGE")).unwrap().len() < 20_000_000);
     let files = unpacked(root);
     let bin = files.join("opt/bin");
@@ -265,7 +265,7 @@ pub(crate) fn the_image_has_all_it_needs(root: &Path) {
     assert!(String::from_utf8_lossy(&version.stdout).contains("supportedVersions"));
 }
 
-pub(crate) fn readers_never_see_half_of_what_is_installed(root: &Path) {
+pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
     use std::os::unix::fs::MetadataExt;
     let (bin, net) = (root.join("bin"), root.join("net.d"));
     std::fs::create_dir_all(&bin).unwrap();

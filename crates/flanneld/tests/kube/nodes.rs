@@ -206,7 +206,7 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
             events(&lab, host)
         );
     }
-    // What the init container left, as a runtime finds it.
+    // The files of the init container, as a runtime finds them.
     for node in &nodes {
         let installed = node.shell("ls /opt/cni/bin; ls -A /etc/cni/net.d; cat /run/flannel/subnet.env");
         for name in ["bridge", "flannel", "host-local", "loopback", "portmap", "10-flannel.conflist", "FLANNEL_IPMASQ=true"] {
@@ -244,7 +244,7 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
         let got = nodes[node].shell(&script);
         assert!(got.starts_with('p'), "{target} from {node}: {got:?}");
     };
-    // By the other's address, by its host's port, and by the service's address; and by the port again after somebody has deleted
+    // By the other's address, by its host's port, and by the service's address; and by the port again after a deletion of
     // the plugin's rules, which the daemon knows by its own mount of /run/flannel.
     for (node, other) in [(0, 1), (1, 0)] {
         let want = format!("^p{}$", other + 1);
@@ -273,13 +273,13 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
     let spaces = [inside(&nodes[0], "p1"), inside(&nodes[1], "p2")];
     ping_all_from(&spaces[0], &addresses[1]);
     ping_all_from(&spaces[1], &addresses[0]);
-    // Somebody switches forwarding off, and the daemon's /proc/sys is read-only: pods carry all the same, and an Event says so.
+    // Forwarding is switched off, and the daemon's /proc/sys is read-only: pods still reach each other, and an Event says so.
     if family != PodFamily::V6 {
         let write = || std::fs::write("/proc/sys/net/ipv4/ip_forward", "0");
         lab.hosts[0].netns.run(write).unwrap().unwrap();
         let v4: Vec<IpAddr> = addresses[1].iter().copied().filter(IpAddr::is_ipv4).collect();
         ping_all_from(&spaces[0], &v4);
-        eventually("an Event tells of it", || {
+        eventually("an Event reports it", || {
             events(&lab, "h1").iter().any(|(reason, text)| reason == "KernelRefused" && text.contains("ip_forward"))
         });
     }

@@ -1,4 +1,4 @@
-//! What is in the way is named in one line, on `/readyz` and as an Event, and waited out where waiting helps.
+//! Obstacles are named in one line, on `/readyz` and as an Event, and retried where that helps.
 
 use std::path::Path;
 use std::process::Command;
@@ -42,7 +42,7 @@ fn ready(lab: &mut Lab) {
     lab.wait_state(0, "to be ready", |state| state["store"]["connected"] == true).unwrap();
 }
 
-pub(crate) fn each_missing_right(root: &Path) {
+pub(crate) fn each_missing_permission_is_reported_and_retried(root: &Path) {
     let mut lab = wire(root);
     let role = lab.kubectl(&["get", "clusterrole", "flannel", "-o", "json"], "").unwrap();
     let mut role: serde_json::Value = serde_json::from_str(&role).unwrap();
@@ -89,7 +89,7 @@ pub(crate) fn each_missing_right(root: &Path) {
     ready(&mut lab);
 }
 
-pub(crate) fn what_is_in_the_way(root: &Path) {
+pub(crate) fn obstacles_to_a_lease_are_reported_and_retried(root: &Path) {
     let mut lab = wire(root);
     lab.pod_cidrs(0).unwrap();
     // The ConfigMap is broken, or missing, or says another network than the controller manager.
@@ -104,10 +104,10 @@ pub(crate) fn what_is_in_the_way(root: &Path) {
     check(&lab, "BadNetworkConfig", &["cannot read --net-config-path", "No such file"]);
     std::fs::write(lab.net_conf(), r#"{"Network":"10.99.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#).unwrap();
     check(&lab, "BadPodCIDR", &["Node h1: its pod CIDR 10.244.0.0/24 lies outside the pod network 10.99.0.0/16", "--cluster-cidr"]);
-    assert!(crate::annotations(&lab, "h1").is_empty(), "nothing is published that nobody could use");
+    assert!(crate::annotations(&lab, "h1").is_empty(), "nothing unusable is published");
     lab.stop_daemon(0, true).unwrap();
 
-    // Nobody assigns pod CIDRs.
+    // No controller assigns pod CIDRs.
     lab.put_config().unwrap();
     lab.kubectl(&["delete", "node", "h1"], "").unwrap();
     lab.kill_store().unwrap();
@@ -149,7 +149,7 @@ pub(crate) fn what_is_in_the_way(root: &Path) {
     check(&lab, "", &["Unauthorized", "the token is expired, revoked or not valid yet"]);
 }
 
-pub(crate) fn what_cannot_be_waited_out(root: &Path) {
+pub(crate) fn fatal_settings_end_with_the_fix(root: &Path) {
     std::fs::create_dir_all(root).unwrap();
     let config = root.join("kubeconfig");
     std::fs::write(&config, "{").unwrap();

@@ -49,7 +49,7 @@ fn go_state(go: Go, peer: Option<(&str, &str)>) -> String {
              ip link set flannel-v6.1 up"
         )
         .unwrap();
-        // The peer, and one that left while nobody was looking.
+        // The peer, and one that left while no daemon ran.
         let peers = [(2, mac, mac6, "2"), (77, "0e:00:00:00:00:4d", "0e:00:00:00:06:4d", "77")];
         for (n, mac, mac6, host) in peers.into_iter().filter(|_| !go.direct_routing) {
             writeln!(
@@ -137,7 +137,7 @@ E"
     script
 }
 
-/// What is nobody's business here: routes of the operator inside and outside the pod network, a rule, a neighbour.
+/// Foreign objects: routes of the operator inside and outside the pod network, a rule, a neighbour.
 const FOREIGN: &str = "ip route add 10.244.88.0/28 via 10.0.0.254 dev eth0
     ip route add 10.244.99.0/24 via 10.0.0.254 dev eth0 proto static
     ip route add 172.30.0.0/16 via 10.0.0.254 dev eth0
@@ -241,7 +241,7 @@ pub(crate) fn a_go_node_is_taken_over(root: &Path) {
         } else {
             let counters = shell(&lab.hosts[0].netns, "iptables -L FLANNEL-FWD -v -x -n");
             let packets: u64 = counters.lines().nth(2).and_then(|line| line.split_whitespace().next()).unwrap().parse().unwrap();
-            assert!(packets > 0, "{backend}: the rules were written anew:\n{counters}");
+            assert!(packets > 0, "{backend}: the rules were rewritten:\n{counters}");
         }
         assert_eq!(std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap(), env);
         let now = lab.with_store(async |store| store.snapshot().await).unwrap();
@@ -257,7 +257,7 @@ pub(crate) fn a_go_node_is_taken_over(root: &Path) {
     }
 }
 
-pub(crate) fn an_operators_route_is_not_taken_for_a_go_flannelds(root: &Path) {
+pub(crate) fn operator_route_is_not_adopted(root: &Path) {
     let mut lab = Lab::start(super::plan(2, "host-gw", StoreKind::Embedded), root).unwrap();
     lab.settle().unwrap();
     // It looks as one of Go's would; but ours has run here last, and leaves no such routes.
@@ -269,7 +269,7 @@ pub(crate) fn an_operators_route_is_not_taken_for_a_go_flannelds(root: &Path) {
     assert!(shell(&lab.hosts[0].netns, "ip route").contains(route));
 }
 
-pub(crate) fn a_change_of_the_pod_network_leaves_nothing_of_the_old_one(root: &Path) {
+pub(crate) fn change_of_pod_network_leaves_no_old_objects(root: &Path) {
     let mut plan = super::plan(2, "vxlan", StoreKind::Embedded);
     plan.config["EnableNFTables"] = false.into();
     let mut lab = Lab::start(plan, root).unwrap();
@@ -291,7 +291,7 @@ pub(crate) fn a_change_of_the_pod_network_leaves_nothing_of_the_old_one(root: &P
     }
 }
 
-pub(crate) fn a_blackhole_route_holds_what_no_pod_has(root: &Path) {
+pub(crate) fn blackhole_route_covers_unused_addresses(root: &Path) {
     let plan = super::plan(1, "host-gw", StoreKind::Embedded).family(PodFamily::Dual);
     let mut lab = Lab::wire(plan, root).unwrap();
     lab.start_store().unwrap();

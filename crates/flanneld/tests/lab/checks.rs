@@ -1,4 +1,4 @@
-//! What users reported as silent: a host whose packets cannot arrive says so, and names the reason and the fix.
+//! A host whose packets cannot arrive reports the reason and the fix.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! What changes under a running daemon, by somebody's hand or by itself, is put right or followed, without a restart.
+//! Changes under a running daemon are repaired or followed without a restart.
 
 use std::path::Path;
 use std::process::Command;
@@ -35,7 +35,7 @@ fn published(lab: &Lab, host: usize) -> String {
     own.peer.as_ref().unwrap().public.v4.unwrap().to_string()
 }
 
-pub(crate) fn the_interface_changes(root: &Path) {
+pub(crate) fn interface_changes_are_followed(root: &Path) {
     for backend in ["host-gw", "vxlan"] {
         let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
         let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
@@ -97,14 +97,14 @@ pub(crate) fn the_interface_changes(root: &Path) {
             "ip link set h1x name eth0; ip link set eth0 up; ip addr add 10.0.0.1/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0",
         );
         eventually("the lease says so again", || published(&lab, 0) == "10.0.0.1");
-        back("pods after the interface was made anew", &pods);
+        back("pods after the interface was created again", &pods);
         assert_eq!(mac(&h1), mac_before, "the VTEP is the one that peers know");
         assert_eq!(lab.hosts[0].pid(), pid);
         lab.wait_state(0, "all well", |state| state["objects"]["failed"].as_array().is_some_and(Vec::is_empty)).unwrap();
     }
 }
 
-pub(crate) fn a_second_address_and_another_name(root: &Path) {
+pub(crate) fn second_address_and_other_name_change_nothing(root: &Path) {
     let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
     let h1 = Netns::open(&root.join("netns/h1")).unwrap();
@@ -113,7 +113,7 @@ pub(crate) fn a_second_address_and_another_name(root: &Path) {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(published(&lab, 0), "10.0.0.1");
     shell(&h1, "ip addr del 10.0.0.200/24 dev eth0");
-    // The device goes on under an interface of another name, and says what is the matter.
+    // The device works on under an interface of another name, and the state names the missing one.
     let (_, lost) = lab::ping::ping_during(&pods[0].netns, pods[1].address, || {
         shell(&h1, "ip link set eth0 name ens3");
         lab.wait_state(0, "the name is missed", |state| state["objects"]["failed"].to_string().contains("there is no interface eth0"))
@@ -127,7 +127,7 @@ pub(crate) fn a_second_address_and_another_name(root: &Path) {
     back("pods", &pods);
 }
 
-pub(crate) fn every_fault_is_put_right(root: &Path) {
+pub(crate) fn every_fault_is_repaired(root: &Path) {
     for (backend, nftables) in [("host-gw", true), ("vxlan", true), ("vxlan", false)] {
         let mut plan = crate::plan(2, backend, StoreKind::Embedded);
         plan.config["EnableNFTables"] = nftables.into();
@@ -143,7 +143,7 @@ pub(crate) fn every_fault_is_put_right(root: &Path) {
     }
 }
 
-pub(crate) fn a_vteps_new_mac_is_kept_and_told(root: &Path) {
+pub(crate) fn new_vtep_mac_is_kept_and_published(root: &Path) {
     let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let pods: Vec<Pod> = (0..2).map(|host| lab.add_pod(host).unwrap()).collect();
     let h1 = Netns::open(&root.join("netns/h1")).unwrap();
@@ -162,7 +162,7 @@ pub(crate) fn a_vteps_new_mac_is_kept_and_told(root: &Path) {
     back("pods after it was undone", &pods);
 }
 
-pub(crate) fn a_full_disk_under_subnet_env(root: &Path) {
+pub(crate) fn full_disk_under_subnet_env_is_reported_and_retried(root: &Path) {
     let mut lab = Lab::wire(crate::plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
@@ -177,7 +177,7 @@ pub(crate) fn a_full_disk_under_subnet_env(root: &Path) {
     std::fs::write(&file, "FLANNEL_MTU=9\n").unwrap_or_default();
     std::fs::remove_file(&file).unwrap();
     let _ = std::process::Command::new("dd").args(["if=/dev/zero", "bs=4k"]).arg(format!("of={}", small.join("fuller").display())).output();
-    eventually("the state says what is in the way", || {
+    eventually("the state names the failed file", || {
         let state = lab.hosts[0].state().unwrap()["objects"]["failed"].to_string();
         state.contains("No space left on device") && state.contains("cannot write --subnet-file")
     });
@@ -190,7 +190,7 @@ pub(crate) fn a_full_disk_under_subnet_env(root: &Path) {
     shell(&h1, &format!("umount {}", small.display()));
 }
 
-pub(crate) fn a_full_disk_under_the_store(root: &Path) {
+pub(crate) fn full_disk_under_the_store_is_reported_and_loses_nothing(root: &Path) {
     let mut lab = Lab::wire(crate::plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
     let h1 = Netns::open(&root.join("netns/h1")).unwrap();
     let folder = root.join("store");
@@ -245,7 +245,7 @@ pub(crate) fn a_full_disk_under_the_store(root: &Path) {
     shell(&h1, &format!("umount {}", folder.display()));
 }
 
-pub(crate) fn what_happens_to_hosts_and_the_store_is_followed(root: &Path) {
+pub(crate) fn host_and_store_events_are_followed(root: &Path) {
     let stage = Stage::new(crate::plan(3, "vxlan", StoreKind::Embedded), root).unwrap();
     all_follow(stage, events::HOSTS.iter().chain(&events::STORES));
 }
@@ -257,7 +257,7 @@ fn all_follow<'a>(mut stage: Stage, events: impl Iterator<Item = &'a ClusterEven
     }
 }
 
-pub(crate) fn three_members_of_etcd(root: &Path) {
+pub(crate) fn etcd_members_fail_in_turn(root: &Path) {
     let plan = Plan::members(&crate::stores::tool("FLANNEL_ETCD_3_6"), 3, Path::new(crate::cluster::PROGRAM));
     all_follow(Stage::new(plan, root).unwrap(), events::etcd::ETCD.iter());
 }
@@ -267,7 +267,7 @@ fn kills() -> usize {
     std::env::var("FLANNEL_KILLS").map_or(150, |text| text.parse().unwrap())
 }
 
-pub(crate) fn a_store_that_is_killed_forgets_nothing_acknowledged(root: &Path) {
+pub(crate) fn killed_store_keeps_acknowledged_writes(root: &Path) {
     let mut lab = Lab::wire(crate::plan(1, "host-gw", StoreKind::Embedded), root).unwrap();
     let mut acknowledged = 0u32;
     for _ in 0..kills() {
@@ -309,7 +309,7 @@ pub(crate) fn a_store_that_is_killed_forgets_nothing_acknowledged(root: &Path) {
     assert!(acknowledged > 100, "it was killed in the middle of work: {acknowledged} puts");
 }
 
-pub(crate) fn chaos_holds(_: &Path) {
+pub(crate) fn chaos_run_holds(_: &Path) {
     let output =
         Command::new(crate::cluster::PROGRAM).args(["lab", "chaos", "--seed", "7", "--minutes", "0.25", "--hosts", "5"]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

@@ -121,7 +121,7 @@ impl Case {
             }
             let answered = pod.netns.run(|| ping_all(&targets, Duration::from_secs(5))).unwrap().unwrap();
             let silent: Vec<&IpAddr> = targets.iter().filter(|ip| !answered.contains_key(ip)).collect();
-            assert!(silent.is_empty(), "{self}: {} hears nothing from {silent:?}", pod.name);
+            assert!(silent.is_empty(), "{self}: {} gets no answer from {silent:?}", pod.name);
         }
         for target in &pods[1].addresses {
             let mtu = self.mtu(target);

@@ -1,4 +1,4 @@
-//! Rules that the plugins wrote for pods are put back when somebody flushes them.
+//! Rules that the plugins wrote for pods are restored after a flush.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -33,7 +33,7 @@ fn answers(from: &Netns, host: &str, port: u16) -> bool {
     .unwrap()
 }
 
-pub(crate) fn a_flush_does_not_take_the_ports_of_pods(root: &Path) {
+pub(crate) fn nft_flush_keeps_host_ports(root: &Path) {
     let mut lab: Lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let [first, _, second] = [0, 1, 0].map(|host| lab.add_pod(host).unwrap());
     let pods = [first, second];
@@ -51,14 +51,14 @@ pub(crate) fn a_flush_does_not_take_the_ports_of_pods(root: &Path) {
     let rules = |lab: &Lab| lab.hosts[0].shell("nft list table ip cni_hostport").unwrap();
     assert_eq!(rules(&lab).matches("dnat to").count(), 2, "each is there once: {}", rules(&lab));
 
-    // Nobody is told of it while no daemon runs; the next one finds out.
+    // While no daemon runs, no one restores them; the next daemon does.
     lab.stop_daemon(0, true).unwrap();
     lab.hosts[0].shell("nft flush ruleset").unwrap();
     assert!(!answers(&h2, "10.0.0.1", 8080));
     lab.start_daemon(0, &[]).unwrap();
     eventually("a new daemon puts them back", || answers(&h2, "10.0.0.1", 8080) && answers(&h2, "10.0.0.1", 8081));
 
-    // What a plugin deletes stays deleted, also when all the rest is flushed.
+    // Rules that a plugin deleted stay deleted, also after a flush.
     lab.map_port(&pods[1], "DEL", 8081).unwrap();
     lab.hosts[0].shell("nft flush ruleset").unwrap();
     eventually("the other one is back", || answers(&h2, "10.0.0.1", 8080));

@@ -7,20 +7,20 @@ use std::time::{Duration, Instant};
 use lab::{Lab, STORE, StoreKind};
 
 use crate::cluster::{eventually, observe, routes};
-use crate::{leases, plan};
+use crate::{many_leases, plan};
 
 fn wire(root: &Path, backend: &str) -> Lab {
     Lab::wire(plan(1, backend, StoreKind::Embedded), root).unwrap()
 }
 
-pub(crate) fn a_daemon_without_a_store(root: &Path) {
+pub(crate) fn daemon_without_store_reports_and_exits_cleanly(root: &Path) {
     let mut lab = wire(root, "host-gw");
     for kill in ["-TERM", "-INT"] {
         lab.start_daemon(0, &[]).unwrap();
-        eventually("it says that it lives", || {
+        eventually("/healthz answers", || {
             lab.hosts[0].get("/healthz").is_ok_and(|(status, body)| status == 200 && body == "flanneld is running")
         });
-        eventually("and what it waits for", || {
+        eventually("/readyz names what it waits for", || {
             lab.hosts[0]
                 .get("/readyz")
                 .is_ok_and(|(status, body)| status == 503 && body.contains("no etcd endpoint answers (http://10.0.0.254:2379)"))
@@ -28,10 +28,10 @@ pub(crate) fn a_daemon_without_a_store(root: &Path) {
         let pid = lab.hosts[0].pid().unwrap().to_string();
         assert!(Command::new("kill").args([kill, &pid]).status().unwrap().success());
         eventually("it ends", || std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z ")));
-        // It has ended; this tells how.
+        // It has ended; this returns its exit status.
         assert_eq!(lab.stop_daemon(0, true).unwrap().code(), Some(0), "{kill}");
     }
-    // A port that somebody has ends it at once, by name.
+    // A port in use ends it at once, with the flag's name.
     let taken = lab.hosts[0].netns.run(|| std::net::TcpListener::bind("127.0.0.1:8081")).unwrap().unwrap();
     lab.start_daemon(0, &[]).unwrap();
     let log = lab.hosts[0].log();
@@ -45,7 +45,7 @@ pub(crate) fn a_daemon_without_a_store(root: &Path) {
     drop(taken);
 }
 
-pub(crate) fn all_flags_by_the_environment(root: &Path) {
+pub(crate) fn flags_are_read_from_the_environment(root: &Path) {
     let mut lab = wire(root, "vxlan");
     lab.start_store().unwrap();
     lab.put_config().unwrap();
@@ -73,7 +73,7 @@ pub(crate) fn all_flags_by_the_environment(root: &Path) {
     daemon.wait().unwrap();
 }
 
-pub(crate) fn another_endpoint_takes_over(root: &Path) {
+pub(crate) fn daemon_fails_over_to_another_endpoint(root: &Path) {
     let mut lab = wire(root, "vxlan");
     lab.start_store().unwrap();
     lab.put_config().unwrap();
@@ -88,7 +88,7 @@ pub(crate) fn another_endpoint_takes_over(root: &Path) {
     );
     lab.start_daemon(0, &["--etcd-endpoints=http://10.0.0.254:2390,http://10.0.0.254:2379"]).unwrap();
     lab.wait_state(0, "its lease", |state| state["store"]["connected"] == true).unwrap();
-    let [one, two] = [leases("vxlan").remove(0), leases("vxlan").remove(1)];
+    let [one, two] = [many_leases("vxlan").remove(0), many_leases("vxlan").remove(1)];
     lab.with_store(async |store| store.put_lease(&one, 0, 0).await).unwrap();
     lab.wait_state(0, "a peer", |state| state["peers"]["programmed"] == 1).unwrap();
     nft(
@@ -98,18 +98,18 @@ pub(crate) fn another_endpoint_takes_over(root: &Path) {
     lab.with_store(async |store| store.put_lease(&two, 0, 0).await).unwrap();
     let began = Instant::now();
     lab.wait_state(0, "the next peer", |state| state["peers"]["programmed"] == 2).unwrap();
-    // It took a while to see that nobody is there any more: so the first was really the one in use.
+    // It took a while to notice that the first does not answer: so that was the one in use.
     assert!((2..28).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
     assert_eq!(routes(&observe(&lab.hosts[0].netns)).len(), 2);
 }
 
-pub(crate) fn a_lease_is_renewed_and_a_reservation_stays_one(root: &Path) {
+pub(crate) fn lease_is_renewed_and_reservation_stays(root: &Path) {
     for reserved in [false, true] {
         let mut lab = wire(&root.join(reserved.to_string()), "vxlan");
         lab.start_store().unwrap();
         lab.put_config().unwrap();
         if reserved {
-            let mut lease = leases("vxlan").remove(0);
+            let mut lease = many_leases("vxlan").remove(0);
             lease.key = flannel::wire::parse_key("10.244.9.0-24").unwrap();
             lease.peer.public.v4 = "10.0.0.1".parse().ok();
             lab.with_store(async |store| store.put_lease(&lease, 0, 0).await).unwrap();
@@ -133,7 +133,7 @@ pub(crate) fn a_lease_is_renewed_and_a_reservation_stays_one(root: &Path) {
             assert!(Instant::now() < end, "it is not renewed");
             std::thread::sleep(Duration::from_millis(100));
         }
-        assert_eq!(own(), before, "no key was written, so nobody hears of it");
+        assert_eq!(own(), before, "no key was written, so no watcher is notified");
     }
 }
 
@@ -155,7 +155,7 @@ pub(crate) fn alloc_leases_and_programs_nothing(root: &Path) {
     let mut lab = wire(root, "alloc");
     lab.start_store().unwrap();
     lab.put_config().unwrap();
-    lab.with_store(async |store| store.put_lease(&leases("alloc").remove(0), 0, 0).await).unwrap();
+    lab.with_store(async |store| store.put_lease(&many_leases("alloc").remove(0), 0, 0).await).unwrap();
     lab.start_daemon(0, &[]).unwrap();
     lab.wait_state(0, "both leases", |state| state["store"]["leases"] == 2).unwrap();
     let env = std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
@@ -177,7 +177,7 @@ pub(crate) fn udp_on_another_port(root: &Path) {
     assert!(String::from_utf8_lossy(&sockets.stdout).contains(":1E61 "), "a socket at 7777");
 }
 
-pub(crate) fn a_foreign_device_of_our_name(root: &Path) {
+pub(crate) fn foreign_device_with_our_name_is_replaced(root: &Path) {
     let mut lab = wire(root, "vxlan");
     lab.start_store().unwrap();
     lab.put_config().unwrap();

@@ -14,7 +14,7 @@ use lab::{Pod, StoreKind};
 
 use crate::{ping_all_from, ping_during, start};
 
-pub(crate) fn a_hundred_restarts(root: &Path) {
+pub(crate) fn hundred_restarts_lose_nothing(root: &Path) {
     for backend in ["host-gw", "vxlan"] {
         let mut lab = start(&root.join(backend), 2, backend, StoreKind::Embedded);
         let pods: Vec<Pod> = [0, 1].map(|host| lab.add_pod(host).unwrap()).into();
@@ -62,7 +62,7 @@ fn echo(listener: &TcpListener) {
     }
 }
 
-/// Sends and takes back until told to stop; any error of the connection is returned.
+/// Sends and receives until asked to stop; returns the first error of the connection.
 fn talk(mut stream: TcpStream, stop: &AtomicBool, echoed: &AtomicU64) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     let (out, mut back) = ([0x55; 32_768], [0; 32_768]);

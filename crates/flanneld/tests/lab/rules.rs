@@ -1,4 +1,4 @@
-//! Traffic rules while the daemon runs: what somebody flushes is back, no process is started while nothing is missing, two
+//! Traffic rules while the daemon runs: flushed rules are restored, no process is started while nothing is missing, two
 //! daemons share a host, and a change of flavour leaves nothing of the other.
 
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ fn logged_iptables(root: &Path, variant: &str) -> (PathBuf, PathBuf) {
     (folder, log)
 }
 
-pub(crate) fn flushed_rules_come_back(root: &Path) {
+pub(crate) fn flushed_rules_are_restored_without_idle_processes(root: &Path) {
     for variant in ["nft", "legacy"] {
         let root = root.join(variant);
         let (folder, log) = logged_iptables(&root, variant);
@@ -58,7 +58,7 @@ pub(crate) fn flushed_rules_come_back(root: &Path) {
             shell(netns, &format!("iptables-{variant} {damage}"));
             let began = Instant::now();
             eventually(&format!("{variant}: rules after {damage}"), || rules() == whole);
-            // Where the kernel tells, at once; else at the next look.
+            // At once where the kernel announces it, otherwise at the next check.
             let limit = if variant == "nft" { Duration::from_millis(900) } else { Duration::from_secs(5) };
             assert!(began.elapsed() < limit, "{variant}: {damage} stood for {:?}", began.elapsed());
         }
@@ -77,7 +77,7 @@ pub(crate) fn flushed_rules_come_back(root: &Path) {
     }
 }
 
-pub(crate) fn a_change_of_flavour_leaves_nothing_of_the_other(root: &Path) {
+pub(crate) fn change_of_rule_kind_leaves_no_old_rules(root: &Path) {
     let mut lab = Lab::start(plan(2, "vxlan", StoreKind::Embedded), root).unwrap();
     lab.settle().unwrap();
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];

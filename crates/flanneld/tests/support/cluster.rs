@@ -12,7 +12,7 @@ use lab::ping::{self, ping_all};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_flanneld");
 
-/// Waits for something; what is waited for is named in the failure.
+/// Waits for a condition; a failure names it.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(20);
@@ -27,7 +27,7 @@ pub(crate) fn ping_during(from: &Netns, to: IpAddr, f: impl FnOnce()) -> (usize,
     ping::ping_during(from, to, f).unwrap()
 }
 
-/// What of flannel is in a host's kernel.
+/// Flannel's objects in a host's kernel.
 pub(crate) fn observe(netns: &Netns) -> Observed {
     let scope = Scope {
         links: vec!["flannel.1".parse().unwrap()],

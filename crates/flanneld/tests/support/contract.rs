@@ -1,4 +1,4 @@
-//! What the daemon relies on, whichever the store is: one sequence of changes, and the events that must come of it.
+//! The contract of every store: one sequence of changes, and the events that must follow.
 
 use daemon::notice::Notices;
 use daemon::ready::Ready;
@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 pub(crate) trait Hand {
     /// Makes this lease be there, so.
     async fn put(&mut self, lease: &Lease);
-    /// Makes what a lease says unreadable.
+    /// Makes the value of a lease unreadable.
     async fn spoil(&mut self, key: &LeaseKey);
     /// Makes a lease be gone.
     async fn delete(&mut self, key: &LeaseKey);
@@ -23,7 +23,7 @@ pub(crate) fn lease(i: u8, public: &str) -> Lease {
     Lease { key, peer: Peer { public: PerFamily { v4: public.parse().ok(), v6: None }, backend_type: "host-gw".into(), ..Peer::default() } }
 }
 
-pub(crate) async fn following_tells_lists_and_changes(store: impl Store, hand: &mut impl Hand) {
+pub(crate) async fn following_reports_lists_and_changes(store: impl Store, hand: &mut impl Hand) {
     let [one, two, three] = [lease(101, "192.0.2.1"), lease(102, "192.0.2.2"), lease(103, "192.0.2.3")];
     let unreadable = lease(109, "192.0.2.9").key;
     hand.put(&one).await;

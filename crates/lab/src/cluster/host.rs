@@ -1,9 +1,7 @@
 //! A host of a lab: a network namespace, and a mount namespace with a `/run` of its own.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -92,11 +90,11 @@ pub(super) fn create(root: &Path, middle: &Netns, i: usize, network: usize, fami
 /// files must not come across it.
 fn mount_run(flannel: &Path) -> io::Result<()> {
     let run = Path::new("/run");
-    let machine = File::open(run)?;
+    let machine = mounts::detached(run)?;
     mounts::tmpfs(run)?;
     let below = run.join("machine");
     std::fs::create_dir(&below)?;
-    mounts::bind(Path::new(&format!("/proc/thread-self/fd/{}", machine.as_raw_fd())), &below)?;
+    mounts::attach(&machine, &below)?;
     for entry in std::fs::read_dir(&below)? {
         let name = entry?.file_name();
         if !PRIVATE.iter().any(|private| name == *private) {
