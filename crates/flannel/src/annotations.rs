@@ -1,5 +1,5 @@
-//! The Kubernetes form of a lease: annotations and pod CIDRs of a Node, read tolerantly and written to the byte
-//! (specification, sections 4.2 to 4.4). Other implementations compare these texts.
+//! The Kubernetes form of a lease: annotations and pod CIDRs of a Node (specification, sections 4.2 to 4.4). They are read leniently
+//! and written byte for byte as upstream does, because other implementations compare these texts.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -13,48 +13,48 @@ use crate::json::compact;
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily, Subnet};
 
-/// Annotations by their whole keys.
+/// Annotations by their full keys.
 pub type Annotations = BTreeMap<String, String>;
 
-/// What of a Node cannot be used.
+/// The reason why a Node, or an annotation of it, cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum NodeError {
-    /// `--kube-annotation-prefix` is no prefix.
+    /// `--kube-annotation-prefix` is not valid.
     #[error(
-        "--kube-annotation-prefix: {0:?} is no prefix of annotations: it looks like flannel.alpha.coreos.com or example.com/net, in lower case, with a dot before the slash"
+        "--kube-annotation-prefix: {0:?} is not a valid annotation prefix: use one like flannel.alpha.coreos.com or example.com/net, in lower case, with a dot before the slash"
     )]
     Prefix(String),
     /// An annotation has a value that cannot be used.
     #[error("annotation {key}: {problem}")]
     Annotation {
-        /// Its whole key.
+        /// Its full key.
         key: String,
-        /// What is wrong with its value.
+        /// The problem with its value.
         problem: String,
     },
-    /// Nobody assigned a pod CIDR.
+    /// The Node has no pod CIDR.
     #[error(
         "it has no spec.podCIDR: start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr, or set the field by hand"
     )]
     NoPodCidr,
-    /// There is a pod CIDR, but none of a family that the network config enables.
+    /// The Node has a pod CIDR, but none of a family that the network config enables.
     #[error(
         "spec.podCIDRs {0} has no {1} subnet, which the network config enables: the cluster CIDR of kube-controller-manager must have one"
     )]
     NoFamily(String, Family),
-    /// A pod CIDR is no subnet, or there are too many.
+    /// A pod CIDR is not a valid subnet, or there are too many.
     #[error("spec.podCIDRs: {0}")]
     BadPodCidr(String),
-    /// The pod CIDR is no part of the pod network.
+    /// The pod CIDR is not part of the pod network.
     #[error("its pod CIDR {0} lies outside the pod network {1}: {field} of the network config must contain kube-controller-manager's --cluster-cidr", field = if .1.family() == Family::V4 { "Network" } else { "IPv6Network" })]
     Outside(Subnet, Subnet),
 }
 
-/// The keys of our annotations.
+/// The keys of flannel's annotations: their prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys(String);
 
-/// The names of one family's annotations: the families differ in data, not in code.
+/// The names of one family's annotations, so that one function reads both families.
 struct Names {
     data: &'static str,
     public: &'static str,
@@ -75,8 +75,8 @@ const TYPE: &str = "backend-type";
 const MANAGED: &str = "kube-subnet-manager";
 
 impl Keys {
-    /// Keys with the prefix of `--kube-annotation-prefix`: one without a slash gets one, and one that ends neither in
-    /// a slash nor in a dash a dash.
+    /// Makes the keys for a `--kube-annotation-prefix`. A prefix without a slash gets one; one that then ends neither in a slash nor in
+    /// a dash gets a dash.
     ///
     /// # Errors
     /// [`NodeError::Prefix`].
@@ -100,7 +100,7 @@ impl Keys {
         if fqdn && suffix { Ok(Keys(text)) } else { Err(bad()) }
     }
 
-    /// Is this one of our annotations?
+    /// Whether this is the key of a flannel annotation.
     pub fn is_ours(&self, key: &str) -> bool {
         key.starts_with(&self.0)
     }
@@ -116,21 +116,21 @@ impl Keys {
     fn address(&self, annotations: &Annotations, name: &str, family: Family) -> Result<Option<IpAddr>, NodeError> {
         let Some(text) = self.get(annotations, name).filter(|text| !text.is_empty()) else { return Ok(None) };
         let ip: Option<IpAddr> = text.parse().ok().filter(|ip| Family::of(*ip) == family);
-        // An annotation may have 256 kB, and this goes into logs.
-        let problem = || format!("{:?} is no {family} address", text.chars().take(64).collect::<String>());
+        // An annotation can have 256 kB, and this text is logged.
+        let problem = || format!("{:?} is not an {family} address", text.chars().take(64).collect::<String>());
         let ip = ip.ok_or_else(|| NodeError::Annotation { key: self.key(name), problem: problem() })?;
         Ok(Some(ip).filter(|ip| *ip != family.unspecified()))
     }
 
-    /// Does flannel manage the Node with these annotations?
+    /// Whether flannel manages the Node with these annotations.
     pub fn is_managed(&self, annotations: &Annotations) -> bool {
         self.get(annotations, MANAGED) == Some("true")
     }
 
-    /// What the flanneld of a Node has published for the enabled families, and what of it cannot be read; `None` if none
-    /// manages the Node.
+    /// Reads the attributes that the flanneld of a Node published for the enabled families, with the errors in them; `None` if flannel
+    /// does not manage the Node.
     ///
-    /// What is absent, and a family that cannot be read, is as it was `before`: no flanneld takes an annotation back.
+    /// An absent annotation, or a family that cannot be read, keeps its value from `before`: no flanneld removes an annotation.
     pub fn peer(&self, annotations: &Annotations, config: &Config, before: &Peer) -> Option<(Peer, Vec<NodeError>)> {
         if !self.is_managed(annotations) {
             return None;
@@ -141,13 +141,13 @@ impl Keys {
         for (family, _) in config.networks.iter() {
             let names = names(family);
             let known = (before.public.get(family).copied(), before.backend_data.get(family).cloned());
-            let said = |name| self.get(annotations, name).filter(|text| !text.is_empty());
+            let text = |name| self.get(annotations, name).filter(|text| !text.is_empty());
             let read = || {
-                let public = match said(names.public) {
+                let public = match text(names.public) {
                     Some(_) => self.address(annotations, names.public, family)?,
                     None => known.0,
                 };
-                let data = match said(names.data) {
+                let data = match text(names.data) {
                     Some(text) => self.data(names.data, text)?,
                     None => known.1.clone(),
                 };
@@ -163,14 +163,14 @@ impl Keys {
         Some((peer, problems))
     }
 
-    /// A backend's data; none if that is what is said.
+    /// Parses backend data; `null` means none.
     fn data(&self, name: &str, text: &str) -> Result<Option<Box<str>>, NodeError> {
         let raw: &RawValue = serde_json::from_str(text)
-            .map_err(|error| NodeError::Annotation { key: self.key(name), problem: format!("it is no JSON: {error}") })?;
+            .map_err(|error| NodeError::Annotation { key: self.key(name), problem: format!("it is not valid JSON: {error}") })?;
         Ok(compact(raw).filter(|data| &**data != "null"))
     }
 
-    /// What the operator wants published instead of `--public-ip` and `--public-ipv6`.
+    /// The addresses that the operator sets by annotations in place of `--public-ip` and `--public-ipv6`.
     ///
     /// # Errors
     /// [`NodeError::Annotation`].
@@ -182,11 +182,11 @@ impl Keys {
         Ok(public)
     }
 
-    /// The annotations by which this node publishes `peer`, given those that its Node has: the operator's overwrites
-    /// among them replace an address. Only what differs need be written.
+    /// The annotations by which this node publishes `peer`. An address is replaced by the operator's overwrite among the `current`
+    /// annotations of the Node. Only those that differ need to be written.
     ///
     /// # Errors
-    /// [`NodeError::Annotation`], of an overwrite.
+    /// [`NodeError::Annotation`] for an invalid overwrite.
     pub fn wanted(&self, current: &Annotations, backend: &Backend, peer: &Peer) -> Result<Annotations, NodeError> {
         let mut wanted = Annotations::from([(self.key(TYPE), peer.backend_type.to_string()), (self.key(MANAGED), "true".to_owned())]);
         for family in Family::ALL {
@@ -206,7 +206,7 @@ impl Keys {
     }
 }
 
-/// The subnets of a Node, from `spec.podCIDRs`, or `spec.podCIDR` where that is empty.
+/// Reads the subnets of a Node from `spec.podCIDRs`, or from `spec.podCIDR` if that is empty.
 ///
 /// # Errors
 /// [`NodeError::NoPodCidr`] and [`NodeError::BadPodCidr`].
@@ -214,12 +214,12 @@ pub fn pod_cidrs(pod_cidr: &str, pod_cidrs: &[String]) -> Result<PerFamily<Subne
     let one = [pod_cidr.to_owned()];
     let texts = if pod_cidrs.is_empty() { &one[..] } else { pod_cidrs };
     if texts.len() > 2 {
-        return Err(NodeError::BadPodCidr(format!("there are {}; a Node has at most one a family", texts.len())));
+        return Err(NodeError::BadPodCidr(format!("there are {}; a Node has at most one per family", texts.len())));
     }
     let mut subnets = PerFamily::default();
     for text in texts.iter().filter(|text| !text.is_empty()) {
         let subnet: Subnet = text.parse().map_err(|error: crate::net::NetError| NodeError::BadPodCidr(error.to_string()))?;
-        // The first of a family counts.
+        // The first of each family counts.
         if subnets.get(subnet.family()).is_none() {
             subnets.set(subnet.family(), Some(subnet));
         }
@@ -227,10 +227,10 @@ pub fn pod_cidrs(pod_cidr: &str, pod_cidrs: &[String]) -> Result<PerFamily<Subne
     if subnets.is_empty() { Err(NodeError::NoPodCidr) } else { Ok(subnets) }
 }
 
-/// The lease of a Node with these subnets: those of the families that the configuration enables.
+/// The lease of a Node with these subnets, for the families that the configuration enables.
 ///
 /// # Errors
-/// [`NodeError::NoFamily`] if none of an enabled family is there.
+/// [`NodeError::NoFamily`] if the Node has no subnet of an enabled family.
 pub fn lease_key(config: &Config, subnets: &PerFamily<Subnet>) -> Result<LeaseKey, NodeError> {
     let mut enabled = PerFamily::default();
     for (family, _) in config.networks.iter() {
@@ -242,7 +242,7 @@ pub fn lease_key(config: &Config, subnets: &PerFamily<Subnet>) -> Result<LeaseKe
     })
 }
 
-/// This node's own lease: a subnet of every enabled family, each inside the pod network.
+/// The lease of this node: a subnet of every enabled family, each inside the pod network.
 ///
 /// # Errors
 /// [`NodeError::NoFamily`] and [`NodeError::Outside`].
@@ -268,7 +268,7 @@ mod tests {
     const PREFIX: &str = "flannel.alpha.coreos.com";
 
     #[test]
-    fn prefixes_are_upstreams() {
+    fn prefixes_are_completed_and_checked_as_upstream_does() {
         for (prefix, key) in [
             (PREFIX, "flannel.alpha.coreos.com/backend-type"),
             ("flannel.alpha.coreos.com/", "flannel.alpha.coreos.com/backend-type"),
@@ -287,7 +287,7 @@ mod tests {
         pairs.iter().map(|(name, value)| (format!("{PREFIX}/{name}"), (*value).to_owned())).collect()
     }
 
-    /// What a node publishes, one annotation a line.
+    /// Checks the annotations that a node publishes, one per line.
     #[track_caller]
     fn check(config: &str, peer: Peer, current: &[(&str, &str)], want: Expect) {
         let config = Config::parse_assigned(config).unwrap();
@@ -295,11 +295,11 @@ mod tests {
         match keys.wanted(&annotations(current), &config.backend, &peer) {
             Err(error) => want.assert_eq(&format!("error: {error}")),
             Ok(wanted) => {
-                // What is written is read back as it was, but for what an operator overwrote.
+                // Unless the operator overwrote an address, the annotations are read back as the same peer.
                 if current.is_empty() {
                     let mut peer = peer;
                     if config.networks.v6.is_none() {
-                        // Nobody needs the other family.
+                        // The reader ignores a family that is not enabled.
                         (peer.public.v6, peer.backend_data.v6) = (None, None);
                     }
                     assert_eq!(keys.peer(&wanted, &config, &Peer::default()), Some((peer, Vec::new())));
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_upstreams_form_to_the_byte() {
+    fn annotations_match_upstream_byte_for_byte() {
         let v4 = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
         check(
             v4,
@@ -347,7 +347,7 @@ mod tests {
             public-ipv6=2001:db8::1
         "#]],
         );
-        // A dual-stack host with an IPv4 network has an IPv6 address that nobody needs to know.
+        // A dual-stack host in an IPv4 pod network also publishes its IPv6 address.
         let v6 = Peer { public: vxlan(true).public, ..vxlan(false) };
         let host_gw = |public| Peer { public, backend_type: "host-gw".into(), ..Peer::default() };
         check(
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_may_overwrite_what_is_published() {
+    fn operator_can_overwrite_the_published_address() {
         let v4 = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
         check(
             v4,
@@ -426,25 +426,28 @@ mod tests {
             v4,
             vxlan(false),
             &[("public-ip-overwrite", "somewhere")],
-            expect![[r#"error: annotation flannel.alpha.coreos.com/public-ip-overwrite: "somewhere" is no IPv4 address"#]],
+            expect![[r#"error: annotation flannel.alpha.coreos.com/public-ip-overwrite: "somewhere" is not an IPv4 address"#]],
         );
     }
 
     #[test]
-    fn one_bad_annotation_costs_its_own_family_alone() {
+    fn invalid_annotation_affects_only_its_family() {
         let keys = Keys::new(PREFIX).unwrap();
         let dual = Config::parse_assigned(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#).unwrap();
         let v4 = Config::parse_assigned(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
         let peer = |config: &Config, before: &Peer, pairs: &[(&str, &str)]| keys.peer(&annotations(pairs), config, before);
-        assert_eq!(peer(&dual, &Peer::default(), &[("public-ip", "nonsense")]), None, "nobody manages it");
+        assert_eq!(peer(&dual, &Peer::default(), &[("public-ip", "nonsense")]), None, "flannel does not manage the Node");
         let managed = ("kube-subnet-manager", "true");
         let (read, problems) = peer(&dual, &vxlan(true), &[managed, ("public-ip", "fd00::1"), ("public-ipv6", "fd00::7")]).unwrap();
-        assert_eq!(problems[0].to_string(), "annotation flannel.alpha.coreos.com/public-ip: \"fd00::1\" is no IPv4 address");
+        assert_eq!(problems[0].to_string(), "annotation flannel.alpha.coreos.com/public-ip: \"fd00::1\" is not an IPv4 address");
         assert_eq!(read, Peer { public: PerFamily { v6: "fd00::7".parse().ok(), ..vxlan(true).public }, ..vxlan(true) });
         let (read, problems) = peer(&dual, &vxlan(true), &[managed, ("backend-data", "{\"VNI\":")]).unwrap();
-        assert!(problems[0].to_string().starts_with("annotation flannel.alpha.coreos.com/backend-data: it is no JSON: "), "{problems:?}");
-        assert_eq!(read, vxlan(true), "what is absent is as it was");
-        // A family that is not enabled is nobody's concern.
+        assert!(
+            problems[0].to_string().starts_with("annotation flannel.alpha.coreos.com/backend-data: it is not valid JSON: "),
+            "{problems:?}"
+        );
+        assert_eq!(read, vxlan(true), "absent annotations keep their values");
+        // A family that is not enabled is ignored.
         assert_eq!(peer(&v4, &vxlan(false), &[managed, ("public-ipv6", "none")]), Some((vxlan(false), Vec::new())));
         let long = "x".repeat(100_000);
         let (_, problems) = peer(&v4, &vxlan(false), &[managed, ("public-ip", &long)]).unwrap();
@@ -452,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn subnets_of_a_node() {
+    fn pod_cidrs_are_read_from_either_field() {
         let of = |one: &str, many: &[&str]| {
             let many: Vec<String> = many.iter().map(ToString::to_string).collect();
             pod_cidrs(one, &many).map(|subnets| list(&subnets)).map_err(|error| error.to_string())
@@ -465,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn the_own_lease_lies_in_the_pod_network_in_every_family() {
+    fn own_lease_must_be_in_the_pod_network_in_every_family() {
         let config = Config::parse_assigned(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}"#).unwrap();
         let key = |v4: &str, v6: &str| own_lease_key(&config, &PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() });
         assert_eq!(key("10.244.1.0/24", "fc00:0:0:1::/64").unwrap().to_string(), "10.244.1.0/24,fc00:0:0:1::/64");

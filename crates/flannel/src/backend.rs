@@ -1,8 +1,8 @@
-//! Backends: how packets reach the pods of a peer. One file a backend: its section of the network configuration, what it publishes,
-//! its MTU, this host's objects, a peer's objects, what it refuses and the advice that goes with it. A backend is a function from
-//! (configuration, node, leases) to [`Object`]s: there is one loop elsewhere, and no backend has a socket.
+//! Backends carry packets to the pods of peers. Each has one file with its section of the network configuration, the data that it
+//! publishes, its MTU, the objects of this host and of a peer, and the peers that it refuses with the reasons. A backend is a
+//! function from (configuration, node, leases) to [`Object`]s: it has no loop and no socket of its own.
 //!
-//! A new backend is a file here and a variant of [`Backend`]; the compiler names the places in this file that must know it.
+//! A new backend is a file here and a variant of [`Backend`]; the compiler names the places in this file that need it.
 
 mod alloc;
 pub mod extension;
@@ -34,15 +34,15 @@ pub enum Backend {
     Alloc(Alloc),
     /// A route per peer.
     HostGw(HostGw),
-    /// A route, a neighbour and a forwarding entry per peer.
+    /// A route, a neighbour entry and an FDB entry per peer.
     Vxlan(Vxlan),
-    /// A TUN device, and an entry in this process's own table per peer.
+    /// A TUN device, and an entry per peer in the forwarding table of this process.
     Udp(Udp),
-    /// The operator's own commands per peer.
+    /// Commands of the operator per peer.
     Extension(Extension),
 }
 
-/// What every backend says about itself.
+/// The interface that every backend implements.
 trait Driver {
     /// Its name in `Backend.Type`.
     fn name(&self) -> &'static str;
@@ -57,13 +57,13 @@ trait Driver {
         node.public
     }
 
-    /// `BackendData` of this host's lease: JSON a family.
+    /// `BackendData` of this host's lease: a JSON text for each family.
     fn published_data(&self, local: Local<'_>) -> PerFamily<Box<str>>;
 
-    /// Does a Node say by annotations what `peer` publishes for this family (specification, section 4.3)?
+    /// Whether a Node publishes this family of `peer` in annotations (specification, section 4.3).
     fn annotates(&self, family: Family, peer: &Peer) -> bool;
 
-    /// Can this host use the lease of a peer with this `BackendType`?
+    /// Whether this host can use the lease of a peer with this `BackendType`.
     fn accepts_type(&self, backend_type: &str) -> bool {
         backend_type == self.name()
     }
@@ -71,19 +71,19 @@ trait Driver {
     /// The MTU for pods, in bytes.
     fn mtu(&self, local: Local<'_>) -> u32;
 
-    /// Can it carry these networks?
+    /// Checks that it can carry the configured networks.
     fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
         let _ = config;
         Ok(())
     }
 
-    /// Why a family cannot work on this host as it is now, with the fix.
+    /// The reason why a family cannot work on this host at present, with the fix.
     fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
         let _ = (local, family);
         None
     }
 
-    /// Settings that this host cannot follow as they are, with what it does instead.
+    /// Settings that this host cannot apply as configured, with the values that it uses instead.
     fn notes(&self, node: &Node) -> Vec<String> {
         let _ = node;
         Vec::new()
@@ -92,7 +92,7 @@ trait Driver {
     /// This host's own objects: devices and their addresses.
     fn node_objects(&self, context: Context<'_>) -> Vec<Object>;
 
-    /// One peer's objects, and what is refused of it.
+    /// The objects of a peer, and the reasons for those that it is refused.
     fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part;
 
     /// The device by which packets of a family reach peers, if the backend has one.
@@ -101,54 +101,54 @@ trait Driver {
         None
     }
 
-    /// The device whose link-layer address this host publishes for a family, if it publishes one.
+    /// The device whose MAC address this host publishes for a family, if any.
     fn vtep(&self, family: Family) -> Option<IfName> {
         let _ = family;
         None
     }
 
-    /// Does it make plain routes by the external interface, as a Go flanneld may have left them?
+    /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.
     fn has_plain_routes(&self) -> bool {
         false
     }
 
-    /// Has it commands to run on this host?
+    /// Whether it has commands to run on this host.
     fn has_commands(&self) -> bool {
         false
     }
 
-    /// The operator's command before the lease is acquired; its output is [`Identity::data`].
+    /// The operator's command to run before the lease is acquired, with its config field; its output becomes [`Identity::data`].
     fn before_lease(&self) -> Option<(&'static str, Command)> {
         None
     }
 
-    /// The operator's command once this host has its lease.
+    /// The operator's command to run once this host has its lease, with its config field.
     fn after_lease(&self, context: Context<'_>) -> Option<(&'static str, Command)> {
         let _ = context;
         None
     }
 }
 
-/// Why a family cannot work on this host.
+/// The reason why a family cannot work on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// What is wrong, and the fix.
+    /// The problem and the fix.
     pub text: String,
-    /// Is an address to publish wrong, which an operator gave by a flag or by an annotation? Waiting does not change a flag.
+    /// Whether the problem is a wrong address to publish, from a flag or an annotation. A flag does not change while the daemon waits.
     pub is_published_address: bool,
 }
 
-/// What this host publishes that neither the configuration nor its interface says.
+/// Data that this host publishes beside the addresses of its interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// Link-layer addresses of its VTEPs.
+    /// MAC addresses of its VTEPs.
     pub macs: PerFamily<Mac>,
-    /// Output of the operator's command ([`Backend::before_lease`]), as a JSON string.
+    /// The output of the operator's command ([`Backend::before_lease`]), as a JSON string.
     pub data: Option<Box<str>>,
 }
 
 impl Identity {
-    /// With the output of the operator's command.
+    /// Sets the output of the operator's command.
     #[must_use]
     pub fn with_output(self, output: &str) -> Identity {
         let text = output.trim();
@@ -161,13 +161,13 @@ impl Identity {
 pub struct Local<'a> {
     /// The network configuration.
     pub config: &'a Config,
-    /// Interface and addresses.
+    /// Its interface and addresses.
     pub node: &'a Node,
-    /// What else it publishes.
+    /// The other data that it publishes.
     pub identity: &'a Identity,
 }
 
-/// This host with its lease: what a backend needs to describe objects.
+/// This host with its lease: the input from which a backend makes objects.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
     /// This host.
@@ -176,58 +176,58 @@ pub struct Context<'a> {
     pub own: LeaseKey,
 }
 
-/// One lease's share of the desired state.
+/// The part of the desired state that belongs to one lease.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Part {
-    /// What is wanted in the kernel for it.
+    /// The desired objects.
     pub objects: Vec<Object>,
-    /// What is refused, and why. The other family and all other peers are not affected.
+    /// The reasons why objects are refused. The other family and all other peers are not affected.
     pub refusals: Vec<Refusal>,
 }
 
-/// Why a peer, or one family of it, gets no route.
+/// The reason why a peer, or one family of it, gets no route.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// Its subnet is no part of the pod network.
+    /// Its subnet is not part of the pod network.
     #[error("its subnet {0} lies outside the pod network {1}")]
     Outside(Subnet, Subnet),
-    /// Its subnet would take addresses of this host's pods away.
+    /// Its subnet contains addresses of this host's pods.
     #[error("its subnet {0} overlaps this host's own {1}")]
     OverlapsOwn(Subnet, Subnet),
-    /// It speaks another encapsulation, or none.
+    /// It uses another backend.
     #[error("its backend type is {0:?}, this host's is {1:?}")]
     OtherBackend(Box<str>, &'static str),
-    /// It names no host to send to.
+    /// It publishes no address of this family.
     #[error("it publishes no {0} address")]
     NoPublicIp(Family),
-    /// What it names is no host.
+    /// Its address is not a unicast address.
     #[error("its public address {0} is not a unicast host address")]
     BadPublicIp(IpAddr),
-    /// It names this host.
+    /// Its address belongs to this host.
     #[error("its public address {0} is this host's own: a stale lease of this host, or a second daemon")]
     OwnPublicIp(IpAddr),
-    /// Packets to it would be sent to it, for ever.
+    /// Packets to it would loop: its address is routed to itself.
     #[error("its public address {0} lies inside the pod network {1}")]
     PublicIpInside(IpAddr, Subnet),
-    /// host-gw needs one L2 network.
+    /// host-gw needs all hosts on one L2 network.
     #[error("its address {0} is not on the link of {1} (it is behind a router): host-gw cannot reach it; use vxlan")]
     NotOnLink(IpAddr, IfName),
-    /// The udp backend has no IPv6.
+    /// The udp backend does not support IPv6.
     #[error("udp carries IPv4 only")]
     OnlyIpv4,
-    /// The data that its backend published cannot be used.
+    /// Its backend data cannot be used.
     #[error("its BackendData cannot be used: {0}")]
     BadData(String),
-    /// Its VXLAN packets would be dropped, as ours by it.
+    /// It uses another VNI, so that both hosts drop each other's VXLAN packets.
     #[error("its VNI is {0}, this host's is {1}: one of the two was started with another network config; restart that one")]
     OtherVni(u32, Vni),
-    /// Its VTEP has the address of ours.
+    /// Its VTEP has the MAC address of this host's VTEP.
     #[error("its VTEP MAC {0} is this host's own: a cloned machine?")]
     OwnMac(Mac),
 }
 
 impl Backend {
-    /// Reads `Backend` of the network configuration; without it the backend is udp, whatever upstream's documentation says.
+    /// Parses `Backend` of the network configuration. Without it the backend is udp, as in upstream's code (its documentation differs).
     ///
     /// # Errors
     /// [`ConfigError`], which names the field and the fix.
@@ -259,17 +259,17 @@ impl Backend {
         }
     }
 
-    /// The type as it is written in `Backend.Type`.
+    /// The name in `Backend.Type`.
     pub fn name(&self) -> &'static str {
         self.driver().name()
     }
 
-    /// Can it carry these networks?
+    /// Checks that it can carry the configured networks.
     pub(crate) fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
         self.driver().check_config(config)
     }
 
-    /// What this host publishes with its lease.
+    /// The attributes that this host publishes with its lease.
     pub fn own_peer(&self, local: Local<'_>) -> Peer {
         Peer {
             public: self.driver().published_addresses(local.node),
@@ -278,7 +278,7 @@ impl Backend {
         }
     }
 
-    /// Does a Node say by annotations what `peer` publishes for this family?
+    /// Whether a Node publishes this family of `peer` in annotations.
     pub(crate) fn annotates(&self, family: Family, peer: &Peer) -> bool {
         self.driver().annotates(family, peer)
     }
@@ -288,12 +288,12 @@ impl Backend {
         self.driver().mtu(local)
     }
 
-    /// Why a family cannot work on this host as it is now, with the fix.
+    /// The reason why a family cannot work on this host at present, with the fix.
     pub fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
         self.driver().problem(local, family)
     }
 
-    /// Settings that this host cannot follow as they are, with what it does instead.
+    /// Settings that this host cannot apply as configured, with the values that it uses instead.
     pub fn notes(&self, node: &Node) -> Vec<String> {
         self.driver().notes(node)
     }
@@ -303,7 +303,7 @@ impl Backend {
         self.driver().node_objects(context)
     }
 
-    /// One peer's objects. This host's own lease has none.
+    /// The objects of a peer. The lease of this host itself has none.
     pub fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
         let driver = self.driver();
         if *key == context.own {
@@ -321,53 +321,53 @@ impl Backend {
         self.driver().device(family)
     }
 
-    /// The device whose link-layer address this host publishes for a family, if it publishes one.
+    /// The device whose MAC address this host publishes for a family, if any.
     pub fn vtep(&self, family: Family) -> Option<IfName> {
         self.driver().vtep(family)
     }
 
-    /// Does it make plain routes by the external interface, as a Go flanneld may have left them?
+    /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.
     pub fn has_plain_routes(&self) -> bool {
         self.driver().has_plain_routes()
     }
 
-    /// Has its configuration commands to run on this host?
+    /// Whether its configuration has commands to run on this host.
     pub fn has_commands(&self) -> bool {
         self.driver().has_commands()
     }
 
-    /// The operator's command before the lease is acquired, with the field that has it; its output is [`Identity::data`].
+    /// The operator's command to run before the lease is acquired, with its config field; its output becomes [`Identity::data`].
     pub fn before_lease(&self) -> Option<(&'static str, Command)> {
         self.driver().before_lease()
     }
 
-    /// The operator's command once this host has its lease, with the field that has it.
+    /// The operator's command to run once this host has its lease, with its config field.
     pub fn after_lease(&self, context: Context<'_>) -> Option<(&'static str, Command)> {
         self.driver().after_lease(context)
     }
 }
 
-/// The VTEP's link-layer address that a lease of this cluster's backend says, if it says one.
+/// The VTEP MAC that a vxlan peer publishes for a family, if it can be read.
 pub fn published_mac(peer: &Peer, family: Family) -> Option<Mac> {
     (&*peer.backend_type == "vxlan").then(|| vxlan::vtep(peer, family).ok().map(|(mac, _)| mac)).flatten()
 }
 
-/// One family of a peer that may be routed.
+/// One family of a peer that passed the checks of [`admit`].
 #[derive(Debug, Clone, Copy)]
 struct Admitted {
     /// This family's pod network.
     network: Subnet,
     /// The peer's subnet.
     subnet: Subnet,
-    /// The host that has it.
+    /// The host that holds it.
     public: IpAddr,
 }
 
-/// A peer's objects where each family stands alone: `objects` is asked for each that may be routed.
+/// Makes the part of a peer family by family: calls `objects` for each admitted family, and records refusals.
 fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl Fn(Admitted) -> Result<Vec<Object>, Refusal>) -> Part {
     let mut part = Part::default();
     for (family, subnet) in key.subnets().iter() {
-        // A family that this host does not use is no fault of the peer's.
+        // A family that this host does not use is no reason to refuse the peer.
         let Some(network) = context.local.config.network(family) else { continue };
         match admit(context, network, *subnet, peer).and_then(&objects) {
             Ok(objects) => part.objects.extend(objects),
@@ -377,7 +377,7 @@ fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl 
     part
 }
 
-/// The checks that every backend needs: the subnet may be routed, and there is a host to send it to.
+/// Applies the checks that every backend needs: the subnet may be routed, and the peer's address can receive packets.
 fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> Result<Admitted, Refusal> {
     let (family, node) = (subnet.family(), context.local.node);
     if !network.covers(subnet) {
@@ -406,7 +406,7 @@ mod tests {
     use crate::wire;
     use expect_test::{Expect, expect};
 
-    /// A node at 192.0.2.1/24 with lease 10.244.1.0/24 and VTEP MAC 0e:00:00:00:00:01. Each peer is "key value".
+    /// Renders the objects of a node at 192.0.2.1/24 with lease 10.244.1.0/24 and VTEP MAC 0e:00:00:00:00:01. Each peer is (key, value).
     #[track_caller]
     pub(super) fn check(backend: &str, peers: &[(&str, &str)], want: Expect) {
         let dual = peers.iter().any(|(key, _)| key.contains('&'));
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_backend_may_route() {
+    fn unroutable_peers_are_refused_with_reasons() {
         check(
             r#"{"Type":"host-gw"}"#,
             &[

@@ -1,5 +1,5 @@
-//! The network configuration (net-conf): JSON with upstream's keys → [`Config`]. Defaults and validation live here
-//! and nowhere else (specification, section 2).
+//! Parses and validates the network configuration (net-conf), JSON with upstream's keys (specification, section 2). All defaults are
+//! applied here.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -10,10 +10,10 @@ use crate::backend::Backend;
 use crate::json::Fields;
 use crate::net::{Family, NetError, PerFamily, Subnet, bits_of};
 
-/// A configuration that cannot be used. Each message names the field, what is wrong and what would be right.
+/// The reason why a network configuration cannot be used. Each message names the field, the problem and the fix.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// The text is no JSON object.
+    /// The text is not a JSON object.
     #[error(
         "the network config is not a JSON object: {0}; it looks like {{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}"
     )]
@@ -23,15 +23,15 @@ pub enum ConfigError {
     Type {
         /// The field, in upstream's spelling.
         field: &'static str,
-        /// What the JSON reader says.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
-    /// A field is absent that must be there.
+    /// A required field is missing.
     #[error("network config: {field} is missing: {fix}")]
     Missing {
         /// The field, in upstream's spelling.
         field: &'static str,
-        /// What to write.
+        /// The value to set.
         fix: &'static str,
     },
     /// A field has a value that cannot be used.
@@ -39,7 +39,7 @@ pub enum ConfigError {
     Invalid {
         /// The field, in upstream's spelling.
         field: &'static str,
-        /// What is wrong and what would be right.
+        /// The problem and the fix.
         problem: String,
     },
 }
@@ -47,15 +47,15 @@ pub enum ConfigError {
 /// The network configuration, validated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// The pod network of each enabled family. At least one is there.
+    /// The pod network of each enabled family, at least one.
     pub networks: PerFamily<Network>,
-    /// `EnableNFTables`: the operator's choice of traffic-rule flavour.
+    /// `EnableNFTables`: the operator's choice between nftables and iptables rules.
     pub nftables: bool,
     /// `Backend`.
     pub backend: Backend,
 }
 
-/// One family's pod network and how it is cut into subnets: where those are assigned (Kubernetes), as one whole.
+/// One family's pod network and its division into subnets. Where subnets are assigned (Kubernetes), it is not divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     /// The whole pod network.
@@ -69,7 +69,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// May this subnet be leased under this configuration: right size, between `min` and `max`?
+    /// Whether this subnet may be leased under this configuration: it has the right size and lies between `min` and `max`.
     pub fn admits(&self, subnet: Subnet) -> bool {
         subnet.family() == self.network.family()
             && subnet.prefix_len() == self.subnet_len
@@ -78,16 +78,16 @@ impl Network {
 }
 
 impl Config {
-    /// Reads and validates the JSON text.
+    /// Parses and validates the JSON text.
     ///
     /// # Errors
-    /// [`ConfigError`], which names the field and the fix. A value that is merely unknown to us is no error.
+    /// [`ConfigError`], which names the field and the fix. An unknown field is no error.
     pub fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::read(text, Subnets::Leased)
     }
 
-    /// The same where others say which subnet each host has, as in Kubernetes: `SubnetLen`, `SubnetMin` and `SubnetMax`
-    /// mean nothing there and are not looked at.
+    /// Like [`Config::parse`], for a store that assigns each host its subnet, as Kubernetes does: `SubnetLen`, `SubnetMin` and
+    /// `SubnetMax` have no meaning there and are ignored.
     ///
     /// # Errors
     /// [`ConfigError`].
@@ -117,23 +117,23 @@ impl Config {
     }
 }
 
-/// Who says which subnet a host has?
+/// How hosts get their subnets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Subnets {
-    /// Hosts choose by themselves, within limits.
+    /// Each host chooses a free subnet within the limits of the configuration.
     Leased,
-    /// Somebody else does.
+    /// The store assigns them.
     Assigned,
 }
 
-/// The names of one family's keys: the families differ in data, not in code.
+/// The names of one family's keys, so that one function reads both families.
 struct Keys {
     enable: (&'static str, bool),
     network: &'static str,
     len: &'static str,
     min: &'static str,
     max: &'static str,
-    /// Longest permitted SubnetLen, longest network without SubnetLen, longest network with the usual SubnetLen, that.
+    /// The longest permitted SubnetLen; the longest network prefix without SubnetLen, and with the usual SubnetLen; the usual SubnetLen.
     limits: (u8, u8, u8, u8),
 }
 
@@ -163,7 +163,7 @@ fn network(fields: &Fields<'_>, family: Family, subnets: Subnets) -> Result<Opti
     if !get(fields, enable)?.unwrap_or(default) {
         return Ok(None);
     }
-    // A null is an absent value for the IPv6 addresses and an error for all others: upstream's decoders differ so.
+    // As in upstream's decoders, a null means an absent value for the IPv6 addresses and is an error for all others.
     let given = match subnets {
         Subnets::Leased => &[keys.network, keys.min, keys.max][..],
         Subnets::Assigned => &[keys.network],
@@ -171,7 +171,7 @@ fn network(fields: &Fields<'_>, family: Family, subnets: Subnets) -> Result<Opti
     for field in given.iter().copied() {
         let tolerated = family == Family::V6 && field != keys.network;
         if fields.is_null(&field.to_lowercase()) && !tolerated {
-            return Err(invalid(field, "null is no value: leave the field out or give it one".to_owned()));
+            return Err(invalid(field, "null is not a valid value: remove the field or set a value".to_owned()));
         }
     }
     let Some(text) = get::<String>(fields, keys.network)? else {
@@ -179,7 +179,7 @@ fn network(fields: &Fields<'_>, family: Family, subnets: Subnets) -> Result<Opti
     };
     let network: Subnet = text.parse().map_err(|error: NetError| invalid(keys.network, error.to_string()))?;
     if network.family() != family {
-        return Err(invalid(keys.network, format!("{network} is no {family} network")));
+        return Err(invalid(keys.network, format!("{network} is not an {family} network")));
     }
     if subnets == Subnets::Assigned {
         return Ok(Some(Network { network, subnet_len: network.prefix_len(), min: network.network(), max: network.network() }));
@@ -208,7 +208,7 @@ fn network(fields: &Fields<'_>, family: Family, subnets: Subnets) -> Result<Opti
     let step = 1u128 << (family.bits() - subnet_len);
     let min = match address(fields, keys.min, family)? {
         Some(min) => min,
-        // The first subnet is skipped: its network address is the whole network's.
+        // The first subnet is skipped: its network address is that of the whole network.
         None => family.address(bits_of(network.network()) + step),
     };
     let max = match address(fields, keys.max, family)? {
@@ -239,11 +239,11 @@ fn address(fields: &Fields<'_>, field: &'static str, family: Family) -> Result<O
     match ip {
         Ok(ip) if ip == family.unspecified() => Ok(None),
         Ok(ip) => Ok(Some(ip)),
-        Err(_) => Err(invalid(field, format!("{text:?} is no {family} address"))),
+        Err(_) => Err(invalid(field, format!("{text:?} is not an {family} address"))),
     }
 }
 
-/// `Backend.Port`: 0 and nothing mean the default.
+/// Reads `Backend.Port`; if it is 0 or absent, the default.
 pub(crate) fn port(section: &Fields<'_>, default: u16) -> Result<u16, ConfigError> {
     let port = typed::<i64>(section, "Backend.Port", "port")?.unwrap_or(0);
     let port = u16::try_from(port)
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_defaults() {
+    fn ipv6_defaults_skip_the_first_subnet() {
         check(
             r#"{"EnableIPv4":false,"enableipv6":true,"ipv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#,
             expect!["fc00::/48 /64 fc00:0:0:1::..fc00:0:0:ffff::; Alloc(Alloc)"],
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn overrides_and_case_are_honoured() {
+    fn keys_are_case_insensitive_and_override_defaults() {
         check(
             r#"{"NETWORK":"10.3.0.7/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,"unknown":[1],
                 "backend":{"type":"VXLAN","vni":7,"PORT":4789,"directrouting":true,"MTU":9000}}"#,
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_overrides_are_honoured() {
+    fn ipv6_keys_override_defaults() {
         check(
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:100::","IPv6SubnetMax":"fc00:0:0:200::","IPv6SubnetLen":56,"Backend":{"Type":"alloc"}}"#,
             expect!["fc00::/48 /56 fc00:0:0:100::..fc00:0:0:200::; Alloc(Alloc)"],
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_duplicate_wins_whatever_its_case() {
+    fn last_duplicate_key_wins_whatever_its_case() {
         check(
             r#"{"Network":"10.3.0.0/16","network":"10.4.0.0/16","Backend":{"Type":"alloc"}}"#,
             expect!["10.4.0.0/16 /24 10.4.1.0..10.4.255.0; Alloc(Alloc)"],
@@ -322,20 +322,20 @@ mod tests {
     }
 
     #[test]
-    fn where_subnets_are_assigned_their_limits_are_not_looked_at() {
+    fn subnet_limits_are_ignored_where_subnets_are_assigned() {
         let text = r#"{"Network":"10.3.0.0/29","SubnetLen":99,"SubnetMin":"x","SubnetMax":null,"Backend":{"Type":"alloc"}}"#;
         assert!(Config::parse(text).is_err());
         assert_eq!(Config::parse_assigned(text).unwrap().network(Family::V4), "10.3.0.0/29".parse().ok());
-        assert!(Config::parse_assigned(r#"{"SubnetLen":24}"#).is_err(), "a network there must be");
+        assert!(Config::parse_assigned(r#"{"SubnetLen":24}"#).is_err(), "Network is required");
     }
 
     #[test]
-    fn a_small_network_gets_four_subnets() {
+    fn small_network_is_divided_into_four_subnets() {
         check(r#"{"Network":"10.3.0.0/26","Backend":{"Type":"alloc"}}"#, expect!["10.3.0.0/26 /28 10.3.0.16..10.3.0.48; Alloc(Alloc)"]);
     }
 
     #[test]
-    fn every_refusal_names_the_field_and_the_fix() {
+    fn every_error_names_the_field_and_the_fix() {
         check(
             r#"{"Network":"10.3.0.0/16","#,
             expect![[
@@ -352,7 +352,7 @@ mod tests {
             r#"{"Backend":{"Type":"vxlan"}}"#,
             expect!["error: network config: Network is missing: give the pod network in CIDR form, such as 10.244.0.0/16"],
         );
-        check(r#"{"Network":null}"#, expect!["error: network config: Network: null is no value: leave the field out or give it one"]);
+        check(r#"{"Network":null}"#, expect!["error: network config: Network: null is not a valid value: remove the field or set a value"]);
         check(
             r#"{"Network":5}"#,
             expect!["error: network config: Network: invalid type: integer `5`, expected a string at line 1 column 1"],
@@ -361,7 +361,7 @@ mod tests {
             r#"{"Network":"10.3.0.0"}"#,
             expect![[r#"error: network config: Network: "10.3.0.0" is not a network in CIDR form, such as 10.244.0.0/16"#]],
         );
-        check(r#"{"Network":"fc00::/48"}"#, expect!["error: network config: Network: fc00::/48 is no IPv4 network"]);
+        check(r#"{"Network":"fc00::/48"}"#, expect!["error: network config: Network: fc00::/48 is not an IPv4 network"]);
         check(
             r#"{"Network":"10.3.0.0/16","SubnetLen":17}"#,
             expect!["error: network config: SubnetLen: 17 is out of range for 10.3.0.0/16: it must be 18 to 30"],

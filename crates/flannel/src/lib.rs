@@ -1,9 +1,9 @@
-//! Decides. Leases, configuration and facts about this node go in; a picture of the kernel ([`Desired`]) and the
-//! operations that make it true ([`Op`]) come out.
+//! The decisions of flannel, without I/O. Input: leases, configuration and facts about this node. Output: the desired state of the
+//! kernel ([`Desired`]) and the operations that bring it about ([`Op`]).
 //!
-//! Nothing here performs I/O, reads a clock or draws a random number: time and randomness are arguments, and the
-//! only way to fail is to reject input. The crate is used by `kernel` (which executes [`Op`]s), `flanneld` (which
-//! feeds it) and `cni` (which reads `subnet.env`).
+//! Nothing here performs I/O, reads a clock or draws a random number: time and randomness are arguments, and functions fail only to
+//! reject input. The crate is used by `kernel` (which executes [`Op`]s), `daemon` (which feeds it) and `cni` (which reads
+//! `subnet.env`).
 
 pub mod alloc;
 pub mod annotations;

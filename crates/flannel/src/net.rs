@@ -1,7 +1,7 @@
-//! Addresses, prefixes and link-layer names: normalized, ordered, parsed and printed here and nowhere else.
+//! IP and Ethernet addresses, prefixes and interface names, with their parsing, formatting and order.
 //!
-//! One path serves both families: a [`Subnet`] holds an [`IpAddr`], and what differs between the families is
-//! a number (32 or 128 bits), not a type.
+//! One code path serves both families: a [`Subnet`] holds an [`IpAddr`], and the families differ in numbers (32 or 128 bits), not in
+//! types.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-/// Text that is not the address, prefix or name it should be.
+/// The error for text that is not a valid address, prefix or name.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{text:?} is not {expected}")]
 pub struct NetError {
@@ -32,7 +32,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both families, IPv4 first: the order in which everything is done and printed.
+    /// Both families, IPv4 first: the order in which they are processed and printed.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
     /// The family of an address.
@@ -40,7 +40,7 @@ impl Family {
         if ip.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
-    /// Bits in an address: 32 or 128.
+    /// The number of bits in an address: 32 or 128.
     pub fn bits(self) -> u8 {
         match self {
             Family::V4 => 32,
@@ -48,7 +48,7 @@ impl Family {
         }
     }
 
-    /// The sysctl by which a host forwards packets of this family, with slashes, below `/proc/sys`.
+    /// The sysctl that enables forwarding of this family, as a path under `/proc/sys`.
     pub fn forwarding(self) -> &'static str {
         match self {
             Family::V4 => "net/ipv4/ip_forward",
@@ -84,7 +84,7 @@ impl Family {
         }
     }
 
-    /// The address whose bits, read as a number, are `bits`. For IPv4 only the low 32 count.
+    /// The address with these bits. For IPv4 only the low 32 bits count.
     pub fn address(self, bits: u128) -> IpAddr {
         match self {
             #[expect(clippy::cast_possible_truncation, reason = "an IPv4 address is the low 32 bits")]
@@ -103,7 +103,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// An address as a number.
+/// The bits of an address, as a number.
 pub fn bits_of(ip: IpAddr) -> u128 {
     match ip {
         IpAddr::V4(ip) => u128::from(ip.to_bits()),
@@ -111,7 +111,7 @@ pub fn bits_of(ip: IpAddr) -> u128 {
     }
 }
 
-/// At most one value a family.
+/// At most one value for each family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PerFamily<T> {
     /// The IPv4 value.
@@ -143,12 +143,12 @@ impl<T> PerFamily<T> {
         }
     }
 
-    /// The values that are there, IPv4 first.
+    /// The values that are set, IPv4 first.
     pub fn iter(&self) -> impl Iterator<Item = (Family, &T)> {
         Family::ALL.into_iter().filter_map(|family| self.get(family).map(|value| (family, value)))
     }
 
-    /// True when neither family has a value.
+    /// Whether neither family has a value.
     pub fn is_empty(&self) -> bool {
         self.v4.is_none() && self.v6.is_none()
     }
@@ -161,7 +161,7 @@ pub struct Subnet {
     len: u8,
 }
 
-// By address, then length. Maps of leases and routes compare subnets all the time, and numbers compare sooner than bytes.
+// Ordered by address, then length. Maps of leases and routes compare subnets often; comparing numbers is faster than comparing bytes.
 impl Ord for Subnet {
     fn cmp(&self, other: &Subnet) -> Ordering {
         let order = |subnet: &Subnet| (subnet.family(), bits_of(subnet.addr), subnet.len);
@@ -176,7 +176,7 @@ impl PartialOrd for Subnet {
 }
 
 impl Subnet {
-    /// The prefix of `len` bits that holds `addr`; host bits of `addr` are cleared.
+    /// The prefix of `len` bits that contains `addr`; host bits of `addr` are cleared.
     ///
     /// # Errors
     /// When `len` exceeds the family's bits.
@@ -203,7 +203,7 @@ impl Subnet {
         self.len
     }
 
-    /// Network address + 1: the address that `subnet.env` carries and that the bridge gets.
+    /// Network address + 1: the address that `subnet.env` states and that the bridge gets.
     pub fn first_host(self) -> IpAddr {
         self.family().address(bits_of(self.addr) | 1)
     }
@@ -214,22 +214,22 @@ impl Subnet {
         family.address(bits_of(self.addr) | !mask(family, self.len))
     }
 
-    /// Is the address inside?
+    /// Whether the prefix contains the address.
     pub fn contains(self, ip: IpAddr) -> bool {
         Family::of(ip) == self.family() && bits_of(ip) & mask(self.family(), self.len) == bits_of(self.addr)
     }
 
-    /// Is the whole other prefix inside?
+    /// Whether the prefix contains the whole other prefix.
     pub fn covers(self, other: Subnet) -> bool {
         self.len <= other.len && self.contains(other.addr)
     }
 
-    /// Do the two share an address?
+    /// Whether the two prefixes share an address.
     pub fn overlaps(self, other: Subnet) -> bool {
         self.covers(other) || other.covers(self)
     }
 
-    /// Which subnet of its size this is within `network`, counted from 0; saturates at `u32::MAX`.
+    /// The index of this subnet among the subnets of its size in `network`, from 0; saturates at `u32::MAX`.
     pub fn index_in(self, network: Subnet) -> u32 {
         let offset = bits_of(self.addr).wrapping_sub(bits_of(network.addr));
         let step = self.family().bits() - self.len;
@@ -255,7 +255,7 @@ impl fmt::Display for Subnet {
 
 impl FromStr for Subnet {
     type Err = NetError;
-    /// Reads CIDR text; host bits are masked off, as upstream does.
+    /// Parses CIDR text; host bits are cleared, as upstream does.
     fn from_str(text: &str) -> Result<Subnet, NetError> {
         let cidr: Cidr = text.parse()?;
         Ok(cidr.subnet())
@@ -272,7 +272,7 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    /// The prefix that holds the address.
+    /// The prefix that contains the address.
     pub fn subnet(self) -> Subnet {
         let family = Family::of(self.addr);
         Subnet { addr: family.address(bits_of(self.addr) & mask(family, self.len)), len: self.len }
@@ -291,7 +291,7 @@ impl FromStr for Cidr {
         const EXPECTED: &str = "a network in CIDR form, such as 10.244.0.0/16";
         let (addr, len) = text.split_once('/').ok_or_else(|| bad(text, EXPECTED))?;
         let addr: IpAddr = addr.parse().map_err(|_| bad(text, EXPECTED))?;
-        // `u8::from_str` takes "+16"; a prefix length is digits only.
+        // `u8::from_str` accepts "+16"; a prefix length has digits only.
         let digits = !len.is_empty() && len.bytes().all(|b| b.is_ascii_digit());
         let len = if digits { len.parse().ok() } else { None };
         match len {
@@ -301,7 +301,7 @@ impl FromStr for Cidr {
     }
 }
 
-/// An Ethernet address.
+/// An Ethernet (MAC) address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mac(pub [u8; 6]);
 
@@ -313,7 +313,7 @@ impl Mac {
         Mac(random)
     }
 
-    /// Can a station have this address? Multicast and all-zero addresses it cannot.
+    /// Whether an interface can have this address: it is neither multicast nor all-zero.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
@@ -405,7 +405,7 @@ impl Vni {
         (vni <= Vni::MAX).then_some(Vni(vni))
     }
 
-    /// The number.
+    /// The identifier as a number.
     pub fn get(self) -> u32 {
         self.0
     }
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subnet_is_normalized_on_construction() {
+    fn subnet_is_normalized_on_construction() {
         assert_eq!(net("10.244.1.7/24").to_string(), "10.244.1.0/24");
         assert_eq!(net("fc00:0:0:3::9/64").to_string(), "fc00:0:0:3::/64");
         assert_eq!(net("1.2.3.4/0").to_string(), "0.0.0.0/0");
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn containment_and_overlap() {
+    fn covers_and_overlaps_compare_prefixes() {
         assert!(net("10.244.0.0/16").covers(net("10.244.255.0/24")));
         assert!(!net("10.244.0.0/16").covers(net("10.245.0.0/24")));
         assert!(net("10.244.1.0/24").overlaps(net("10.244.0.0/16")));
@@ -458,14 +458,14 @@ mod tests {
     }
 
     #[test]
-    fn first_host_and_last() {
+    fn first_and_last_addresses() {
         assert_eq!(net("10.244.3.0/24").first_host().to_string(), "10.244.3.1");
         assert_eq!(net("10.244.3.0/24").last().to_string(), "10.244.3.255");
         assert_eq!(net("fc00:0:0:3::/64").first_host().to_string(), "fc00:0:0:3::1");
     }
 
     #[test]
-    fn mac_text() {
+    fn mac_parses_and_prints() {
         let mac: Mac = "0E:1f:2a:3b:4c:5d".parse().unwrap();
         assert_eq!(mac.to_string(), "0e:1f:2a:3b:4c:5d");
         for text in
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn interface_names() {
+    fn malformed_interface_names_are_refused() {
         assert_eq!("flannel.1".parse::<IfName>().unwrap().as_str(), "flannel.1");
         for text in ["", ".", "..", "a/b", "a:b", "a b", "sixteen-bytes-xx"] {
             assert!(text.parse::<IfName>().is_err(), "{text}");

@@ -1,4 +1,4 @@
-//! alloc: leases a subnet and programs nothing (specification, section 5.8).
+//! The alloc backend: leases a subnet and programs nothing (specification, section 5.8).
 
 use super::{Context, Driver, Local, Part};
 use crate::lease::{LeaseKey, Peer};

@@ -1,6 +1,6 @@
-//! extension: the operator's own commands for each peer that comes and goes (specification, section 5.7). A command is
-//! words, or, where the configuration says `"Shell": true`, a line for a shell. What peers publish reaches a command as
-//! environment variables of a fixed form and on its standard input, never as part of the line.
+//! The extension backend: runs commands of the operator for each peer that is added or removed (specification, section 5.7). A command
+//! is split into words, or, with `"Shell": true`, passed to a shell. Data of peers reaches a command as environment variables of a
+//! fixed form and on its standard input, never as part of the command line.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -13,18 +13,18 @@ use crate::net::{Family, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::Object;
 
-/// The extension backend with its settings. A command that is empty is not run.
+/// The extension backend with its settings. An empty command is not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Extension {
-    /// Before a lease is acquired; its output is this host's `BackendData`.
+    /// Run before a lease is acquired; its output is this host's `BackendData`.
     pre_startup: Box<str>,
-    /// Once there is a lease.
+    /// Run once this host has its lease.
     post_startup: Box<str>,
-    /// When a peer is added.
+    /// Run when a peer is added.
     subnet_add: Box<str>,
-    /// When it is removed.
+    /// Run when a peer is removed.
     subnet_remove: Box<str>,
-    /// `Shell`, which upstream does not have: are the commands lines for a shell, or plain words?
+    /// `Shell`, which upstream does not have: whether the commands are passed to a shell.
     shell: bool,
 }
 
@@ -41,7 +41,7 @@ impl Extension {
     }
 
     fn peer_objects(&self, key: &LeaseKey, peer: &Peer) -> Vec<Object> {
-        // The data is a JSON string; whatever else it may be is handed on as it stands.
+        // The data is a JSON string; any other JSON is passed on unchanged.
         let data = peer.backend_data.get(Family::V4).or(peer.backend_data.get(Family::V6));
         let data = data.map(|text| serde_json::from_str::<String>(text).unwrap_or_else(|_| text.to_string())).unwrap_or_default();
         let command = |line: &str| Command {
@@ -60,7 +60,7 @@ impl Driver for Extension {
         "extension"
     }
 
-    /// Commands are about the interface itself.
+    /// The commands set up the interface, so its own addresses are published.
     fn published_addresses(&self, node: &Node) -> PerFamily<IpAddr> {
         node.addrs
     }
@@ -81,7 +81,7 @@ impl Driver for Extension {
         Vec::new()
     }
 
-    /// One command for both families: if one of them is refused there is none.
+    /// One command serves both families: if one family is refused, no command runs.
     fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
         let mut part = each_family(context, key, peer, |_| Ok(Vec::new()));
         if part.refusals.is_empty() {
@@ -114,19 +114,19 @@ impl Driver for Extension {
 /// A command of the operator, with its environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
-    /// The line, as it is configured.
+    /// The command line, as configured.
     pub line: Box<str>,
-    /// Is it for a shell?
+    /// Whether to run it by a shell.
     pub shell: bool,
-    /// Variables beside this process's own.
+    /// Environment variables in addition to those of the daemon.
     pub env: Vec<(&'static str, String)>,
-    /// What it gets on standard input.
+    /// The text on its standard input.
     pub stdin: String,
 }
 
 impl Command {
-    /// Program and arguments. Without a shell the line is split at white space, and in each word `$NAME` and `${NAME}`
-    /// stand for variables: the command's own, else those that `var` knows.
+    /// The program and its arguments. Without a shell the line is split at white space, and `$NAME` and `${NAME}` in a word are
+    /// replaced by variables of the command, or else by those that `var` returns.
     pub fn words(&self, var: impl Fn(&str) -> Option<String>) -> Vec<String> {
         if self.shell {
             return vec!["/bin/sh".to_owned(), "-c".to_owned(), self.line.to_string()];
@@ -168,7 +168,7 @@ fn expand(word: &str, value: &impl Fn(&str) -> String) -> String {
     text
 }
 
-/// A peer as the commands see it.
+/// The commands of one peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtensionPeer {
     /// Its lease.
@@ -179,7 +179,7 @@ pub struct ExtensionPeer {
     pub remove: Command,
 }
 
-/// The variables of a lease. What is absent has upstream's spelling of it.
+/// The environment variables of a lease. Absent values are spelled as upstream spells them.
 fn variables(subnets: &PerFamily<Subnet>, public: &PerFamily<IpAddr>) -> Vec<(&'static str, String)> {
     let subnet = |family: Family| {
         let none = || format!("{}/0", family.unspecified());
@@ -201,7 +201,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn a_peer_is_its_commands() {
+    fn peer_is_an_object_with_its_commands() {
         check(
             r#"{"Type":"extension","SubnetAddCommand":"ip route add $SUBNET via ${PUBLIC_IP}","SubnetRemoveCommand":"ip route del $SUBNET"}"#,
             &[("10.244.2.0-24", r#"{"PublicIP":"192.0.2.2","BackendType":"extension","BackendData":"a b"}"#)],
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_shells() {
+    fn variables_are_expanded_within_words() {
         let command =
             |line: &str, shell| Command { line: line.into(), shell, env: vec![("SUBNET", "10.1.0.0/24".to_owned())], stdin: String::new() };
         let var = |name: &str| (name == "HOME").then(|| "/root dir".to_owned());

@@ -1,5 +1,5 @@
-//! host-gw: a route per peer with the peer as gateway. Packets are not changed but for the destination MAC, so the
-//! peer must be on the link; behind a router they would be dropped there (specification, section 5.2).
+//! The host-gw backend: one route per peer, with the peer as gateway (specification, section 5.2). Packets are not encapsulated, so the
+//! peer must be on the link: a router in between would drop them.
 
 use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, each_family};
 use crate::lease::{LeaseKey, Peer};
@@ -21,7 +21,7 @@ impl Driver for HostGw {
     }
 
     fn annotates(&self, family: Family, peer: &Peer) -> bool {
-        // Go peers read the IPv4 pair of every node, 0.0.0.0 if there is no IPv4.
+        // Go peers read the IPv4 annotations of every node; without IPv4 the address is 0.0.0.0.
         family == Family::V4 || peer.public.v6.is_some()
     }
 
@@ -39,7 +39,7 @@ impl Driver for HostGw {
         };
         (public != addr).then(|| Problem {
             text: format!(
-                "{flag}: {public} is not the address of {} ({addr}): host-gw needs that one, because peers use it as gateway",
+                "{flag}: {public} is not the address of {} ({addr}): set {addr}, because host-gw peers use it as gateway",
                 node.ext
             ),
             is_published_address: true,
@@ -59,7 +59,7 @@ impl Driver for HostGw {
     }
 }
 
-/// The route to a peer's pods through the peer itself.
+/// The route to a peer's pods, with the peer as gateway.
 pub(super) fn route(node: &Node, Admitted { network, subnet, public }: Admitted) -> Result<Object, Refusal> {
     if !node.is_on_link(public) {
         return Err(Refusal::NotOnLink(public, node.ext));
@@ -74,7 +74,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn peers_on_the_link_are_routed_and_others_named() {
+    fn peers_off_the_link_are_refused() {
         check(
             r#"{"Type":"host-gw"}"#,
             &[
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn each_family_stands_alone() {
+    fn refusal_of_one_family_keeps_the_other() {
         check(
             r#"{"Type":"host-gw"}"#,
             &[("10.244.2.0-24&fc00:0:0:2::-64", r#"{"PublicIP":"198.51.100.2","PublicIPv6":"2001:db8::2","BackendType":"host-gw"}"#)],

@@ -1,5 +1,5 @@
-//! udp: packets are carried by this process itself, each as the payload of one UDP datagram (specification, section
-//! 5.3). What happens to a packet is decided here; the device and the socket are the kernel crate's.
+//! The udp backend: the daemon itself carries packets, each as the payload of one UDP datagram (specification, section 5.3). This
+//! file decides what happens to a packet; the kernel crate owns the device and the socket.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -13,15 +13,15 @@ use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::{Addr, Forward, Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
 
-/// Bytes that the outer IPv4 (20) and UDP (8) headers add to a packet.
+/// The bytes that the outer IPv4 (20) and UDP (8) headers add to a packet.
 const OVERHEAD: u32 = 28;
-/// The UDP port for which none is configured.
+/// The default UDP port.
 const PORT: u16 = 8285;
 
 /// The udp backend with its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Udp {
-    /// UDP port of every host.
+    /// The UDP port of every host.
     port: u16,
 }
 
@@ -31,9 +31,9 @@ impl Default for Udp {
     }
 }
 
-/// The device: what upstream's template `flannel%d` gives.
+/// The device name: the first that upstream's template `flannel%d` yields.
 fn device_name() -> IfName {
-    "flannel0".parse().expect("it has 8 bytes, none of them special")
+    "flannel0".parse().expect("the name has 8 bytes and no special characters")
 }
 
 impl Udp {
@@ -63,7 +63,7 @@ impl Driver for Udp {
         family == Family::V4
     }
 
-    /// Leases of this backend say no type, and upstream looks at none.
+    /// Leases of this backend state no type, and upstream does not check it.
     fn accepts_type(&self, _: &str) -> bool {
         true
     }
@@ -103,17 +103,17 @@ impl Driver for Udp {
     }
 }
 
-/// Which host has which subnet: by length, longest first, because a hostile lease may lie within another.
+/// The forwarding table, by prefix length, longest first: a hostile lease may lie within another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Table(BTreeMap<Reverse<u8>, BTreeMap<Subnet, Ipv4Addr>>);
 
 impl Table {
-    /// Packets for `subnet` go to `host`.
+    /// Forwards packets for `subnet` to `host`.
     pub fn insert(&mut self, subnet: Subnet, host: Ipv4Addr) {
         self.0.entry(Reverse(subnet.prefix_len())).or_default().insert(subnet, host);
     }
 
-    /// Packets for `subnet` go nowhere.
+    /// Stops forwarding packets for `subnet`.
     pub fn remove(&mut self, subnet: Subnet) {
         let length = Reverse(subnet.prefix_len());
         if let Some(subnets) = self.0.get_mut(&length) {
@@ -124,7 +124,7 @@ impl Table {
         }
     }
 
-    /// The host that has an address.
+    /// The host that packets for an address are forwarded to (longest prefix match).
     pub fn host(&self, ip: Ipv4Addr) -> Option<Ipv4Addr> {
         self.0.iter().find_map(|(Reverse(length), subnets)| subnets.get(&Subnet::new(IpAddr::V4(ip), *length).ok()?).copied())
     }
@@ -135,20 +135,20 @@ impl Table {
     }
 }
 
-/// What to do with a packet.
+/// The decision on a packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Send it, as it is now, to this host.
+    /// Send the modified packet to this host.
     Send(Ipv4Addr),
-    /// Give it, as it is now, to this host's own kernel.
+    /// Pass the modified packet to this host's kernel.
     Deliver,
-    /// Answer with this packet instead.
+    /// Send this ICMP error back instead.
     Answer(Vec<u8>),
-    /// Forget it.
+    /// Drop it.
     Drop,
 }
 
-/// A packet that pods of this host send. Its time to live is lowered in place.
+/// Handles a packet that a pod of this host sent. Decrements its TTL in place.
 pub fn outbound(packet: &mut [u8], table: &Table, own: Ipv4Addr) -> Verdict {
     let Some(destination) = header(packet).map(|packet| address(packet, 16)) else { return Verdict::Drop };
     match table.host(destination) {
@@ -158,12 +158,12 @@ pub fn outbound(packet: &mut [u8], table: &Table, own: Ipv4Addr) -> Verdict {
     }
 }
 
-/// A packet that another host sent. Its time to live is lowered in place.
+/// Handles a packet that a peer sent. Decrements its TTL in place.
 pub fn inbound(packet: &mut [u8]) -> Verdict {
     if header(packet).is_some() && lower_ttl(packet) { Verdict::Deliver } else { Verdict::Drop }
 }
 
-/// The packet, if it is whole and IPv4 (RFC 791).
+/// The packet, if it is a complete IPv4 packet (RFC 791).
 fn header(packet: &[u8]) -> Option<&[u8]> {
     let length = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
     let version = *packet.first()?;
@@ -179,7 +179,7 @@ fn address(packet: &[u8], at: usize) -> Ipv4Addr {
     Ipv4Addr::new(packet[at], packet[at + 1], packet[at + 2], packet[at + 3])
 }
 
-/// Lowers the time to live and mends the checksum (RFC 1624); false if the packet ends here.
+/// Decrements the TTL and updates the checksum (RFC 1624); returns false if the TTL expires.
 fn lower_ttl(packet: &mut [u8]) -> bool {
     if packet[8] <= 1 {
         return false;
@@ -204,7 +204,7 @@ fn checksum(bytes: &[u8]) -> [u8; 2] {
     (!fold(words.fold(0, |sum, word| u32::from(fold(sum + word))))).to_be_bytes()
 }
 
-/// "Network unreachable" (RFC 792) about a packet; none about an ICMP message, or about a later fragment.
+/// Makes a "network unreachable" message about a packet (RFC 792); `None` for an ICMP message or a non-first fragment.
 fn unreachable(packet: &[u8], own: Ipv4Addr) -> Option<Vec<u8>> {
     let first_fragment = u16::from_be_bytes([packet[6], packet[7]]) & 0x1fff == 0;
     if packet[9] == 1 || !first_fragment {
@@ -233,7 +233,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn a_device_for_all_and_an_entry_for_each_peer() {
+    fn one_device_and_one_entry_per_peer() {
         check(
             r#"{"Type":"udp"}"#,
             &[
@@ -274,7 +274,7 @@ mod tests {
     const OWN: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 0);
 
     #[test]
-    fn packets_go_to_the_host_of_their_subnet_with_a_good_checksum() {
+    fn packets_go_to_the_host_of_their_subnet_with_valid_checksum() {
         let mut one = packet([10, 244, 3, 9], 64, 17);
         assert_eq!(outbound(&mut one, &table(), OWN), Verdict::Send(Ipv4Addr::new(192, 0, 2, 3)));
         assert_eq!((one[8], checksum(&one[..20])), (63, [0, 0]));
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_within_another_takes_its_own_addresses_only() {
+    fn longest_prefix_wins() {
         let mut table = table();
         table.insert("10.244.2.128/28".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 9));
         table.insert("10.244.2.0/25".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 8));
@@ -300,8 +300,10 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_answered_but_not_to_icmp_or_fragments() {
-        let Verdict::Answer(answer) = outbound(&mut packet([10, 244, 9, 9], 64, 17), &table(), OWN) else { panic!("an answer") };
+    fn unroutable_packet_is_answered_unless_icmp_or_fragment() {
+        let Verdict::Answer(answer) = outbound(&mut packet([10, 244, 9, 9], 64, 17), &table(), OWN) else {
+            panic!("expected an ICMP answer")
+        };
         assert_eq!((checksum(&answer[..20]), checksum(&answer[20..])), ([0, 0], [0, 0]));
         assert_eq!((address(&answer, 12), address(&answer, 16), answer[20], answer.len()), (OWN, Ipv4Addr::new(10, 244, 1, 2), 3, 56));
         assert_eq!(outbound(&mut packet([10, 244, 9, 9], 64, 1), &table(), OWN), Verdict::Drop);
@@ -311,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_packet_is_dropped() {
+    fn malformed_packets_are_dropped() {
         let good = packet([10, 244, 2, 1], 64, 17);
         for cut in 0..good.len() {
             assert_eq!(inbound(&mut good[..cut].to_vec()), Verdict::Drop, "{cut}");

@@ -79,7 +79,7 @@ pub(crate) fn node_changes_are_followed(root: &Path, version: Version) {
     assert!(has(&lab, &["02:00:00:00:04:10", "dst 10.0.0.100"]) && has(&lab, &["02:00:00:00:04:11", "dst 10.0.0.200"]));
     let log = std::fs::read_to_string(lab.hosts[0].log()).unwrap();
     for (node, problem) in
-        [("n0", "public-ip: \\\"nonsense\\\" is no IPv4 address"), ("n1", "backend-data: it is no JSON"), ("bad", "public-ip")]
+        [("n0", "public-ip: \\\"nonsense\\\" is not an IPv4 address"), ("n1", "backend-data: it is not valid JSON"), ("bad", "public-ip")]
     {
         assert!(log.lines().any(|line| line.contains(&format!("node=\"{node}\"")) && line.contains(problem)), "{node}: {log}");
     }

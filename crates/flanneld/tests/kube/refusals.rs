@@ -119,7 +119,7 @@ pub(crate) fn obstacles_to_a_lease_are_reported_and_retried(root: &Path) {
     check(&lab, "NoPodCIDR", &["Node h1: it has no spec.podCIDR: start kube-controller-manager with --allocate-node-cidrs"]);
     annotate(&lab, "h1", &["public-ip-overwrite=nonsense"]);
     lab.kubectl(&["patch", "node", "h1", "-p", r#"{"spec":{"podCIDR":"10.244.9.0/24","podCIDRs":["10.244.9.0/24"]}}"#], "").unwrap();
-    check(&lab, "BadAnnotation", &["public-ip-overwrite: \"nonsense\" is no IPv4 address"]);
+    check(&lab, "BadAnnotation", &["public-ip-overwrite: \"nonsense\" is not an IPv4 address"]);
     annotate(&lab, "h1", &["public-ip-overwrite-"]);
     ready(&mut lab);
     lab.stop_daemon(0, true).unwrap();
@@ -161,7 +161,7 @@ pub(crate) fn fatal_settings_end_with_the_fix(root: &Path) {
         (&[], &[("NODE_NAME", "Not/A Name")], "NODE_NAME: \"Not/A Name\" is no name of Kubernetes"),
         (&[], &[("NODE_NAME", "h1")], "this is no pod with a service account: give --kubeconfig-file"),
         (&[&config], &[("NODE_NAME", "h1")], "--kubeconfig-file"),
-        (&["--kube-annotation-prefix=org"], &[("NODE_NAME", "h1")], "--kube-annotation-prefix: \"org\" is no prefix of annotations"),
+        (&["--kube-annotation-prefix=org"], &[("NODE_NAME", "h1")], "--kube-annotation-prefix: \"org\" is not a valid annotation prefix"),
     ];
     for (flags, env, want) in cases {
         let mut command = Command::new(PROGRAM);
