@@ -1,4 +1,4 @@
-//! Which subnet shall be mine (specification, section 3.2). The random number generator is passed in.
+//! Chooses the subnet that this host leases (specification, section 3.2). The random number generator is an argument.
 
 use std::net::IpAddr;
 
@@ -8,34 +8,34 @@ use crate::config::{Config, Network};
 use crate::lease::{LeaseKey, LeaseSet};
 use crate::net::{PerFamily, Subnet, bits_of};
 
-/// Of how many free subnets one is drawn: enough that hosts that start together seldom want the same.
+/// The number of free subnets to choose from at random, so that hosts that start together rarely choose the same one.
 const CANDIDATES: usize = 100;
 
-/// No subnet is left to lease.
+/// The error when no subnet is left to lease.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("out of subnets: every /{} of {} from {} to {} is leased; enlarge Network or raise SubnetLen", network.subnet_len, network.network, network.min, network.max)]
 pub struct OutOfSubnets {
-    /// The pod network that is full.
+    /// The exhausted pod network.
     pub network: Network,
 }
 
-/// What to do to have a lease.
+/// The lease to renew or to create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// This lease is mine already: renew it.
+    /// Renew this lease, which this host holds already.
     Reuse(LeaseKey),
-    /// Create this lease, which nobody has.
+    /// Create this lease, which is free.
     Create(LeaseKey),
 }
 
-/// Chooses a lease: the one that names my public address, else the one that I had last time if it is free, else a
-/// random free one. `stale` receives a lease of mine that the configuration no longer admits: it should be deleted.
+/// Chooses a lease: the one with this host's public address, or else the previous one if it is free, or else a random free one.
+/// `stale` receives a lease of this host that the configuration no longer admits, and that should be deleted.
 ///
-/// `mine` are my published addresses; they are compared by IPv4, and by IPv6 where there is no IPv4. `random(n)`
-/// draws from `0..n`.
+/// `mine` are the published addresses of this host; they are compared by IPv4, or by IPv6 if there is no IPv4 address. `random(n)`
+/// returns a number in `0..n`.
 ///
 /// # Errors
-/// [`OutOfSubnets`] when nothing is free.
+/// [`OutOfSubnets`] when no subnet is free.
 pub fn choose(
     config: &Config,
     leases: &LeaseSet,
@@ -55,7 +55,7 @@ pub fn choose(
     let mut subnets = PerFamily::default();
     for (family, network) in config.networks.iter() {
         let taken: Vec<Subnet> = others().filter_map(|key| key.subnets().get(family).copied()).collect();
-        // Each family by itself: a host whose cluster gets a second family keeps what it has of the first.
+        // Each family is chosen by itself: when the cluster gets a second family, a host keeps its subnet of the first.
         let known = [previous.get(family), before.get(family)].into_iter().flatten();
         let known = known.copied().find(|subnet| network.admits(*subnet) && !taken.iter().any(|taken| taken.overlaps(*subnet)));
         let subnet = match known {
@@ -70,11 +70,11 @@ pub fn choose(
         };
         subnets.set(family, Some(subnet));
     }
-    let key = LeaseKey::new(subnets).expect("a validated config has a network, so there is a subnet");
+    let key = LeaseKey::new(subnets).expect("a validated config has at least one network");
     Ok(Choice::Create(key))
 }
 
-/// Does the configuration admit a lease of these subnets: one of each of its families, and in their ranges?
+/// Whether the configuration admits a lease of these subnets: one for each enabled family, and each in its range.
 pub fn is_admitted(config: &Config, subnets: &PerFamily<Subnet>) -> bool {
     crate::net::Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
         (None, None) => true,
@@ -83,24 +83,23 @@ pub fn is_admitted(config: &Config, subnets: &PerFamily<Subnet>) -> bool {
     })
 }
 
-/// Does a lease with these public addresses belong to the host that publishes `mine`?
+/// Whether a lease with these public addresses belongs to the host that publishes `mine`.
 pub fn is_mine(theirs: &PerFamily<IpAddr>, mine: &PerFamily<IpAddr>) -> bool {
     match mine.v4 {
         Some(ip) => theirs.v4 == Some(ip),
-        // Hosts without IPv4 all publish 0.0.0.0, which identifies nobody: compare what does.
+        // Hosts without IPv4 all publish 0.0.0.0, which does not identify them; their IPv6 addresses do.
         None => theirs.v4.is_none() && mine.v6.is_some() && theirs.v6 == mine.v6,
     }
 }
 
-/// The first free subnets. Taken ones are sorted, so that the walk jumps over each once instead of comparing all
-/// with all.
+/// The first free subnets. The taken ones are sorted, so that the search skips each once instead of comparing all with all.
 fn free(network: &Network, mut taken: Vec<Subnet>) -> Vec<Subnet> {
     taken.sort_by_key(|subnet| bits_of(subnet.network()));
     let family = network.network.family();
     let step = 1u128 << (family.bits() - network.subnet_len);
     let (mut at, end) = (bits_of(network.min), bits_of(network.max));
     let mut taken = taken.into_iter().peekable();
-    let mut blocked_to = None::<u128>; // the highest address that a subnet passed so far covers
+    let mut blocked_to = None::<u128>; // the highest address of the taken subnets passed so far
     let mut free = Vec::new();
     while at <= end && free.len() < CANDIDATES {
         while let Some(subnet) = taken.next_if(|subnet| bits_of(subnet.network()) < at.saturating_add(step)) {
@@ -108,7 +107,7 @@ fn free(network: &Network, mut taken: Vec<Subnet>) -> Vec<Subnet> {
         }
         match blocked_to {
             Some(last) if last >= at => {
-                // Continue at the first subnet behind what is taken.
+                // Continue at the first subnet after the taken one.
                 let Some(next) = (last / step).checked_add(1).and_then(|n| n.checked_mul(step)) else { break };
                 at = next;
             }
@@ -129,7 +128,7 @@ mod tests {
 
     const CONFIG: &str = r#"{"Network":"10.1.0.0/16","SubnetMax":"10.1.4.0","Backend":{"Type":"alloc"}}"#;
 
-    /// `leases` is "subnet@public ip" by spaces.
+    /// Chooses among `leases`: "subnet@public ip", separated by spaces.
     fn pick(leases: &str, mine: &str, previous: &str) -> String {
         let config = Config::parse(CONFIG).unwrap();
         let mut set = LeaseSet::default();
@@ -152,31 +151,31 @@ mod tests {
     }
 
     #[test]
-    fn the_lease_with_my_address_is_reused() {
+    fn lease_with_own_address_is_reused() {
         assert_eq!(pick("10.1.1.0/24@192.0.2.1 10.1.3.0/24@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "reuse 10.1.3.0/24");
     }
 
     #[test]
-    fn the_previous_subnet_is_taken_if_free() {
+    fn previous_subnet_is_chosen_if_free() {
         assert_eq!(pick("10.1.1.0/24@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.2.0/24");
         assert_eq!(pick("10.1.2.0/24@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.4.0/24");
         assert_eq!(pick("10.1.2.0/25@192.0.2.1", "192.0.2.2", "10.1.2.0/24"), "create 10.1.4.0/24");
     }
 
     #[test]
-    fn a_previous_subnet_that_the_config_forbids_is_ignored() {
+    fn previous_subnet_out_of_range_is_ignored() {
         for previous in ["10.9.2.0/24", "10.1.2.0/25", "10.1.5.0/24", "10.1.0.0/24"] {
             assert_eq!(pick("", "192.0.2.2", previous), "create 10.1.4.0/24");
         }
     }
 
     #[test]
-    fn my_lease_that_the_config_forbids_is_given_back() {
+    fn own_lease_out_of_range_is_deleted() {
         assert_eq!(pick("10.1.2.0/25@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "create 10.1.2.0/24 delete 10.1.2.0/25");
     }
 
     #[test]
-    fn a_second_family_leaves_the_first_as_it_was() {
+    fn adding_a_family_keeps_the_subnet_of_the_first() {
         let config =
             Config::parse(r#"{"Network":"10.1.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"alloc"}}"#).unwrap();
         let mut set = LeaseSet::default();
@@ -184,12 +183,14 @@ mod tests {
         let mine = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
         set.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
         let mut stale = None;
-        let Ok(Choice::Create(new)) = choose(&config, &set, &mine, &PerFamily::default(), &mut stale, |_| 0) else { panic!("a new lease") };
+        let Ok(Choice::Create(new)) = choose(&config, &set, &mine, &PerFamily::default(), &mut stale, |_| 0) else {
+            panic!("expected a new lease")
+        };
         assert_eq!((stale, new.to_string().as_str()), (Some(key), "10.1.7.0/24,fc00:0:0:1::/64"));
     }
 
     #[test]
-    fn a_full_network_says_what_to_enlarge() {
+    fn full_network_error_names_the_fix() {
         let leases = "10.1.1.0/24@192.0.2.1 10.1.2.0/23@192.0.2.2 10.1.4.128/25@192.0.2.3";
         assert_eq!(
             pick(leases, "192.0.2.9", ""),

@@ -1,5 +1,5 @@
-//! From what is to what shall be, as operations in an order that loses no packet: what others stand on first, adds
-//! before deletes, deletes in reverse.
+//! Compares the desired with the observed state, and orders the operations so that no packet is lost: dependencies first, adds before
+//! deletes, deletes in reverse order.
 
 use crate::desired::Desired;
 use crate::net::IfName;
@@ -7,12 +7,12 @@ use crate::object::{Key, Object};
 use crate::observed::Observed;
 use crate::op::Op;
 
-/// May objects be deleted that nobody wants?
+/// Whether objects without an owner may be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prune {
-    /// Yes: the store has said that we know all leases.
+    /// Yes: the store has completed a list, so all leases are known.
     Yes,
-    /// No: what seems superfluous may belong to a lease that we do not know yet.
+    /// No: an object without an owner may belong to a lease that is not known yet.
     No,
 }
 
@@ -30,7 +30,7 @@ pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
             deletes.push(Op::Delete(have.clone()));
         }
     };
-    // Both are in the order of keys, so one walk compares them.
+    // Both are in the order of keys, so one pass compares them.
     let mut there = observed.iter().peekable();
     for (key, want) in desired.iter() {
         while let Some((_, have)) = there.next_if(|(other, _)| *other < key) {
@@ -47,8 +47,8 @@ pub fn diff(desired: &Desired, observed: &Observed, prune: Prune) -> Vec<Op> {
     ops
 }
 
-/// The same, limited to these keys, which come in order: the cost follows their number. A link that must be created anew takes all that
-/// stands on it along, so for that one the whole picture is compared.
+/// Like [`diff`], limited to these keys, which must be in order: the cost depends on their number. If a link must be recreated,
+/// everything is compared, because deleting a link deletes the objects that depend on it.
 pub fn diff_keys<'a>(desired: &Desired, observed: &Observed, keys: impl IntoIterator<Item = &'a Key> + Copy, prune: Prune) -> Vec<Op> {
     if keys.into_iter().any(|key| replaced_link(desired, observed, key).is_some()) {
         return diff(desired, observed, prune);
@@ -67,7 +67,7 @@ pub fn diff_keys<'a>(desired: &Desired, observed: &Observed, keys: impl IntoIter
     ops
 }
 
-/// The link at this key, if it is there in a form that cannot be changed into the desired one.
+/// The link at this key, if it exists and must be recreated to get the desired form.
 fn replaced_link(desired: &Desired, observed: &Observed, key: &Key) -> Option<IfName> {
     let Key::Link(name) = key else { return None };
     match (desired.get(key), observed.get(key)) {
@@ -129,17 +129,17 @@ mod tests {
         let o: Observed = observed.into_iter().collect();
         let ops = diff(&d, &o, prune);
         let keys: BTreeSet<Key> = d.iter().map(|(key, _)| key.clone()).chain(o.iter().map(|(key, _)| key.clone())).collect();
-        assert_eq!(ops, diff_keys(&d, &o, &keys, prune), "limited to all keys it is the same");
+        assert_eq!(ops, diff_keys(&d, &o, &keys, prune), "a diff of all keys equals the whole diff");
         want.assert_eq(&ops.iter().map(|op| format!("{op}\n")).collect::<String>());
     }
 
     #[test]
-    fn nothing_to_do_is_nothing_done() {
+    fn equal_states_need_no_operation() {
         check(vec![link(1, 1450), addr()], vec![addr(), link(1, 1450)], Prune::Yes, expect![""]);
     }
 
     #[test]
-    fn adds_come_before_deletes_and_a_changed_route_is_replaced_in_place() {
+    fn adds_come_before_deletes() {
         check(
             vec![route("10.1.2.0/24", "192.0.2.2"), route("10.1.3.0/24", "192.0.2.3")],
             vec![route("10.1.1.0/24", "192.0.2.1"), route("10.1.2.0/24", "192.0.2.9"), route("10.1.0.0/24", "192.0.2.1")],
@@ -154,12 +154,12 @@ mod tests {
     }
 
     #[test]
-    fn without_leave_to_prune_nothing_is_deleted() {
+    fn nothing_is_deleted_without_pruning() {
         check(vec![], vec![route("10.1.1.0/24", "192.0.2.1")], Prune::No, expect![""]);
     }
 
     #[test]
-    fn a_link_of_another_vni_is_created_anew_with_all_that_stood_on_it() {
+    fn link_with_another_vni_is_recreated_with_its_dependents() {
         check(
             vec![link(1, 1450), addr()],
             vec![link(7, 1450), addr()],
@@ -173,9 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn a_device_whose_interface_has_another_name_is_changed_in_place() {
-        let Object::Link(mut renamed) = link(1, 1450) else { panic!("it is a link") };
-        let LinkKind::Vxlan { lower, .. } = &mut renamed.kind else { panic!("of VXLAN") };
+    fn changed_lower_interface_is_set_in_place() {
+        let Object::Link(mut renamed) = link(1, 1450) else { panic!("expected a link") };
+        let LinkKind::Vxlan { lower, .. } = &mut renamed.kind else { panic!("expected a VXLAN link") };
         *lower = "ens3".parse().unwrap();
         check(
             vec![link(1, 1450), addr()],
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_is_changed_in_place() {
+    fn changed_mtu_is_set_in_place() {
         check(
             vec![link(1, 1400), addr()],
             vec![link(1, 1450), addr()],
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_claims_the_lower_owner_wins_and_the_other_follows_when_it_goes() {
+    fn higher_owner_gets_key_when_lower_owner_releases_it() {
         let owner = |text: &str| Owner::Lease(LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap());
         let mut d = Desired::default();
         d.set_part(owner("10.1.9.0/24"), vec![route("10.1.1.0/24", "192.0.2.9")]);

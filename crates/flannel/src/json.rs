@@ -1,5 +1,5 @@
-//! JSON as Go's `encoding/json` reads it: field names match case-insensitively, unknown fields are ignored, the last
-//! duplicate wins (specification, section 0, point 1). One place, so that every wire form is equally tolerant.
+//! Parses JSON objects as Go's `encoding/json` does: field names match case-insensitively, unknown fields are ignored, the last
+//! duplicate wins (specification, section 0, point 1). All wire formats use it, so they are equally lenient.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,12 +9,12 @@ use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-/// A JSON object, each value kept as it was written. There are few fields in one, and ten thousand objects in a list of leases: so
-/// they are looked for one after the other, and nothing is copied that need not be.
+/// A JSON object with unparsed values. An object has few fields, but a list of leases has ten thousand objects: so lookup is a linear
+/// search, and text is borrowed where possible.
 #[derive(Debug, Default)]
 pub(crate) struct Fields<'a>(Vec<(Name<'a>, &'a RawValue)>);
 
-/// A field's name, lower-cased but for ASCII letters, whose case is ignored when it is looked for.
+/// A field name. Non-ASCII letters are lower-cased here; lookup ignores the case of ASCII letters.
 #[derive(Debug)]
 struct Name<'a>(Cow<'a, str>);
 
@@ -24,7 +24,7 @@ impl<'de> Deserialize<'de> for Name<'de> {
         impl<'de> Visitor<'de> for Text {
             type Value = Name<'de>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a field's name")
+                f.write_str("a field name")
             }
             fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Name<'de>, E> {
                 Ok(Name(if text.is_ascii() { Cow::Borrowed(text) } else { Cow::Owned(text.to_lowercase()) }))
@@ -63,13 +63,13 @@ impl<'a> Fields<'a> {
         serde_json::from_str(text)
     }
 
-    /// The value of a field named in lower case, as it was written.
+    /// The unparsed value of a field. `name` is in lower case.
     pub(crate) fn raw(&self, name: &str) -> Option<&'a RawValue> {
         debug_assert_eq!(name, name.to_lowercase());
         self.0.iter().rev().find(|(field, _)| field.0.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
     }
 
-    /// A field that must have type `T` when it is there. JSON `null` counts as absent.
+    /// The value of a field, which must have type `T` if present. JSON `null` counts as absent.
     pub(crate) fn get<T: Deserialize<'a>>(&self, name: &str) -> Result<Option<T>, serde_json::Error> {
         match self.raw(name) {
             None => Ok(None),
@@ -77,7 +77,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A field that must be a text when it is there; the same as [`Fields::get`], without a copy of what has no escapes.
+    /// The value of a string field. Like [`Fields::get`], but text without escapes is not copied.
     pub(crate) fn text(&self, name: &str) -> Result<Option<Cow<'a, str>>, serde_json::Error> {
         let Some(raw) = self.raw(name).map(RawValue::get) else { return Ok(None) };
         let plain = raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).filter(|text| !text.contains('\\'));
@@ -87,15 +87,15 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Is the field there with the value `null`?
+    /// Whether the field is present with the value `null`.
     pub(crate) fn is_null(&self, name: &str) -> bool {
         self.raw(name).is_some_and(|raw| raw.get().trim() == "null")
     }
 }
 
-/// The same JSON without white space between its tokens; object keys keep their order as far as they are unique.
+/// Removes white space between JSON tokens; unique object keys keep their order.
 pub(crate) fn compact(raw: &RawValue) -> Option<Box<str>> {
-    // A value that is already compact (what every flanneld writes) is taken as it stands.
+    // Every flanneld writes compact values, which need no change.
     let text = raw.get();
     if !text.contains([' ', '\t', '\n', '\r']) {
         return Some(text.into());

@@ -1,5 +1,5 @@
-//! Kernel objects as values, one file a kind: its fields, its key, its text, what it depends on and how it is treated. What the
-//! kernel crate does with each kind is in its folder of the same name.
+//! Kernel objects as values. Each kind has one file with its fields, key, text, dependencies and policy; the kernel crate has a file of
+//! the same name that reads and applies it.
 //!
 //! A new kind is a file here, a line in `kinds!`, a variant of [`Key`] and a file in the kernel crate; the compiler names each place.
 
@@ -39,18 +39,18 @@ pub use self::pod_rules::PodRules;
 pub use self::route::{BOOT_PROTOCOL, ROUTE_PROTOCOL, Route, route_metric};
 pub use self::sysctl::Sysctl;
 
-/// What each kind of object says about itself. `Display` is one line in the manner of iproute2, a page for rules.
+/// The interface of every kind of object. `Display` is one line in the style of iproute2; for rules it is several lines.
 pub trait Item: fmt::Display {
-    /// The object's identity: what the kernel replaces by.
+    /// The object's identity, by which the kernel replaces one object with another.
     fn key(&self) -> Key;
 
-    /// Does the object vanish with this link?
+    /// Whether the object is deleted with this link.
     fn depends_on(&self, link: IfName) -> bool;
 
-    /// How the object is treated.
+    /// The rules for applying and deleting the object.
     fn policy(&self) -> Policy;
 
-    /// What would help when the kernel refuses it with this error number; a container cannot load modules.
+    /// The fix when the kernel refuses the object with this error number. (The daemon cannot load modules from a container.)
     fn advice(&self, errno: i32) -> Option<&'static str> {
         let _ = errno;
         None
@@ -62,25 +62,25 @@ pub trait Item: fmt::Display {
     }
 }
 
-/// How objects of a kind are treated.
+/// The rules for applying and deleting objects of a kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// The address family that needs the object; `None` if all do.
     pub family: Option<Family>,
-    /// Is it left in place when no owner wants it any more? The CNI plugins made the bridge and the pods' rules, and a sysctl has no
-    /// absence.
+    /// Whether the object is kept when it has no owner any more: the CNI plugins created the bridge and the pods' rules, and a sysctl
+    /// cannot be deleted.
     pub never_deleted: bool,
-    /// May the CNI plugins be given `subnet.env` before this object of the node is in place? So it is where pods reach each other
-    /// without it, or where another program may hold it up.
+    /// Whether `subnet.env` may be written before this object of the node is applied: pods reach each other without it, or another
+    /// program can delay it.
     pub optional: bool,
 }
 
-/// Where objects of a kind are read and applied.
+/// The thread that reads and applies objects of a kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
-    /// By the kernel thread, which never waits for a lock, a child process or a peer.
+    /// The kernel thread, which never waits for a lock, a child process or a peer.
     Fast,
-    /// Beside it: what waits for a child process or for a lock.
+    /// A second thread, for objects that need a child process or a lock.
     Slow,
 }
 
@@ -106,10 +106,10 @@ impl<T: Item> Item for Box<T> {
     }
 }
 
-/// Defines [`Object`] and [`Kind`] from one list, so that neither can lack a kind.
+/// Defines [`Object`] and [`Kind`] from one list, so that both have every kind.
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident($value:ty),)*) => {
-        /// One thing in the kernel, or one that stands for the kernel. A peer has three, so large and rare ones are boxed.
+        /// An object in the kernel, or one that is managed like it. Each peer has three; the large and rare kinds are boxed.
         #[derive(Debug, Clone, PartialEq, Eq)]
         pub enum Object {
             $($(#[$doc])* $kind($value),)*
@@ -153,29 +153,29 @@ macro_rules! kinds {
 kinds! {
     /// A link.
     Link(Box<Link>),
-    /// An address on a link of ours.
+    /// An address on a link of the daemon.
     Addr(Addr),
     /// The bridge of this host's pods.
     Bridge(Box<Bridge>),
     /// A sysctl.
     Sysctl(Sysctl),
-    /// A forwarding entry of a VXLAN device.
+    /// An FDB entry of a VXLAN device.
     Fdb(Fdb),
     /// A neighbour entry.
     Neigh(Neigh),
-    /// An entry of the udp backend's own table.
+    /// An entry of the udp backend's forwarding table.
     Forward(Forward),
     /// A route.
     Route(Route),
     /// A blackhole route.
     Blackhole(Blackhole),
-    /// Our nftables table of one family.
+    /// The daemon's nftables table of one family.
     Ruleset(Ruleset),
-    /// Our chains of iptables of one family.
+    /// The daemon's iptables chains of one family.
     Iptables(Iptables),
-    /// Rules that the plugins wrote for pods.
+    /// Rules that the CNI plugins wrote for pods.
     PodRules(PodRules),
-    /// The operator's own commands for a peer.
+    /// The operator's commands for a peer.
     Extension(Box<ExtensionPeer>),
     /// The file for the CNI plugins.
     EnvFile(Box<EnvFile>),
@@ -187,24 +187,24 @@ impl Kind {
         match self {
             Kind::Link | Kind::Addr | Kind::Bridge | Kind::Sysctl | Kind::Fdb | Kind::Neigh | Kind::Forward => Lane::Fast,
             Kind::Route | Kind::Blackhole | Kind::Ruleset | Kind::EnvFile => Lane::Fast,
-            // Programs of iptables and the operator's commands are child processes, and pods' rules have a lock.
+            // iptables and the operator's commands are child processes, and the pods' rules need a lock.
             Kind::Iptables | Kind::PodRules | Kind::Extension => Lane::Slow,
         }
     }
 }
 
 impl Object {
-    /// Does the object vanish with this link?
+    /// Whether the object is deleted with this link.
     pub fn depends_on(&self, link: IfName) -> bool {
         self.item().depends_on(link)
     }
 
-    /// How the object is treated.
+    /// The rules for applying and deleting the object.
     pub fn policy(&self) -> Policy {
         self.item().policy()
     }
 
-    /// What would help when the kernel refuses it with this error number.
+    /// The fix when the kernel refuses the object with this error number.
     pub fn advice(&self, errno: i32) -> Option<&'static str> {
         self.item().advice(errno)
     }
@@ -217,30 +217,30 @@ impl Object {
 
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Rules end with a line break.
+        // The text of rules ends with a line break.
         f.write_str(self.item().to_string().trim_end())
     }
 }
 
-/// The identity of an object. Its order is the apply order: links come first, and a route comes after the entries that it needs, so
-/// that no packet takes it before it can arrive.
+/// The identity of an object. Keys are in apply order: links come first, and a route comes after the entries that it needs, so that no
+/// packet takes the route before it can arrive.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// By name.
     Link(IfName),
-    /// By link and address with its length.
+    /// By link, address and prefix length.
     Addr(IfName, Cidr),
     /// By name.
     Bridge(IfName),
     /// By path.
     Sysctl(String),
-    /// By link and link-layer address.
+    /// By link and MAC address.
     Fdb(IfName, Mac),
     /// By link and address.
     Neigh(IfName, IpAddr),
     /// By destination.
     Forward(Subnet),
-    /// By destination and metric: that is what the kernel replaces by.
+    /// By destination and metric, as the kernel identifies it.
     Route(Subnet, u32),
     /// By destination.
     Blackhole(Subnet),
@@ -248,11 +248,11 @@ pub enum Key {
     Ruleset(Family),
     /// By family and packet filter.
     Iptables(Family, Variant),
-    /// A host has one.
+    /// One per host.
     PodRules,
     /// By lease.
     Extension(LeaseKey),
-    /// A node has one. It is last: all that it promises to the plugins is in place by then.
+    /// One per node. It is last, so that everything that it announces to the plugins is applied before.
     EnvFile,
 }
 
@@ -266,7 +266,7 @@ impl fmt::Display for Key {
             Key::Neigh(link, ip) => write!(f, "neighbour {ip} on {link}"),
             Key::Fdb(link, mac) => write!(f, "FDB entry {mac} on {link}"),
             Key::Route(dst, metric) => write!(f, "route {dst} metric {metric}"),
-            Key::Forward(dst) => write!(f, "forwarding of {dst}"),
+            Key::Forward(dst) => write!(f, "forwarding entry {dst}"),
             Key::Extension(lease) => write!(f, "extension {lease}"),
             Key::Blackhole(dst) => write!(f, "blackhole route {dst}"),
             Key::Ruleset(family) => write!(f, "nftables rules for {family}"),

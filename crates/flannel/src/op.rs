@@ -1,4 +1,4 @@
-//! The narrow waist: every change to the kernel is an [`Op`], every answer an [`Outcome`].
+//! The interface between decisions and the kernel: every change is an [`Op`], and its result an [`Outcome`].
 
 use std::fmt;
 
@@ -8,9 +8,9 @@ use crate::observed::Observed;
 /// A change to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
-    /// Make the object be there, exactly so: create it or replace what is at its key.
+    /// Create the object, or replace the one with its key.
     Set(Object),
-    /// Make the object be gone. That it is gone already is success.
+    /// Delete the object. It is no error if it does not exist.
     Delete(Object),
 }
 
@@ -40,12 +40,12 @@ impl fmt::Display for Op {
     }
 }
 
-/// Why the kernel refused an operation.
+/// The reason why an operation failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpError {
     /// The error number of `errno.h`.
     pub errno: i32,
-    /// What was tried and what the kernel said (its extended ack, where it gave one).
+    /// The operation and the kernel's message (its extended ack, if any).
     pub text: String,
 }
 
@@ -57,16 +57,16 @@ impl fmt::Display for OpError {
 
 impl std::error::Error for OpError {}
 
-/// The answer to one operation.
+/// The result of one operation.
 pub type Outcome = Result<(), OpError>;
 
 impl Observed {
-    /// The same as [`Observed::apply`] for each, which for many at once is cheaper.
+    /// Like [`Observed::apply`] for each operation, but faster for many.
     pub fn apply_all(&mut self, ops: Vec<Op>) {
         let mut set = Vec::with_capacity(ops.len());
         for op in ops {
             match op {
-                // An object that was set and is deleted by the same list is gone.
+                // A list may set and then delete the same object.
                 Op::Delete(object) => {
                     self.extend(set.drain(..));
                     self.remove(&object.key());
@@ -77,8 +77,8 @@ impl Observed {
         self.extend(set);
     }
 
-    /// The model kernel: what would be there after the operation. Laws are checked against it, and the daemon keeps
-    /// its memory of the kernel current with it.
+    /// Changes the observed state as the operation changes the kernel. The daemon updates its view of the kernel with it, and property
+    /// tests use it as a model of the kernel.
     pub fn apply(&mut self, op: &Op) {
         match op {
             Op::Set(object) => self.insert(object.clone()),

@@ -1,17 +1,17 @@
-//! When a lease must be renewed: a state machine that is told the time.
+//! Schedules the renewal of a lease: a state machine that takes the time as argument.
 
 use std::time::{Duration, Instant};
 
-/// The life of every lease in etcd, which upstream fixes (specification, section 3.1).
+/// The TTL of every lease in etcd, which upstream fixes (specification, section 3.1).
 pub const LEASE_TTL: Duration = Duration::from_secs(86_400);
 
-/// How long a failed renewal waits for the next try at most; the nearer the end, the sooner it is.
+/// The longest delay between retries of a renewal; it is shorter when the lease is about to expire.
 pub const RETRY: Duration = Duration::from_secs(60);
 
-/// What is due.
+/// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// Nothing before this instant.
+    /// Wait until this instant.
     Wait(Instant),
     /// Renew now.
     Renew,
@@ -26,24 +26,24 @@ pub struct Renewal {
 }
 
 impl Renewal {
-    /// A lease that was granted at `now` for `ttl`, to be renewed `margin` before its end; a margin of at least the
-    /// whole ttl means half of it, so that a short lease is not renewed without pause.
+    /// Schedules a lease that was granted at `now` for `ttl`, to be renewed `margin` before it expires. If the margin is not less than
+    /// the TTL, it is renewed after half of it, so that a short lease is not renewed without pause.
     pub fn granted(now: Instant, ttl: Duration, margin: Duration) -> Renewal {
         let wait = if margin < ttl { ttl - margin } else { ttl / 2 };
         Renewal { margin, due: now + wait, ends: now + ttl }
     }
 
-    /// What is due at `now`.
+    /// The next step at `now`.
     pub fn poll(&self, now: Instant) -> Step {
         if now >= self.due { Step::Renew } else { Step::Wait(self.due) }
     }
 
-    /// The lease was renewed at `now`.
+    /// Records that the lease was renewed at `now`.
     pub fn renewed(&mut self, now: Instant, ttl: Duration) {
         *self = Renewal::granted(now, ttl, self.margin);
     }
 
-    /// The renewal failed at `now`: try again, soon and forever.
+    /// Records that the renewal failed at `now`; retries have no limit.
     pub fn failed(&mut self, now: Instant) {
         let left = self.ends.saturating_duration_since(now);
         self.due = now + (left / 4).clamp(Duration::from_secs(1), RETRY);
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn renewed_a_margin_before_the_end_and_retried_each_minute() {
+    fn lease_is_renewed_before_expiry_and_retried_each_minute() {
         let start = Instant::now();
         let hour = Duration::from_secs(3600);
         let mut renewal = Renewal::granted(start, LEASE_TTL, hour);
@@ -63,7 +63,7 @@ mod tests {
         assert_eq!(renewal.poll(start + 23 * hour), Step::Renew);
         renewal.failed(start + 23 * hour);
         assert_eq!(renewal.poll(start + 23 * hour), Step::Wait(start + 23 * hour + RETRY));
-        // A minute before the end there is not a minute to wait.
+        // A minute before expiry the delay is shorter.
         let late = start + 24 * hour - RETRY;
         renewal.failed(late);
         assert_eq!(renewal.poll(late), Step::Wait(late + RETRY / 4));
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_margin_beyond_the_ttl_is_half_of_it() {
+    fn margin_beyond_ttl_renews_after_half_of_it() {
         let start = Instant::now();
         let renewal = Renewal::granted(start, Duration::from_secs(10), Duration::from_secs(60));
         assert_eq!(renewal.poll(start), Step::Wait(start + Duration::from_secs(5)));

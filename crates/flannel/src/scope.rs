@@ -1,52 +1,52 @@
-//! What in the kernel is ours: the limits within which it is read, compared and deleted.
+//! The scope of the daemon: the kernel objects that it reads, compares and may delete.
 
 use std::path::PathBuf;
 
 use crate::net::{Cidr, Family, IfName, Subnet};
 use crate::object::{BOOT_PROTOCOL, ROUTE_PROTOCOL, Route};
 
-/// What in the kernel counts as ours: these links with all that stands on them, these sysctls, these tables, and the
-/// routes into these networks that a flanneld made ([`Scope::has_route`]). Another flanneld on the same host has
-/// another network, and its routes are none of ours.
+/// The kernel objects that this daemon owns: these links and their dependents, these sysctls and tables, and the routes into these
+/// networks that a flanneld added ([`Scope::has_route`]). Another flanneld on the same host has another network, so its routes are
+/// not in scope.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scope {
     /// Links by name.
     pub links: Vec<IfName>,
-    /// Sysctls by path, with the value that they shall have.
+    /// Sysctls by path, with their desired values.
     pub sysctls: Vec<(String, String)>,
     /// nftables tables by family.
     pub rulesets: Vec<Family>,
-    /// Chains of iptables by family.
+    /// iptables chains by family.
     pub iptables: Vec<Family>,
     /// The pod networks.
     pub networks: Vec<Subnet>,
-    /// Pod networks of an earlier run on this host: rules that name them are leftovers of ours.
+    /// Pod networks of an earlier run on this host, whose rules and routes are leftovers.
     pub retired: Vec<Subnet>,
     /// The file for the CNI plugins.
     pub file: Option<PathBuf>,
-    /// Addresses of this host's pods' gateways: the bridge that has one of them is the pods'.
+    /// Gateway addresses of this host's pods: the bridge that has one of them is the pods' bridge.
     pub gateways: Vec<Cidr>,
-    /// That bridge, once it is known: it may have lost them.
+    /// The name of that bridge once it is known, because it may lose the addresses.
     pub bridge: Option<IfName>,
-    /// Rules that the plugins wrote for this host's pods.
+    /// Whether the rules that the plugins wrote for this host's pods are in scope.
     pub pod_rules: bool,
-    /// Plain routes that a Go flanneld left, while they are looked for.
+    /// Plain routes that a Go flanneld may have left, while the daemon looks for them.
     pub adopt: Option<Adopt>,
 }
 
-/// What a Go flanneld's plain routes look like (host-gw, and vxlan with `DirectRouting`): through the external
-/// interface, of protocol boot and without a metric, to one whole subnet of the pod network. An operator's route may look
-/// the same, so they are looked for only once, on a host where a Go flanneld has run.
+/// The form of a Go flanneld's plain routes (host-gw, and vxlan with `DirectRouting`): through the external interface, with protocol
+/// boot and the default metric, to one whole subnet of the pod network. A route of the operator may look the same, so the daemon looks
+/// for them only once, on a host where a Go flanneld has run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Adopt {
     /// The external interface.
     pub dev: IfName,
-    /// The pod networks, and the length of each host's subnet.
+    /// The pod networks, each with the prefix length of the hosts' subnets.
     pub subnets: Vec<(Subnet, u8)>,
 }
 
 impl Adopt {
-    /// May a Go flanneld have left this route?
+    /// Whether a Go flanneld may have left this route.
     pub fn has_route(&self, route: &Route) -> bool {
         let whole = self.subnets.iter().any(|(network, len)| network.covers(route.dst) && route.dst.prefix_len() == *len);
         let default_metric = matches!((route.dst.family(), route.metric), (Family::V4, 0) | (Family::V6, 1024));
@@ -55,7 +55,7 @@ impl Adopt {
 }
 
 impl Scope {
-    /// Is this route ours, or a predecessor's of ours? By its destination, and by its protocol; on a link of ours the
+    /// Whether this daemon or its predecessor owns this route: the destination and the protocol decide. On a link of the daemon the
     /// protocol of Go flanneld counts as well.
     pub fn has_route(&self, route: &Route) -> bool {
         let into = self.networks.iter().chain(&self.retired).any(|network| network.covers(route.dst));

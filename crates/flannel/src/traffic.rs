@@ -1,5 +1,5 @@
-//! Masquerading and forward-accept as one value, the [`Ruleset`]: our own nftables table a family, replaced whole in
-//! one transaction, or the same as chains of iptables (specification, section 6).
+//! The rules for masquerading and forwarding as one value per family, the [`Ruleset`] (specification, section 6). It is written as an
+//! nftables table that is replaced in one transaction, or as iptables chains.
 
 pub mod iptables;
 
@@ -9,7 +9,7 @@ use crate::net::{Family, PerFamily, Subnet};
 use crate::object::Object;
 use iptables::{Iptables, Variant};
 
-/// An nftables table of ours, complete.
+/// The complete content of a nftables table of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruleset {
     /// The family, which also names the table: see [`table_name`].
@@ -18,7 +18,7 @@ pub struct Ruleset {
     pub chains: Vec<Chain>,
 }
 
-/// The table's name, upstream's: `flannel-ipv4` in family `ip`, `flannel-ipv6` in family `ip6`.
+/// The name of the table, the same as upstream's: `flannel-ipv4` in family `ip`, `flannel-ipv6` in family `ip6`.
 pub fn table_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "flannel-ipv4",
@@ -31,13 +31,13 @@ pub fn table_name(family: Family) -> &'static str {
 pub struct Chain {
     /// Its name.
     pub name: String,
-    /// Where it is hooked in.
+    /// Its hook.
     pub hook: Hook,
     /// Its rules in order.
     pub rules: Vec<Rule>,
 }
 
-/// Where a base chain is hooked in; policy is always accept.
+/// The type, hook and priority of a base chain; the policy is always accept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
     /// Type filter, hook forward, priority 0 (`filter`).
@@ -46,37 +46,37 @@ pub enum Hook {
     Postrouting,
 }
 
-/// A rule: when all matches hold, the verdict.
+/// A rule: a verdict for packets that satisfy all matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// All must hold.
+    /// The conditions.
     pub matches: Vec<Match>,
-    /// What then happens.
+    /// The verdict.
     pub verdict: Verdict,
 }
 
 /// A condition on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Match {
-    /// The source address is in the prefix; outside it, when negated.
+    /// The source address is in the prefix, or outside it if negated.
     Source {
         /// The prefix.
         net: Subnet,
-        /// Is the condition negated?
+        /// Whether the condition is negated.
         not: bool,
     },
-    /// The destination address is in the prefix; outside it, when negated.
+    /// The destination address is in the prefix, or outside it if negated.
     Destination {
         /// The prefix.
         net: Subnet,
-        /// Is the condition negated?
+        /// Whether the condition is negated.
         not: bool,
     },
     /// All these bits of the packet mark are set.
     Mark(u32),
 }
 
-/// What happens to a packet that matches.
+/// The verdict on a packet that matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// `accept`
@@ -85,12 +85,12 @@ pub enum Verdict {
     Return,
     /// `masquerade`, with `fully-random` or without
     Masquerade {
-        /// Choose the source port at random (`NF_NAT_RANGE_PROTO_RANDOM_FULLY`).
+        /// Whether the source port is chosen at random (`NF_NAT_RANGE_PROTO_RANDOM_FULLY`).
         fully_random: bool,
     },
 }
 
-/// What the operator wants of the traffic rules.
+/// The operator's settings for the traffic rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrafficConfig {
     /// `--ip-masq`
@@ -99,23 +99,23 @@ pub struct TrafficConfig {
     pub fully_random: bool,
     /// `--iptables-forward-rules`
     pub forward: bool,
-    /// `EnableNFTables`, and which iptables the host has.
+    /// The flavour, from `EnableNFTables` and the iptables of the host.
     pub flavour: Flavour,
 }
 
-/// In which form the rules are written.
+/// The form in which the rules are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flavour {
-    /// Tables of our own in nftables.
+    /// nftables tables of the daemon.
     Nftables,
-    /// Chains in the tables of iptables.
+    /// Chains in the iptables tables.
     Iptables(Variant),
 }
 
-/// kube-proxy marks packets that it will masquerade itself; they need no second translation.
+/// The mark of packets that kube-proxy masquerades itself, which need no second translation.
 const KUBE_MASQUERADE_MARK: u32 = 0x4000;
 
-/// The rules as objects: for these pod networks and my own subnets, in the flavour that is wanted.
+/// The rules for these pod networks and this host's subnets as objects of the configured flavour.
 pub fn objects(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFamily<Subnet>) -> Vec<Object> {
     let object = |ruleset: Ruleset| match config.flavour {
         Flavour::Nftables => Object::Ruleset(ruleset),
@@ -124,7 +124,7 @@ pub fn objects(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFa
     rulesets(config, networks, mine).into_iter().map(object).collect()
 }
 
-/// The rulesets for these pod networks and my own subnets, one a family.
+/// The rulesets for these pod networks and this host's subnets, one per family.
 pub fn rulesets(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFamily<Subnet>) -> Vec<Ruleset> {
     let families = networks.iter().filter_map(|(family, cluster)| Some((family, *cluster, *mine.get(family)?)));
     families
@@ -149,12 +149,12 @@ fn chains(config: TrafficConfig, cluster: Subnet, pod: Subnet) -> Vec<Chain> {
     if config.masquerade {
         let rules = vec![
             rule(&[Match::Mark(KUBE_MASQUERADE_MARK)], Verdict::Return),
-            // Within the overlay pods keep their addresses.
+            // Packets between pods keep their source address.
             rule(&[from(pod), to(cluster)], Verdict::Return),
             rule(&[from(cluster), to(pod)], Verdict::Return),
-            // What comes from outside for a pod of this host keeps its source.
+            // Packets from outside to a pod of this host keep their source address.
             rule(&[not_from(cluster), to(pod)], Verdict::Return),
-            // Pods that go out, and what reaches remote pods through this host, take this host's address.
+            // Packets from pods to the outside, and through this host to remote pods, get this host's address.
             rule(&[from(cluster), not_to(cluster.family().multicast())], masquerade),
             rule(&[not_from(cluster), to(cluster)], masquerade),
         ];
@@ -164,7 +164,7 @@ fn chains(config: TrafficConfig, cluster: Subnet, pod: Subnet) -> Vec<Chain> {
 }
 
 impl fmt::Display for Ruleset {
-    /// The ruleset in the language of `nft`.
+    /// Renders the ruleset in the syntax of `nft`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ip = match self.family {
             Family::V4 => "ip",
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn masquerade_and_forward() {
+    fn ruleset_masquerades_and_forwards() {
         expect![[r#"
             table ip flannel-ipv4 {
             	chain forward {
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn each_part_is_there_only_when_asked_for() {
+    fn each_chain_exists_only_if_enabled() {
         assert_eq!(text(TrafficConfig { masquerade: false, forward: false, ..ALL }), "");
         assert!(!text(TrafficConfig { masquerade: false, ..ALL }).contains("postrtg"));
         assert!(!text(TrafficConfig { fully_random: false, ..ALL }).contains("random"));

@@ -1,11 +1,11 @@
-//! A blackhole route of the main table.
+//! Blackhole routes of the main table.
 
 use std::fmt;
 
 use super::{Item, Key, Policy};
 use crate::net::{IfName, Subnet};
 
-/// A blackhole route of the main table: packets that no other route takes end here (`--ip-blackhole-route`).
+/// A blackhole route of the main table, which drops packets that match no other route (`--ip-blackhole-route`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Blackhole {
     /// Destination.

@@ -1,5 +1,5 @@
-//! The bridge of this host's pods. The CNI plugin makes it, with the first pod; the daemon keeps it: one that somebody deletes, sets
-//! down or takes the gateway's address from would cut off every pod of the host until that pod is made anew.
+//! The bridge of this host's pods. The CNI plugin creates it with the first pod, and the daemon repairs it: if another program deletes
+//! the bridge, sets it down or removes the gateway address, every pod of the host is cut off until it is recreated.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,39 +12,39 @@ use crate::net::{Cidr, IfName, Mac};
 pub struct Bridge {
     /// Interface name.
     pub name: IfName,
-    /// Link-layer address.
+    /// MAC address.
     pub mac: Mac,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Administratively up?
+    /// Whether it is administratively up.
     pub up: bool,
-    /// Does it take frames for everybody?
+    /// Whether it is in promiscuous mode.
     pub promiscuous: bool,
-    /// Does it tell VLANs apart? Then it is not kept, because VLANs of ports are not known.
+    /// Whether it filters VLANs. Then the daemon does not repair it, because it does not know the VLANs of the ports.
     pub vlans: bool,
-    /// May packets to 127.0.0.0/8 leave by it? So the portmap plugin wants it.
+    /// Whether it may route packets to 127.0.0.0/8, which the portmap plugin needs (sysctl `route_localnet`).
     pub route_localnet: bool,
     /// Its addresses within this host's subnets.
     pub addrs: BTreeSet<Cidr>,
-    /// The pods' ends.
+    /// The host ends of the pods' veth pairs.
     pub ports: BTreeMap<IfName, Port>,
-    /// Ends of containers that are a port of nothing: those of pods that lost their bridge, and others'. What is there; nobody
-    /// wants it otherwise.
+    /// Host ends of veth pairs that are no bridge port: of pods that lost their bridge, and of others. Observed only; the desired
+    /// state has the same.
     pub loose: BTreeSet<IfName>,
 }
 
-/// How a link behaves as the port of a bridge.
+/// The settings of a bridge port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Port {
-    /// May frames leave by the port that they came in by?
+    /// Whether frames may leave by the port on which they arrived.
     pub hairpin: bool,
-    /// Are frames between this port and other isolated ports dropped?
+    /// Whether frames between this port and other isolated ports are dropped.
     pub isolated: bool,
 }
 
-/// What the bridge shall be, by what it was known to be and what it is. One that was never seen with a gateway's address is not
-/// known, and nothing is wanted of it; neither of one that tells VLANs apart, or that was given another gateway's address. While it
-/// is well, whatever the plugin makes of it is right.
+/// Computes the desired bridge from its last known state and its present state. Returns `None` for a bridge that was never seen with a
+/// gateway address, that filters VLANs, or that has another gateway address now. Changes that the plugin makes to an intact bridge are
+/// accepted.
 pub fn keep(known: Option<&Bridge>, is: Option<&Bridge>, gateways: &[Cidr]) -> Option<Bridge> {
     let known = known.filter(|known| gateways.iter().any(|gateway| known.addrs.contains(gateway)));
     let Some(is) = is else { return known.cloned() };
@@ -54,10 +54,10 @@ pub fn keep(known: Option<&Bridge>, is: Option<&Bridge>, gateways: &[Cidr]) -> O
     let mut want = is.clone();
     if let Some(known) = known.filter(|known| known.name == is.name) {
         want.up = true;
-        // Who gave it another one of the same subnet meant that.
+        // Another address in the gateway's subnet was set on purpose.
         let is_free = |gateway: &&Cidr| !is.addrs.iter().any(|addr| gateway.subnet().contains(addr.addr));
         want.addrs.extend(gateways.iter().filter(|gateway| known.addrs.contains(gateway)).filter(is_free));
-        // Its ends are there and belong to nothing: they were its ports.
+        // Former ports that still exist and have no bridge are added again.
         let lost = known.ports.iter().filter(|(name, _)| is.loose.contains(*name));
         want.ports.extend(lost.map(|(name, port)| (*name, *port)));
     }
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
     use expect_test::{Expect, expect};
 
-    /// `up ADDRESS… | PORT… | LOOSE…`
+    /// Parses `up ADDRESS… | PORT… | LOOSE…`.
     fn bridge(text: &str) -> Option<Bridge> {
         let mut parts = text.split('|').map(|part| part.split_whitespace());
         let mut words = parts.next()?;
@@ -122,9 +122,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_well_is_right_as_it_is() {
+    fn intact_bridge_is_accepted_as_it_is() {
         check("", "up 10.244.1.1/24 | a b", expect!["bridge cni0 02:00:00:00:00:01 mtu 1450 up 10.244.1.1/24, 2 ports: a b"]);
-        // Pods came and went; other ends have nothing to do with it.
+        // Pods were added and removed; an unrelated veth end is ignored.
         check(
             "up 10.244.1.1/24 | a b",
             "up 10.244.1.1/24 | b c | x",
@@ -133,10 +133,10 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lost_comes_back() {
+    fn lost_state_and_ports_are_restored() {
         check("up 10.244.1.1/24 | a b", "", expect!["bridge cni0 02:00:00:00:00:01 mtu 1450 up 10.244.1.1/24, 2 ports: a b"]);
         check("up 10.244.1.1/24 | a b", "down | a b", expect!["bridge cni0 02:00:00:00:00:01 mtu 1450 up 10.244.1.1/24, 2 ports: a b"]);
-        // The plugin made it anew for its next pod, c; b ended meanwhile.
+        // The plugin recreated the bridge for the next pod, c; pod b was deleted meanwhile.
         check(
             "up 10.244.1.1/24 | a b",
             "up 10.244.1.1/24 | c | a x",
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_renamed_bridge_is_the_one_and_one_with_vlans_is_none() {
+    fn renamed_bridge_is_followed_and_vlan_bridge_is_ignored() {
         let gateways = ["10.244.1.1/24".parse().unwrap()];
         let known = bridge("up 10.244.1.1/24 | a b").unwrap();
         let renamed = Bridge { name: "pods".parse().unwrap(), ..known.clone() };
@@ -154,17 +154,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_is_left_alone() {
+    fn unrelated_bridges_are_ignored() {
         check("", "", expect!["nothing"]);
         check("", "up 192.168.0.1/24 | a", expect!["nothing"]);
-        // Somebody moved the gateway; the other family's, or another network's, address is no gateway.
+        // The gateway address was changed within its subnet; an address of another network is not a gateway.
         check("up 10.244.1.1/24 | a", "up 10.244.1.254/24 | a", expect!["nothing"]);
         check(
             "up 10.244.1.1/24 | a",
             "up 10.9.0.1/24 | a",
             expect!["bridge cni0 02:00:00:00:00:01 mtu 1450 up 10.9.0.1/24 10.244.1.1/24, 1 ports: a"],
         );
-        // This node has another subnet by now.
+        // This node has another subnet now.
         check("up 10.244.9.1/24 | a", "", expect!["nothing"]);
     }
 }

@@ -1,4 +1,4 @@
-//! The file for the CNI plugins: `subnet.env`.
+//! The file for the CNI plugins, `subnet.env`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,17 +6,17 @@ use std::path::PathBuf;
 use super::{Item, Key, Policy};
 use crate::net::IfName;
 
-/// The file that tells the CNI plugins of this node: `subnet.env` (specification, section 1.6).
+/// `subnet.env`, from which the CNI plugins learn the settings of this node (specification, section 1.6).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnvFile {
-    /// Where it is.
+    /// Its path.
     pub path: PathBuf,
     /// Its text.
     pub text: String,
-    /// The etcd leases by which the store knew this node's lease, the present one last. They are noted beside the file: a host
-    /// whose address changed while no daemon ran knows its lease again by them, also in a store that was restored from a backup.
+    /// The etcd leases that this node's lease was attached to, the current one last. They are stored beside the file: a host whose
+    /// address changed while no daemon ran finds its lease by them, even in a store that was restored from a backup.
     pub etcd_leases: Vec<i64>,
-    /// Was it written by this program? A Go flanneld that ran since has put another in its place.
+    /// Whether this program wrote the file. A Go flanneld that ran since then has replaced it.
     pub ours: bool,
 }
 

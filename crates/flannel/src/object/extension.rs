@@ -1,4 +1,4 @@
-//! The operator's own commands for one peer (extension backend).
+//! The operator's commands for one peer (extension backend).
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! A permanent forwarding entry (FDB entry) of a VXLAN device.
+//! Permanent FDB entries of VXLAN devices.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,14 +6,14 @@ use std::net::IpAddr;
 use super::{Item, Key, Policy};
 use crate::net::{Family, IfName, Mac};
 
-/// A permanent forwarding entry of a VXLAN device.
+/// A permanent FDB entry of a VXLAN device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fdb {
     /// The VXLAN device.
     pub link: IfName,
-    /// Frames to this address…
+    /// The destination MAC address of frames.
     pub mac: Mac,
-    /// …are sent to this host.
+    /// The address of the host that they are sent to.
     pub dst: IpAddr,
 }
 

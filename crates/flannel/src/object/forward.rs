@@ -1,4 +1,4 @@
-//! An entry of the udp backend's own table.
+//! Entries of the udp backend's forwarding table.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::{Item, Key, Policy};
 use crate::net::{Family, IfName, Subnet};
 
-/// An entry of the udp backend's own table: packets for the subnet go to the host.
+/// An entry of the udp backend's forwarding table: packets for the subnet go to the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forward {
     /// Destination.

@@ -1,4 +1,4 @@
-//! Our chains of iptables of one family. Their text is in `traffic::iptables`.
+//! The daemon's iptables chains of one family. `traffic::iptables` renders their text.
 
 use super::{Item, Key, Policy};
 use crate::net::IfName;
@@ -17,7 +17,7 @@ impl Item for Iptables {
         Policy { family: Some(self.family), never_deleted: false, optional: true }
     }
 
-    /// Its text is a page.
+    /// The full text has many lines.
     fn summary(&self) -> String {
         self.key().to_string()
     }

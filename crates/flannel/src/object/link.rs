@@ -1,4 +1,4 @@
-//! A link of ours: a device of a backend.
+//! Links of the daemon: the devices of the backends.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,18 +6,18 @@ use std::net::IpAddr;
 use super::{Item, Key, Policy};
 use crate::net::{Family, IfName, Mac, Vni};
 
-/// A link of ours.
+/// A link of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Link {
     /// Interface name.
     pub name: IfName,
-    /// Attributes that can be changed only by creating the link anew.
+    /// Its kind, with attributes most of which can be changed only by recreating the link.
     pub kind: LinkKind,
-    /// Link-layer address.
+    /// MAC address.
     pub mac: Mac,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Administratively up?
+    /// Whether it is administratively up.
     pub up: bool,
 }
 
@@ -32,27 +32,27 @@ pub enum LinkKind {
         port: u16,
         /// Source address of the outer packets.
         local: IpAddr,
-        /// The interface that the outer packets leave by.
+        /// The interface that sends the outer packets.
         lower: IfName,
-        /// Group-based policy extension.
+        /// Whether the group-based policy extension is enabled.
         gbp: bool,
-        /// Source-address learning.
+        /// Whether source-address learning is enabled.
         learning: bool,
     },
-    /// A TUN device whose packets this process carries in UDP.
+    /// A TUN device whose packets the daemon carries in UDP.
     Udp {
         /// The address that the socket is bound to.
         local: IpAddr,
         /// UDP port of this and every other host.
         port: u16,
     },
-    /// A link of a kind that we never create, found under a name of ours: its `IFLA_INFO_KIND`, or empty.
+    /// A link of another kind that has the name of a daemon's link: its `IFLA_INFO_KIND`, or empty.
     Other(String),
 }
 
 impl Link {
-    /// Can `have` be changed into this link in place? Learning, the lower interface, the local address (within its family), MAC, MTU
-    /// and state can be changed; anything else needs a new device. (A lower interface of another name is the same one renamed.)
+    /// Whether `have` can be changed into this link in place. Learning, the lower interface, the local address (within its family), MAC,
+    /// MTU and state can be changed; anything else needs a new device. (A lower interface with another name is the renamed old one.)
     pub fn can_replace_in_place(&self, have: &Link) -> bool {
         match (&self.kind, &have.kind) {
             (
@@ -84,8 +84,9 @@ impl Item for Link {
 
     fn advice(&self, errno: i32) -> Option<&'static str> {
         const EOPNOTSUPP: i32 = 95;
-        (errno == EOPNOTSUPP)
-            .then_some("this kernel has no such device, or has not loaded it: run `modprobe vxlan` on the host, or use host-gw")
+        (errno == EOPNOTSUPP).then_some(
+            "the kernel lacks this kind of device, or has not loaded its module: run `modprobe vxlan` on the host, or use host-gw",
+        )
     }
 }
 

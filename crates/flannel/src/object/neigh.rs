@@ -1,4 +1,4 @@
-//! A permanent neighbour entry.
+//! Permanent neighbour entries.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,11 +9,11 @@ use crate::net::{Family, IfName, Mac};
 /// A permanent neighbour entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Neigh {
-    /// The link it is on.
+    /// The link.
     pub link: IfName,
-    /// The address it resolves.
+    /// The IP address to resolve.
     pub ip: IpAddr,
-    /// To this.
+    /// The MAC address that it resolves to.
     pub mac: Mac,
 }
 

@@ -5,10 +5,10 @@ use std::fmt;
 use super::{Item, Key, Policy};
 use crate::net::IfName;
 
-/// How many of the sets of rules that the plugins wrote for pods differ from their notes; the desired number is 0.
+/// The number of rule sets of pods that differ from the plugins' records; the desired number is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PodRules {
-    /// Sets of rules that are missing or changed.
+    /// Rule sets that are missing or changed.
     pub missing: usize,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Display for PodRules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.missing {
             0 => f.write_str("pod rules of the CNI plugins"),
-            missing => write!(f, "pod rules of the CNI plugins: {missing} sets differ"),
+            missing => write!(f, "pod rules of the CNI plugins: {missing} rule sets differ"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A unicast route of the main table.
+//! Unicast routes of the main table.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -20,17 +20,17 @@ pub struct Route {
     pub via: Option<IpAddr>,
     /// Output interface.
     pub dev: IfName,
-    /// `RTNH_F_ONLINK`: take the gateway as reachable on the interface.
+    /// `RTNH_F_ONLINK`: the gateway is reachable on the interface, whatever its prefix.
     pub onlink: bool,
-    /// `rtm_protocol`: [`ROUTE_PROTOCOL`], but for routes that another flanneld left.
+    /// `rtm_protocol`: [`ROUTE_PROTOCOL`], except for routes that a Go flanneld left behind.
     pub protocol: u8,
 }
 
-/// Our number in `rtm_protocol` (`linux/rtnetlink.h` leaves those above 4 to routing daemons; 241 is in no
-/// `rt_protos`). It is the proof that a route is ours.
+/// The daemon's number in `rtm_protocol`, which marks its routes. `linux/rtnetlink.h` leaves numbers above 4 to routing daemons; no
+/// `rt_protos` file lists 241.
 pub const ROUTE_PROTOCOL: u8 = 241;
 
-/// The metric of a peer's route: for IPv4 the number of its subnet within the pod network.
+/// The metric of a peer's route: for IPv4 the index of its subnet within the pod network.
 ///
 /// The kernel hashes the nexthops of IPv4 routes by device, protocol and metric, not by gateway; ten thousand peers
 /// with one metric share one bucket that each insertion walks (`fib_find_info`, `net/ipv4/fib_semantics.c`). Distinct

@@ -1,4 +1,4 @@
-//! Our nftables table of one family. Its text is in `traffic`.
+//! The daemon's nftables table of one family. `traffic` renders its text.
 
 use super::{Item, Key, Policy};
 use crate::net::IfName;
@@ -22,11 +22,11 @@ impl Item for Ruleset {
         const EPROTONOSUPPORT: i32 = 93;
         const ENOENT: i32 = 2;
         matches!(errno, EOPNOTSUPP | EPROTONOSUPPORT | ENOENT).then_some(
-            "this kernel lacks a part of nf_tables, or has not loaded it: run `modprobe -a nf_tables nft_masq nft_ct` on the host",
+            "the kernel lacks a part of nf_tables, or has not loaded its module: run `modprobe -a nf_tables nft_masq nft_ct` on the host",
         )
     }
 
-    /// Its text is a page.
+    /// The full text has many lines.
     fn summary(&self) -> String {
         self.key().to_string()
     }

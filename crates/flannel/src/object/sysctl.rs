@@ -1,4 +1,4 @@
-//! A sysctl that is kept at a value.
+//! Sysctls with their desired values.
 
 use std::fmt;
 
@@ -8,14 +8,14 @@ use crate::net::{Family, IfName};
 /// A sysctl with its value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sysctl {
-    /// Path below `/proc/sys`, with slashes.
+    /// Path under `/proc/sys`, with slashes.
     pub path: String,
     /// The value.
     pub value: String,
 }
 
 impl Sysctl {
-    /// Does it switch forwarding of a whole family? Nothing else depends on a sysctl of ours.
+    /// Whether it enables forwarding of a whole family.
     pub fn is_forwarding(&self) -> bool {
         Family::ALL.iter().any(|family| family.forwarding() == self.path) || Family::of_forwarding(&self.path).is_some()
     }
