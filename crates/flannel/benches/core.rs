@@ -1,8 +1,8 @@
-//! The deciding alone, without any kernel: so many leases as the store has them, read, folded into a picture, and that compared
-//! with an empty kernel and with one that has all. `cargo xtask bench` prints the times; `cargo xtask test` counts the
-//! instructions (by valgrind) and refuses more than there were, because those do not depend on how busy a machine is.
+//! Measures the decisions without a kernel: parses a number of leases in their etcd form, folds them into a picture, and compares it
+//! with an empty kernel and with one that holds all objects. `cargo xtask bench` prints the times; `cargo xtask test` counts the
+//! instructions (with valgrind), which do not depend on the load of the machine, and fails if they exceed a limit.
 
-#![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
+#![expect(clippy::unwrap_used, reason = "a benchmark has no caller to return an error to")]
 
 use std::time::Instant;
 
@@ -18,7 +18,7 @@ fn main() {
     }
 }
 
-/// Key and value of a lease, as they are in etcd.
+/// The key and value of a lease in etcd.
 fn stored(number: u32) -> (String, String) {
     let [_, a, b, c] = number.to_be_bytes();
     let [_, x, y, z] = (number << 5).to_be_bytes();

@@ -182,7 +182,7 @@ kinds! {
 }
 
 impl Kind {
-    /// Where objects of this kind are read and applied.
+    /// The thread that reads and applies objects of this kind.
     pub fn lane(self) -> Lane {
         match self {
             Kind::Link | Kind::Addr | Kind::Bridge | Kind::Sysctl | Kind::Fdb | Kind::Neigh | Kind::Forward => Lane::Fast,

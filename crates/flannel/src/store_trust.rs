@@ -1,9 +1,9 @@
-//! The policy for a store that lost data: restored from an older backup, emptied, or swapped for another.
+//! The policy for a store that lost data: restored from an older backup, emptied, or replaced by another one.
 //!
-//! A list contradicts what the store said before if its revision is lower, if it has a lease as it never was, or if it does not know
-//! this node's own lease. Leases that such a list does not name are in doubt, not gone: their routes stay for [`DOUBT`], in which each
-//! host writes its lease again. Which leases are in doubt is part of [`LeaseSet`]; when that ends is decided here. Time is measured from
-//! the daemon's start.
+//! A list contradicts earlier events if its revision is lower, if it has a lease with attributes that the lease never had, or if it
+//! lacks this node's own lease. The leases missing from such a list are in doubt: the daemon keeps their routes for [`DOUBT`], so that
+//! each host can write its lease again. [`LeaseSet`] records the doubtful leases; this file decides when to give them up. Time is
+//! measured from the daemon's start.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,72 +14,72 @@ use crate::lease::{LeaseKey, LeaseSet, StoreEvent};
 use crate::net::{PerFamily, Subnet};
 use crate::object::EnvFile;
 
-/// How long the routes of a lease stay that a store which lost data does not know: its host writes it again within seconds, and one
-/// whose daemon is being replaced within minutes. A route to a host that is gone harms no other.
+/// How long the daemon keeps the routes of a doubtful lease. Its host writes the lease again within seconds, or within minutes if its
+/// daemon is being replaced. A route to a host that is gone does no harm to others.
 pub const DOUBT: Duration = Duration::from_secs(300);
 
-/// How far the store's lists are believed.
+/// Whether the daemon trusts the lists of the store, and the deadlines of that decision.
 #[derive(Debug, Default)]
 pub struct StoreTrust {
-    /// When doubtful leases are given up.
+    /// When the doubtful leases are given up.
     doubt: Option<Duration>,
-    /// Until when lists are not taken to be complete, because the store does not know the lease that this node had before.
+    /// Until when lists count as incomplete, because the store does not know the previous lease of this node.
     distrust: Option<Duration>,
 }
 
-/// What became of the doubt by a change of leases.
+/// How a change of leases affected the set of doubtful leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Doubt {
-    /// Nothing that an operator must know.
+    /// No change that needs a report.
     Same,
-    /// Leases came into doubt; so many are in doubt now.
+    /// More leases are in doubt; this is their total number.
     Raised(usize),
-    /// No lease is in doubt any more.
+    /// No lease is in doubt any longer.
     Settled,
 }
 
-/// What is due by time.
+/// The actions that are due.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Due {
-    /// Doubtful leases are to be given up.
+    /// Give up the doubtful leases.
     pub give_up: bool,
-    /// Lists are complete again: the whole kernel is to be compared with them.
+    /// Compare the whole kernel state with the leases, because lists are trusted again.
     pub audit: bool,
 }
 
 impl StoreTrust {
-    /// At the daemon's start.
+    /// Makes the state at the daemon's start. `has_forgotten`: see [`has_forgotten`].
     pub fn new(now: Duration, has_forgotten: bool) -> StoreTrust {
         StoreTrust { doubt: None, distrust: has_forgotten.then(|| now + DOUBT) }
     }
 
-    /// When [`StoreTrust::due`] is to be asked next.
+    /// The time of the next call of [`StoreTrust::due`].
     pub fn deadline(&self) -> Option<Duration> {
         self.doubt.into_iter().chain(self.distrust).min()
     }
 
-    /// May objects be deleted because no lease of a complete list asks for them?
+    /// Whether objects may be deleted because a complete list has no lease for them.
     pub fn believes_lists(&self) -> bool {
         self.distrust.is_none()
     }
 
-    /// After events were folded: `before` were in doubt then; `listed` says that a list was complete among them.
+    /// Updates the deadline after events were folded in. `before` were in doubt before them; `listed`: they completed a list.
     pub fn note(&mut self, now: Duration, leases: &LeaseSet, own: LeaseKey, before: &BTreeSet<LeaseKey>, listed: bool) -> Doubt {
         let doubtful = leases.doubtful();
         if doubtful.is_empty() {
             return if self.doubt.take().is_some() { Doubt::Settled } else { Doubt::Same };
         }
-        // The keeper reports the loss of this node's own lease.
+        // The lease keeper reports the loss of this node's own lease.
         let is_raised = doubtful.difference(before).any(|key| *key != own);
-        // Before a list the store was away, and no host could write to it.
+        // Before a list the store was unreachable, so that no host could write to it.
         if listed || is_raised {
             self.doubt = Some(now + DOUBT);
         }
         if is_raised { Doubt::Raised(doubtful.len()) } else { Doubt::Same }
     }
 
-    /// What is due now. While the store is away, or this node cannot write to it, other hosts may be unable to as well: then the time
-    /// begins again.
+    /// Returns the actions that are due, and sets the next deadlines. While the store is unreachable, or this node cannot write to it,
+    /// the same may be true of other hosts: then the waiting time starts over.
     pub fn due(&mut self, now: Duration, connected: bool, leases: &LeaseSet, own: LeaseKey) -> Due {
         let mut due = Due::default();
         if self.doubt.is_some_and(|at| at <= now) {
@@ -94,8 +94,8 @@ impl StoreTrust {
     }
 }
 
-/// Where this node's own lease is deleted together with others, all were deleted at once (`etcdctl del --prefix`, perhaps): the others'
-/// hosts are alive as this one is, so their leases are in doubt.
+/// Turns deletions into doubt if this node's own lease is among them. Then all leases were deleted at once (for example by
+/// `etcdctl del --prefix`), and the other hosts are probably alive, as this one is.
 pub fn doubt_deletes(own: LeaseKey, events: &mut [StoreEvent]) {
     if !events.contains(&StoreEvent::Delete(own)) {
         return;
@@ -108,13 +108,13 @@ pub fn doubt_deletes(own: LeaseKey, events: &mut [StoreEvent]) {
     }
 }
 
-/// Is the list that is about to be complete one of a store that lost data? It is if it does not name this node's own lease.
+/// Whether the list that is about to complete comes from a store that lost data: it does not name this node's own lease.
 pub fn is_list_older(leases: &LeaseSet, own: &LeaseKey) -> bool {
     leases.is_missed(own)
 }
 
-/// Has the store forgotten the lease of this boot? `before` is the subnet file that an earlier daemon of this boot left, `previous` its
-/// subnets, `is_new` whether the lease that this node has now was created.
+/// Whether the store lost the lease that this node had earlier in this boot. `before` is the subnet file of an earlier daemon of this
+/// boot, `previous` its subnets, `is_new` whether the node's present lease was newly created.
 pub fn has_forgotten(is_new: bool, before: Option<&EnvFile>, config: &Config, previous: &PerFamily<Subnet>) -> bool {
     let was_leased = before.is_some_and(|file| file.ours && !file.etcd_leases.is_empty());
     is_new && was_leased && is_admitted(config, previous)
@@ -133,7 +133,7 @@ mod tests {
         Duration::from_secs(n)
     }
 
-    /// Two leases, of which an older list names neither.
+    /// Two leases that are missing from an older list.
     fn doubtful() -> LeaseSet {
         let mut leases = LeaseSet::default();
         let two = ["10.1.1.0/24", "10.1.2.0/24"].map(|text| StoreEvent::Apply(Lease { key: key(text), peer: Peer::default() }));
@@ -145,13 +145,13 @@ mod tests {
     }
 
     #[test]
-    fn doubt_is_raised_renewed_by_each_list_and_ends_after_its_time() {
+    fn each_list_restarts_the_waiting_time() {
         let (leases, own) = (doubtful(), key("10.1.9.0/24"));
         let mut trust = StoreTrust::new(seconds(0), false);
         assert_eq!(trust.note(seconds(10), &leases, own, &BTreeSet::new(), true), Doubt::Raised(2));
         let before = leases.doubtful().clone();
         assert_eq!(trust.note(seconds(20), &leases, own, &before, true), Doubt::Same);
-        assert_eq!(trust.deadline(), Some(seconds(320)), "a list begins the time again");
+        assert_eq!(trust.deadline(), Some(seconds(320)), "a list restarts the waiting time");
         assert_eq!(trust.note(seconds(30), &leases, own, &before, false), Doubt::Same);
         assert_eq!(trust.deadline(), Some(seconds(320)), "an event does not");
         assert_eq!(trust.due(seconds(319), true, &leases, own), Due::default());
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn doubt_lasts_while_the_store_is_away_or_this_nodes_lease_is_in_doubt() {
+    fn doubt_lasts_while_the_store_is_unreachable_or_lacks_own_lease() {
         let leases = doubtful();
         for (connected, own) in [(false, key("10.1.9.0/24")), (true, key("10.1.1.0/24"))] {
             let mut trust = StoreTrust::new(seconds(0), false);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn doubt_is_settled_when_the_leases_are_written_again() {
+    fn doubt_is_settled_when_leases_are_written_again() {
         let own = key("10.1.9.0/24");
         let mut trust = StoreTrust::new(seconds(0), false);
         trust.note(seconds(0), &doubtful(), own, &BTreeSet::new(), true);
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_forgot_this_node_is_not_believed_for_the_same_time() {
+    fn store_that_lost_own_lease_is_not_trusted_at_first() {
         let (leases, own) = (LeaseSet::default(), key("10.1.9.0/24"));
         let mut trust = StoreTrust::new(seconds(5), true);
         assert!(!trust.believes_lists());

@@ -1,5 +1,5 @@
-//! `/run/flannel/subnet.env`: what the daemon tells the CNI side and its next self. Rendered and parsed in one place
-//! (specification, sections 1.6 and 7.2).
+//! Renders and parses `/run/flannel/subnet.env`, by which the daemon informs the CNI plugins and its next run (specification, sections
+//! 1.6 and 7.2).
 
 use thiserror::Error;
 
@@ -8,20 +8,20 @@ use crate::net::{Cidr, Family, PerFamily, Subnet};
 /// The content of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SubnetEnv {
-    /// The pod networks, IPv4 first. We write one a family; a file may list several.
+    /// The pod networks, IPv4 first. The daemon writes one per family; a file may list several.
     pub networks: Vec<Subnet>,
     /// This host's subnet of each enabled family.
     pub subnets: PerFamily<Subnet>,
     /// MTU for pods, in bytes.
     pub mtu: u32,
-    /// Does the daemon masquerade? Then the bridge plugin need not.
+    /// Whether the daemon masquerades. Then the bridge plugin does not need to.
     pub ip_masq: bool,
 }
 
-/// A file that the CNI side cannot work with.
+/// The reason why the CNI plugins cannot use a file.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum SubnetEnvError {
-    /// Some variables are not there. The list is upstream's, joined by commas.
+    /// Some variables are missing. The list has upstream's form, joined by commas.
     #[error("is missing {0}")]
     Missing(String),
     /// A variable has a value that cannot be read.
@@ -29,7 +29,7 @@ pub enum SubnetEnvError {
     Invalid {
         /// The variable.
         name: &'static str,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
 }
@@ -40,7 +40,7 @@ const MTU: &str = "FLANNEL_MTU";
 const IPMASQ: &str = "FLANNEL_IPMASQ";
 
 impl SubnetEnv {
-    /// The file's text. `FLANNEL_SUBNET` carries the first host address with the prefix length, as upstream's does.
+    /// Renders the text of the file. As in upstream's, `FLANNEL_SUBNET` is the first host address with the prefix length.
     pub fn render(&self) -> String {
         let mut text = String::new();
         for (family, network, subnet) in Family::ALL.into_iter().zip(NETWORK).zip(SUBNET).map(|((f, n), s)| (f, n, s)) {
@@ -53,8 +53,8 @@ impl SubnetEnv {
         text
     }
 
-    /// Reads the text as the CNI plugin does: `NAME=value` lines, unknown ones ignored, all needed ones there. A
-    /// network variable may list several CIDRs by comma.
+    /// Parses the text as upstream's CNI plugin does: lines `NAME=value`; unknown names are ignored, required ones must be present. A
+    /// network variable may list several CIDRs, separated by commas.
     ///
     /// # Errors
     /// [`SubnetEnvError`], which names the variables.
@@ -79,7 +79,7 @@ impl SubnetEnv {
             match name {
                 MTU => {
                     let number =
-                        value.parse().map_err(|_| SubnetEnvError::Invalid { name: MTU, problem: format!("{value:?} is no number") })?;
+                        value.parse().map_err(|_| SubnetEnvError::Invalid { name: MTU, problem: format!("{value:?} is not a number") })?;
                     mtu = Some(number);
                 }
                 IPMASQ => ip_masq = Some(value == "true"),
@@ -109,13 +109,13 @@ fn cidr(name: &'static str, value: &str, family: Family) -> Result<Subnet, Subne
     let parsed = value.parse().map(|cidr: Cidr| cidr.subnet());
     match parsed {
         Ok(subnet) if subnet.family() == family => Ok(subnet),
-        Ok(subnet) => Err(SubnetEnvError::Invalid { name, problem: format!("{subnet} is no {family} network") }),
+        Ok(subnet) => Err(SubnetEnvError::Invalid { name, problem: format!("{subnet} is not an {family} network") }),
         Err(error) => Err(SubnetEnvError::Invalid { name, problem: error.to_string() }),
     }
 }
 
-/// The subnets that a previous run had, read from its file: quotes, spaces and `export` are tolerated. Of a list, what
-/// is no CIDR of the family is skipped; if there is not exactly one left, there is none.
+/// Reads the subnets of a previous run from its file. Quotes, spaces and `export` are tolerated. Entries of a list that are not a CIDR
+/// of the family are skipped; unless exactly one remains, the family has none.
 pub fn previous_subnets(text: &str) -> PerFamily<Subnet> {
     let mut previous = PerFamily::default();
     for (family, name) in Family::ALL.into_iter().zip(SUBNET) {
@@ -125,12 +125,12 @@ pub fn previous_subnets(text: &str) -> PerFamily<Subnet> {
     previous
 }
 
-/// The pod networks of a previous run, read as tolerantly.
+/// Reads the pod networks of a previous run, as leniently as [`previous_subnets`].
 pub fn previous_networks(text: &str) -> Vec<Subnet> {
     Family::ALL.into_iter().zip(NETWORK).flat_map(|(family, name)| list(text, name, family)).collect()
 }
 
-/// The prefixes that a variable lists; of several lines the last counts.
+/// The prefixes that a variable lists. If several lines set it, the last counts.
 fn list(text: &str, wanted: &str, family: Family) -> Vec<Subnet> {
     let mut found = Vec::new();
     for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
@@ -158,7 +158,7 @@ mod tests {
     const TEXT: &str = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.3.1/24\nFLANNEL_IPV6_NETWORK=fc00::/48\nFLANNEL_IPV6_SUBNET=fc00:0:0:3::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
 
     #[test]
-    fn the_file_is_upstreams_to_the_byte_and_reads_back() {
+    fn file_matches_upstream_byte_for_byte_and_parses_back() {
         assert_eq!(env().render(), TEXT);
         assert_eq!(SubnetEnv::parse(TEXT).unwrap(), env());
         let v4 = SubnetEnv { networks: env().networks[..1].to_vec(), subnets: PerFamily { v6: None, ..env().subnets }, ..env() };
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn several_networks_are_kept_once_each() {
+    fn duplicate_networks_are_dropped() {
         let text =
             "FLANNEL_NETWORK=10.1.0.0/16,10.2.0.0/16,10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n";
         let networks: Vec<String> = SubnetEnv::parse(text).unwrap().networks.iter().map(ToString::to_string).collect();
@@ -185,15 +185,15 @@ mod tests {
             "is missing FLANNEL_NETWORK, FLANNEL_IPV6_NETWORK, FLANNEL_SUBNET, FLANNEL_IPV6_SUBNET, FLANNEL_MTU, FLANNEL_IPMASQ"
         );
         assert_eq!(error("FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.2.1/24\nFLANNEL_IPMASQ=1"), "is missing FLANNEL_MTU");
-        assert_eq!(error("FLANNEL_MTU=x"), "has an invalid FLANNEL_MTU: \"x\" is no number");
-        assert_eq!(error("FLANNEL_SUBNET=fc00::1/64"), "has an invalid FLANNEL_SUBNET: fc00::/64 is no IPv4 network");
+        assert_eq!(error("FLANNEL_MTU=x"), "has an invalid FLANNEL_MTU: \"x\" is not a number");
+        assert_eq!(error("FLANNEL_SUBNET=fc00::1/64"), "has an invalid FLANNEL_SUBNET: fc00::/64 is not an IPv4 network");
     }
 
     #[test]
-    fn a_previous_file_is_read_with_tolerance() {
+    fn previous_file_is_read_leniently() {
         assert_eq!(previous_subnets(TEXT), env().subnets);
         assert_eq!(previous_subnets("export FLANNEL_SUBNET=\"10.244.3.1/24\" \n").v4, env().subnets.v4);
-        // Upstream's TestReadCIDRsFromSubnetFileSkipsInvalidCIDRs and its kin.
+        // The cases of upstream's TestReadCIDRsFromSubnetFileSkipsInvalidCIDRs and similar tests.
         assert_eq!(previous_networks("FLANNEL_NETWORK=10.1.0.0/16,bad,10.2.0.0/16\nFLANNEL_IPV6_NETWORK=x,fc00::/48").len(), 3);
         assert_eq!(previous_subnets("FLANNEL_SUBNET=bad,10.244.3.1/24").v4, env().subnets.v4);
         assert!(previous_networks("FLANNEL_IPV6_NETWORK=bad,10.0.0.0/8").is_empty());

@@ -1,5 +1,5 @@
-//! The etcd form of a lease: key text and JSON value, read tolerantly and written to the byte (specification,
-//! section 3.1). Other implementations compare and split these texts.
+//! The etcd form of a lease: key text and JSON value (specification, section 3.1). They are read leniently and written byte for byte
+//! as upstream does, because other implementations compare and split these texts.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -9,13 +9,13 @@ use crate::json::{Fields, compact};
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily, Subnet};
 
-/// A store entry that is no lease. One such entry is reported and skipped; it says nothing about the others.
+/// The reason why a store entry is not a lease. Such an entry is reported and skipped; the others are not affected.
 #[derive(Debug, Error)]
 pub enum WireError {
     /// The key does not name a subnet.
     #[error("key {0:?} does not end in a subnet such as 10.244.1.0-24")]
     Key(String),
-    /// The value is no JSON object.
+    /// The value is not a JSON object.
     #[error("value is not a JSON object: {0}")]
     Json(serde_json::Error),
     /// A field of the value cannot be used.
@@ -23,7 +23,7 @@ pub enum WireError {
     Field {
         /// The field, in upstream's spelling.
         field: &'static str,
-        /// What is wrong with it.
+        /// The problem with it.
         problem: String,
     },
 }
@@ -42,8 +42,8 @@ pub fn key(key: &LeaseKey) -> String {
     text
 }
 
-/// Reads a lease's key. Only its end counts, as upstream's unanchored expression has it; an IPv4 length of 32 and an
-/// IPv6 length of 128 are no subnets.
+/// Parses a lease's key. Only its end counts, as in upstream's unanchored expression; an IPv4 prefix length of 32 or an IPv6 prefix
+/// length of 128 is not a subnet.
 ///
 /// # Errors
 /// [`WireError::Key`].
@@ -53,7 +53,7 @@ pub fn parse_key(text: &str) -> Result<LeaseKey, WireError> {
             Some((v4, v6)) => (v4, Some(v6)),
             None => (text, None),
         };
-        // Whatever stands before the dotted address is ignored: take the digits and dots before the last dash.
+        // Text before the dotted address is ignored: take the digits and dots before the last dash.
         let (address, len) = v4.rsplit_once('-')?;
         let start = address.rfind(|c: char| !c.is_ascii_digit() && c != '.').map_or(0, |at| at + 1);
         let v4: Ipv4Addr = address.get(start..)?.parse().ok()?;
@@ -78,7 +78,7 @@ fn prefix_len(digits: &str, max: u8) -> Option<u8> {
     digits.parse().ok().filter(|len| plain && *len <= max)
 }
 
-/// Renders a lease's value: compact JSON, fixed key order.
+/// Renders a lease's value: compact JSON with a fixed key order.
 pub fn value(peer: &Peer) -> String {
     let v4 = peer.public.v4.unwrap_or(Family::V4.unspecified());
     let v6 = peer.public.v6.map_or("null".to_owned(), |ip| format!("\"{ip}\""));
@@ -96,12 +96,12 @@ pub fn value(peer: &Peer) -> String {
     text
 }
 
-/// Reads a lease's value.
+/// Parses a lease's value.
 ///
 /// # Errors
 /// [`WireError::Json`] and [`WireError::Field`].
 pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
-    // Checked at once, not text by text.
+    // One check for valid UTF-8 is faster than one for each string.
     let fields = match std::str::from_utf8(text) {
         Ok(text) => Fields::parse(text),
         Err(_) => serde_json::from_slice(text),
@@ -111,12 +111,12 @@ pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
         |field: &'static str, name: &str| fields.text(name).map_err(|error| WireError::Field { field, problem: error.to_string() });
     let mut public = PerFamily::default();
     if fields.is_null("publicip") {
-        return Err(WireError::Field { field: "PublicIP", problem: "null is no IPv4 address".to_owned() });
+        return Err(WireError::Field { field: "PublicIP", problem: "null is not an IPv4 address".to_owned() });
     }
     for (field, name, family) in [("PublicIP", "publicip", Family::V4), ("PublicIPv6", "publicipv6", Family::V6)] {
         let Some(text) = string(field, name)? else { continue };
         let ip: Option<IpAddr> = text.parse().ok().filter(|ip| Family::of(*ip) == family);
-        let ip = ip.ok_or_else(|| WireError::Field { field, problem: format!("{text:?} is no {family} address") })?;
+        let ip = ip.ok_or_else(|| WireError::Field { field, problem: format!("{text:?} is not an {family} address") })?;
         public.set(family, (ip != family.unspecified()).then_some(ip));
     }
     let mut backend_data = PerFamily::default();
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_are_no_subnets() {
+    fn malformed_keys_are_refused() {
         for text in [
             "10",
             "10.12.13.0",
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_upstreams_form_to_the_byte() {
+    fn values_match_upstream_byte_for_byte() {
         let vxlan =
             r#"{"PublicIP":"192.168.64.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}"#;
         assert_eq!(value(&parse_value(vxlan.as_bytes()).unwrap()), vxlan);
@@ -187,11 +187,11 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_name_the_field() {
+    fn value_errors_name_the_field() {
         check("", expect!["error: value is not a JSON object: EOF while parsing a value at line 1 column 0"]);
-        check(r#"{"PublicIP":null}"#, expect!["error: field PublicIP: null is no IPv4 address"]);
-        check(r#"{"PublicIP":"fd00::1"}"#, expect![[r#"error: field PublicIP: "fd00::1" is no IPv4 address"#]]);
-        check(r#"{"PublicIP":"1.2.3.4","PublicIPv6":"x"}"#, expect![[r#"error: field PublicIPv6: "x" is no IPv6 address"#]]);
+        check(r#"{"PublicIP":null}"#, expect!["error: field PublicIP: null is not an IPv4 address"]);
+        check(r#"{"PublicIP":"fd00::1"}"#, expect![[r#"error: field PublicIP: "fd00::1" is not an IPv4 address"#]]);
+        check(r#"{"PublicIP":"1.2.3.4","PublicIPv6":"x"}"#, expect![[r#"error: field PublicIPv6: "x" is not an IPv6 address"#]]);
         check(
             r#"{"PublicIP":"1.2.3.4","BackendType":7}"#,
             expect!["error: field BackendType: invalid type: integer `7`, expected a string at line 1 column 1"],

@@ -1,4 +1,4 @@
-//! What must hold for every input, checked on random ones.
+//! Property tests: invariants that hold for every input, checked with random inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,7 +26,7 @@ fn subnet() -> impl Strategy<Value = Subnet> {
     (ip(), any::<u8>()).prop_map(|(ip, len)| Subnet::new(ip, len % (if ip.is_ipv4() { 33 } else { 129 })).expect("the length is in range"))
 }
 
-/// Objects that collide often: few links, few addresses.
+/// Objects of few links and addresses, so that their keys often collide.
 fn object() -> impl Strategy<Value = Object> {
     let link = prop_oneof![Just("flannel.1"), Just("flannel.2")].prop_map(|name| name.parse().expect("a name"));
     let small = || (0u8..6).prop_map(|n| IpAddr::V4(Ipv4Addr::new(10, 1, n, 0)));
@@ -70,13 +70,13 @@ fn desired(objects: Vec<Object>) -> Desired {
     desired
 }
 
-/// What may be observed beside a picture: a link that is not wanted has nothing on it that is.
+/// An observed state that can occur beside a desired one: no desired object depends on an undesired link.
 fn observed(objects: Vec<Object>, want: &Desired) -> Observed {
-    let stays = |object: &Object| match object {
+    let is_possible = |object: &Object| match object {
         Object::Link(link) => want.get(&object.key()).is_some() || !want.iter().any(|(_, wanted)| wanted.depends_on(link.name)),
         _ => true,
     };
-    objects.into_iter().filter(stays).collect()
+    objects.into_iter().filter(is_possible).collect()
 }
 
 fn peer() -> impl Strategy<Value = Peer> {
@@ -139,7 +139,7 @@ fn picture() -> Picture {
 
 proptest! {
     #[test]
-    fn of_those_who_claim_a_key_the_lowest_has_it(
+    fn lowest_owner_wins_conflicting_key(
         changes in prop::collection::vec(prop::collection::vec((0u8..4, prop::collection::vec(object(), 0..4)), 1..4), 1..12)
     ) {
         let owner = |n: u8| match n {
@@ -156,7 +156,7 @@ proptest! {
             parts.extend(change);
             let mut wanted: BTreeMap<Key, &Object> = BTreeMap::new();
             for objects in parts.values() {
-                // Within a part the last one counts.
+                // Within a part the last object with a key counts.
                 let own: BTreeMap<Key, &Object> = objects.iter().map(|object| (object.key(), object)).collect();
                 for (key, object) in own {
                     wanted.entry(key).or_insert(object);
@@ -166,14 +166,14 @@ proptest! {
             prop_assert!(wanted.iter().all(|(key, object)| desired.get(key) == Some(object)));
             let claims: usize = parts.values().map(|objects| objects.iter().map(Object::key).collect::<BTreeSet<_>>().len()).sum();
             prop_assert_eq!(desired.conflicts().count(), claims - wanted.len());
-            let mut afresh = Desired::default();
-            afresh.set_parts(parts.clone().into_iter().collect());
-            prop_assert_eq!(&afresh, &desired);
+            let mut rebuilt = Desired::default();
+            rebuilt.set_parts(parts.clone().into_iter().collect());
+            prop_assert_eq!(&rebuilt, &desired);
         }
     }
 
     #[test]
-    fn applying_the_diff_makes_it_so(want in objects(), have in objects()) {
+    fn applying_the_diff_yields_the_desired_state(want in objects(), have in objects()) {
         let want = desired(want);
         let mut have = observed(have, &want);
         for op in diff(&want, &have, Prune::Yes) {
@@ -181,11 +181,11 @@ proptest! {
         }
         let wanted: Observed = want.iter().map(|(_, object)| object.clone()).collect();
         prop_assert_eq!(&have, &wanted);
-        prop_assert!(diff(&want, &have, Prune::Yes).is_empty(), "and then there is nothing to do");
+        prop_assert!(diff(&want, &have, Prune::Yes).is_empty(), "a second diff is empty");
     }
 
     #[test]
-    fn without_pruning_all_that_is_wanted_is_there_and_nothing_deleted_but_replaced_links(want in objects(), have in objects()) {
+    fn diff_without_pruning_deletes_only_replaced_links(want in objects(), have in objects()) {
         let want = desired(want);
         let mut have = observed(have, &want);
         let ops = diff(&want, &have, Prune::No);
@@ -200,7 +200,7 @@ proptest! {
     }
 
     #[test]
-    fn a_limited_diff_of_all_keys_is_the_whole_one(want in objects(), have in objects()) {
+    fn diff_of_all_keys_equals_the_whole_diff(want in objects(), have in objects()) {
         let want = desired(want);
         let have = observed(have, &want);
         let keys: BTreeSet<Key> = want.iter().map(|(key, _)| key.clone()).chain(have.iter().map(|(key, _)| key.clone())).collect();
@@ -208,7 +208,7 @@ proptest! {
     }
 
     #[test]
-    fn events_one_by_one_touch_all_that_changes(events in prop::collection::vec(event(), 0..40)) {
+    fn touched_keys_cover_every_change(events in prop::collection::vec(event(), 0..40)) {
         let mut picture = picture();
         let mut kernel: Observed = Observed::default();
         for op in diff(picture.desired(), &kernel, Prune::No) {
@@ -226,7 +226,7 @@ proptest! {
     }
 
     #[test]
-    fn no_lease_outside_the_network_or_over_my_own_becomes_a_route(events in prop::collection::vec(event(), 0..40)) {
+    fn leases_outside_the_network_or_overlapping_own_get_no_route(events in prop::collection::vec(event(), 0..40)) {
         let mut picture = picture();
         for event in events {
             picture.fold(event);
@@ -240,7 +240,7 @@ proptest! {
     }
 
     #[test]
-    fn the_order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec(lease(), 0..12), seed in any::<u64>()) {
+    fn order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec(lease(), 0..12), seed in any::<u64>()) {
         leases.sort_by_key(|lease| lease.key);
         leases.dedup_by_key(|lease| lease.key);
         let fold = |leases: &[Lease]| {
@@ -251,7 +251,7 @@ proptest! {
             (picture.desired().clone(), picture.refusals().clone())
         };
         let in_order = fold(&leases);
-        // A simple shuffle is enough: it only has to be another order.
+        // A simple shuffle is enough: any other order will do.
         let mut state = seed;
         leases.sort_by_key(|_| { state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1); state >> 33 });
         prop_assert_eq!(fold(&leases), in_order);
@@ -264,15 +264,15 @@ proptest! {
         for (host, draw) in draws.iter().enumerate().take(hosts) {
             let mine = PerFamily { v4: Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, u8::try_from(host).unwrap()))), v6: None };
             let mut stale = None;
-            let choice = choose(&config, &leases, &mine, &PerFamily::default(), &mut stale, |n| draw % n).expect("31 are free");
-            let Choice::Create(key) = choice else { panic!("nobody has a lease yet") };
+            let choice = choose(&config, &leases, &mine, &PerFamily::default(), &mut stale, |n| draw % n).expect("31 subnets are free");
+            let Choice::Create(key) = choice else { panic!("expected a new lease") };
             prop_assert!(leases.iter().all(|(other, _)| !other.overlaps(&key)));
             leases.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
         }
     }
 
     #[test]
-    fn subnets_print_and_parse(subnet in subnet()) {
+    fn subnet_text_round_trips(subnet in subnet()) {
         prop_assert_eq!(subnet.to_string().parse::<Subnet>().unwrap(), subnet);
         prop_assert!(subnet.contains(subnet.network()) && subnet.contains(subnet.last()));
         prop_assert!(subnet.covers(subnet) && subnet.overlaps(subnet));
@@ -284,13 +284,13 @@ proptest! {
     }
 
     #[test]
-    fn escapes_of_json_change_nothing(peer in peer(), at in any::<prop::sample::Index>()) {
+    fn json_escapes_are_equivalent_to_plain_text(peer in peer(), at in any::<prop::sample::Index>()) {
         let text = wire::value(&peer);
-        // Any letter or digit may be written as an escape, in names and in texts.
+        // Any letter or digit may be written as an escape, in names and in strings.
         let at = at.index(text.len());
         let byte = text.as_bytes()[at];
         let in_text = text[..at].matches('"').count() % 2 == 1 && byte.is_ascii_alphanumeric() && !text[..at].ends_with('\\');
-        // What is kept as it was written differs as it is written.
+        // Backend data keeps its escapes, so they would differ.
         let before_data = text.find("\"Backend").is_none_or(|end| at < end);
         if in_text && before_data {
             let escaped = format!("{}\\u{:04x}{}", &text[..at], byte, &text[at + 1..]);
@@ -299,13 +299,13 @@ proptest! {
     }
 
     #[test]
-    fn lease_values_print_and_parse(peer in peer()) {
+    fn lease_value_round_trips(peer in peer()) {
         let text = wire::value(&peer);
         prop_assert_eq!(wire::parse_value(text.as_bytes()).unwrap(), peer);
     }
 
     #[test]
-    fn lease_keys_print_and_parse(v4 in subnet(), v6 in subnet()) {
+    fn lease_key_round_trips(v4 in subnet(), v6 in subnet()) {
         let v4 = Some(v4).filter(|s| s.network().is_ipv4() && s.prefix_len() < 32 && s.prefix_len() > 0);
         let v6 = Some(v6).filter(|s| s.network().is_ipv6() && s.prefix_len() < 128);
         if let Some(key) = LeaseKey::new(PerFamily { v4, v6 }) {

@@ -1,13 +1,12 @@
-//! The same rules in the words of iptables: two chains of ours, each with one jump to it from a base chain
-//! (specification, sections 6.1 and 6.2). Chains are shared with other flannelds on the host, so of what is in them only
-//! what names our networks is ours.
+//! The traffic rules in the syntax of iptables: two chains, each with one jump to it from a base chain (specification, sections 6.1 and
+//! 6.2). Other flannelds on the host share the chains, so the daemon owns only the rules in them that name its networks, or none.
 
 use std::fmt;
 
 use super::{Chain, Hook, Match, Rule, Ruleset, Verdict};
 use crate::net::{Family, Subnet};
 
-/// Which of the kernel's two packet filters `iptables` writes to.
+/// The kernel's packet filter that `iptables` writes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Variant {
     /// nf_tables, by `iptables-nft`.
@@ -17,7 +16,7 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// Both.
+    /// Both packet filters.
     pub const ALL: [Variant; 2] = [Variant::Nft, Variant::Legacy];
 }
 
@@ -30,21 +29,21 @@ impl fmt::Display for Variant {
     }
 }
 
-/// Our rules of one family in one packet filter.
+/// The daemon's iptables rules of one family in one packet filter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Iptables {
     /// The family.
     pub family: Family,
     /// The packet filter.
     pub variant: Variant,
-    /// Our chains, as far as they are there.
+    /// The chains that exist.
     pub chains: Vec<UserChain>,
 }
 
-/// A chain of ours. Rules are texts as `iptables-save` prints them, without `-A CHAIN`.
+/// A chain of the daemon. Rules are in the format of `iptables-save`, without `-A CHAIN`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserChain {
-    /// Which of ours it is.
+    /// Which of the daemon's chains it is.
     pub place: Place,
     /// The rules of the base chain that jump to it.
     pub jumps: Vec<String>,
@@ -52,19 +51,19 @@ pub struct UserChain {
     pub rules: Vec<String>,
 }
 
-/// The chains of ours, by where they are hooked in.
+/// The daemon's chains, by table and base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
     /// `FLANNEL-POSTRTG`, jumped to from POSTROUTING of table nat.
     Masquerade,
     /// `FLANNEL-FWD`, jumped to from FORWARD of table filter.
     Forward,
-    /// `FLANNEL-FWD` in table nat, which some releases of upstream make by mistake when they clean up.
+    /// `FLANNEL-FWD` in table nat, which some releases of upstream create by mistake when they clean up.
     Stray,
 }
 
 impl Place {
-    /// All of them.
+    /// All chains.
     pub const ALL: [Place; 3] = [Place::Masquerade, Place::Forward, Place::Stray];
 
     /// The table.
@@ -100,15 +99,15 @@ impl Place {
 }
 
 impl Iptables {
-    /// A ruleset in the words of iptables.
+    /// Converts a ruleset into iptables chains.
     pub fn new(ruleset: &Ruleset, variant: Variant) -> Iptables {
         let mut chains: Vec<UserChain> = ruleset.chains.iter().map(chain).collect();
         chains.sort_by_key(|chain| chain.place);
         Iptables { family: ruleset.family, variant, chains }
     }
 
-    /// What `iptables-save` printed (of any tables), limited to what is ours: rules that name one of `networks`, or no
-    /// network at all. `None` if there is nothing of ours.
+    /// Selects the daemon's rules from the output of `iptables-save`: those that name one of `networks`, or no network at all. Returns
+    /// `None` if there are no chains and rules of the daemon.
     pub fn read(family: Family, variant: Variant, saved: &[(Place, Saved)], networks: &[Subnet]) -> Option<Iptables> {
         let mut chains = Vec::new();
         for (place, saved) in saved {
@@ -124,10 +123,10 @@ impl Iptables {
     }
 }
 
-/// Our chains as a table holds them, with what others have in them.
+/// The content of one of the daemon's chains in the kernel, including rules of others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Saved {
-    /// Is the chain there?
+    /// Whether the chain exists.
     pub exists: bool,
     /// The rules of the base chain that jump to it.
     pub jumps: Vec<String>,
@@ -135,7 +134,7 @@ pub struct Saved {
     pub rules: Vec<String>,
 }
 
-/// Reads the text that `iptables-save -t TABLE` prints.
+/// Parses the output of `iptables-save -t TABLE`.
 pub fn parse_save(table: &str, text: &str) -> Vec<(Place, Saved)> {
     let mut found: Vec<(Place, Saved)> =
         Place::ALL.into_iter().filter(|place| place.table() == table).map(|place| (place, Saved::default())).collect();
@@ -159,8 +158,8 @@ fn jumps_to(rule: &str, chain: &str) -> bool {
     ["-j", "-g"].iter().any(|verb| rule.ends_with(&format!("{verb} {chain}")))
 }
 
-/// The text for `iptables-restore --noflush` that makes `wanted` be there beside what is foreign in our chains. A table
-/// is replaced in one step, so to every packet either the old or the new rules apply.
+/// The input for `iptables-restore --noflush` that sets the `wanted` rules and keeps the rules of others in the chains. Each table is
+/// replaced in one step, so that either the old or the new rules apply to every packet.
 pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet]) -> String {
     let mut text = String::new();
     for table in ["nat", "filter"] {
@@ -172,14 +171,14 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
             match want {
                 Some(want) if saved.exists && saved.jumps == want.jumps && own_rules(saved, networks) == want.rules => {}
                 Some(want) => {
-                    // Declaring a chain empties it, or creates it.
+                    // Declaring a chain creates or flushes it.
                     lines.push_str(&format!(":{chain} - [0:0]\n"));
-                    // What names no network is everybody's, and goes first for everybody.
+                    // Rules that name no network are shared by all flannelds, and come first.
                     let (named, common): (Vec<&String>, Vec<&String>) = want.rules.iter().partition(|rule| names_a_network(rule));
                     for rule in common.into_iter().chain(foreign.iter().copied()).chain(named) {
                         lines.push_str(&format!("-A {chain} {rule}\n"));
                     }
-                    // One good jump stays where it is; its place among other rules is the operator's.
+                    // One correct jump is kept in place: the operator decides its position among other rules.
                     let keep = want.jumps.first().filter(|jump| saved.jumps.contains(jump));
                     let mut kept = false;
                     for jump in &saved.jumps {
@@ -213,7 +212,7 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
     text
 }
 
-/// The rules of a chain that are ours. Of one that names no network each flanneld has the same; one copy counts for all.
+/// The daemon's rules of a chain. Rules that name no network are the same for every flanneld; only one copy of each is returned.
 fn own_rules(saved: &Saved, networks: &[Subnet]) -> Vec<String> {
     let mut rules: Vec<String> = Vec::new();
     for rule in saved.rules.iter().filter(|rule| is_ours(rule, networks)) {
@@ -228,7 +227,7 @@ fn names_a_network(rule: &str) -> bool {
     named(rule).next().is_some()
 }
 
-/// The networks that a rule names, multicast left out.
+/// The networks that a rule names, except multicast.
 fn named(rule: &str) -> impl Iterator<Item = Subnet> {
     let mut after = "";
     rule.split(' ').filter_map(move |word| {
@@ -274,7 +273,7 @@ fn rule(rule: &Rule, comment: &str) -> String {
 }
 
 impl fmt::Display for Iptables {
-    /// The chains as `iptables -S` shows them.
+    /// Renders the chains as `iptables -S` does.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for UserChain { place, jumps, rules } in &self.chains {
             for jump in jumps {
@@ -314,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rules_are_upstreams() {
+    fn rules_match_upstream() {
         expect![[r#"
             -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
             -N FLANNEL-POSTRTG
@@ -333,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_rules_gets_them_in_one_step_a_table() {
+    fn missing_rules_are_created_in_one_step_per_table() {
         expect![[r#"
             *filter
             :FLANNEL-FWD - [0:0]
@@ -345,7 +344,7 @@ mod tests {
         .assert_eq(&restore(&wanted(TrafficConfig { masquerade: false, ..ALL }), &nothing(), &networks()));
     }
 
-    /// A table as `iptables-save` prints it, with a rule of another flanneld and what somebody broke.
+    /// Output of `iptables-save` with a rule of another flanneld, a duplicate jump and a wrong verdict.
     const BROKEN: &str = r#"*filter
 :INPUT ACCEPT [0:0]
 :FORWARD DROP [7:7]
@@ -359,7 +358,7 @@ COMMIT
 "#;
 
     #[test]
-    fn what_is_foreign_stays_and_what_is_wrong_goes() {
+    fn foreign_rules_are_kept_and_wrong_rules_replaced() {
         let saved = [parse_save("nat", ""), parse_save("filter", BROKEN)].concat();
         let found = Iptables::read(Family::V4, Variant::Nft, &saved, &networks()).unwrap();
         assert_eq!(found.chains[0].rules, [r#"-s 10.244.0.0/16 -m comment --comment "flanneld forward" -j DROP"#]);
@@ -373,7 +372,7 @@ COMMIT
             COMMIT
         "#]]
         .assert_eq(&restore(&wanted(TrafficConfig { masquerade: false, ..ALL }), &saved, &networks()));
-        // Not wanted at all: what another flanneld has in the chain keeps the chain there.
+        // On removal, a rule of another flanneld keeps the chain.
         let none = Iptables { chains: Vec::new(), ..found };
         expect![[r#"
             *filter
@@ -385,7 +384,7 @@ COMMIT
     }
 
     #[test]
-    fn what_is_right_reads_back_equal_and_is_left_alone() {
+    fn correct_rules_are_left_unchanged() {
         let want = wanted(ALL);
         let text = |place: Place| {
             let shown = want.to_string();
@@ -401,14 +400,14 @@ COMMIT
     }
 
     #[test]
-    fn two_flannelds_come_to_rest() {
+    fn two_flannelds_on_a_host_converge() {
         let theirs = {
             let networks = PerFamily { v4: "10.7.0.0/16".parse().ok(), v6: None };
             let mine = PerFamily { v4: "10.7.1.0/24".parse().ok(), v6: None };
             Iptables::new(&rulesets(ALL, &networks, &mine)[0], Variant::Nft)
         };
         let their_networks = vec!["10.7.0.0/16".parse().unwrap()];
-        // What a restore makes of a table, as iptables-save would print it.
+        // Applies a restore, and returns the tables as iptables-save would print them.
         let apply = |wanted: &Iptables, networks: &[Subnet], saved: &[(Place, Saved)]| {
             let text = restore(wanted, saved, networks);
             let nat: String = text.split("*filter").next().unwrap_or_default().to_owned();
@@ -426,14 +425,14 @@ COMMIT
         };
         let first = apply(&wanted(ALL), &networks(), &nothing());
         let second = apply(&theirs, &their_networks, &first);
-        assert_eq!(restore(&wanted(ALL), &second, &networks()), "", "the first is content with what the second made");
+        assert_eq!(restore(&wanted(ALL), &second, &networks()), "", "the second flanneld does not undo the rules of the first");
         assert_eq!(restore(&theirs, &second, &their_networks), "");
         let marks = second[0].1.rules.iter().filter(|rule| rule.contains("--mark")).count();
         assert_eq!((marks, second[0].1.rules.len()), (1, 11));
     }
 
     #[test]
-    fn a_table_of_another_flanneld_alone_is_not_ours() {
+    fn chain_with_foreign_rules_only_is_ignored() {
         let text = BROKEN.replace("-A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment \"flanneld forward\" -j DROP\n", "");
         let saved = parse_save("filter", &text);
         assert_eq!(Iptables::read(Family::V4, Variant::Nft, &saved, &networks()), None);
