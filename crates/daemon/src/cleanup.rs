@@ -157,7 +157,7 @@ impl Cleanup {
         let mut kernel = Kernel::open().context("cannot open a netlink socket")?;
         let scope = scope(networks)?;
         let observed = kernel.observe(&scope).context("cannot read the kernel's objects")?;
-        if let Some(trouble) = kernel.take_trouble() {
+        if let Some(trouble) = kernel.take_read_error() {
             output::error_line(format_args!("cannot read {trouble}"));
             self.failed += 1;
         }

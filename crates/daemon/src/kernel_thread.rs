@@ -87,7 +87,7 @@ impl Host for KernelThread {
 
     fn observe(&self, scope: Scope, lane: Lane) -> impl Future<Output = Result<Observed, NetlinkError>> + use<> {
         let unreadable = Arc::clone(&self.unreadable);
-        let read = self.call(lane, move |kernel| (kernel.observe_lane(&scope, lane), kernel.take_trouble()));
+        let read = self.call(lane, move |kernel| (kernel.observe_lane(&scope, lane), kernel.take_read_error()));
         async move {
             let (observed, trouble) = read.await;
             // Only the slow lane has parts that may be unreadable without harm to the rest.

@@ -1,4 +1,4 @@
-//! Interface addresses (`linux/if_addr.h`).
+//! Reads and writes interface addresses (`linux/if_addr.h`).
 
 use flannel::node::InterfaceAddr;
 use flannel::{Cidr, Family};
@@ -28,22 +28,22 @@ pub(crate) fn family_number(family: Family) -> u8 {
     }
 }
 
-/// An address and the index of the interface that has it. A link-local IPv6 address is told by its scope.
+/// An address and the index of its interface. The scope identifies a link-local IPv6 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AddrInfo {
     /// Interface index.
     pub index: u32,
     /// The address with its flags.
     pub addr: InterfaceAddr,
-    /// Is it of link scope (`RT_SCOPE_LINK`)?
+    /// Whether its scope is the link (`RT_SCOPE_LINK`).
     pub link_scope: bool,
-    /// Is the kernel still looking for a duplicate of it?
+    /// Whether duplicate address detection is still running (`IFA_F_TENTATIVE`).
     pub tentative: bool,
-    /// Did it find one?
+    /// Whether duplicate address detection failed (`IFA_F_DADFAILED`).
     pub duplicate: bool,
 }
 
-/// Reads an address message (what follows its netlink header).
+/// Decodes an address message (without its netlink header).
 pub fn decode(body: &[u8]) -> Option<AddrInfo> {
     let (len, flags, scope) = (*body.get(1)?, u32::from(*body.get(2)?), *body.get(3)?);
     let index = u32_at(body, 4)?;
@@ -70,10 +70,10 @@ pub fn decode(body: &[u8]) -> Option<AddrInfo> {
     Some(AddrInfo { index, addr, link_scope: scope == 253, tentative, duplicate })
 }
 
-/// Reads the addresses of both families, of one interface or (index 0) of all.
+/// Reads the addresses of both families, of one interface or, for index 0, of all.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list(socket: &mut Socket, index: u32) -> Result<Vec<AddrInfo>, NetlinkError> {
     let mut header = [0; 8];
     header[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -100,28 +100,28 @@ fn write(body: &mut Body<'_>, index: u32, cidr: Cidr, broadcast: bool, dad: bool
     }
 }
 
-/// Adds an address, or refreshes it where it is there already.
+/// Adds an address, or replaces it if it exists.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWADDR, CREATE | REPLACE, |body| write(body, index, cidr, false, false))
 }
 
-/// Adds an address with its broadcast address, as the bridge plugin and the lab do. An IPv6 address can be used at once:
-/// it is out of a subnet that is leased to this host alone.
+/// Adds an address with its broadcast address, as the bridge plugin and the lab do. An IPv6 address is used without duplicate address
+/// detection, because its subnet is leased to this host alone.
 ///
 /// # Errors
-/// What the kernel answers; `is_exists` when it is there already.
+/// The error that the kernel returns; `is_exists` when it is there already.
 pub fn add(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true, false))
 }
 
-/// The same, but an IPv6 address is used only after the kernel has found no duplicate of it on the link (RFC 4862,
-/// section 5.4), which takes a second.
+/// Like [`add`], but an IPv6 address can be used only after duplicate address detection on the link (RFC 4862, section 5.4), which
+/// takes a second.
 ///
 /// # Errors
-/// What the kernel answers; `is_exists` when it is there already.
+/// The error that the kernel returns; `is_exists` when it is there already.
 pub fn add_with_dad(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWADDR, CREATE | EXCL, |body| write(body, index, cidr, true, true))
 }
@@ -129,7 +129,7 @@ pub fn add_with_dad(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), N
 /// Removes an address.
 ///
 /// # Errors
-/// What the kernel answers; `is_not_found` when it is not there.
+/// The error that the kernel returns; `is_not_found` when it is not there.
 pub fn delete(socket: &mut Socket, index: u32, cidr: Cidr) -> Result<(), NetlinkError> {
     socket.request(RTM_DELADDR, 0, |body| write(body, index, cidr, false, false))
 }

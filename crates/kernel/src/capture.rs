@@ -1,4 +1,4 @@
-//! Packets as they are on the wire: a packet socket on one interface (packet(7)).
+//! Captures frames on one interface with a packet socket (packet(7)).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -6,25 +6,25 @@ use std::time::{Duration, Instant};
 
 use crate::sys;
 
-/// A capture on one interface; frames are buffered by the kernel from [`Capture::open`] on.
+/// A capture on one interface. The kernel buffers frames from [`Capture::open`] on.
 #[derive(Debug)]
 pub struct Capture {
     fd: OwnedFd,
 }
 
 impl Capture {
-    /// Begins a capture on the interface with this index, in the calling thread's network namespace.
+    /// Starts a capture on the interface with this index, in the calling thread's network namespace.
     ///
     /// # Errors
-    /// When the privilege is missing (`CAP_NET_RAW`) or there is no such interface.
+    /// When the privilege is missing (`CAP_NET_RAW`) or the interface does not exist.
     pub fn open(index: u32) -> io::Result<Capture> {
-        // Protocol 0 captures nothing before the socket is bound, so no frame of another interface gets in.
+        // Protocol 0 captures nothing before the socket is bound, so that no frame of another interface is captured.
         let fd = sys::socket(libc::AF_PACKET, libc::SOCK_RAW, 0)?;
         sys::bind_packet(fd.as_fd(), index)?;
         Ok(Capture { fd })
     }
 
-    /// Waits for the first frame that `wanted` makes something of, at most `timeout`.
+    /// Waits at most `timeout` for the first frame for which `wanted` returns a value, and returns that value.
     ///
     /// # Errors
     /// When the socket fails.

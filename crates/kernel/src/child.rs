@@ -1,4 +1,4 @@
-//! Child processes with limits: on their time, on what they print, and on what of this process's environment they see.
+//! Runs child processes with limits on time and output, and with a reduced environment.
 
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -6,39 +6,39 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// Variables of this process's environment that a child gets. All others stay here: a password may be among them.
+/// The environment variables that a child inherits. The others are withheld, because one may be a password.
 const KEPT: [&str; 10] = ["PATH", "XTABLES_LOCKFILE", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "NODE_NAME", "POD_NAME", "POD_NAMESPACE"];
-/// How long output is waited for once a child has ended: what it left running may hold the pipe open for ever.
+/// How long to wait for output after a child has ended: a process that it left running may keep the pipe open forever.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// What a child may use.
+/// The limits of a child.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Its whole life.
+    /// The run time.
     pub time: Duration,
-    /// Bytes on standard output, and as many on standard error.
+    /// The number of bytes on standard output, and on standard error.
     pub output: usize,
 }
 
-/// How a child ended.
+/// The result of a child.
 #[derive(Debug)]
 pub struct Ended {
-    /// `None` if it was killed because its time was up.
+    /// Its exit status; `None` if it was killed because it exceeded the time limit.
     pub status: Option<ExitStatus>,
-    /// What it printed on standard output, up to the limit.
+    /// Its standard output, up to the limit.
     pub stdout: Vec<u8>,
-    /// What it printed on standard error, up to the limit.
+    /// Its standard error, up to the limit.
     pub stderr: Vec<u8>,
-    /// Did it print more than the limit?
+    /// Whether its output exceeded the limit.
     pub is_cut: bool,
 }
 
-/// A variable that children see.
+/// An environment variable that children inherit.
 pub fn variable(name: &str) -> Option<String> {
     KEPT.contains(&name).then(|| std::env::var(name).ok()).flatten()
 }
 
-/// Runs a child to its end, in a process group of its own, which is killed with it when its time is up.
+/// Runs a child to its end, in its own process group. If it exceeds the time limit, the whole group is killed.
 ///
 /// # Errors
 /// When it cannot be started.
@@ -50,7 +50,7 @@ pub fn run(command: &mut Command, input: &str, limits: Limits) -> io::Result<End
     let mut child = command.spawn()?;
     let (mut stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let input = input.to_owned();
-    // A child need not read its input.
+    // A child may ignore its input.
     std::thread::spawn(move || stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes())));
     let (stdout, stderr) = (collect(stdout, limits.output), collect(stderr, limits.output));
     let end = Instant::now() + limits.time;
@@ -70,10 +70,10 @@ pub fn run(command: &mut Command, input: &str, limits: Limits) -> io::Result<End
     Ok(Ended { status, stdout, stderr, is_cut: more || more_errors })
 }
 
-/// A part of what a pipe carried; `true` with the first one beyond the limit.
+/// A part of the output; `true` with the first part beyond the limit.
 type Part = (Vec<u8>, bool);
 
-/// Reads a pipe to its end and hands on what is within the limit, so that a child that prints for ever is not blocked, nor kept.
+/// Reads a pipe to its end and passes on the output up to the limit. It reads on beyond the limit, so that the child is not blocked.
 fn collect(pipe: Option<impl Read + Send + 'static>, limit: usize) -> mpsc::Receiver<Part> {
     let (send, parts) = mpsc::channel();
     if let Some(mut pipe) = pipe {
@@ -87,7 +87,7 @@ fn collect(pipe: Option<impl Read + Send + 'static>, limit: usize) -> mpsc::Rece
                     return;
                 }
                 if is_cut {
-                    // Read on, and forget it.
+                    // Read and discard the rest.
                     while let Ok(1..) = pipe.read(&mut buffer) {}
                     return;
                 }
@@ -117,22 +117,22 @@ mod tests {
     }
 
     #[test]
-    fn children_see_input_and_only_kept_variables() {
+    fn children_get_input_and_only_kept_variables() {
         let ended = shell("cat; env | sort", "input\n", Duration::from_secs(10));
         let text = String::from_utf8(ended.stdout).unwrap();
         assert!(text.starts_with("input\n") && text.contains("OWN=1") && text.contains("PATH="), "{text}");
-        assert!(!text.contains("CARGO"), "cargo sets CARGO_… for a test: {text}");
+        assert!(!text.contains("CARGO"), "cargo sets CARGO_… variables for a test: {text}");
     }
 
     #[test]
-    fn output_is_cut_at_the_limit_and_the_child_ends_all_the_same() {
+    fn output_is_cut_at_the_limit_and_the_child_continues() {
         let ended = shell("head -c 1000000 /dev/zero; echo failed >&2; exit 3", "", Duration::from_secs(10));
         assert_eq!((ended.stdout.len(), ended.is_cut, ended.status.and_then(|status| status.code())), (1000, true, Some(3)));
         assert_eq!(ended.stderr, b"failed\n");
     }
 
     #[test]
-    fn a_child_is_killed_with_its_group_when_its_time_is_up() {
+    fn child_is_killed_with_its_group_at_the_time_limit() {
         let began = Instant::now();
         let ended = shell("echo begun; sleep 60 & sleep 60", "", Duration::from_millis(100));
         assert!(ended.status.is_none() && ended.stdout == b"begun\n" && began.elapsed() < Duration::from_secs(20));

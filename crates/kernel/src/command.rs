@@ -8,15 +8,15 @@ use flannel::backend::extension::Command;
 
 use crate::child::{self, Limits};
 
-/// A command may take a minute and print 64 KiB, which is what a lease's `BackendData` could hold at most.
+/// The limits of a command: a minute, and 64 KiB of output, the most that a lease's `BackendData` could hold.
 const LIMITS: Limits = Limits { time: Duration::from_secs(60), output: 64 << 10 };
-/// Characters of a failed command's output that are repeated in its error.
+/// The number of characters of a failed command's output that its error quotes.
 const QUOTED: usize = 300;
 
-/// Runs a command to its end and returns what it printed, standard error behind standard output.
+/// Runs a command to its end and returns its output, standard error after standard output.
 ///
 /// # Errors
-/// When it cannot be started, fails, or exceeds `LIMITS`; the text ends with the last that it printed.
+/// When it cannot be started, fails, or exceeds `LIMITS`; the text quotes the end of its output.
 pub fn run(command: &Command) -> io::Result<String> {
     let words = command.words(child::variable);
     let Some((program, args)) = words.split_first() else { return Ok(String::new()) };

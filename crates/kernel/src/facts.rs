@@ -1,4 +1,4 @@
-//! Facts about this host: interfaces, routes, one link.
+//! Reads facts about this host: interfaces, routes and single links.
 
 use flannel::IfName;
 use flannel::node::Interface;
@@ -7,10 +7,10 @@ use crate::netlink::NetlinkError;
 use crate::{Kernel, addr, link, route};
 
 impl Kernel {
-    /// All interfaces with their addresses: the facts from which the external interface is chosen.
+    /// Reads all interfaces with their addresses, from which the external interface is chosen.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The error that the kernel returns.
     pub fn interfaces(&mut self) -> Result<Vec<Interface>, NetlinkError> {
         let addrs = addr::list(&mut self.route, 0)?;
         let mut links = link::list(&mut self.route)?;
@@ -19,26 +19,26 @@ impl Kernel {
         Ok(links.iter().map(|link| Interface { index: link.index, name: link.name, mtu: link.mtu, addrs: of(link.index) }).collect())
     }
 
-    /// The unicast routes of the main table: the other facts from which the external interface is chosen.
+    /// Reads the unicast routes of the main table, from which the external interface is chosen.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The error that the kernel returns.
     pub fn route_facts(&mut self) -> Result<Vec<flannel::node::RouteFact>, NetlinkError> {
         route::facts(&mut self.route)
     }
 
-    /// How the kernel would send to an address.
+    /// Looks up the route to an address.
     ///
     /// # Errors
-    /// What the kernel answers: that it is unreachable, for one.
+    /// The error that the kernel returns, such as `ENETUNREACH`.
     pub fn reach(&mut self, ip: std::net::IpAddr) -> Result<flannel::node::Reach, NetlinkError> {
         route::reach(&mut self.route, ip)
     }
 
-    /// One link by name.
+    /// Reads one link by name; `None` if it does not exist.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The error that the kernel returns.
     pub fn link(&mut self, name: IfName) -> Result<Option<flannel::object::Link>, NetlinkError> {
         let Some(info) = link::get(&mut self.route, name)? else { return Ok(None) };
         let lower = info.vxlan.map(|vxlan| link::get_index(&mut self.route, vxlan.lower)).transpose()?.flatten();

@@ -1,5 +1,5 @@
-//! iptables by its programs. They are started only when something is to be read or written: whether our chains are as
-//! they were is told by a fingerprint, which the kernel gives without any process.
+//! Reads and writes iptables rules with the iptables programs. They run only if there is something to read or write: a fingerprint,
+//! which is read from the kernel without a child process, shows whether the chains have changed.
 
 mod legacy;
 
@@ -16,26 +16,25 @@ use crate::child::{self, Limits};
 use crate::netlink::{NetlinkError, Protocol, Socket, str_in};
 use crate::nft;
 
-/// A program may wait five seconds for the lock of iptables, and a table of a large cluster's services has some megabytes.
+/// The limits of an iptables program: it may wait seconds for the xtables lock, and the tables of a large cluster have some megabytes.
 const LIMITS: Limits = Limits { time: Duration::from_secs(30), output: 64 << 20 };
 
-/// The packet filter that the host's `iptables` writes to, and whether it can choose source ports at random
-/// (`--random-fully`, since 1.6.2).
+/// The packet filter that the host's `iptables` writes to, and whether it supports `--random-fully` (since 1.6.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Installed {
     /// nf_tables or ip_tables.
     pub variant: Variant,
-    /// Is there `--random-fully`?
+    /// Whether it supports `--random-fully`.
     pub random_fully: bool,
 }
 
-/// Asks the installed iptables of a family what it is; `None` if there is none.
+/// Detects the installed iptables of a family; `None` if it is not installed.
 pub fn installed(family: Family) -> Option<Installed> {
     let program = find(stem(family))?;
     version(&run(Command::new(program).arg("--version"), "").ok()?)
 }
 
-/// Reads `iptables v1.8.9 (nf_tables)`; releases before 1.8 name no variant and are legacy.
+/// Parses `iptables v1.8.9 (nf_tables)`; releases before 1.8 name no variant and are legacy.
 fn version(text: &str) -> Option<Installed> {
     let numbers = text.split_whitespace().find_map(|word| word.strip_prefix('v'))?;
     let numbers: Vec<u32> = numbers.split('.').map_while(|part| part.parse().ok()).collect();
@@ -50,25 +49,25 @@ fn stem(family: Family) -> &'static str {
     }
 }
 
-/// A program in PATH, or where administrators' programs are.
+/// Finds a program in PATH or in the system directories.
 fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
-/// What was read lately, so that it is not read again while nothing changes.
+/// The chains that were read last, which are valid as long as the fingerprint does not change.
 #[derive(Debug, Default)]
 pub(crate) struct Cache(BTreeMap<(Family, Variant), (Fingerprint, Chains)>);
 
-/// Our chains, with what others have in them.
+/// The daemon's chains with all their rules, including those of others.
 type Chains = Vec<(Place, Saved)>;
 
-/// The kernel's form of our chains and of the jumps to them, without counters. Empty: there are none.
+/// The kernel's binary form of the daemon's chains and of the jumps to them, without counters; empty if there are none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Fingerprint(Vec<u8>);
 
-/// Our chains in one packet filter.
+/// Reads the daemon's chains in one packet filter.
 pub(crate) fn observe(
     netfilter: Option<&mut Socket>,
     cache: &mut Cache,
@@ -103,10 +102,10 @@ fn saved(netfilter: Option<&mut Socket>, cache: &mut Cache, family: Family, vari
     Ok(saved)
 }
 
-/// Makes our chains be as wanted; with no chains, gone.
+/// Sets the daemon's chains; without chains, deletes them.
 pub(crate) fn set(netfilter: Option<&mut Socket>, cache: &mut Cache, wanted: &Iptables, networks: &[Subnet]) -> Result<(), NetlinkError> {
     let (family, variant) = (wanted.family, wanted.variant);
-    // Another flanneld on this host, or a plugin, may be at the same chains.
+    // Another flanneld on this host, or a plugin, may change the same chains.
     let _lock = crate::lock::lock().map_err(|error| NetlinkError::Socket("lock the namespace", error))?;
     let saved = saved(netfilter, cache, family, variant)?;
     let text = restore(wanted, &saved, networks);
@@ -117,49 +116,50 @@ pub(crate) fn set(netfilter: Option<&mut Socket>, cache: &mut Cache, wanted: &Ip
     let mut command = program(family, variant, "restore")?;
     command.arg("--noflush");
     if variant == Variant::Legacy && installed(family).is_some_and(|found| found.random_fully) {
-        // Both came with release 1.6.2. Another program may hold the lock; the other objects are not to wait long for it.
+        // --wait came with release 1.6.2, as --random-fully did. Another program may hold the lock, and other objects must not wait long.
         command.arg("--wait=2");
     }
     run(&mut command, &text).map(drop)
 }
 
-/// A table as the host's `iptables-save` prints it.
+/// Reads a table with the host's `iptables-save`.
 ///
 /// # Errors
-/// When there is no such program, or what it says.
+/// When the program is not installed, or its error text.
 pub fn save_text(family: Family, table: &str) -> Result<String, NetlinkError> {
     run(plain(family, "save")?.args(["-t", table]), "")
 }
 
-/// Gives text to the host's `iptables-restore --noflush`: a table is changed in one step.
+/// Changes tables with the host's `iptables-restore --noflush`, each in one step.
 ///
 /// # Errors
-/// When there is no such program, or what it says.
+/// When the program is not installed, or its error text.
 pub fn restore_text(family: Family, text: &str) -> Result<(), NetlinkError> {
     run(plain(family, "restore")?.args(["--noflush", "--wait=5"]), text).map(drop)
 }
 
-/// May a table of iptables have this chain? Asked of the kernel, without a process: no means no; yes means that somebody
-/// uses that table of ip_tables, whose chains only its program lists.
+/// Whether an iptables table may have this chain. This asks the kernel, without a child process. False is certain; true may only mean
+/// that the ip_tables table is in use, whose chains only `iptables-legacy` can list.
 pub fn may_have_chain(family: Family, table: &str, chain: &str) -> bool {
     let in_nf_tables = Socket::open(Protocol::Netfilter).and_then(|mut socket| nft::has_chain(&mut socket, family, table, chain));
     in_nf_tables.unwrap_or(true) || legacy::tables(family).iter().any(|name| name == table)
 }
 
-/// Are there programs of iptables for a family?
+/// Whether the iptables programs of a family are installed.
 pub fn has_programs(family: Family) -> bool {
     plain(family, "save").is_ok() && plain(family, "restore").is_ok()
 }
 
 fn plain(family: Family, verb: &str) -> Result<Command, NetlinkError> {
     let name = format!("{}-{verb}", stem(family));
-    let missing = || NetlinkError::Refused { errno: libc::ENOENT, message: format!("there is no {name} on this host: install iptables") };
+    let missing =
+        || NetlinkError::Refused { errno: libc::ENOENT, message: format!("{name} is not installed on this host: install iptables") };
     find(&name).map(Command::new).ok_or_else(missing)
 }
 
 fn save(family: Family, variant: Variant, table: &str) -> Result<Chains, NetlinkError> {
     let text = run(program(family, variant, "save")?.args(["-t", table]), "")?;
-    // It ends well when it could not read the table: somebody has put there what only nft understands.
+    // The program exits with 0 even if it cannot read the table, because another program added rules that only nft understands.
     if text.contains("is incompatible, use 'nft' tool") {
         let message = format!("table {table} has rules that {} cannot read; set EnableNFTables to true", stem(family));
         return Err(NetlinkError::Refused { errno: libc::EOPNOTSUPP, message });
@@ -167,14 +167,14 @@ fn save(family: Family, variant: Variant, table: &str) -> Result<Chains, Netlink
     Ok(parse_save(table, &text))
 }
 
-/// `iptables-nft-save` and the like; where there is no such name, `iptables-save` if that is of the wanted variant.
+/// Finds a program such as `iptables-nft-save`, or else `iptables-save` if that has the wanted variant.
 fn program(family: Family, variant: Variant, verb: &str) -> Result<Command, NetlinkError> {
     let stem = stem(family);
     let named = find(&format!("{stem}-{variant}-{verb}"));
     let plain = || find(&format!("{stem}-{verb}")).filter(|_| installed(family).is_some_and(|found| found.variant == variant));
     let program = named.or_else(plain).ok_or_else(|| NetlinkError::Refused {
         errno: libc::ENOENT,
-        message: format!("there is no {stem}-{verb} for {variant} rules on this host: install iptables"),
+        message: format!("{stem}-{verb} for {variant} rules is not installed on this host: install iptables"),
     })?;
     Ok(Command::new(program))
 }
@@ -192,7 +192,7 @@ fn run(command: &mut Command, input: &str) -> Result<String, NetlinkError> {
     }
 }
 
-/// What nf_tables holds of our chains: their rules whole, and of the base chains the rules that name ours.
+/// Reads the nf_tables form of the daemon's chains: all their rules, and those rules of the base chains that jump to them.
 fn fingerprint(socket: &mut Socket, family: Family) -> Result<Fingerprint, NetlinkError> {
     let mut bytes = Vec::new();
     for place in Place::ALL {
@@ -201,7 +201,7 @@ fn fingerprint(socket: &mut Socket, family: Family) -> Result<Fingerprint, Netli
                 bytes.extend(chain.as_bytes());
             }
             for expressions in nft::raw_rules(socket, family, place.table(), chain)? {
-                if whole || names(&expressions, place.chain()) {
+                if whole || contains_name(&expressions, place.chain()) {
                     nft::without_counters(&expressions, &mut bytes);
                 }
             }
@@ -210,8 +210,8 @@ fn fingerprint(socket: &mut Socket, family: Family) -> Result<Fingerprint, Netli
     Ok(Fingerprint(bytes))
 }
 
-/// Is the chain's name somewhere in these bytes?
-fn names(bytes: &[u8], chain: &str) -> bool {
+/// Whether these bytes contain the chain's name.
+fn contains_name(bytes: &[u8], chain: &str) -> bool {
     let mut name = chain.as_bytes().to_vec();
     name.push(0);
     bytes.windows(name.len()).any(|window| str_in(window) == Some(chain) && window == name)
@@ -222,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn version_names_variant_and_random_fully() {
         let read = |text| version(text).map(|found| (found.variant, found.random_fully));
         assert_eq!(read("iptables v1.8.9 (nf_tables)\n"), Some((Variant::Nft, true)));
         assert_eq!(read("ip6tables v1.8.7 (legacy)"), Some((Variant::Legacy, true)));

@@ -1,9 +1,9 @@
-//! Touches. Netlink, nftables, sysctl and namespaces, synchronous, with all of the project's `unsafe` code (in
-//! `sys`) and all of its dependencies on Linux.
+//! Linux networking I/O: netlink, nftables, sysctls and namespaces. All calls are synchronous. All of the project's `unsafe` code (in
+//! `sys`) and all of its dependencies on Linux are here.
 //!
-//! [`Kernel`] belongs to one thread: it reads the kernel into a [`flannel::Observed`] and executes [`flannel::Op`]s,
-//! in order, with an outcome for each. It decides nothing, retries nothing and sorts nothing. [`Monitor`] hears what
-//! others change. The remaining modules serve the CNI plugins and the lab.
+//! [`Kernel`] belongs to one thread: it reads the kernel into a [`flannel::Observed`] and executes [`flannel::Op`]s, in order, with an
+//! outcome for each. It does not decide, retry or sort. [`Monitor`] reports changes that other programs make. The remaining modules
+//! serve the CNI plugins and the lab.
 
 pub mod addr;
 pub mod capture;
@@ -27,7 +27,7 @@ pub mod pod_table;
 pub mod process;
 pub mod qdisc;
 pub mod route;
-#[expect(unsafe_code, reason = "the one file that speaks to libc")]
+#[expect(unsafe_code, reason = "the one file that calls libc directly")]
 mod sys;
 pub mod sysctl;
 mod tunnel;
@@ -39,22 +39,22 @@ use netlink::{NetlinkError, Protocol, Socket};
 
 pub use monitor::{Author, Changed, KernelEvent, Monitor};
 
-/// The kernel of the network namespace in which it was opened, as one thread reads and writes it.
+/// Access to the kernel's state of one network namespace, for one thread.
 #[derive(Debug)]
 pub struct Kernel {
     route: Socket,
-    /// Opened when the first ruleset is asked for: a host without traffic rules needs no nf_tables.
+    /// Opened at the first access to a ruleset: a host without traffic rules needs no nf_tables.
     netfilter: Option<Socket>,
     iptables: iptables::Cache,
-    /// Networks by which rules in chains that are shared with others are told to be ours.
+    /// The networks that identify the daemon's rules in chains that it shares with others.
     networks: Vec<flannel::Subnet>,
-    /// The udp backend's data path, while it runs.
+    /// The udp backend's data path, while it is running.
     tunnel: Option<tunnel::Tunnel>,
-    /// Peers for which the extension's commands were run.
+    /// Peers for which the commands of the extension backend were run.
     extension: BTreeMap<flannel::LeaseKey, flannel::backend::extension::ExtensionPeer>,
-    /// What could not be read, and is not vital.
-    trouble: Option<String>,
-    /// Interface indexes, valid during one call: they change when somebody creates a link anew.
+    /// The error of a read that did not fail as a whole.
+    read_error: Option<String>,
+    /// Interface indexes, valid during one call: they change when another program recreates a link.
     indexes: BTreeMap<IfName, u32>,
 }
 
@@ -71,22 +71,22 @@ impl Kernel {
             networks: Vec::new(),
             tunnel: None,
             extension: BTreeMap::new(),
-            trouble: None,
+            read_error: None,
             indexes: BTreeMap::new(),
         })
     }
 
-    /// The netlink port of the route socket: notifications that carry it are echoes of our own changes.
+    /// The netlink port of the route socket: notifications that carry it are echoes of the daemon's own changes.
     pub fn port(&self) -> u32 {
         self.route.port()
     }
 
-    /// What the last [`Kernel::observe`] could not read and left out, in words.
-    pub fn take_trouble(&mut self) -> Option<String> {
-        self.trouble.take()
+    /// The object that the last [`Kernel::observe`] could not read, with the reason.
+    pub fn take_read_error(&mut self) -> Option<String> {
+        self.read_error.take()
     }
 
-    /// The udp backend's data path, if it runs on this link.
+    /// The udp backend's data path, if it is running on this link.
     fn running_tunnel(&self, link: &link::LinkInfo) -> Option<&tunnel::Tunnel> {
         self.tunnel.as_ref().filter(|tunnel| tunnel.name == link.name && link.kind == "tun" && tunnel.is_running())
     }

@@ -1,4 +1,4 @@
-//! Links: bridges, veth pairs and VXLAN devices (`linux/if_link.h`).
+//! Reads and writes links: bridges, veth pairs and VXLAN devices (`linux/if_link.h`).
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -52,27 +52,27 @@ const IFLA_BRPORT_ISOLATED: u16 = 33;
 
 /// `IF_OPER_UP` (RFC 2863)
 pub const OPER_UP: u8 = 6;
-/// `IF_OPER_UNKNOWN`: the state of links that do not tell, such as VXLAN devices and `lo`.
+/// `IF_OPER_UNKNOWN`: the state of links that report none, such as VXLAN devices and `lo`.
 pub const OPER_UNKNOWN: u8 = 0;
 
-/// A link as the kernel shows it.
+/// A link, as the kernel reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkInfo {
     /// Interface index.
     pub index: u32,
     /// Interface name.
     pub name: IfName,
-    /// Link-layer address, if it is an Ethernet address.
+    /// MAC address, if the link has an Ethernet address.
     pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Administratively up?
+    /// Whether it is administratively up.
     pub up: bool,
-    /// Does it take frames for everybody?
+    /// Whether it is in promiscuous mode.
     pub promiscuous: bool,
-    /// Does it take frames for every multicast group?
+    /// Whether it receives all multicast frames.
     pub all_multicast: bool,
-    /// Packets that may wait to be sent.
+    /// Length of the transmit queue, in packets.
     pub tx_queue_len: u32,
     /// The other end of a veth pair, or the lower interface; 0 for none.
     pub link: u32,
@@ -82,13 +82,13 @@ pub struct LinkInfo {
     pub master: u32,
     /// `IFLA_INFO_KIND`, empty for a physical link.
     pub kind: String,
-    /// What a VXLAN device has beside.
+    /// The attributes of a VXLAN device.
     pub vxlan: Option<VxlanInfo>,
-    /// How it behaves as the port of a bridge.
+    /// Its settings as a bridge port.
     pub port: Port,
-    /// Is its other end, or its lower interface, in another network namespace?
+    /// Whether its other end, or its lower interface, is in another network namespace.
     pub reaches_elsewhere: bool,
-    /// Does it tell VLANs apart, as a bridge?
+    /// Whether it is a bridge that filters VLANs.
     pub vlan_filtering: bool,
 }
 
@@ -103,9 +103,9 @@ pub struct VxlanInfo {
     pub local: Option<IpAddr>,
     /// Index of the lower interface; 0 for none.
     pub lower: u32,
-    /// Group-based policy extension.
+    /// Whether the group-based policy extension is enabled.
     pub gbp: bool,
-    /// Source-address learning.
+    /// Whether source-address learning is enabled.
     pub learning: bool,
 }
 
@@ -117,7 +117,7 @@ fn ifinfomsg(index: u32, flags: u32, change: u32) -> [u8; 16] {
     header
 }
 
-/// Reads a link message (what follows its netlink header).
+/// Decodes a link message (without its netlink header).
 pub fn decode(body: &[u8]) -> Option<LinkInfo> {
     let index = u32_at(body, 4)?;
     let flags = u32_at(body, 8)?;
@@ -193,10 +193,10 @@ fn decode_vxlan(bytes: &[u8]) -> Option<VxlanInfo> {
     Some(vxlan)
 }
 
-/// Reads one link by name; `None` if there is none.
+/// Reads one link by name; `None` if it does not exist.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn get(socket: &mut Socket, name: IfName) -> Result<Option<LinkInfo>, NetlinkError> {
     let answer = socket.get(
         RTM_GETLINK,
@@ -208,10 +208,10 @@ pub fn get(socket: &mut Socket, name: IfName) -> Result<Option<LinkInfo>, Netlin
     found(answer)
 }
 
-/// Reads one link by index; `None` if there is none.
+/// Reads one link by index; `None` if it does not exist.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn get_index(socket: &mut Socket, index: u32) -> Result<Option<LinkInfo>, NetlinkError> {
     found(socket.get(
         RTM_GETLINK,
@@ -233,9 +233,9 @@ fn found(answer: Result<LinkInfo, NetlinkError>) -> Result<Option<LinkInfo>, Net
 /// Reads all links.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list(socket: &mut Socket) -> Result<Vec<LinkInfo>, NetlinkError> {
-    // RTEXT_FILTER_SKIP_STATS: nobody here reads counters.
+    // RTEXT_FILTER_SKIP_STATS: the counters are not used.
     socket.dump(
         RTM_GETLINK,
         |body| {
@@ -245,23 +245,23 @@ pub fn list(socket: &mut Socket) -> Result<Vec<LinkInfo>, NetlinkError> {
     )
 }
 
-/// Creates the link, or changes what of it can be changed in place. A link that differs in what cannot be changed was
-/// deleted before: that is the diff's decision.
+/// Creates the link, or changes those attributes that can be changed in place. The diff deletes a link first that differs in other
+/// attributes.
 pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> {
     let flags = if link.up { IFF_UP } else { 0 };
     if matches!(link.kind, LinkKind::Udp { .. }) {
-        // The device is there: its other end was just opened. It has no link-layer address.
+        // The device exists, because the tunnel has just opened it. It has no MAC address.
         return socket.request(RTM_NEWLINK, 0, |body| {
             body.bytes(&ifinfomsg(0, flags, IFF_UP)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
         });
     }
     let LinkKind::Vxlan { vni, port, local, lower, gbp, learning } = &link.kind else {
-        return Err(NetlinkError::Garbled("a link of a foreign kind cannot be set"));
+        return Err(NetlinkError::Garbled("cannot set a link of a foreign kind"));
     };
     let lower =
         get(socket, *lower)?.ok_or(NetlinkError::Refused { errno: libc::ENODEV, message: format!("there is no interface {lower}") })?;
     if let Some(have) = get(socket, link.name)? {
-        // The kernel takes a change of MTU and a change of what is VXLAN's own in separate requests only.
+        // The kernel accepts changes of the MTU and of VXLAN attributes only in separate requests.
         if have.vxlan.is_some_and(|vxlan| (vxlan.learning, vxlan.local, vxlan.lower) != (*learning, Some(*local), lower.index)) {
             socket.request(RTM_NEWLINK, 0, |body| {
                 body.bytes(&ifinfomsg(have.index, 0, 0));
@@ -299,7 +299,7 @@ fn linkinfo(body: &mut Body<'_>, kind: &str, data: impl FnOnce(&mut Body<'_>)) {
     });
 }
 
-/// The link as an object, for comparison with the desired one.
+/// Converts a link into an object, for comparison with the desired one.
 pub(crate) fn to_object(link: &LinkInfo, name_of: impl Fn(u32) -> Option<IfName>) -> Link {
     let vxlan = link.vxlan.and_then(|vxlan| {
         let (vni, local, lower) = (Vni::new(vxlan.vni)?, vxlan.local?, name_of(vxlan.lower)?);
@@ -312,7 +312,7 @@ pub(crate) fn to_object(link: &LinkInfo, name_of: impl Fn(u32) -> Option<IfName>
 /// Deletes a link.
 ///
 /// # Errors
-/// What the kernel answers; `is_not_found` when there is none.
+/// The error that the kernel returns; `is_not_found` when the link does not exist.
 pub fn delete(socket: &mut Socket, name: IfName) -> Result<(), NetlinkError> {
     socket.request(RTM_DELLINK, 0, |body| {
         body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
@@ -323,7 +323,7 @@ pub fn delete(socket: &mut Socket, name: IfName) -> Result<(), NetlinkError> {
 /// without one it takes the lowest of its ports, and another when that port goes.
 ///
 /// # Errors
-/// What the kernel answers; `is_exists` when the name is taken.
+/// The error that the kernel returns; `is_exists` when the name is taken.
 pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32, mac: Option<Mac>) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, name.as_str());
@@ -342,16 +342,16 @@ pub fn create_bridge(socket: &mut Socket, name: IfName, mtu: u32, mac: Option<Ma
 pub struct VethEnd<'a> {
     /// Interface name.
     pub name: IfName,
-    /// Link-layer address; the kernel draws one where there is none.
+    /// MAC address; `None` lets the kernel choose a random one.
     pub mac: Option<Mac>,
-    /// The network namespace to put it in; the socket's own where there is none.
+    /// The network namespace to create it in; `None` means the namespace of the socket.
     pub netns: Option<BorrowedFd<'a>>,
 }
 
 /// Creates a veth pair. MTU 0 leaves the choice to the kernel.
 ///
 /// # Errors
-/// What the kernel answers; `is_exists` when a name is taken.
+/// The error that the kernel returns; `is_exists` when a name is taken.
 pub fn create_veth(socket: &mut Socket, mtu: u32, this: VethEnd<'_>, peer: VethEnd<'_>) -> Result<(), NetlinkError> {
     let end = |body: &mut Body<'_>, end: VethEnd<'_>| {
         body.attr_str(IFLA_IFNAME, end.name.as_str());
@@ -380,25 +380,25 @@ pub fn create_veth(socket: &mut Socket, mtu: u32, this: VethEnd<'_>, peer: VethE
 /// Sets a link administratively up or down.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_up(socket: &mut Socket, index: u32, up: bool) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, u32::from(up), IFF_UP));
     })
 }
 
-/// Makes a link take frames for everybody, or not.
+/// Switches promiscuous mode of a link on or off.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_promiscuous(socket: &mut Socket, index: u32, on: bool) -> Result<(), NetlinkError> {
     set_flag(socket, index, IFF_PROMISC, on)
 }
 
-/// Makes a link take frames for every multicast group, or not.
+/// Switches reception of all multicast frames on or off.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_all_multicast(socket: &mut Socket, index: u32, on: bool) -> Result<(), NetlinkError> {
     set_flag(socket, index, IFF_ALLMULTI, on)
 }
@@ -409,17 +409,17 @@ fn set_flag(socket: &mut Socket, index: u32, flag: u32, on: bool) -> Result<(), 
     })
 }
 
-/// `IPV4_DEVCONF_FORWARDING` (`linux/ip.h`): packets that come in by the link are forwarded.
+/// `IPV4_DEVCONF_FORWARDING` (`linux/ip.h`): packets that arrive on the link are forwarded.
 pub const FORWARDING: u16 = 1;
-/// `IPV4_DEVCONF_ARP_NOTIFY`: the link tells its neighbours of itself when it goes up.
+/// `IPV4_DEVCONF_ARP_NOTIFY`: the kernel sends a gratuitous ARP when the link goes up.
 pub const ARP_NOTIFY: u16 = 22;
-/// `IPV4_DEVCONF_ROUTE_LOCALNET`: packets to 127.0.0.0/8 may leave by the link.
+/// `IPV4_DEVCONF_ROUTE_LOCALNET`: packets to 127.0.0.0/8 may be routed through the link.
 pub const ROUTE_LOCALNET: u16 = 26;
 
-/// Sets a sysctl of `net/ipv4/conf/` of a link by its number in `linux/ip.h`, without `/proc/sys`.
+/// Sets a sysctl of a link in `net/ipv4/conf/` by its number in `linux/ip.h`, without `/proc/sys`.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_ipv4_conf(socket: &mut Socket, index: u32, number: u16, value: u32) -> Result<(), NetlinkError> {
     const AF_INET: u16 = 2;
     const IFLA_INET_CONF: u16 = 1;
@@ -437,28 +437,28 @@ pub fn set_ipv4_conf(socket: &mut Socket, index: u32, number: u16, value: u32) -
 /// Sets a link's MTU in bytes.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_mtu(socket: &mut Socket, index: u32, mtu: u32) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0)).attr_u32(IFLA_MTU, mtu);
     })
 }
 
-/// Sets how many packets may wait to be sent.
+/// Sets the length of a link's transmit queue, in packets.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_tx_queue_len(socket: &mut Socket, index: u32, length: u32) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0)).attr_u32(IFLA_TXQLEN, length);
     })
 }
 
-/// Creates an intermediate functional block, up: a link that can limit what another one receives. The alias is a text for
+/// Creates an intermediate functional block (ifb), up, which can shape the traffic that another link receives. The alias is a text for
 /// [`alias`].
 ///
 /// # Errors
-/// What the kernel answers; `is_exists` when the name is taken.
+/// The error that the kernel returns; `is_exists` when the name is taken.
 pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32, alias: &str) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
         body.bytes(&ifinfomsg(0, IFF_UP, IFF_UP)).attr_str(IFLA_IFNAME, name.as_str()).attr_u32(IFLA_MTU, mtu);
@@ -470,10 +470,10 @@ pub fn create_ifb(socket: &mut Socket, name: IfName, mtu: u32, alias: &str) -> R
     })
 }
 
-/// The alias of a link, empty where it has none; `None` if there is no link of this name.
+/// Reads the alias of a link, empty if it has none; `None` if the link does not exist.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn alias(socket: &mut Socket, name: IfName) -> Result<Option<String>, NetlinkError> {
     let answer = socket.get(
         RTM_GETLINK,
@@ -492,10 +492,10 @@ pub fn alias(socket: &mut Socket, name: IfName) -> Result<Option<String>, Netlin
     }
 }
 
-/// Makes a bridge tell VLANs apart (IEEE 802.1Q).
+/// Enables VLAN filtering of a bridge (IEEE 802.1Q).
 ///
 /// # Errors
-/// What the kernel answers: one that is built without it knows nothing of it.
+/// The error that the kernel returns, for example if it is built without VLAN filtering.
 pub fn set_vlan_filtering(socket: &mut Socket, index: u32) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0));
@@ -505,29 +505,29 @@ pub fn set_vlan_filtering(socket: &mut Socket, index: u32) -> Result<(), Netlink
     })
 }
 
-/// VLANs of a bridge port: first and last identifier.
+/// A range of VLANs of a bridge port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Vlans {
     /// First identifier, 1 to 4094.
     pub first: u16,
     /// Last identifier.
     pub last: u16,
-    /// Do frames without a tag belong to it, and do its frames leave without one?
+    /// Whether untagged frames belong to the VLAN, and its frames leave untagged.
     pub untagged: bool,
 }
 
 /// Adds VLANs to a bridge port, or to the bridge itself.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn add_vlans(socket: &mut Socket, index: u32, vlans: Vlans, bridge_itself: bool) -> Result<(), NetlinkError> {
     change_vlans(socket, RTM_NEWLINK, index, vlans, bridge_itself)
 }
 
-/// Takes VLANs from a bridge port.
+/// Removes VLANs from a bridge port.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn delete_vlans(socket: &mut Socket, index: u32, vlans: Vlans) -> Result<(), NetlinkError> {
     change_vlans(socket, RTM_DELLINK, index, vlans, false)
 }
@@ -561,21 +561,21 @@ fn change_vlans(socket: &mut Socket, kind: u16, index: u32, vlans: Vlans, bridge
     })
 }
 
-/// Sets a link's address; a bridge whose address was set keeps it when its ports change.
+/// Sets a link's MAC address. A bridge whose address was set keeps it when its ports change.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn set_mac(socket: &mut Socket, index: u32, mac: Mac) -> Result<(), NetlinkError> {
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(index, 0, 0)).attr(IFLA_ADDRESS, &mac.0);
     })
 }
 
-/// Makes a link a port of a bridge and sets it up. The kernel takes a port's settings only from one that is a port
-/// already, so these are two requests in one batch.
+/// Makes a link a port of a bridge and sets it up. The kernel accepts port settings only for a link that is a port already, so these
+/// are two requests in one batch.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn enslave(socket: &mut Socket, index: u32, bridge: u32, port: Port) -> Result<(), NetlinkError> {
     let mut batch = crate::netlink::Batch::new();
     batch.message(RTM_NEWLINK, 0, |body| {

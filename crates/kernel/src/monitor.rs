@@ -1,5 +1,5 @@
-//! Hears what changes in the kernel, limited to what may be ours. Lost notifications become
-//! [`Changed::Everything`]; our own echoes are left out where the kernel names the cause.
+//! Receives the kernel's notifications about changes in scope. Lost notifications (an overrun) become [`Changed::Everything`]; changes
+//! of the daemon itself are filtered out where the kernel names the cause.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -26,7 +26,7 @@ const RTNLGRP_IPV6_IFADDR: u32 = 9;
 const RTNLGRP_IPV6_ROUTE: u32 = 11;
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
 const RTNLGRP_IPV6_NETCONF: u32 = 25;
-/// What is listened to.
+/// The multicast groups to join.
 const GROUPS: [u32; 8] = [
     RTNLGRP_LINK,
     RTNLGRP_NEIGH,
@@ -39,50 +39,50 @@ const GROUPS: [u32; 8] = [
 ];
 const NFNLGRP_NFTABLES: u32 = 7;
 
-/// A change that somebody made.
+/// A change in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Changed {
-    /// This object is there, exactly so.
+    /// This object was created, or changed to this form.
     Set(Object),
-    /// What was at this key is gone.
+    /// The object with this key is gone.
     Gone(Key),
-    /// A watched link, or an address of it, changed; the kernel drops routes with it without a word, so more than the
-    /// link must be looked at.
+    /// A watched link, or an address of it, changed. The kernel removes routes with it without a notification, so more than the link
+    /// must be read.
     Link(IfName),
-    /// A bridge changed, or its addresses, or a port left it: it may be the pods'.
+    /// A bridge or its addresses changed, or it lost a port: it may be the pods' bridge.
     Bridge,
-    /// A link became a port of this bridge, or behaves as one otherwise.
+    /// A link (the second name) became a port of this bridge (the first name), or the settings of the port changed.
     Port(IfName, IfName, Port),
-    /// A link that was a port of a bridge is gone.
+    /// A link that was a bridge port was deleted.
     PortGone(IfName),
-    /// Something in our nftables table of this family changed.
+    /// The daemon's nftables table of this family changed.
     Rules(Family),
-    /// Something in iptables' tables of this family changed, in those that nf_tables holds.
+    /// An iptables table of this family changed, of those in nf_tables.
     Iptables(Family),
-    /// Rules that plugins wrote for pods were deleted, perhaps by a plugin.
+    /// Rules that the CNI plugins wrote for pods were deleted, perhaps by a plugin.
     PodRules,
-    /// The file for the CNI plugins.
+    /// The file for the CNI plugins changed.
     File,
     /// Notifications were lost: anything may have changed.
     Everything,
 }
 
-/// A change and, where the kernel tells, who made it.
+/// A change and, if the kernel names it, the program that made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelEvent {
-    /// What changed.
+    /// The change.
     pub change: Changed,
-    /// By whom.
+    /// The program that made it.
     pub by: Option<Author>,
 }
 
-/// Who changed something. Netlink tells a socket's port, which for a program's first socket is its process's number;
-/// nf_tables tells process and program.
+/// The program that made a change. Netlink names the port of its socket, which for the first socket of a process is the process ID;
+/// nf_tables names the process ID and the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Author {
-    /// The process.
+    /// The process ID.
     pub pid: u32,
-    /// Its program; empty if it had ended before it was looked at.
+    /// Its program; empty if the process ended before the name could be read.
     pub program: String,
 }
 
@@ -95,11 +95,11 @@ impl fmt::Display for Author {
     }
 }
 
-/// The largest number that Linux gives to a process (`PID_MAX_LIMIT`, `linux/threads.h`); ports above it say nothing.
+/// The largest process ID on Linux (`PID_MAX_LIMIT`, `linux/threads.h`); ports above it do not identify a process.
 const PID_MAX: u32 = 4 << 20;
 
 impl Author {
-    /// Whose socket has this port. In a container's own PID namespace the number means another process, or none.
+    /// The owner of the socket with this port. In a container's own PID namespace the number would mean another process, or none.
     fn of(port: u32) -> Option<Author> {
         // PROC_PID_INIT_INO of linux/proc_ns.h
         let initial = || std::fs::read_link("/proc/self/ns/pid").is_ok_and(|name| name.as_os_str() == "pid:[4026531836]");
@@ -116,27 +116,27 @@ pub struct Monitor {
     file: Option<WatchedFile>,
     scope: Scope,
     external: IfName,
-    /// Indexes of the watched links, as far as they are there.
+    /// The watched links that exist, by index.
     names: BTreeMap<u32, IfName>,
     bridges: Bridges,
-    /// The port whose changes are our own.
+    /// The port of the daemon's own changes.
     own_port: u32,
 }
 
 impl Monitor {
-    /// Subscribes, in the calling thread's network namespace, to changes of what is in `scope` and of the external
-    /// interface. Changes that carry `own_port` are left out.
+    /// Subscribes, in the calling thread's network namespace, to changes of objects in `scope` and of the external interface. Changes
+    /// that carry `own_port` are filtered out.
     ///
     /// # Errors
     /// When the kernel refuses the sockets.
     pub fn open(scope: Scope, external: IfName, own_port: u32) -> Result<Monitor, NetlinkError> {
         let route = Socket::open(Protocol::Route)?;
         if own_port != 0 {
-            // Ten thousand routes of our own are not to fill the queue. Without it they are left out by `drain`.
-            let _ = route.leave_out(&[route::RTM_NEWROUTE, route::RTM_DELROUTE, neigh::RTM_NEWNEIGH, neigh::RTM_DELNEIGH], own_port);
+            // Ten thousand routes of the daemon must not fill the queue. If the filter cannot be set, `drain` skips them.
+            let _ = route.filter_echoes(&[route::RTM_NEWROUTE, route::RTM_DELROUTE, neigh::RTM_NEWNEIGH, neigh::RTM_DELNEIGH], own_port);
         }
         GROUPS.iter().try_for_each(|group| route.join(*group))?;
-        // A kernel without nf_tables has nothing to tell of it.
+        // A kernel without nf_tables sends no notifications about it.
         let netfilter = Socket::open(Protocol::Netfilter).ok().filter(|socket| socket.join(NFNLGRP_NFTABLES).is_ok());
         let file = scope.file.clone().and_then(WatchedFile::new);
         let (names, bridges) = (BTreeMap::new(), Bridges::default());
@@ -145,7 +145,7 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Reads the indexes of the watched links, on a socket of its own so that no answer mixes with notifications.
+    /// Reads the indexes of the watched links, on a separate socket so that answers do not mix with notifications.
     fn learn_names(&mut self) -> Result<(), NetlinkError> {
         let links = link::list(&mut Socket::open(Protocol::Route)?)?;
         let watched = links.iter().filter(|l| self.scope.links.contains(&l.name) || l.name == self.external);
@@ -157,7 +157,7 @@ impl Monitor {
         Ok(())
     }
 
-    /// Waits until there is something to [`Monitor::drain`].
+    /// Waits for notifications to [`Monitor::drain`].
     ///
     /// # Errors
     /// When waiting fails.
@@ -165,46 +165,46 @@ impl Monitor {
         let file = self.file.as_ref();
         let fds = [Some(self.route.as_fd()), self.netfilter.as_ref().map(AsFd::as_fd), file.map(|file| file.fd.as_fd())];
         let mut polled: Vec<PollFd<'_>> = fds.iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-        // A folder that is gone cannot be watched: whether it is there again is looked at now and then.
-        let patience = file.is_some_and(|file| !file.watching).then_some(Timespec { tv_sec: 0, tv_nsec: 100_000_000 });
-        match rustix::event::poll(&mut polled, patience.as_ref()) {
+        // A deleted folder cannot be watched: poll until it exists again.
+        let timeout = file.is_some_and(|file| !file.watching).then_some(Timespec { tv_sec: 0, tv_nsec: 100_000_000 });
+        match rustix::event::poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(NetlinkError::Socket("wait", error.into())),
         }
     }
 
-    /// Reads all notifications that are there, without waiting.
+    /// Reads all pending notifications, without waiting.
     ///
     /// # Errors
     /// When a socket fails for another reason than lost notifications.
     pub fn drain(&mut self) -> Result<Vec<KernelEvent>, NetlinkError> {
-        let mut heard: Vec<KernelEvent> = Vec::new();
-        // Many changes in a row are one author's, as a rule.
+        let mut events: Vec<KernelEvent> = Vec::new();
+        // Successive changes usually have one author.
         let mut author: (u32, Option<Author>) = (0, None);
         let mut lost = false;
-        // One look at the bridge is enough, after all else was heard.
+        // One bridge event, after all others, is enough.
         let mut bridge: Option<KernelEvent> = None;
         loop {
             let Monitor { route, names, bridges, scope, external, own_port, .. } = self;
             let watched = Watched { scope, external: *external };
             let more = route.notifications(false, |message| {
                 if lost {
-                    // All will be read anew; what matters is to be done with these soon.
+                    // Everything will be read again: only empty the queue.
                 } else if message.port != *own_port || message.port == 0 {
                     if let Some(change) = decode(&message, &watched, names, bridges) {
                         if author.0 != message.port {
                             author = (message.port, Author::of(message.port));
                         }
                         let is_bridge = change == Changed::Bridge;
-                        let news = KernelEvent { change, by: author.1.clone() };
+                        let event = KernelEvent { change, by: author.1.clone() };
                         if is_bridge {
-                            bridge = Some(news);
+                            bridge = Some(event);
                         } else {
-                            heard.push(news);
+                            events.push(event);
                         }
                     }
                 } else if is_link(&message) {
-                    // Our own change of a link still teaches its index.
+                    // A change by the daemon also shows the index of a link.
                     decode(&message, &watched, names, bridges);
                 }
             });
@@ -212,19 +212,19 @@ impl Monitor {
                 break;
             }
         }
-        heard.extend(bridge);
-        // A socket that overflowed gets nothing more until its queue was seen empty, which it is only now.
+        events.extend(bridge);
+        // After an overrun, the socket receives nothing more until its queue was found empty, as it is now.
         if lost {
-            heard = vec![KernelEvent { change: Changed::Everything, by: None }];
-            // Which links there are may be among what was lost.
+            events = vec![KernelEvent { change: Changed::Everything, by: None }];
+            // The lost notifications may concern links.
             self.learn_names()?;
         }
         lost = false;
         let mut rules: Vec<KernelEvent> = Vec::new();
         while let Some(socket) = &mut self.netfilter {
-            // A transaction is a message for each of its rules, once is enough; its last message says whose it was.
+            // A transaction has a message for each of its rules, of which one is enough; its last message names the author.
             let more = socket.notifications(false, |message| match decode_rules(&message) {
-                // Of pods' rules it matters who deleted them: each transaction counts.
+                // For pods' rules the author matters: report each transaction.
                 Some(change) if rules.iter().any(|known| known.change == change && (known.by.is_none() || change != Changed::PodRules)) => {
                 }
                 Some(change) => rules.push(KernelEvent { change, by: None }),
@@ -237,27 +237,27 @@ impl Monitor {
                 break;
             }
         }
-        heard.extend(rules);
-        heard.extend(lost.then_some(KernelEvent { change: Changed::Everything, by: None }));
+        events.extend(rules);
+        events.extend(lost.then_some(KernelEvent { change: Changed::Everything, by: None }));
         if self.file.as_mut().is_some_and(WatchedFile::has_changed) {
-            heard.push(KernelEvent { change: Changed::File, by: None });
+            events.push(KernelEvent { change: Changed::File, by: None });
         }
-        Ok(heard)
+        Ok(events)
     }
 }
 
-/// A file that is watched by its folder (inotify(7)), because it is replaced rather than written to.
+/// Watches a file through its folder (inotify(7)), because the file is replaced rather than written to.
 #[derive(Debug)]
 struct WatchedFile {
     fd: OwnedFd,
     folder: PathBuf,
     name: OsString,
-    /// Is the folder there to be watched?
+    /// Whether the folder exists and is watched.
     watching: bool,
 }
 
 impl WatchedFile {
-    /// `None` where the system grants no inotify: then the audit notices.
+    /// Starts watching. Returns `None` if the system grants no inotify instance: then only the audit detects changes.
     fn new(path: PathBuf) -> Option<WatchedFile> {
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
         let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).map_or(PathBuf::from("."), ToOwned::to_owned);
@@ -314,16 +314,16 @@ fn is_link(message: &Received<'_>) -> bool {
     matches!(message.kind, link::RTM_NEWLINK | link::RTM_DELLINK)
 }
 
-/// All bridges of the host, by index, and their ports: one of them may be the pods'.
+/// All bridges of the host, by index, and their ports: one of them may be the pods' bridge.
 #[derive(Debug, Default)]
 struct Bridges {
     names: BTreeMap<u32, IfName>,
-    /// Links that are a port, or were one when they were heard of last.
+    /// Links that were a bridge port at their last notification.
     ports: BTreeSet<u32>,
 }
 
 impl Bridges {
-    fn hear(&mut self, link: &LinkInfo, gone: bool) -> Option<Changed> {
+    fn update(&mut self, link: &LinkInfo, gone: bool) -> Option<Changed> {
         if link.kind == "bridge" {
             if gone {
                 self.names.remove(&link.index);
@@ -339,12 +339,12 @@ impl Bridges {
             self.ports.insert(link.index);
             return Some(Changed::Port(*bridge, link.name, link.port));
         }
-        // One that is being deleted leaves its bridge as well, but is down by then.
+        // A link that is being deleted leaves its bridge as well, but is down at that time.
         (link.up && self.ports.remove(&link.index)).then_some(Changed::Bridge)
     }
 }
 
-/// Which links concern us.
+/// The links whose changes are reported.
 struct Watched<'a> {
     scope: &'a Scope,
     external: IfName,
@@ -353,13 +353,13 @@ struct Watched<'a> {
 fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u32, IfName>, bridges: &mut Bridges) -> Option<Changed> {
     match message.kind {
         link::RTM_NEWLINK | link::RTM_DELLINK => {
-            // A bridge port is announced once more in the bridge family: that says nothing about the link.
+            // A bridge port is announced once more in the bridge family, without data about the link.
             if message.body.first() != Some(&0) {
                 return None;
             }
             let info = link::decode(message.body)?;
             let gone = message.kind == link::RTM_DELLINK;
-            let bridge = bridges.hear(&info, gone);
+            let bridge = bridges.update(&info, gone);
             if gone || !(watched.scope.links.contains(&info.name) || info.name == watched.external) {
                 return names.remove(&info.index).map(Changed::Link).or(bridge);
             }
@@ -391,7 +391,7 @@ fn decode_rules(message: &Received<'_>) -> Option<Changed> {
     iptables.or_else(|| object::pod_rules::decode_change(table, message)).or_else(|| object::ruleset::decode_change(table))
 }
 
-/// Who committed the transaction that this message ends (`NFT_MSG_NEWGEN`, `linux/netfilter/nf_tables.h`).
+/// The program that committed the transaction which this message ends (`NFT_MSG_NEWGEN`, `linux/netfilter/nf_tables.h`).
 fn decode_generation(message: &Received<'_>) -> Option<Author> {
     const NFT_MSG_NEWGEN: u16 = (10 << 8) | 15;
     const NFTA_GEN_PROC_PID: u16 = 2;

@@ -1,5 +1,5 @@
-//! Neighbour entries and the forwarding entries of VXLAN devices, which the kernel treats as neighbours of the bridge
-//! family (`linux/neighbour.h`).
+//! Reads and writes neighbour entries and the FDB entries of VXLAN devices, which the kernel treats as neighbours of the bridge family
+//! (`linux/neighbour.h`).
 
 use std::net::IpAddr;
 
@@ -21,29 +21,29 @@ const NTF_SELF: u8 = 2;
 const RTN_UNICAST: u8 = 1;
 const AF_BRIDGE: u8 = 7;
 
-/// A permanent entry: of the neighbour table, or a forwarding entry of a device itself.
+/// A neighbour entry, or an FDB entry of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeighInfo {
     /// Interface index.
     pub index: u32,
-    /// Is it a forwarding entry?
+    /// Whether it is an FDB entry.
     pub fdb: bool,
-    /// The neighbour's address, or the host that frames are sent to.
+    /// The IP address of the neighbour, or of the host that frames are sent to.
     pub ip: IpAddr,
-    /// The link-layer address.
+    /// The MAC address.
     pub mac: Mac,
-    /// Is the entry permanent?
+    /// Whether the entry is permanent.
     pub permanent: bool,
 }
 
-/// Reads a neighbour message (what follows its netlink header). `None` for entries without both addresses.
+/// Decodes a neighbour message (without its netlink header). Returns `None` for entries without both addresses.
 pub fn decode(body: &[u8]) -> Option<NeighInfo> {
     let (index, fdb, ip, mac) = decode_key(body)?;
     let permanent = u16_at(body, 8)? & NUD_PERMANENT != 0;
     Some(NeighInfo { index, fdb, ip: ip?, mac: mac?, permanent })
 }
 
-/// What identifies an entry in a message about its end, which may lack the other address.
+/// Decodes the identity of an entry, also from a message about its deletion, which may lack the other address.
 pub(crate) fn decode_key(body: &[u8]) -> Option<(u32, bool, Option<IpAddr>, Option<Mac>)> {
     let (mut ip, mut mac) = (None, None);
     for (kind, value) in attrs(body.get(12..)?) {
@@ -59,15 +59,15 @@ pub(crate) fn decode_key(body: &[u8]) -> Option<(u32, bool, Option<IpAddr>, Opti
 /// Reads the permanent neighbour entries of an interface, of both families.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list(socket: &mut Socket, index: u32) -> Result<Vec<NeighInfo>, NetlinkError> {
     list_family(socket, 0, index)
 }
 
-/// Reads the permanent forwarding entries of a VXLAN device.
+/// Reads the permanent FDB entries of a VXLAN device.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list_fdb(socket: &mut Socket, index: u32) -> Result<Vec<NeighInfo>, NetlinkError> {
     list_family(socket, AF_BRIDGE, index)
 }

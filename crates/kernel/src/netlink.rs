@@ -1,6 +1,6 @@
-//! Netlink by hand: messages are built into one buffer, a batch of them is one `send`, and answers are matched by
-//! sequence number. Strict checking is on, so that the kernel filters dumps; extended acks are read into the error.
-//! (`linux/netlink.h`; Linux `Documentation/userspace-api/netlink/intro.rst`)
+//! A netlink client (`linux/netlink.h`; Linux `Documentation/userspace-api/netlink/intro.rst`). Messages are built in one buffer, a
+//! batch is one `send`, and answers are matched by sequence number. Strict checking is enabled, so that the kernel filters dumps;
+//! extended acks become part of the error.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::sys;
 
-/// Which netlink family a socket speaks.
+/// The netlink family of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
     /// `NETLINK_ROUTE`: links, addresses, routes, neighbours.
@@ -19,7 +19,7 @@ pub enum Protocol {
     Netfilter,
 }
 
-/// What went wrong between us and the kernel.
+/// The error of a netlink operation.
 #[derive(Debug, Error)]
 pub enum NetlinkError {
     /// The socket itself failed.
@@ -33,7 +33,7 @@ pub enum NetlinkError {
         /// The kernel's extended ack; may be empty.
         message: String,
     },
-    /// A dump was interrupted by changes again and again.
+    /// Concurrent changes interrupted each attempt at a dump.
     #[error("the kernel's tables changed during each of {0} dumps")]
     Unstable(u32),
     /// The kernel's answer cannot be read.
@@ -42,7 +42,7 @@ pub enum NetlinkError {
 }
 
 impl NetlinkError {
-    /// The kernel's error number, if it was the kernel that refused.
+    /// The kernel's error number, if the kernel returned one.
     pub fn errno(&self) -> Option<i32> {
         match self {
             NetlinkError::Refused { errno, .. } => Some(*errno),
@@ -51,17 +51,17 @@ impl NetlinkError {
         }
     }
 
-    /// Does the object not exist? (ENOENT, ESRCH, ENODEV, EADDRNOTAVAIL)
+    /// Whether the object does not exist (ENOENT, ESRCH, ENODEV, EADDRNOTAVAIL).
     pub fn is_not_found(&self) -> bool {
         matches!(self.errno(), Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL))
     }
 
-    /// Does the object exist already? (EEXIST)
+    /// Whether the object exists already (EEXIST).
     pub fn is_exists(&self) -> bool {
         self.errno() == Some(libc::EEXIST)
     }
 
-    /// The error of an operation: what was tried, and what came of it.
+    /// Converts this into the error of an operation: the act and the reason.
     pub fn into_op_error(self, act: &dyn std::fmt::Display) -> OpError {
         OpError { errno: self.errno().unwrap_or(libc::EIO), text: format!("{act}: {self}") }
     }
@@ -69,21 +69,21 @@ impl NetlinkError {
 
 const HEADER: usize = 16;
 
-/// Netlink messages in one buffer, each complete.
+/// Complete netlink messages in one buffer.
 #[derive(Debug, Default)]
 pub struct Batch {
     buffer: Vec<u8>,
-    /// Where each message begins.
+    /// The start of each message.
     starts: Vec<usize>,
 }
 
 impl Batch {
-    /// An empty batch.
+    /// Makes an empty batch.
     pub fn new() -> Batch {
         Batch::default()
     }
 
-    /// Appends a message: its type, its flags beside `NLM_F_REQUEST`, and whatever `body` writes after the header.
+    /// Appends a message with its type, its flags in addition to `NLM_F_REQUEST`, and the content that `body` writes.
     pub fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> &mut Batch {
         let start = self.buffer.len();
         self.starts.push(start);
@@ -92,18 +92,18 @@ impl Batch {
         self.buffer.extend((flags | NLM_F_REQUEST).to_ne_bytes());
         self.buffer.extend([0; 8]);
         body(&mut Body(&mut self.buffer));
-        let length = u32::try_from(self.buffer.len() - start).expect("a message is far below 4 GiB");
+        let length = u32::try_from(self.buffer.len() - start).expect("a message is smaller than 4 GiB");
         self.buffer[start..start + 4].copy_from_slice(&length.to_ne_bytes());
         pad(&mut self.buffer);
         self
     }
 
-    /// How many messages there are.
+    /// The number of messages.
     pub fn len(&self) -> usize {
         self.starts.len()
     }
 
-    /// Is there none?
+    /// Whether there is no message.
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
@@ -122,28 +122,28 @@ fn pad(buffer: &mut Vec<u8>) {
     buffer.resize(buffer.len().next_multiple_of(4), 0);
 }
 
-/// The inside of a message or of a nested attribute.
+/// The content of a message or of a nested attribute.
 #[derive(Debug)]
 pub struct Body<'a>(&'a mut Vec<u8>);
 
 impl Body<'_> {
-    /// Appends raw bytes: the family's fixed header.
+    /// Appends raw bytes, such as the fixed header of the family.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    /// Bytes written so far, into the whole buffer.
+    /// The number of bytes written so far into the whole buffer.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Is there none?
+    /// Whether no byte is written.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Changes a byte of what was written.
+    /// Overwrites a byte.
     pub fn set(&mut self, at: usize, byte: u8) {
         self.0[at] = byte;
     }
@@ -178,7 +178,7 @@ impl Body<'_> {
         }
     }
 
-    /// Appends an attribute that holds what `inside` writes.
+    /// Appends an attribute with the nested attributes that `inside` writes.
     pub fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body<'_>)) -> &mut Self {
         const NLA_F_NESTED: u16 = 0x8000;
         let start = self.0.len();
@@ -191,7 +191,7 @@ impl Body<'_> {
     }
 }
 
-/// The attributes in `bytes`: kind without flags, and value. Ends at the first one that is cut.
+/// The attributes in `bytes`: kind without flags, and value. Ends at the first truncated one.
 pub fn attrs(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(bytes, 0)?);
@@ -212,7 +212,7 @@ pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
 }
 
-/// The address in an attribute: 4 bytes or 16.
+/// The address in an attribute of 4 or 16 bytes.
 pub fn ip_in(bytes: &[u8]) -> Option<std::net::IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(Into::into),
@@ -236,13 +236,13 @@ pub struct Received<'a> {
     pub flags: u16,
     /// `nlmsg_seq`
     pub seq: u32,
-    /// `nlmsg_pid`: for a notification, the port that caused it, where the kernel tells.
+    /// `nlmsg_pid`: for a notification, the port that caused it, if the kernel names it.
     pub port: u32,
-    /// What follows the header.
+    /// The content after the header.
     pub body: &'a [u8],
 }
 
-/// The messages in a datagram. Ends at the first one that is cut.
+/// The messages in a datagram. Ends at the first truncated one.
 pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
@@ -274,15 +274,15 @@ pub const APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
-/// Messages that go out in one `send`. More gain little (the kernel's own work dominates) and an answer for each, if
-/// all fail, must fit the receive buffer.
+/// The number of messages in one `send`. More would gain little, because the kernel's work dominates, and if all fail, an answer for
+/// each must fit into the receive buffer.
 const CHUNK: usize = 256;
 
-/// The size of the receive buffer in user space: the kernel fills at most this much a datagram of a dump, and that is far less.
-/// From this size on the allocator gives fresh pages, which nobody has to clear and which cost nothing until they are used.
+/// The size of the receive buffer in user space. The datagrams of a dump are much smaller. From this size on the allocator maps fresh
+/// pages, which need no clearing and use no memory until they are touched.
 const BUFFER: usize = 256 * 1024;
 
-/// What is asked for in the socket's kernel-side receive buffer; the kernel may grant less.
+/// The requested size of the socket's receive buffer in the kernel, which may grant less.
 const KERNEL_BUFFER: libc::c_int = 4 * 1024 * 1024;
 
 /// A netlink socket.
@@ -311,7 +311,7 @@ impl Socket {
         if protocol == Protocol::Route {
             set(libc::NETLINK_GET_STRICT_CHK)?;
         }
-        // Beyond the system's limit needs CAP_NET_ADMIN in the initial user namespace; without it the limit will do.
+        // A size above the system's limit needs CAP_NET_ADMIN in the initial user namespace; without it the limit is enough.
         if sys::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, KERNEL_BUFFER).is_err() {
             sys::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, KERNEL_BUFFER)
                 .map_err(|e| NetlinkError::Socket("size its buffer", e))?;
@@ -330,14 +330,14 @@ impl Socket {
             .map_err(|e| NetlinkError::Socket("join a multicast group", e))
     }
 
-    /// Leaves notifications of these kinds out that tell of what the socket of this port did: they take no room in the queue, and
-    /// nobody is woken.
+    /// Filters out notifications of these kinds that are caused by the socket with this port, so that they neither fill the queue nor
+    /// wake the reader.
     ///
     /// # Errors
     /// [`NetlinkError::Socket`].
-    pub(crate) fn leave_out(&self, kinds: &[u16], port: u32) -> Result<(), NetlinkError> {
-        // Offsets of nlmsg_type and nlmsg_pid in struct nlmsghdr (linux/netlink.h), which is in the byte order of the machine; BPF
-        // reads in that of the network.
+    pub(crate) fn filter_echoes(&self, kinds: &[u16], port: u32) -> Result<(), NetlinkError> {
+        // Offsets of nlmsg_type and nlmsg_pid in struct nlmsghdr (linux/netlink.h). They are in host byte order; BPF loads in network
+        // byte order.
         const KIND: u32 = 4;
         const PORT: u32 = 12;
         let step = |code: u32, (jt, jf), k| libc::sock_filter { code: u16::try_from(code).expect("codes are small"), jt, jf, k };
@@ -345,7 +345,7 @@ impl Socket {
         let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
         let mut program = vec![step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, (0, 0), KIND)];
         for (at, kind) in kinds.iter().enumerate() {
-            // Past the other kinds and the next instruction.
+            // Jump over the other kinds and the next instruction.
             program.push(step(is, (skip(kinds.len() - at), 0), kind.to_be().into()));
         }
         program.push(step(libc::BPF_RET | libc::BPF_K, (0, 0), u32::MAX));
@@ -364,15 +364,15 @@ impl Socket {
     /// Sends one request and waits for its ack.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The error that the kernel returns.
     pub fn request(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> Result<(), NetlinkError> {
         let mut batch = Batch::new();
         batch.message(kind, flags, body);
         self.execute(batch).pop().unwrap_or(Err(NetlinkError::Garbled("no outcome")))
     }
 
-    /// Sends requests in order and returns an outcome for each. An acknowledgement is asked for the last of a chunk
-    /// only; a request that fails is answered in any case.
+    /// Sends requests in order and returns an outcome for each. Only the last request of a chunk asks for an acknowledgement; a request
+    /// that fails is answered in any case.
     pub fn execute(&mut self, mut batch: Batch) -> Vec<Result<(), NetlinkError>> {
         let mut outcomes = Vec::with_capacity(batch.len());
         let mut from = 0;
@@ -380,8 +380,7 @@ impl Socket {
             let to = batch.len().min(from + CHUNK);
             match self.chunk(&mut batch, from, to, &mut outcomes) {
                 Ok(()) => {}
-                // Answers were lost, or the chunk did not fit. Every request of ours may be sent twice, so ask for
-                // each alone.
+                // Answers were lost, or the chunk did not fit. Every request is idempotent, so send each again by itself.
                 Err(NetlinkError::Socket(_, error)) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EMSGSIZE)) => {
                     outcomes.truncate(from);
                     self.discard();
@@ -405,7 +404,7 @@ impl Socket {
         outcomes
     }
 
-    /// Reads away what is left of lost answers: until its queue was seen empty, a socket that overflowed gets nothing.
+    /// Discards pending answers: after an overrun, the socket receives nothing more until its queue was found empty.
     fn discard(&mut self) {
         loop {
             match receive(self.fd.as_fd(), &mut self.buffer, libc::MSG_DONTWAIT) {
@@ -454,10 +453,10 @@ impl Socket {
         }
     }
 
-    /// Sends one request whose answer is one message, and hands that to `read`.
+    /// Sends one request whose answer is one message, and decodes the answer with `read`.
     ///
     /// # Errors
-    /// What the kernel answers.
+    /// The error that the kernel returns.
     pub fn get<T>(
         &mut self,
         kind: u16,
@@ -473,11 +472,10 @@ impl Socket {
         read(message.body).ok_or(NetlinkError::Garbled("a field is missing"))
     }
 
-    /// Asks for a dump and collects what `read` makes of each message. A dump that a concurrent change made
-    /// inconsistent is asked for again.
+    /// Requests a dump and collects the messages that `read` decodes. A dump that a concurrent change made inconsistent is repeated.
     ///
     /// # Errors
-    /// What the kernel answers; [`NetlinkError::Unstable`] when change never pauses.
+    /// The error that the kernel returns; [`NetlinkError::Unstable`] when the changes do not pause.
     pub fn dump<T>(
         &mut self,
         kind: u16,
@@ -525,11 +523,11 @@ impl Socket {
         sys::send(self.fd.as_fd(), bytes).map_err(|e| NetlinkError::Socket("send", e))
     }
 
-    /// Sends messages as one nf_tables transaction: all take effect or none. The batch holds the content; the
-    /// transaction's begin and end are added here.
+    /// Sends messages as one nf_tables transaction: all take effect or none. The batch holds the content; this function adds the
+    /// messages that begin and end the transaction.
     ///
     /// # Errors
-    /// What the kernel answers to the first message that it refused.
+    /// The error that the kernel returns for the first message that it refused.
     pub fn transaction(&mut self, subsystem: u16, mut batch: Batch) -> Result<(), NetlinkError> {
         const BEGIN: u16 = 16;
         const END: u16 = 17;
@@ -566,7 +564,7 @@ impl Socket {
                 if outcome.is_ok() && answer.is_err() {
                     outcome = answer;
                 }
-                // Refused as a whole, the transaction is answered at its beginning; else its last message is.
+                // The kernel answers the begin message if it refuses the whole transaction, and otherwise the last message.
                 if message.seq == first || message.seq == last {
                     return outcome;
                 }
@@ -574,11 +572,10 @@ impl Socket {
         }
     }
 
-    /// Waits for a notification and hands each message of it to `each`.
+    /// Receives a notification and calls `each` with each of its messages.
     ///
     /// # Errors
-    /// `ENOBUFS` in [`NetlinkError::Socket`] when notifications were lost; `EAGAIN` when `wait` is false and there is
-    /// none.
+    /// `ENOBUFS` in [`NetlinkError::Socket`] when notifications were lost; `EAGAIN` when `wait` is false and none is pending.
     pub fn notifications(&mut self, wait: bool, mut each: impl FnMut(Received<'_>)) -> Result<(), NetlinkError> {
         let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
         let datagram = receive(self.fd.as_fd(), &mut self.buffer, flags)?;
@@ -605,11 +602,11 @@ fn receive<'a>(fd: BorrowedFd<'_>, buffer: &'a mut [u8], flags: libc::c_int) -> 
 
 /// The outcome in a `struct nlmsgerr`: error 0 is an ack.
 fn error_in(message: &Received<'_>) -> Result<(), NetlinkError> {
-    let errno = u32_at(message.body, 0).ok_or(NetlinkError::Garbled("a cut error"))?.cast_signed();
+    let errno = u32_at(message.body, 0).ok_or(NetlinkError::Garbled("a truncated error"))?.cast_signed();
     if errno == 0 {
         return Ok(());
     }
-    // The request's header follows, and because of NETLINK_CAP_ACK nothing else of it.
+    // The request's header follows; because of NETLINK_CAP_ACK, its content does not.
     let message = ext_ack(message.body.get(4 + HEADER..).unwrap_or(&[]));
     Err(NetlinkError::Refused { errno: -errno, message })
 }
@@ -624,7 +621,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_are_padded_and_read_back() {
+    fn attributes_are_padded_and_decoded() {
         let mut batch = Batch::new();
         batch.message(16, 0, |body| {
             body.bytes(&[0; 16]).attr_str(3, "eth0").nest(18, |inner| {
@@ -639,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_input_ends_the_iteration() {
+    fn truncated_input_ends_the_iteration() {
         assert_eq!(attrs(&[8, 0, 1, 0, 1, 2]).count(), 0);
         assert_eq!(attrs(&[3, 0, 1, 0]).count(), 0);
         assert_eq!(messages(&[20, 0, 0, 0, 1, 0]).count(), 0);

@@ -1,5 +1,5 @@
-//! Network namespaces. A thread lives in one; descriptors name them, and two descriptors name the same one when
-//! device and inode agree.
+//! Network namespaces. Each thread is in one; a descriptor refers to one, and two descriptors refer to the same one if device and inode
+//! are equal.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use rustix::thread::LinkNameSpaceType;
 
 use crate::sys;
 
-/// A network namespace, kept alive.
+/// An open network namespace, which exists at least as long as this value.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
@@ -22,7 +22,7 @@ impl Netns {
     /// Opens the network namespace at a path, such as `/var/run/netns/x` or `/proc/7/ns/net`.
     ///
     /// # Errors
-    /// When there is nothing, or something else.
+    /// When the path does not exist or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Netns> {
         let file = File::open(path)?;
         if !sys::is_network_namespace(file.as_fd()) {
@@ -34,12 +34,12 @@ impl Netns {
     /// The calling thread's network namespace.
     ///
     /// # Errors
-    /// When `/proc` is not there.
+    /// When `/proc` is not mounted.
     pub fn current() -> io::Result<Netns> {
         Netns::open(Path::new("/proc/thread-self/ns/net"))
     }
 
-    /// Creates a network namespace with `lo` down. The calling thread stays where it is.
+    /// Creates a network namespace with `lo` down. The calling thread stays in its namespace.
     ///
     /// # Errors
     /// When the privilege is missing (`CAP_SYS_ADMIN`).
@@ -47,7 +47,7 @@ impl Netns {
         let home = Netns::current()?;
         sys::unshare(libc::CLONE_NEWNET)?;
         let new = Netns::current();
-        home.come_home();
+        home.enter_or_abort();
         new
     }
 
@@ -60,16 +60,16 @@ impl Netns {
         Ok((meta.dev(), meta.ino()))
     }
 
-    /// Runs a function with the calling thread in this namespace, and comes back.
+    /// Runs a function with the calling thread in this namespace, and then returns to the thread's namespace.
     ///
     /// # Errors
-    /// When the namespace cannot be entered. Not to be able to come back ends the process: to go on in the wrong
-    /// namespace would be worse.
+    /// When the namespace cannot be entered. If the thread cannot return, the process is aborted: to continue in the wrong namespace
+    /// would be worse.
     pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
         struct Home(Netns);
         impl Drop for Home {
             fn drop(&mut self) {
-                self.0.come_home();
+                self.0.enter_or_abort();
             }
         }
         let home = Home(Netns::current()?);
@@ -79,13 +79,13 @@ impl Netns {
         Ok(result)
     }
 
-    fn come_home(&self) {
+    fn enter_or_abort(&self) {
         if rustix::thread::move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
             std::process::abort();
         }
     }
 
-    /// Gives the namespace a name in the file system by a bind mount at `path`, which is created.
+    /// Names the namespace in the file system: creates `path` and bind-mounts the namespace on it.
     ///
     /// # Errors
     /// When the file cannot be created or mounted on.
@@ -103,25 +103,25 @@ impl AsFd for Netns {
     }
 }
 
-/// Takes the name away that [`Netns::bind`] gave.
+/// Removes a name that [`Netns::bind`] created.
 ///
 /// # Errors
-/// When it is not mounted or not removable.
+/// When the path is not mounted or cannot be removed.
 pub fn unbind(path: &Path) -> io::Result<()> {
     rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)?;
     std::fs::remove_file(path)
 }
 
-/// Moves the calling process into the user namespace of another process of the same user, into the mount namespace that
-/// the other one has open under this descriptor, and into the network namespace that has a name there. Must be called
-/// while the process has one thread.
+/// Moves the calling process into the user namespace of another process of the same user, into the mount namespace that the other
+/// process has open as descriptor `mounts`, and into the network namespace at the path `network` there. Must be called while the process
+/// has one thread.
 ///
 /// # Errors
-/// When the other process is gone, or another user's.
+/// When the other process has ended, or belongs to another user.
 pub fn join(pid: u32, mounts: i32, network: &Path) -> io::Result<()> {
     let (user, mount) = (File::open(format!("/proc/{pid}/ns/user"))?, File::open(format!("/proc/{pid}/fd/{mounts}"))?);
     let id = |file: &File| file.metadata().map(|meta| (meta.dev(), meta.ino()));
-    // To enter one's own user namespace is an error.
+    // Entering the own user namespace is an error.
     if id(&user)? != id(&File::open("/proc/self/ns/user")?)? {
         rustix::thread::move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))?;
     }
@@ -130,9 +130,8 @@ pub fn join(pid: u32, mounts: i32, network: &Path) -> io::Result<()> {
     Ok(rustix::thread::move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))?)
 }
 
-/// Moves the calling process into mount and network namespaces of its own, and into a user namespace of its own in
-/// which it is root, unless it is root already; then mounts a private tmpfs at `scratch`. All that is made in there
-/// ends with the last process in it, however that ends.
+/// Moves the calling process into new mount and network namespaces and, unless it is root already, into a new user namespace in which
+/// it is root; then mounts a private tmpfs at `scratch`. Everything created there disappears with the last process in the namespaces.
 ///
 /// Must be called while the process has one thread.
 ///
@@ -156,7 +155,7 @@ pub fn isolate(scratch: &Path) -> io::Result<()> {
         write("uid_map", format!("0 {} 1", uid.as_raw()))?;
         write("gid_map", format!("0 {} 1", gid.as_raw()))?;
     }
-    // Without this, mounts of ours would appear outside where `/` is a shared mount.
+    // Without this, new mounts would propagate outside if `/` is a shared mount.
     rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
     rustix::mount::mount("tmpfs", scratch, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755"))?;
     Ok(())

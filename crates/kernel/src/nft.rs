@@ -1,5 +1,5 @@
-//! nf_tables by netlink: our table is written whole in one transaction and read back rule by rule, without running
-//! `nft` (`linux/netfilter/nf_tables.h`).
+//! Reads and writes nf_tables by netlink (`linux/netfilter/nf_tables.h`), without running `nft`. A table is replaced in one transaction
+//! and read rule by rule.
 
 mod shared;
 
@@ -80,10 +80,10 @@ fn address_field(family: Family, source: bool) -> (u32, u32) {
     }
 }
 
-/// Replaces our table of the ruleset's family: to every packet either the old or the new rules apply.
+/// Replaces the daemon's table of the ruleset's family: either the old or the new rules apply to every packet.
 ///
 /// # Errors
-/// What the kernel answers; then the old rules are in force.
+/// The error that the kernel returns; then the old rules are in force.
 pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkError> {
     let (family, table) = (ruleset.family, table_name(ruleset.family));
     let mut batch = Batch::new();
@@ -93,7 +93,7 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
             body.bytes(&header(family)).attr_str(TABLE, table).attr(TABLE_USERDATA, &userdata);
         });
     };
-    // Adding first makes the deletion succeed whether or not the table was there.
+    // Adding the table first makes the deletion succeed whether or not it existed.
     add_table(&mut batch);
     batch.message(kind(DELTABLE), 0, |body| {
         body.bytes(&header(family)).attr_str(TABLE, table);
@@ -113,7 +113,7 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
     }
     for chain in &ruleset.chains {
         for rule in &chain.rules {
-            // Appending is what CREATE without a position does when NLM_F_APPEND is set.
+            // With NLM_F_APPEND and without a position, the kernel appends the rule.
             batch.message(kind(NEWRULE), CREATE | crate::netlink::APPEND, |body| {
                 body.bytes(&header(family)).attr_str(TABLE, table).attr_str(RULE_CHAIN, &chain.name);
                 body.nest(RULE_EXPRESSIONS, |list| encode_rule(list, rule));
@@ -123,20 +123,20 @@ pub fn replace(socket: &mut Socket, ruleset: &Ruleset) -> Result<(), NetlinkErro
     socket.transaction(SUBSYSTEM, batch)
 }
 
-/// A comment in an object's user data: type 0, length, text with its terminating zero. A longer text is cut: the kernel
-/// takes 128 bytes of it.
+/// Encodes a comment as user data of an object: type 0, length, text with its terminating zero. A text of more than 127 bytes is
+/// truncated to nft's limit of 128 bytes.
 pub(crate) fn comment(text: &str) -> Vec<u8> {
     let text = &text.as_bytes()[..text.len().min(127)];
-    let mut userdata = vec![0, u8::try_from(text.len() + 1).expect("it was cut to 128 bytes")];
+    let mut userdata = vec![0, u8::try_from(text.len() + 1).expect("the text has at most 127 bytes")];
     userdata.extend(text);
     userdata.push(0);
     userdata
 }
 
-/// Deletes our table of a family.
+/// Deletes the daemon's table of a family.
 ///
 /// # Errors
-/// What the kernel answers; `is_not_found` when it is not there.
+/// The error that the kernel returns; `is_not_found` when it is not there.
 pub fn delete(socket: &mut Socket, family: Family) -> Result<(), NetlinkError> {
     let mut batch = Batch::new();
     batch.message(kind(DELTABLE), 0, |body| {
@@ -170,7 +170,7 @@ pub(crate) fn encode_match(list: &mut Body<'_>, condition: &Match) {
             expression(list, "meta", |meta| {
                 be(meta, 2, META_MARK).attr(1, &REG_1.to_be_bytes());
             });
-            // A mark is compared in host order.
+            // A mark is compared in host byte order.
             (4, bits.to_ne_bytes().to_vec(), bits.to_ne_bytes().to_vec(), false)
         }
         Match::Source { net, not } => address(list, net, true, not),
@@ -193,14 +193,14 @@ pub(crate) fn encode_match(list: &mut Body<'_>, condition: &Match) {
     });
 }
 
-/// Where a base chain is hooked in.
+/// Appends the hook and the priority of a base chain.
 pub(crate) fn encode_hook(body: &mut Body<'_>, hook: u32, priority: u32) {
     body.nest(CHAIN_HOOK, |inner| {
         inner.attr(HOOK_NUM, &hook.to_be_bytes()).attr(HOOK_PRIORITY, &priority.to_be_bytes());
     });
 }
 
-/// The condition that a packet is of this family: in a table of both, address matches need it first.
+/// Appends a match on the packet's family, which address matches need first in a table of both families.
 pub(crate) fn encode_family(list: &mut Body<'_>, family: Family) {
     expression(list, "meta", |meta| {
         be(meta, 2, META_NFPROTO).attr(1, &REG_1.to_be_bytes());
@@ -218,7 +218,7 @@ fn address(list: &mut Body<'_>, net: Subnet, source: bool, not: bool) -> (u32, V
     expression(list, "payload", |payload| {
         be(be(be(be(payload, 1, REG_1), 2, NETWORK_HEADER), 3, offset), 4, length);
     });
-    // The mask is what the whole address space's last address and the prefix have in common.
+    // The mask has all bits set except the host bits.
     let host = bits_of(net.last()) ^ bits_of(net.network());
     (length, octets(family.address(!host)), octets(net.network()), not)
 }
@@ -240,11 +240,11 @@ fn be<'a, 'b>(body: &'a mut Body<'b>, kind: u16, value: u32) -> &'a mut Body<'b>
     body.attr(kind, &value.to_be_bytes())
 }
 
-/// Reads our table of a family back; `None` if it is not there. Rules that are not of our making are dropped from the
-/// picture along with their chain's other rules, so that the table counts as different.
+/// Reads the daemon's table of a family; `None` if it does not exist. If a chain has a rule that the daemon does not write, all its
+/// rules are omitted, so that the table counts as different.
 ///
 /// # Errors
-/// What the kernel answers.
+/// The error that the kernel returns.
 pub fn list(socket: &mut Socket, family: Family) -> Result<Option<Ruleset>, NetlinkError> {
     let table = table_name(family);
     let answer = socket.get(
@@ -285,7 +285,7 @@ pub fn list(socket: &mut Socket, family: Family) -> Result<Option<Ruleset>, Netl
     Ok(Some(Ruleset { family, chains }))
 }
 
-/// Is there this chain in this table?
+/// Whether this table has this chain.
 pub(crate) fn has_chain(socket: &mut Socket, family: Family, table: &str, chain: &str) -> Result<bool, NetlinkError> {
     let answer = socket.get(
         kind(GETCHAIN),
@@ -301,7 +301,7 @@ pub(crate) fn has_chain(socket: &mut Socket, family: Family, table: &str, chain:
     }
 }
 
-/// The expressions of each rule of a chain, as they are; none if there is no such chain.
+/// Reads the encoded expressions of each rule of a chain; empty if the chain does not exist.
 pub(crate) fn raw_rules(socket: &mut Socket, family: Family, table: &str, chain: &str) -> Result<Vec<Vec<u8>>, NetlinkError> {
     let only = |body: &mut Body<'_>| {
         body.bytes(&header(family)).attr_str(TABLE, table).attr_str(RULE_CHAIN, chain);
@@ -317,7 +317,7 @@ pub(crate) fn raw_rules(socket: &mut Socket, family: Family, table: &str, chain:
     }
 }
 
-/// Appends a rule's expressions but for its counters, which change by themselves.
+/// Appends a rule's expressions except counters, which change with traffic.
 pub(crate) fn without_counters(expressions: &[u8], bytes: &mut Vec<u8>) {
     for (_, element) in attrs(expressions) {
         if find(element, EXPR_NAME).and_then(str_in) != Some("counter") {
@@ -341,13 +341,13 @@ fn decode_chain(bytes: &[u8]) -> Option<Chain> {
     let hook = match (hook, find(bytes, CHAIN_TYPE).and_then(str_in)) {
         (Some((2, 0)), Some("filter")) if accepts => Hook::Forward,
         (Some((4, 100)), Some("nat")) if accepts => Hook::Postrouting,
-        // A chain that we never make: any name of ours with it would be a lie.
+        // A chain of another type: mark it as foreign, so that it counts as different.
         _ => return Some(Chain { name: format!("{name} (foreign)"), hook: Hook::Forward, rules: Vec::new() }),
     };
     Some(Chain { name, hook, rules: Vec::new() })
 }
 
-/// Reads a rule of the shape that `encode_rule` writes; anything else is `None`.
+/// Decodes a rule of the form that `encode_rule` writes; `None` for other forms.
 pub fn decode_rule(list: &[u8], family: Family) -> Option<Rule> {
     enum Loaded {
         Mark,

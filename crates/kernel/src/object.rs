@@ -1,8 +1,8 @@
-//! What the kernel crate does with each kind of object, one file a kind: apply it, observe it, decode the kernel's notifications of it.
-//! Matches are exhaustive: a kind that is not handled does not compile.
+//! Applies and reads each kind of object, one file per kind, and decodes the kernel's notifications of it. Matches are exhaustive, so a
+//! kind that is not handled does not compile.
 //!
-//! Operations are executed in the order given, with an outcome for each. Neighbours, forwarding entries and routes, of which there are
-//! many, go out in batches.
+//! Operations are executed in the given order, with an outcome for each. Neighbours, FDB entries and routes, of which there are many,
+//! are sent in batches.
 
 pub(crate) mod addr;
 pub(crate) mod blackhole;
@@ -29,37 +29,37 @@ use crate::Kernel;
 use crate::link::LinkInfo;
 use crate::netlink::{Batch, NetlinkError};
 
-/// What is to be done with an object.
+/// A change of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// Create it, or replace what is at its key.
+    /// Create it, or replace the object with its key.
     Set,
     /// Delete it.
     Delete,
 }
 
-/// A list of operations that is being executed.
+/// The state of executing a list of operations.
 struct Run<'a> {
     ops: &'a [Op],
     batch: Batch,
-    /// For each message of the batch, the operation that it carries out.
+    /// For each message of the batch, the index of its operation.
     carried: Vec<usize>,
     outcomes: Vec<Outcome>,
 }
 
 impl Run<'_> {
-    /// Notes what became of the next operation's message for the batch.
+    /// Records whether the message of the next operation was added to the batch.
     fn batched(&mut self, enqueued: Result<(), NetlinkError>) {
         let at = self.outcomes.len();
         if enqueued.is_ok() {
             self.carried.push(at);
         }
-        self.outcomes.push(judge(&self.ops[at], enqueued));
+        self.outcomes.push(outcome(&self.ops[at], enqueued));
     }
 }
 
 impl Kernel {
-    /// Executes `ops`. The outcomes are in the order of the operations.
+    /// Executes operations. The outcomes are in the order of the operations.
     pub fn apply(&mut self, ops: &[Op]) -> Vec<Outcome> {
         self.indexes.clear();
         let mut run = Run { ops, batch: Batch::new(), carried: Vec::new(), outcomes: Vec::with_capacity(ops.len()) };
@@ -78,29 +78,28 @@ impl Kernel {
                     let enqueued = route::enqueue(self, change, route, &mut run.batch);
                     run.batched(enqueued);
                 }
-                Object::Link(link) => self.alone(&mut run, |kernel| link::apply(kernel, change, link)),
-                Object::Addr(addr) => self.alone(&mut run, |kernel| addr::apply(kernel, change, addr)),
-                Object::Bridge(bridge) => self.alone(&mut run, |kernel| bridge::apply(kernel, change, bridge)),
-                Object::Sysctl(sysctl) => self.alone(&mut run, |kernel| sysctl::apply(kernel, change, sysctl)),
-                Object::Forward(forward) => self.alone(&mut run, |kernel| forward::apply(kernel, change, forward)),
-                Object::Blackhole(blackhole) => self.alone(&mut run, |kernel| blackhole::apply(kernel, change, blackhole)),
-                Object::Ruleset(ruleset) => self.alone(&mut run, |kernel| ruleset::apply(kernel, change, ruleset)),
-                Object::Iptables(rules) => self.alone(&mut run, |kernel| iptables::apply(kernel, change, rules)),
-                Object::PodRules(_) => self.alone(&mut run, |kernel| pod_rules::apply(kernel, change)),
-                Object::Extension(peer) => self.alone(&mut run, |kernel| extension::apply(kernel, change, peer)),
-                Object::EnvFile(file) => self.alone(&mut run, |_| env_file::apply(change, file)),
+                Object::Link(link) => self.single(&mut run, |kernel| link::apply(kernel, change, link)),
+                Object::Addr(addr) => self.single(&mut run, |kernel| addr::apply(kernel, change, addr)),
+                Object::Bridge(bridge) => self.single(&mut run, |kernel| bridge::apply(kernel, change, bridge)),
+                Object::Sysctl(sysctl) => self.single(&mut run, |kernel| sysctl::apply(kernel, change, sysctl)),
+                Object::Forward(forward) => self.single(&mut run, |kernel| forward::apply(kernel, change, forward)),
+                Object::Blackhole(blackhole) => self.single(&mut run, |kernel| blackhole::apply(kernel, change, blackhole)),
+                Object::Ruleset(ruleset) => self.single(&mut run, |kernel| ruleset::apply(kernel, change, ruleset)),
+                Object::Iptables(rules) => self.single(&mut run, |kernel| iptables::apply(kernel, change, rules)),
+                Object::PodRules(_) => self.single(&mut run, |kernel| pod_rules::apply(kernel, change)),
+                Object::Extension(peer) => self.single(&mut run, |kernel| extension::apply(kernel, change, peer)),
+                Object::EnvFile(file) => self.single(&mut run, |_| env_file::apply(change, file)),
             }
         }
         self.flush(&mut run);
         run.outcomes
     }
 
-    /// Executes an operation that is no message of a batch, after those that are.
-    fn alone(&mut self, run: &mut Run<'_>, apply: impl FnOnce(&mut Kernel) -> Result<(), NetlinkError>) {
+    /// Sends the pending batch, and then executes an operation that is not part of a batch.
+    fn single(&mut self, run: &mut Run<'_>, apply: impl FnOnce(&mut Kernel) -> Result<(), NetlinkError>) {
         self.flush(run);
         let result = apply(self);
-        let outcome = judge(&run.ops[run.outcomes.len()], result);
-        run.outcomes.push(outcome);
+        run.outcomes.push(outcome(&run.ops[run.outcomes.len()], result));
     }
 
     fn flush(&mut self, run: &mut Run<'_>) {
@@ -109,7 +108,7 @@ impl Kernel {
         }
         let results = self.route.execute(std::mem::take(&mut run.batch));
         for (at, result) in std::mem::take(&mut run.carried).into_iter().zip(results) {
-            run.outcomes[at] = judge(&run.ops[at], result);
+            run.outcomes[at] = outcome(&run.ops[at], result);
         }
     }
 
@@ -124,8 +123,8 @@ impl Kernel {
     }
 }
 
-/// The outcome of an operation: a deletion succeeds where the object is gone already.
-fn judge(op: &Op, result: Result<(), NetlinkError>) -> Outcome {
+/// Converts a result into an outcome: deleting an object that does not exist succeeds.
+fn outcome(op: &Op, result: Result<(), NetlinkError>) -> Outcome {
     match result {
         Ok(()) => Ok(()),
         Err(error) if matches!(op, Op::Delete(_)) && error.is_not_found() => Ok(()),
@@ -137,7 +136,7 @@ fn io_error(error: std::io::Error) -> NetlinkError {
     NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EIO), message: error.to_string() }
 }
 
-/// What a read of the kernel begins with: all names at once, because routes and VXLAN devices refer to interfaces by index.
+/// The input of a read of the kernel: all links with their names, because routes and VXLAN devices refer to interfaces by index.
 pub(crate) struct Reading<'a> {
     scope: &'a Scope,
     links: Vec<LinkInfo>,
@@ -145,7 +144,7 @@ pub(crate) struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Links of ours that are present.
+    /// The links in scope that exist.
     fn ours(&self) -> impl Iterator<Item = &LinkInfo> {
         self.links.iter().filter(|link| self.scope.links.contains(&link.name))
     }
@@ -156,27 +155,27 @@ impl Reading<'_> {
 }
 
 impl Kernel {
-    /// Reads what of `scope` is there.
+    /// Reads the objects in `scope`.
     ///
     /// # Errors
-    /// As [`Kernel::observe_lane`].
+    /// See [`Kernel::observe_lane`].
     pub fn observe(&mut self, scope: &Scope) -> Result<Observed, NetlinkError> {
         let mut observed = self.observe_lane(scope, Lane::Fast)?;
         observed.extend(self.observe_lane(scope, Lane::Slow)?.into_objects());
         Ok(observed)
     }
 
-    /// Reads what of `scope` is there, of the kinds of one lane.
+    /// Reads the objects in `scope`, of the kinds of one lane.
     ///
     /// # Errors
-    /// When the kernel refuses to be read; then nothing is known, which is not the same as nothing being there.
+    /// When the kernel refuses a dump. Then the state is unknown, which differs from an empty state.
     pub fn observe_lane(&mut self, scope: &Scope, lane: Lane) -> Result<Observed, NetlinkError> {
         let needs_links = lane == Lane::Fast
             && !(scope.links.is_empty() && scope.networks.is_empty() && scope.sysctls.is_empty() && scope.gateways.is_empty());
         let links = if needs_links { crate::link::list(&mut self.route)? } else { Vec::new() };
         let names = links.iter().map(|link| (link.index, link.name)).collect();
         let reading = Reading { scope, links, names };
-        // Gathered first: a map that is built in one go is half as large.
+        // Collected first: a map that is built at once is half as large.
         let mut found: Vec<Object> = Vec::new();
         for kind in Kind::ALL.iter().filter(|kind| kind.lane() == lane) {
             match kind {

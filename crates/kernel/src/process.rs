@@ -1,22 +1,22 @@
-//! Processes: children of the lab, and the memory of our own.
+//! Settings of processes: the life of child processes, and the memory allocator of this process.
 
 use std::process::Command;
 
 use crate::sys;
 
-/// Makes the command's process be killed when the thread that spawns it ends, also when that is by a crash.
+/// Makes the kernel kill the command's process when the thread that spawned it ends, even by a crash.
 pub fn die_with_parent(command: &mut Command) {
     sys::die_with_parent(command);
 }
 
-/// Lets the allocator have one arena for all threads: two threads that hand large lists to each other would keep the memory of
-/// each list twice. Must come before there is a second thread.
+/// Limits the allocator to one arena for all threads: with more, two threads that pass large lists to each other keep the memory of
+/// each list twice. Must be called before a second thread is started.
 pub fn one_arena() {
     sys::one_arena();
 }
 
-/// Gives memory that was freed back to the kernel. The allocator keeps it, in case it is needed again; after a list of all
-/// leases, which comes once, it is not.
+/// Returns freed memory to the kernel. The allocator would keep it for reuse, but the memory of a list of all leases is needed only
+/// once.
 pub fn release_memory() {
     sys::release_memory();
 }

@@ -1,5 +1,5 @@
-//! System calls that no safe wrapper covers: netlink and packet sockets, namespaces' types, and what a child process
-//! does between fork and exec. Everything here is a thin function around one call.
+//! System calls that no safe wrapper covers: netlink and packet sockets, the type of a namespace, and the steps of a child process
+//! between fork and exec. Each function is a thin wrapper around one call.
 
 use std::io;
 use std::mem::{size_of, zeroed};
@@ -19,7 +19,7 @@ fn len<T>() -> libc::socklen_t {
 pub(crate) fn socket(domain: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: socket(2) takes no pointers.
     let fd = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -29,14 +29,14 @@ pub(crate) fn set_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_i
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len::<libc::c_int>()) }).map(drop)
 }
 
-/// Reads a socket option into a buffer that also carries the question, as ip_tables wants it.
+/// Reads a socket option into a buffer that also holds the request, as ip_tables requires.
 pub(crate) fn get_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, buffer: &mut [u8]) -> io::Result<()> {
     let mut size = libc::socklen_t::try_from(buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: the pointers describe `buffer` and `size`, which are written by the call, `buffer` within its length.
     check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut size) }).map(drop)
 }
 
-/// Gives a socket a filter, a program of classic BPF (`linux/filter.h`): what it refuses is not put into the socket's queue.
+/// Attaches a classic BPF filter to a socket (`linux/filter.h`): messages that it rejects are not queued.
 pub(crate) fn set_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
     let count = libc::c_ushort::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let program = libc::sock_fprog { len: count, filter: program.as_ptr().cast_mut() };
@@ -47,7 +47,7 @@ pub(crate) fn set_filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> i
     check(set).map(drop)
 }
 
-/// Binds a netlink socket to a port of the kernel's choice and returns the port.
+/// Binds a netlink socket to a port that the kernel chooses, and returns the port.
 pub(crate) fn bind_netlink(fd: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: all-zero is a valid sockaddr_nl.
     let mut address: libc::sockaddr_nl = unsafe { zeroed() };
@@ -71,22 +71,22 @@ pub(crate) fn bind_packet(fd: BorrowedFd<'_>, index: u32) -> io::Result<()> {
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len::<libc::sockaddr_ll>()) }).map(drop)
 }
 
-/// Sends one datagram; for netlink that is the whole batch or nothing.
+/// Sends one datagram. For netlink, either the whole batch is sent or nothing.
 pub(crate) fn send(fd: BorrowedFd<'_>, data: &[u8]) -> io::Result<()> {
     // SAFETY: the pointer and the length describe `data`.
     let sent = unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), 0) };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Receives one datagram and returns its whole length, which exceeds the buffer's when it was cut.
+/// Receives one datagram and returns its whole length, which exceeds the length of the buffer if it was truncated.
 pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
     // SAFETY: the pointer and the length describe `buffer`, which is written by the call.
     let got = unsafe { libc::recv(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags | libc::MSG_TRUNC) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
-/// Makes a descriptor of `/dev/net/tun` the other end of a TUN device of this name: IP packets without a header
-/// (`TUNSETIFF` with `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
+/// Attaches a descriptor of `/dev/net/tun` to a TUN device with this name, which carries IP packets without a header (`TUNSETIFF` with
+/// `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
 pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     const TUNSETIFF: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<libc::c_int>(b'T', 202);
     // SAFETY: all-zero is a valid ifreq.
@@ -99,7 +99,7 @@ pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
 }
 
-/// Sends datagrams, as many in one call as the kernel takes. One that cannot be sent is left out.
+/// Sends datagrams, as many in one call as the kernel accepts. Datagrams that cannot be sent are skipped.
 pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketAddrV4)]) {
     let mut addresses: Vec<libc::sockaddr_in> = packets.iter().map(|(_, to)| socket_address(*to)).collect();
     let mut parts: Vec<libc::iovec> =
@@ -112,7 +112,7 @@ pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketA
         // SAFETY: each of the `count` headers points to an address and a part that live in the vectors above; the kernel
         // only reads what the parts point to.
         let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), messages[from..].as_mut_ptr(), count, 0) };
-        // The error is the first message's: go on behind it.
+        // An error concerns the first message: continue after it.
         from += usize::try_from(sent).unwrap_or(0).max(1);
     }
 }
@@ -151,30 +151,29 @@ fn message(address: Option<&mut libc::sockaddr_in>, part: &mut libc::iovec) -> l
     message
 }
 
-/// Is the descriptor a network namespace? (`NS_GET_NSTYPE`, `linux/nsfs.h`)
+/// Whether the descriptor refers to a network namespace (`NS_GET_NSTYPE`, `linux/nsfs.h`).
 pub(crate) fn is_network_namespace(fd: BorrowedFd<'_>) -> bool {
-    // _IO(0xb7, 3): how that is written as a number differs between architectures.
+    // _IO(0xb7, 3), whose numeric value differs between architectures.
     const NS_GET_NSTYPE: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(0xb7, 3);
-    // SAFETY: this request takes no argument; on a descriptor that is no namespace it fails with ENOTTY.
+    // SAFETY: this request takes no argument; on a descriptor that is not a namespace it fails with ENOTTY.
     unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE as _) == libc::CLONE_NEWNET }
 }
 
-/// Leaves the namespaces given by `CLONE_NEW…` flags for new ones. The caller must have one thread when a user
-/// namespace is among them.
+/// Moves the calling thread into new namespaces, given by `CLONE_NEW…` flags. For a user namespace the process must have only one
+/// thread.
 pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
     // SAFETY: unshare(2) takes no pointers. None of our flags (user, mount and network namespaces) unshares what
     // Rust's library shares between threads, such as descriptors.
     check(unsafe { libc::unshare(flags) }).map(drop)
 }
 
-/// Makes the command's process receive SIGKILL when the thread that spawned it ends, so that nothing outlives a
-/// supervisor that crashed.
+/// Makes the command's process receive SIGKILL when the thread that spawned it ends, so that it does not outlive a crashed supervisor.
 pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = std::process::id();
     let die = move || {
         // SAFETY: prctl(PR_SET_PDEATHSIG) takes no pointers.
         check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
-        // A parent that ended before this call sends no signal any more.
+        // A parent that ended before this call sends no signal.
         // SAFETY: getppid(2) takes no arguments and cannot fail.
         if unsafe { libc::getppid() }.cast_unsigned() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
     };
@@ -190,16 +189,16 @@ pub(crate) fn enter_mount_namespace(command: &mut Command, namespace: OwnedFd) {
     unsafe { command.pre_exec(enter) };
 }
 
-/// Lets the allocator have one arena (mallopt(3)).
+/// Limits the allocator to one arena (mallopt(3)).
 pub(crate) fn one_arena() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: mallopt takes no pointers; that it is called before there are threads is the caller's duty, and costs no safety.
+    // SAFETY: mallopt takes no pointers. The caller must call it before it starts threads, but safety does not depend on that.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
-/// Gives the allocator's free pages back (malloc_trim(3)).
+/// Returns the allocator's free pages to the kernel (malloc_trim(3)).
 pub(crate) fn release_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim takes no pointers and may be called at any time, from any thread.

@@ -1,6 +1,6 @@
-//! The data path of the udp backend: a TUN device and a UDP socket, with a thread in each direction. What happens to a
-//! packet is decided by [`flannel::backend::udp`]; packets are read and sent in batches where the kernel has several
-//! (Linux `Documentation/networking/tuntap.rst`, `recvmmsg(2)`, `sendmmsg(2)`).
+//! The data path of the udp backend: a TUN device and a UDP socket, with a thread for each direction. [`flannel::backend::udp`] decides
+//! what happens to a packet. Packets are read and sent in batches (Linux `Documentation/networking/tuntap.rst`, `recvmmsg(2)`,
+//! `sendmmsg(2)`).
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,14 +15,14 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::sys;
 
-/// Packets that are moved at once.
+/// The number of packets in a batch.
 const BATCH: usize = 64;
-/// Bytes of the largest packet.
+/// The size of the largest packet in bytes.
 const LARGEST: usize = 65_535;
-/// What is asked for as the socket's buffers: bursts of a fast link wait here.
+/// The requested size of the socket's buffers, which hold bursts of a fast link.
 const BUFFER: libc::c_int = 4 * 1024 * 1024;
 
-/// A running tunnel. It ends, and with it the device, when this is dropped.
+/// A running tunnel. Dropping it stops the threads and deletes the device.
 #[derive(Debug)]
 pub(crate) struct Tunnel {
     /// The device.
@@ -32,15 +32,15 @@ pub(crate) struct Tunnel {
     /// The UDP port.
     pub(crate) port: u16,
     table: Arc<RwLock<Table>>,
-    /// This host's address on the device, by which it answers for what is unreachable.
+    /// This host's address on the device, the source of "unreachable" answers.
     own: Arc<RwLock<Ipv4Addr>>,
     threads: Vec<std::thread::JoinHandle<()>>,
-    /// Closed to end the threads.
+    /// Closed to stop the threads.
     stop: Option<OwnedFd>,
 }
 
 impl Tunnel {
-    /// Creates the device, binds the socket and starts to carry packets.
+    /// Creates the device, binds the socket and starts the threads.
     pub(crate) fn start(name: IfName, local: IpAddr, port: u16) -> io::Result<Tunnel> {
         let IpAddr::V4(address) = local else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the udp backend carries IPv4 only"));
@@ -66,12 +66,12 @@ impl Tunnel {
         Ok(Tunnel { name, local, port, table, own, threads, stop: Some(stop) })
     }
 
-    /// Are packets carried in both directions? A thread ends when somebody deletes the device.
+    /// Whether both threads are running. A thread ends when another program deletes the device.
     pub(crate) fn is_running(&self) -> bool {
         !self.threads.iter().any(std::thread::JoinHandle::is_finished)
     }
 
-    /// Packets for `subnet` go to `host`, or nowhere.
+    /// Forwards packets for `subnet` to `host`, or drops them if there is none.
     pub(crate) fn set(&self, subnet: Subnet, host: Option<IpAddr>) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         match host {
@@ -80,14 +80,14 @@ impl Tunnel {
         }
     }
 
-    /// The device has this address now.
+    /// Sets the address of the device, if it is an IPv4 address.
     pub(crate) fn set_address(&self, address: Cidr) {
         if let IpAddr::V4(ip) = address.addr {
             *self.own.write().unwrap_or_else(PoisonError::into_inner) = ip;
         }
     }
 
-    /// Where packets go.
+    /// The entries of the forwarding table.
     pub(crate) fn entries(&self) -> Vec<(Subnet, IpAddr)> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         table.iter().map(|(subnet, host)| (subnet, IpAddr::V4(host))).collect()
@@ -98,7 +98,7 @@ impl Drop for Tunnel {
     fn drop(&mut self) {
         self.stop = None;
         for thread in self.threads.drain(..) {
-            // A thread that panicked has ended as well.
+            // A thread that panicked has also ended.
             let _ = thread.join();
         }
     }
@@ -112,8 +112,8 @@ fn open_device(name: IfName) -> io::Result<File> {
     };
     open().map_err(|error: io::Error| {
         let advice = match error.raw_os_error() {
-            Some(libc::EBUSY) => ": another process has it, perhaps a second flanneld",
-            Some(libc::ENOENT | libc::EPERM | libc::EACCES) => ": the udp backend needs /dev/net/tun; a container must be given it",
+            Some(libc::EBUSY) => ": another process uses it, possibly a second flanneld",
+            Some(libc::ENOENT | libc::EPERM | libc::EACCES) => ": the udp backend needs /dev/net/tun: add this device to the container",
             _ => "",
         };
         io::Error::new(error.kind(), format!("cannot create the TUN device {name}: {error}{advice}"))
@@ -133,15 +133,15 @@ fn while_open(source: &impl AsFd, wake: &OwnedFd, mut work: impl FnMut(&mut [Vec
             return;
         }
         match work(&mut buffers) {
-            // EBADFD: the device was deleted by somebody. The loop that watches links makes another.
+            // EBADFD: another program deleted the device. The reconciler creates it again.
             Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return,
-            // What a single packet runs into (no route, no buffer) is that packet's loss.
+            // Other errors (no route, no buffer) affect a single packet.
             _ => {}
         }
     }
 }
 
-/// Reads what pods send until there is no more, and sends it to the hosts of its destinations.
+/// Reads pending packets from the device, and sends them to the hosts of their destinations.
 fn send_all(
     mut device: &File,
     socket: &UdpSocket,
@@ -165,7 +165,7 @@ fn send_all(
         let verdict = outbound(&mut buffer[..length], &table.read().unwrap_or_else(PoisonError::into_inner), own);
         match verdict {
             Verdict::Send(host) => ready.push((at, length, SocketAddrV4::new(host, port))),
-            // An answer that cannot be given is missed by its asker alone.
+            // A lost answer affects only the sender of the packet.
             Verdict::Answer(answer) => drop(device.write_all(&answer)),
             Verdict::Deliver | Verdict::Drop => {}
         }
@@ -175,7 +175,7 @@ fn send_all(
     outcome
 }
 
-/// Receives what other hosts send until there is no more, and gives it to this host's kernel.
+/// Receives pending packets from other hosts, and passes them to this host's kernel.
 fn deliver_all(mut device: &File, socket: &UdpSocket, buffers: &mut [Vec<u8>]) -> io::Result<()> {
     let lengths = sys::receive_many(socket.as_fd(), buffers)?;
     for (buffer, length) in buffers.iter_mut().zip(lengths) {

@@ -407,7 +407,7 @@ fn a_table_that_iptables_cannot_read() {
     let mut said = Vec::new();
     for _ in 0..5 {
         let observed = kernel.observe(&scope()).unwrap();
-        said.extend(kernel.take_trouble());
+        said.extend(kernel.take_read_error());
         kernel.apply(&diff(&desired, &observed, Prune::Yes));
     }
     assert!(said.iter().any(|text| text.contains("cannot read")), "{said:?}");

@@ -1,5 +1,5 @@
-//! What ip_tables holds of our chains, read by `getsockopt(2)` as `iptables-legacy-save` does it
-//! (`linux/netfilter_ipv4/ip_tables.h`, `linux/netfilter/x_tables.h`).
+//! Reads the daemon's chains from ip_tables by `getsockopt(2)`, as `iptables-legacy-save` does (`linux/netfilter_ipv4/ip_tables.h`,
+//! `linux/netfilter/x_tables.h`).
 
 use std::os::fd::AsFd;
 
@@ -17,13 +17,13 @@ const GET_ENTRIES: libc::c_int = 65;
 const INFO: usize = 32 + 4 + 20 + 20 + 4 + 4;
 /// `offsetof(struct ipt_get_entries, entrytable)`: name and size, aligned to 8.
 const ENTRIES: usize = 40;
-/// `sizeof(struct xt_entry_target)`: size, name and revision; what is the target's own follows.
+/// `sizeof(struct xt_entry_target)`: size, name and revision; the data of the target follows.
 const TARGET: usize = 32;
 
-/// Where things are in an entry (`struct ipt_entry`, `struct ip6t_entry`), which differs between the families.
+/// The offsets of fields in an entry (`struct ipt_entry`, `struct ip6t_entry`), which differ between the families.
 struct Layout {
-    /// Of `target_offset`; `next_offset`, `comefrom` and the counters follow. Four bytes before it, `nfcache` is whatever the
-    /// last writer of the table put there; what is before that is the rule's own.
+    /// Of `target_offset`; `next_offset`, `comefrom` and the counters follow. The four bytes before it are `nfcache`, in which the last
+    /// writer of the table may leave any value; the bytes before that belong to the rule.
     target_offset: usize,
     /// Of `next_offset`.
     next_offset: usize,
@@ -38,8 +38,7 @@ fn layout(family: Family) -> Layout {
     }
 }
 
-/// The tables that are there in this namespace. To ask for one that is not would create it; the kernel lists those that
-/// are.
+/// Lists the tables that exist in this namespace. Reading a table that does not exist would create it.
 pub(super) fn tables(family: Family) -> Vec<String> {
     let list = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
@@ -48,7 +47,7 @@ pub(super) fn tables(family: Family) -> Vec<String> {
     std::fs::read_to_string(list).unwrap_or_default().lines().map(ToOwned::to_owned).collect()
 }
 
-/// Our chains' rules and the jumps to them, without counters and without offsets that other chains move.
+/// Reads the rules of the daemon's chains and the jumps to them, without counters and without offsets that other chains affect.
 pub(super) fn fingerprint(family: Family) -> Result<Vec<u8>, NetlinkError> {
     let tables = tables(family);
     let mut bytes = Vec::new();
@@ -67,7 +66,7 @@ fn entries(family: Family, table: &str) -> std::io::Result<Vec<u8>> {
         Family::V6 => (libc::AF_INET6, libc::IPPROTO_IPV6),
     };
     let socket = sys::socket(domain, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
-    // The table may grow between the two questions.
+    // The table may grow between the two requests.
     for _ in 0..10 {
         let mut info = vec![0; INFO];
         info[..table.len()].copy_from_slice(table.as_bytes());
@@ -85,11 +84,11 @@ fn entries(family: Family, table: &str) -> std::io::Result<Vec<u8>> {
     Err(std::io::ErrorKind::ResourceBusy.into())
 }
 
-/// Appends what concerns one chain.
+/// Appends the rules of one chain and the jumps to it.
 fn print(entries: &[u8], layout: &Layout, chain: &str, bytes: &mut Vec<u8>) {
     let all: Vec<(usize, Entry<'_>)> = walk(entries, layout).collect();
-    // A user chain begins with an entry whose target is ERROR with the chain's name; its rules follow, and jumps name
-    // the first of them by its offset.
+    // A user chain starts with an entry whose target is ERROR with the chain's name; its rules follow, and jumps refer to the first of
+    // them by its offset.
     let Some(head) = all.iter().position(|(_, entry)| entry.error() == Some(chain)) else { return };
     let first = all.get(head + 1).map_or(entries.len(), |(at, _)| *at);
     bytes.extend(chain.as_bytes());
@@ -131,7 +130,7 @@ impl<'a> Entry<'a> {
         if self.target_name()? == "ERROR" { str_in(self.bytes.get(self.target + TARGET..)?) } else { None }
     }
 
-    /// The verdict of a standard target: negative, or the offset to go on at.
+    /// The verdict of a standard target: negative, or the offset at which evaluation continues.
     fn verdict(&self) -> Option<i32> {
         if self.target_name()?.is_empty() { u32_at(self.bytes, self.target + TARGET).map(u32::cast_signed) } else { None }
     }
@@ -147,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cut_entries_end_the_walk() {
+    fn truncated_entries_end_the_walk() {
         let layout = layout(Family::V4);
         assert_eq!(walk(&[0; 300], &layout).count(), 0);
         assert_eq!(walk(&[0xff; 300], &layout).count(), 0);

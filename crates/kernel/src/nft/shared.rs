@@ -20,7 +20,7 @@ const REG_2: u32 = 2;
 /// `IPS_DST_NAT` of `linux/netfilter/nf_conntrack_common.h`
 const DESTINATION_WAS_TRANSLATED: u32 = 0x20;
 
-/// A socket for tables that may exist; `None` in a kernel without nf_tables, which has none.
+/// Opens a netfilter socket; `None` if the kernel has no nf_tables, and so no rules.
 pub(crate) fn open() -> Result<Option<Socket>, NetlinkError> {
     match Socket::open(Protocol::Netfilter) {
         Err(error) if is_without_nf_tables(&error) => Ok(None),
@@ -32,7 +32,7 @@ pub(crate) fn is_without_nf_tables(error: &NetlinkError) -> bool {
     matches!(error.errno(), Some(libc::EPROTONOSUPPORT | libc::EOPNOTSUPP | libc::EINVAL))
 }
 
-/// Appends the request to create a chain if it does not exist; a base chain has hook, priority and type, and policy accept.
+/// Appends a request that creates a chain if it does not exist; a base chain has a hook, a priority and a type, and policy accept.
 pub(crate) fn encode_chain(batch: &mut Batch, proto: [u8; 4], table: &str, name: &str, base: Option<(u32, i32, &str)>, text: &str) {
     batch.message(kind(NEWCHAIN), CREATE, |body| {
         body.bytes(&proto).attr_str(TABLE, table).attr_str(CHAIN_NAME, name);
@@ -49,9 +49,9 @@ pub(crate) fn encode_chain(batch: &mut Batch, proto: [u8; 4], table: &str, name:
 /// How a rule continues in another chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Jump {
-    /// And returns.
+    /// Evaluation returns to the calling chain (`jump`).
     Call,
-    /// And does not return.
+    /// Evaluation does not return (`goto`).
     Goto,
 }
 
@@ -99,7 +99,7 @@ fn meta(list: &mut Body<'_>, key: u32) {
     });
 }
 
-/// The destination is an address of this host (`fib daddr type local`).
+/// Appends a match on a destination address of this host (`fib daddr type local`).
 pub(crate) fn encode_local_destination(list: &mut Body<'_>) {
     const RESULT_ADDRTYPE: u32 = 3;
     const FLAG_DADDR: u32 = 2;
@@ -110,7 +110,7 @@ pub(crate) fn encode_local_destination(list: &mut Body<'_>) {
     compare(list, CMP_EQ, &RTN_LOCAL.to_ne_bytes());
 }
 
-/// The transport protocol and its destination port.
+/// Appends a match on the transport protocol and its destination port.
 pub(crate) fn encode_port(list: &mut Body<'_>, protocol: u8, port: u16) {
     meta(list, META_L4PROTO);
     compare(list, CMP_EQ, &[protocol]);
@@ -118,7 +118,7 @@ pub(crate) fn encode_port(list: &mut Body<'_>, protocol: u8, port: u16) {
     compare(list, CMP_EQ, &port.to_be_bytes());
 }
 
-/// Sends the packet to another address and port.
+/// Appends a DNAT to an address and port.
 pub(crate) fn encode_dnat(list: &mut Body<'_>, to: IpAddr, port: u16) {
     const DNAT: u32 = 1;
     let load = |list: &mut Body<'_>, register: u32, value: &[u8]| {
@@ -136,7 +136,7 @@ pub(crate) fn encode_dnat(list: &mut Body<'_>, to: IpAddr, port: u16) {
     });
 }
 
-/// The connection's destination was translated from this port (`ct status dnat`, `ct original proto-dst`).
+/// Appends a match on connections whose destination was translated from this port (`ct status dnat`, `ct original proto-dst`).
 pub(crate) fn encode_translated(list: &mut Body<'_>, protocol: u8, port: u16) {
     const CT_STATUS: u32 = 2;
     const CT_PROTO_DST: u32 = 12;
@@ -162,7 +162,7 @@ pub(crate) fn encode_translated(list: &mut Body<'_>, protocol: u8, port: u16) {
     compare(list, CMP_NEQ, &[0; 4]);
 }
 
-/// The packet came in by this interface.
+/// Appends a match on the input interface.
 pub(crate) fn encode_input_interface(list: &mut Body<'_>, name: &str) {
     meta(list, META_IIFNAME);
     let mut value = [0; 16];
@@ -170,7 +170,7 @@ pub(crate) fn encode_input_interface(list: &mut Body<'_>, name: &str) {
     compare(list, CMP_EQ, &value);
 }
 
-/// The frame's source is this MAC.
+/// Appends a match on the source MAC address.
 pub(crate) fn encode_source_mac(list: &mut Body<'_>, mac: Mac) {
     payload(list, LINK_HEADER, 6, 6);
     compare(list, CMP_EQ, &mac.0);

@@ -1,4 +1,4 @@
-//! Addresses on links of ours.
+//! Applies and reads addresses on links of the daemon.
 
 use flannel::Family;
 use flannel::object::{Addr, Object};
@@ -28,8 +28,8 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     Ok(())
 }
 
-/// Does an address on a link of ours count as ours? Of IPv4 those in a pod network: what another program put there stays. Of
-/// IPv6 all but the link-local one that the kernel itself gives (specification, section 5.1).
+/// Whether an address on a link of the daemon is in scope. For IPv4 only addresses in a pod network are: the daemon keeps those that
+/// another program added. For IPv6 all are, except the link-local one that the kernel assigns (specification, section 5.1).
 fn is_ours(info: &addr::AddrInfo, scope: &Scope) -> bool {
     let ip = info.addr.cidr.addr;
     match Family::of(ip) {

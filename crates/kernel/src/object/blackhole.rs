@@ -1,4 +1,4 @@
-//! Blackhole routes of the main table. Their notifications are those of routes: see `route`.
+//! Applies and reads blackhole routes of the main table. `route` receives their notifications.
 
 use flannel::object::{Blackhole, Object};
 
@@ -23,7 +23,7 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     Ok(())
 }
 
-/// A change of a blackhole route; `None` if the route is of another type.
+/// Decodes a change of a blackhole route; `None` if the route is of another type.
 pub(super) fn decode_change(body: &[u8], is_set: bool) -> Option<Changed> {
     let object = Object::Blackhole(Blackhole { dst: route::decode_blackhole(body)? });
     Some(if is_set { Changed::Set(object) } else { Changed::Gone(object.key()) })

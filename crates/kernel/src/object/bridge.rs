@@ -1,4 +1,4 @@
-//! The bridge of this host's pods as an object: read with its gateways and ports, and made anew with them.
+//! Reads the bridge of this host's pods with its gateway addresses and ports, and restores it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,7 @@ use crate::{Kernel, addr, sysctl};
 pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Bridge) -> Result<(), NetlinkError> {
     match change {
         Change::Set => set(&mut kernel.route, wanted),
-        // The plugin made it.
+        // The plugin created it, so the daemon does not delete it.
         Change::Delete => Ok(()),
     }
 }
@@ -25,7 +25,7 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     Ok(())
 }
 
-/// Finds it among all links: by its name, or, where there is none of that name, by a gateway's address.
+/// Finds the bridge among all links: by its name, or, if no bridge has that name, by a gateway address.
 fn find(socket: &mut Socket, links: &[LinkInfo], scope: &Scope) -> Result<Option<Bridge>, NetlinkError> {
     let bridges = || links.iter().filter(|link| link.kind == "bridge" && !scope.gateways.is_empty());
     let known = bridges().find(|link| Some(link.name) == scope.bridge);
@@ -60,28 +60,28 @@ fn route_localnet(name: IfName) -> String {
     format!("net/ipv4/conf/{name}/route_localnet")
 }
 
-/// Makes it as wanted. Ports that are not there any more are passed over, and those of another bridge are left to that one.
+/// Restores the bridge. Ports that do not exist any more, or belong to another bridge now, are skipped.
 fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
     let name = want.name;
-    let gone = || NetlinkError::Refused { errno: libc::ENODEV, message: format!("{name} was deleted at once") };
+    let gone = || NetlinkError::Refused { errno: libc::ENODEV, message: format!("{name} was deleted while it was being set up") };
     let have = match link::get(socket, name)? {
         Some(have) => have,
         None => {
             match link::create_bridge(socket, name, want.mtu, Some(want.mac)) {
-                // The plugin was faster.
+                // The plugin created it meanwhile.
                 Err(error) if !error.is_exists() => return Err(error),
                 _ => {}
             }
-            for ask in ["accept_ra", "accept_dad"] {
-                // As the plugin makes it; a read-only /proc/sys is no reason to have no bridge.
-                let _ = sysctl::write(&format!("net/ipv6/conf/{name}/{ask}"), "0");
+            for setting in ["accept_ra", "accept_dad"] {
+                // As the plugin does. A read-only /proc/sys must not prevent the creation of the bridge.
+                let _ = sysctl::write(&format!("net/ipv6/conf/{name}/{setting}"), "0");
             }
             link::get(socket, name)?.ok_or_else(gone)?
         }
     };
     if have.kind != "bridge" || have.vlan_filtering {
-        let what = if have.vlan_filtering { "tells VLANs apart by now" } else { "is no bridge" };
-        return Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("{name} {what}") });
+        let problem = if have.vlan_filtering { "filters VLANs now" } else { "is not a bridge" };
+        return Err(NetlinkError::Refused { errno: libc::EEXIST, message: format!("{name} {problem}") });
     }
     if have.mac != Some(want.mac) {
         link::set_mac(socket, have.index, want.mac)?;
@@ -101,7 +101,7 @@ fn set(socket: &mut Socket, want: &Bridge) -> Result<(), NetlinkError> {
     for (port, config) in &want.ports {
         let Some(index) = free.get(port) else { continue };
         match link::enslave(socket, *index, have.index, *config) {
-            // It ended this instant; the others do not wait for it.
+            // A port may have been deleted meanwhile; an error does not keep the other ports from being added.
             Err(error) if !error.is_not_found() => outcome = Err(error),
             _ => {}
         }

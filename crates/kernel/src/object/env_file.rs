@@ -1,4 +1,4 @@
-//! The file for the CNI plugins: `subnet.env`.
+//! Writes and reads the file for the CNI plugins, `subnet.env`.
 
 use flannel::object::{EnvFile, Object};
 
@@ -9,7 +9,7 @@ use crate::netlink::NetlinkError;
 pub(super) fn apply(change: Change, wanted: &EnvFile) -> Result<(), NetlinkError> {
     match change {
         Change::Set => file::write_env(wanted).map_err(io_error),
-        // It outlives the daemon, as the routes do.
+        // The file stays after the daemon has ended, like the routes.
         Change::Delete => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! The operator's own commands for a peer. What was run is remembered: nothing in the kernel tells.
+//! Runs the operator's commands for a peer, and remembers the peers for which they were run: the kernel does not show that.
 
 use flannel::backend::extension::ExtensionPeer;
 use flannel::object::Object;

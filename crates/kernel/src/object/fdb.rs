@@ -1,4 +1,4 @@
-//! Permanent forwarding entries of VXLAN devices. Their notifications are those of neighbours: see `neigh`.
+//! Applies and reads permanent FDB entries of VXLAN devices. `neigh` decodes their notifications.
 
 use flannel::IfName;
 use flannel::object::{Fdb, Object};

@@ -1,4 +1,4 @@
-//! Entries of the udp backend's own table, which lives in its data path.
+//! Applies and reads the forwarding table of the udp backend's data path.
 
 use flannel::object::{Forward, Object};
 
@@ -7,7 +7,7 @@ use crate::Kernel;
 use crate::netlink::NetlinkError;
 
 pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Forward) -> Result<(), NetlinkError> {
-    let missing = || NetlinkError::Refused { errno: libc::ENODEV, message: "the tunnel does not run".to_owned() };
+    let missing = || NetlinkError::Refused { errno: libc::ENODEV, message: "the udp tunnel is not running".to_owned() };
     let tunnel = kernel.tunnel.as_ref().ok_or_else(missing)?;
     tunnel.set(wanted.dst, (change == Change::Set).then_some(wanted.host));
     Ok(())

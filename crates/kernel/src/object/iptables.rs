@@ -1,4 +1,4 @@
-//! Our chains in the tables of iptables, of both packet filters.
+//! Applies and reads the daemon's iptables chains, in both packet filters.
 
 use flannel::Family;
 use flannel::object::Object;
@@ -34,13 +34,13 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
         let Kernel { netfilter, iptables, networks, .. } = kernel;
         match crate::iptables::observe(netfilter.as_mut(), iptables, family, variant, networks) {
             Ok(rules) => found.extend(rules.map(Object::Iptables)),
-            // Rules that cannot be read count as unchanged; nothing else is to suffer from it.
-            Err(error) => kernel.trouble = Some(format!("iptables-{variant} rules for {family}: {error}")),
+            // Rules that cannot be read count as unchanged; the other objects are read nevertheless.
+            Err(error) => kernel.read_error = Some(format!("iptables-{variant} rules for {family}: {error}")),
         }
     }
 }
 
-/// A change in a table of this name, of those that nf_tables holds. `family` is the message's (`nfgen_family`).
+/// Decodes a change of an nf_tables table that iptables uses. `family` is the `nfgen_family` of the message.
 pub(crate) fn decode_change(table: &str, family: u8) -> Option<Changed> {
     matches!(table, "nat" | "filter").then_some(())?;
     Family::ALL.into_iter().find(|known| family_number(*known) == family).map(Changed::Iptables)

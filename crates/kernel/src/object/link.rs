@@ -1,4 +1,4 @@
-//! Links of ours: devices of the backends, the udp backend's TUN device with its data path among them.
+//! Applies and reads links of the daemon: the devices of the backends, including the udp backend's TUN device with its data path.
 
 use std::net::IpAddr;
 
@@ -49,20 +49,20 @@ fn delete(kernel: &mut Kernel, found: &Link) -> Result<(), NetlinkError> {
         return Ok(());
     }
     if found.kind == LinkKind::Other("tun".to_owned()) {
-        let message = format!("{} is another process's, perhaps a second flanneld's with the udp backend", found.name);
+        let message = format!("{} belongs to another process, possibly a second flanneld with the udp backend", found.name);
         return Err(NetlinkError::Refused { errno: libc::EBUSY, message });
     }
     link::delete(&mut kernel.route, found.name)
 }
 
-/// Starts the udp backend's data path, if it does not run or its device is gone.
+/// Starts the udp backend's data path, unless it is running and its device exists.
 fn start_tunnel(kernel: &mut Kernel, wanted: &Link, local: IpAddr, port: u16) -> Result<(), NetlinkError> {
     let is_present = link::get(&mut kernel.route, wanted.name)?.is_some();
     let same = |tunnel: &Tunnel| (tunnel.name, tunnel.local, tunnel.port) == (wanted.name, local, port);
     if is_present && kernel.tunnel.as_ref().is_some_and(|tunnel| same(tunnel) && tunnel.is_running()) {
         return Ok(());
     }
-    // Where packets go outlives the device.
+    // The entries are kept when the device is recreated.
     let entries = kernel.tunnel.take().map(|tunnel| tunnel.entries()).unwrap_or_default();
     let tunnel = Tunnel::start(wanted.name, local, port).map_err(io_error)?;
     entries.into_iter().for_each(|(subnet, host)| tunnel.set(subnet, Some(host)));

@@ -1,4 +1,4 @@
-//! Permanent neighbour entries on links of ours.
+//! Applies and reads permanent neighbour entries on links of the daemon.
 
 use flannel::IfName;
 use flannel::object::{Key, Neigh, Object};
@@ -25,7 +25,7 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     Ok(())
 }
 
-/// A change of an entry on `link`, of the neighbour table or of the device itself: the kernel announces both alike.
+/// Decodes a change of a neighbour or FDB entry on `link`: the kernel announces both by the same message.
 pub(crate) fn decode_change(message: &Received<'_>, link: impl Fn(u32) -> Option<IfName>) -> Option<Changed> {
     let (index, is_fdb, ip, mac) = neigh::decode_key(message.body)?;
     let link = link(index)?;
@@ -34,7 +34,7 @@ pub(crate) fn decode_change(message: &Received<'_>, link: impl Fn(u32) -> Option
         return key().map(Changed::Gone);
     }
     let Some(entry) = neigh::decode(message.body) else {
-        // It lost its other address: it failed, or a program said so.
+        // The entry lost its other address: resolution failed, or a program set the state to failed.
         return key().map(Changed::Gone);
     };
     let object = if entry.fdb { fdb::object(link, &entry) } else { Object::Neigh(Neigh { link, ip: entry.ip, mac: entry.mac }) };

@@ -1,4 +1,4 @@
-//! The rules that the CNI plugins wrote for pods, as one object.
+//! Restores and reads the rules that the CNI plugins wrote for pods, as one object.
 
 use flannel::object::{Object, PodRules};
 use flannel::pod::Table;
@@ -11,7 +11,7 @@ use crate::{Kernel, nft};
 pub(super) fn apply(kernel: &mut Kernel, change: Change) -> Result<(), NetlinkError> {
     match change {
         Change::Set => kernel.restore_pod_rules(),
-        // They are the plugins' to delete.
+        // The plugins delete them.
         Change::Delete => Ok(()),
     }
 }
@@ -22,11 +22,11 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     }
     match kernel.observe_pod_rules() {
         Ok(missing) => found.push(Object::PodRules(PodRules { missing })),
-        Err(error) => kernel.trouble = Some(format!("pod rules of the CNI plugins: {error}")),
+        Err(error) => kernel.read_error = Some(format!("pod rules of the CNI plugins: {error}")),
     }
 }
 
-/// A change in a table of this name: only deletions matter.
+/// Decodes a change of a table that the plugins use: only deletions matter.
 pub(crate) fn decode_change(table: &str, message: &Received<'_>) -> Option<Changed> {
     let is_deletion = [nft::DELTABLE, nft::DELCHAIN, nft::DELRULE].iter().any(|kind| message.kind == nft::kind(*kind));
     (Table::is_noted(table) && is_deletion).then_some(Changed::PodRules)

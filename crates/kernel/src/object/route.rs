@@ -1,4 +1,4 @@
-//! Unicast routes of the main table: ours, and those of a Go flanneld that are adopted.
+//! Applies and reads unicast routes of the main table: the daemon's, and those of a Go flanneld that it adopts.
 
 use flannel::object::{Key, Object, Route};
 use flannel::scope::Scope;
@@ -25,12 +25,12 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
         return Ok(());
     }
     let adopt = scope.adopt.iter().filter_map(|adopt| reading.links.iter().find(|link| link.name == adopt.dev));
-    // Our own routes come by their protocol; those that a Go flanneld left, by their device.
+    // The daemon's routes are selected by protocol; those that a Go flanneld left, by device.
     let filters = reading.ours().chain(adopt).map(|link| Filter::BootOif(link.index)).chain([Filter::Ours]);
     for filter in filters {
         for family in Family::ALL {
             let routes = route::list(&mut kernel.route, family, filter)?;
-            // A route whose interface was deleted this instant is gone as well.
+            // A route whose interface was deleted meanwhile is gone, too.
             let named = routes.iter().filter_map(|info| reading.name(info.oif).map(|dev| to_route(info, dev)));
             found.extend(named.filter(|route| scope.has_route(route)).map(Object::Route));
         }
@@ -42,13 +42,13 @@ fn to_route(info: &RouteInfo, dev: IfName) -> Route {
     Route { dst: info.dst, metric: info.metric, via: info.via, dev, onlink: info.onlink, protocol: info.protocol }
 }
 
-/// A change of a route.
+/// Decodes a change of a route.
 pub(crate) fn decode_change(message: &Received<'_>, scope: &Scope, name: impl Fn(u32) -> Option<IfName>) -> Option<Changed> {
     let is_set = message.kind == route::RTM_NEWROUTE;
     if let Some(change) = blackhole::decode_change(message.body, is_set) {
         return Some(change);
     }
-    // A foreign route that replaced one of ours takes that away, wherever it leads.
+    // A foreign route with the same destination and metric has replaced the daemon's route.
     let (dst, metric) = route::decode_key(message.body)?;
     match route::decode(message.body).and_then(|info| Some(to_route(&info, name(info.oif)?))) {
         Some(route) if is_set && scope.has_route(&route) => Some(Changed::Set(Object::Route(route))),

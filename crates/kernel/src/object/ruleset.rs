@@ -1,4 +1,4 @@
-//! Our nftables tables, one a family.
+//! Applies and reads the daemon's nftables tables, one per family.
 
 use flannel::Family;
 use flannel::object::Object;
@@ -29,7 +29,7 @@ pub(super) fn observe(kernel: &mut Kernel, reading: &Reading<'_>, found: &mut Ve
     Ok(())
 }
 
-/// A change in a table of this name.
+/// Decodes a change of a table with this name.
 pub(crate) fn decode_change(table: &str) -> Option<Changed> {
     Family::ALL.into_iter().find(|family| table_name(*family) == table).map(Changed::Rules)
 }
