@@ -1,5 +1,5 @@
-//! The kernel's edge against the real kernel, in network namespaces that the tests make. One `main` instead of the
-//! usual harness, because a user namespace can only be entered while the process has one thread.
+//! Tests this crate with the real kernel, in network namespaces that the tests create. They have their own `main` instead of the usual
+//! harness, because a user namespace can be entered only while the process has one thread.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -30,32 +30,32 @@ fn pod_rules(missing: usize) -> Object {
 fn main() {
     let arguments = Arguments::from_args();
     if !arguments.list {
-        netns::isolate(std::path::Path::new("/mnt")).expect("these tests need namespaces");
+        netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
     let tests: [(&str, fn()); 19] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
-        ("a_second_diff_finds_nothing_to_do", a_second_diff_finds_nothing_to_do),
-        ("a_link_of_another_vni_is_replaced_with_all_that_stands_on_it", a_link_of_another_vni_is_replaced),
+        ("second_diff_is_empty", second_diff_is_empty),
+        ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
         ("mtu_mac_and_state_are_changed_in_place", mtu_mac_and_state_are_changed_in_place),
-        ("one_refused_operation_leaves_the_others_alone", one_refused_operation_leaves_the_others_alone),
-        ("what_is_gone_already_is_deleted_with_success", what_is_gone_already_is_deleted_with_success),
-        ("foreign_routes_are_neither_seen_nor_touched", foreign_routes_are_neither_seen_nor_touched),
-        ("a_go_flannelds_routes_are_adopted", a_go_flannelds_routes_are_adopted),
-        ("a_changed_ruleset_is_seen_and_repaired", a_changed_ruleset_is_seen_and_repaired),
-        ("iptables_are_written_in_one_step_and_repaired", iptables_are_written_and_repaired),
-        ("of_addresses_on_the_device_only_the_pod_networks_are_ours", of_addresses_on_the_device),
-        ("a_table_that_iptables_cannot_read_is_not_written_again_and_again", a_table_that_iptables_cannot_read),
+        ("refused_operation_does_not_affect_others", refused_operation_does_not_affect_others),
+        ("deleting_a_missing_object_succeeds", deleting_a_missing_object_succeeds),
+        ("foreign_routes_are_ignored", foreign_routes_are_ignored),
+        ("routes_of_a_go_flanneld_are_adopted", routes_of_a_go_flanneld_are_adopted),
+        ("changed_ruleset_is_detected_and_repaired", changed_ruleset_is_detected_and_repaired),
+        ("iptables_rules_are_written_in_one_step_and_repaired", iptables_rules_are_written_and_repaired),
+        ("only_pod_network_addresses_on_the_device_are_in_scope", only_pod_network_addresses),
+        ("table_that_iptables_cannot_read_is_not_rewritten", table_that_iptables_cannot_read),
         ("ten_thousand_operations_in_one_batch", ten_thousand_operations_in_one_batch),
         ("missing_pod_rules_are_restored", missing_pod_rules_are_restored),
-        ("forwarding_that_is_switched_off_is_heard_of", forwarding_that_is_switched_off_is_heard_of),
-        ("the_monitor_hears_others_and_not_ourselves", the_monitor_hears_others_and_not_ourselves),
+        ("disabled_forwarding_is_reported", disabled_forwarding_is_reported),
+        ("monitor_reports_changes_of_others_only", monitor_reports_changes_of_others_only),
         ("a_file_is_watched_also_when_its_folder_goes", a_file_is_watched_also_when_its_folder_goes),
         ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
-        ("namespaces_are_told_from_other_files", namespaces_are_told_from_other_files),
+        ("only_network_namespaces_can_be_opened", only_network_namespaces_can_be_opened),
     ];
     let trial = |(name, test): (&str, fn())| {
         Trial::test(name, move || -> Result<(), Failed> {
-            let scratch = Netns::create().expect("a network namespace");
+            let scratch = Netns::create().expect("create a network namespace");
             scratch
                 .run(|| {
                     // Also when it fails: the kernel gives the number of a namespace that has ended to another.
@@ -63,7 +63,7 @@ fn main() {
                     let _clean = Clean;
                     test();
                 })
-                .expect("to enter it");
+                .expect("enter the namespace");
             Ok(())
         })
     };
@@ -82,7 +82,8 @@ fn name(text: &str) -> IfName {
     text.parse().unwrap()
 }
 
-/// An external interface `eth0` with 192.0.2.1/24: one end of a veth pair, up. That it came up may be heard of a second later.
+/// Creates an external interface `eth0` with 192.0.2.1/24: one end of a veth pair, up. The notification that it is up may come a second
+/// later.
 fn external() -> Socket {
     let mut socket = Socket::open(Protocol::Route).unwrap();
     let end = |text| link::VethEnd { name: name(text), mac: None, netns: None };
@@ -124,7 +125,7 @@ fn rules_in(flavour: Flavour) -> Vec<Object> {
     traffic::objects(config, &networks, &mine)
 }
 
-/// Both families' devices, and two peers of each: one behind the device, one on the link.
+/// The devices of both families, and two peers of each family: one behind the device, one on the link.
 fn picture() -> Desired {
     use flannel::object::{Fdb, Neigh};
     let mut desired = Desired::default();
@@ -172,12 +173,12 @@ fn picture() -> Desired {
     desired
 }
 
-/// All routes of ours.
+/// A scope with all routes of flanneld.
 fn routes() -> Scope {
     Scope { networks: vec!["10.0.0.0/8".parse().unwrap()], ..Scope::default() }
 }
 
-/// All that a picture of these tests may hold.
+/// A scope with all objects of [`picture`].
 fn scope() -> Scope {
     let accept_ra = |device: &str| (format!("net/ipv6/conf/{device}/accept_ra"), "0".to_owned());
     Scope {
@@ -214,20 +215,20 @@ fn every_object_is_written_read_back_and_deleted() {
     assert!(kernel.observe(&scope()).unwrap().is_empty());
 }
 
-fn a_second_diff_finds_nothing_to_do() {
+fn second_diff_is_empty() {
     external();
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
     apply(&mut kernel, &diff(&desired, &Observed::default(), Prune::Yes));
     let observed = kernel.observe(&scope()).unwrap();
     assert_eq!(diff(&desired, &observed, Prune::Yes), []);
-    // And what is set again is no error: every operation may be sent twice.
+    // Setting an object again is no error: every operation may be sent twice.
     let again: Vec<Op> = desired.iter().map(|(_, object)| Op::Set(object.clone())).collect();
     apply(&mut kernel, &again);
     assert_eq!(kernel.observe(&scope()).unwrap(), observed);
 }
 
-fn a_link_of_another_vni_is_replaced() {
+fn link_with_another_vni_is_recreated() {
     external();
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
@@ -258,9 +259,9 @@ fn mtu_mac_and_state_are_changed_in_place() {
     apply(&mut kernel, &[Op::Set(Object::Link(changed.clone()))]);
     let scope = Scope { links: vec![name("flannel.1")], ..Scope::default() };
     assert_eq!(kernel.observe(&scope).unwrap().get(&Key::Link(name("flannel.1"))), Some(&Object::Link(changed)));
-    assert_eq!(index(), before, "it is the same device");
+    assert_eq!(index(), before, "the device is not recreated");
 
-    // The interface below is renamed, and known by that name; then another is to be below.
+    // The lower interface is renamed; then another interface becomes the lower one.
     let mut socket = Socket::open(Protocol::Route).unwrap();
     let rename = |from: &str, to: &str| {
         let renamed = std::process::Command::new("ip").args(["link", "set", from, "name", to]).status().unwrap();
@@ -271,7 +272,7 @@ fn mtu_mac_and_state_are_changed_in_place() {
     let wanted = vxlan(Family::V4, 1, 1300);
     let outcome = kernel.apply(&[Op::Set(wanted.clone())]).remove(0);
     assert!(outcome.unwrap_err().text.contains("there is no interface eth0"));
-    assert_eq!(index(), before, "it goes on");
+    assert_eq!(index(), before, "the device is kept");
     rename("wire", "eth0");
     apply(&mut kernel, &[Op::Set(wanted.clone())]);
     assert_eq!((kernel.observe(&scope).unwrap().get(&wanted.key()), index()), (Some(&wanted), before));
@@ -282,7 +283,7 @@ fn peer_route(i: u32, via: &str) -> Object {
     Object::Route(Route { dst, metric: i, via: Some(via.parse().unwrap()), dev: name("eth0"), onlink: false, protocol: ROUTE_PROTOCOL })
 }
 
-fn one_refused_operation_leaves_the_others_alone() {
+fn refused_operation_does_not_affect_others() {
     external();
     let mut kernel = Kernel::open().unwrap();
     let missing = Object::Route(Route {
@@ -293,7 +294,7 @@ fn one_refused_operation_leaves_the_others_alone() {
         onlink: false,
         protocol: ROUTE_PROTOCOL,
     });
-    // The last of a batch is the one that is acknowledged: let it be a refused one as well.
+    // Only the last request of a batch is acknowledged: make that one fail, too.
     let ops: Vec<Op> = (0..1000)
         .map(|i| peer_route(i, if i % 10 == 9 { "198.51.100.1" } else { "192.0.2.2" }))
         .map(Op::Set)
@@ -313,7 +314,7 @@ fn one_refused_operation_leaves_the_others_alone() {
     assert_eq!(kernel.observe(&routes()).unwrap().len(), 900);
 }
 
-fn what_is_gone_already_is_deleted_with_success() {
+fn deleting_a_missing_object_succeeds() {
     external();
     let mut kernel = Kernel::open().unwrap();
     let ops: Vec<Op> = picture().iter().filter(|(key, _)| !matches!(key, Key::Sysctl(_))).map(|(_, o)| Op::Delete(o.clone())).collect();
@@ -323,14 +324,14 @@ fn what_is_gone_already_is_deleted_with_success() {
     apply(&mut kernel, &on_devices);
 }
 
-fn foreign_routes_are_neither_seen_nor_touched() {
+fn foreign_routes_are_ignored() {
     let mut socket = external();
     let index = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
     for dst in ["10.244.9.0/24", "203.0.113.0/24"] {
         route::add(&mut socket, dst.parse().unwrap(), Some("192.0.2.9".parse().unwrap()), index).unwrap();
     }
     let mut kernel = Kernel::open().unwrap();
-    // Another flanneld on this host, with a network of its own.
+    // Another flanneld on this host has another network.
     let mut other = peer_route(7, "192.0.2.2");
     if let Object::Route(route) = &mut other {
         route.dst = "172.30.7.0/24".parse().unwrap();
@@ -346,13 +347,13 @@ fn foreign_routes_are_neither_seen_nor_touched() {
     assert_eq!(foreign, ["10.244.9.0/24", "203.0.113.0/24", "172.30.7.0/24", "10.128.1.0/24"].map(ToOwned::to_owned).into());
 }
 
-fn a_go_flannelds_routes_are_adopted() {
+fn routes_of_a_go_flanneld_are_adopted() {
     let mut socket = external();
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
     let device = vxlan(Family::V4, 1, 1430);
     apply(&mut kernel, &[Op::Set(device)]);
-    // One as it leaves them for a peer that is there, and one for a peer that is gone; beside them ours.
+    // A Go flanneld's route to an existing peer, and one to a peer that is gone.
     let old = |dst: &str, via: &str| {
         Object::Route(Route {
             dst: dst.parse().unwrap(),
@@ -368,14 +369,14 @@ fn a_go_flannelds_routes_are_adopted() {
     assert_eq!(observed.iter().filter(|(_, object)| matches!(object, Object::Route(route) if route.protocol == 3)).count(), 2);
     apply(&mut kernel, &diff(&desired, &observed, Prune::Yes));
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
-    // A deletion that comes twice does not take ours along, although to the kernel metric 0 means any.
+    // A second deletion does not delete the daemon's route, although the kernel takes metric 0 as any metric.
     apply(&mut kernel, &[Op::Delete(old("10.244.2.0/24", "10.244.2.0"))]);
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
     let index = link::get(&mut socket, name("flannel.1")).unwrap().unwrap().index;
     assert_eq!(route::list(&mut socket, Family::V4, route::Filter::Oif(index)).unwrap().len(), 1);
 }
 
-fn a_changed_ruleset_is_seen_and_repaired() {
+fn changed_ruleset_is_detected_and_repaired() {
     let mut kernel = Kernel::open().unwrap();
     let mut desired = Desired::default();
     desired.set_part(Owner::Node, rules());
@@ -393,24 +394,24 @@ fn a_changed_ruleset_is_seen_and_repaired() {
     assert_eq!(diff(&desired, &kernel.observe(&scope()).unwrap(), Prune::Yes), []);
 }
 
-fn a_table_that_iptables_cannot_read() {
+fn table_that_iptables_cannot_read() {
     let nft = |script: &str| {
         let status = std::process::Command::new("nft").arg(script).status().expect("nft is installed by `cargo xtask test`");
         assert!(status.success(), "{script}");
     };
-    // A lookup in the routes is not in iptables' words; its programs say so, and end well.
+    // iptables cannot express a route lookup; its programs print an error, but exit with 0.
     nft("add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; }");
     nft("add rule ip filter FORWARD fib daddr type local accept");
     let mut desired = Desired::default();
     desired.set_part(Owner::Node, rules_in(Flavour::Iptables(Variant::Nft)));
     let mut kernel = Kernel::open().unwrap();
-    let mut said = Vec::new();
+    let mut errors = Vec::new();
     for _ in 0..5 {
         let observed = kernel.observe(&scope()).unwrap();
-        said.extend(kernel.take_read_error());
+        errors.extend(kernel.take_read_error());
         kernel.apply(&diff(&desired, &observed, Prune::Yes));
     }
-    assert!(said.iter().any(|text| text.contains("cannot read")), "{said:?}");
+    assert!(errors.iter().any(|text| text.contains("cannot read")), "{errors:?}");
     let output = std::process::Command::new("nft").args(["list", "chain", "ip", "filter", "FORWARD"]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.matches("jump FLANNEL-FWD").count() <= 1, "{text}");
@@ -418,7 +419,7 @@ fn a_table_that_iptables_cannot_read() {
 }
 
 /// Upstream's TestEnsureV4AddressOnLink and TestEnsureV6AddressOnLink.
-fn of_addresses_on_the_device() {
+fn only_pod_network_addresses() {
     let mut socket = external();
     let mut kernel = Kernel::open().unwrap();
     let desired = picture();
@@ -443,7 +444,7 @@ fn of_addresses_on_the_device() {
     assert_eq!(left("flannel-v6.1"), BTreeSet::from(["fc00:0:0:1::/128".to_owned()]));
 }
 
-/// Runs a program of iptables in the test's namespace.
+/// Runs an iptables program in the test's namespace.
 #[track_caller]
 fn run(program: &str, args: &str) -> String {
     let output = std::process::Command::new(program).args(args.split(' ')).output().expect("iptables is installed by `cargo xtask test`");
@@ -451,7 +452,7 @@ fn run(program: &str, args: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn iptables_are_written_and_repaired() {
+fn iptables_rules_are_written_and_repaired() {
     for (variant, program) in [(Variant::Nft, "iptables-nft"), (Variant::Legacy, "iptables-legacy")] {
         let mut kernel = Kernel::open().unwrap();
         let mut desired = Desired::default();
@@ -463,11 +464,11 @@ fn iptables_are_written_and_repaired() {
         assert_eq!(first.len(), 2, "{variant}: one for each family");
         apply(&mut kernel, &first);
         assert_eq!(ops(&mut kernel, &desired), [], "{variant}");
-        // Upstream's own listing, section 6.1 of the specification.
+        // As upstream lists it (specification, section 6.1).
         let jump = "-A POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG";
         assert!(run(program, "-t nat -S").contains(jump));
         assert_eq!(run(program, "-t nat -S FLANNEL-POSTRTG").lines().count(), 7);
-        // What others do elsewhere in the tables is not seen.
+        // Rules of others elsewhere in the tables are ignored.
         run(program, "-A FORWARD -s 203.0.113.0/24 -j ACCEPT");
         run(program, "-t nat -A POSTROUTING -s 203.0.113.0/24 -j MASQUERADE");
         assert_eq!(ops(&mut kernel, &desired), [], "{variant}: a foreign rule");
@@ -488,7 +489,7 @@ fn iptables_are_written_and_repaired() {
             assert_eq!(ops(&mut kernel, &desired), [], "{variant}: after {damage}");
             assert!(run(program, "-t nat -S").contains(jump), "{variant}: after {damage}");
         }
-        // Another flanneld on this host shares the chains; its rules stay whatever ours become.
+        // Another flanneld on this host shares the chains; its rules are kept.
         let theirs = "-A FLANNEL-FWD -s 172.16.0.0/16 -j ACCEPT";
         run(program, theirs);
         assert_eq!(ops(&mut kernel, &desired), [], "{variant}: {theirs}");
@@ -497,7 +498,7 @@ fn iptables_are_written_and_repaired() {
         apply(&mut kernel, &repair);
         assert!(run(program, "-S FLANNEL-FWD").contains(theirs));
         run(program, "-D FLANNEL-FWD -s 172.16.0.0/16 -j ACCEPT");
-        // The other flavour takes over: nothing of this one is left, and nothing foreign is gone.
+        // A switch to the other flavour removes all rules of this one, and no foreign rule.
         let mut nftables = Desired::default();
         nftables.set_part(Owner::Node, rules());
         let change = ops(&mut kernel, &nftables);
@@ -509,7 +510,7 @@ fn iptables_are_written_and_repaired() {
         }
         let back = ops(&mut kernel, &desired);
         apply(&mut kernel, &back);
-        assert_eq!(ops(&mut kernel, &desired), [], "{variant}: and back");
+        assert_eq!(ops(&mut kernel, &desired), [], "{variant}: after switching back");
         let none = ops(&mut kernel, &Desired::default());
         apply(&mut kernel, &none);
     }
@@ -526,12 +527,12 @@ fn ten_thousand_operations_in_one_batch() {
     let deletes: Vec<Op> = observed.iter().map(|(_, object)| Op::Delete(object.clone())).collect();
     apply(&mut kernel, &deletes);
     assert!(kernel.observe(&routes()).unwrap().is_empty());
-    // Twenty thousand notifications are more than fit the queue. That eth0 came up may be heard of late.
-    let heard = monitor.drain().unwrap();
-    assert!(heard.iter().all(|heard| heard.change == Changed::Link(name("eth0"))), "our own writing fills no queue: {heard:?}");
+    // Twenty thousand notifications would not fit into the queue. The one that eth0 is up may come late.
+    let events = monitor.drain().unwrap();
+    assert!(events.iter().all(|event| event.change == Changed::Link(name("eth0"))), "own changes are filtered out: {events:?}");
 }
 
-fn forwarding_that_is_switched_off_is_heard_of() {
+fn disabled_forwarding_is_reported() {
     let sysctls: Vec<(String, String)> = Family::ALL.map(|family| (family.forwarding().to_owned(), "1".to_owned())).into();
     let wanted: Vec<Object> =
         sysctls.iter().map(|(path, value)| Object::Sysctl(Sysctl { path: path.clone(), value: value.clone() })).collect();
@@ -546,8 +547,8 @@ fn forwarding_that_is_switched_off_is_heard_of() {
     for (path, _) in &sysctls {
         std::fs::write(std::path::Path::new("/proc/sys").join(path), "0").unwrap();
         let off = Object::Sysctl(Sysctl { path: path.clone(), value: "0".to_owned() });
-        let heard: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|heard| heard.change).collect();
-        assert_eq!(heard, [Changed::Set(off.clone())]);
+        let changes: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|event| event.change).collect();
+        assert_eq!(changes, [Changed::Set(off.clone())]);
         assert_eq!(kernel.observe(&scope).unwrap().get(&off.key()), Some(&off));
     }
 }
@@ -690,57 +691,57 @@ fn missing_pod_rules_are_restored() {
     std::fs::remove_file(junk).unwrap();
 }
 
-fn the_monitor_hears_others_and_not_ourselves() {
+fn monitor_reports_changes_of_others_only() {
     let mut socket = external();
     let eth0 = link::get(&mut socket, name("eth0")).unwrap().unwrap().index;
     let mut kernel = Kernel::open().unwrap();
     let mut monitor = Monitor::open(scope(), name("eth0"), kernel.port()).unwrap();
     apply(&mut kernel, &[Op::Set(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.2"))]);
-    // That eth0 came up may be heard of at any time.
-    let late = |heard: &KernelEvent| heard.change == Changed::Link(name("eth0"));
-    let mut hear = || monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect::<Vec<_>>();
-    let changes = |heard: Vec<KernelEvent>| heard.into_iter().map(|heard| heard.change).collect::<Vec<_>>();
-    assert_eq!(hear(), [], "our own routes are no news");
+    // The notification that eth0 is up may come at any time.
+    let late = |event: &KernelEvent| event.change == Changed::Link(name("eth0"));
+    let mut drain = || monitor.drain().unwrap().into_iter().filter(|event| !late(event)).collect::<Vec<_>>();
+    let changes = |events: Vec<KernelEvent>| events.into_iter().map(|event| event.change).collect::<Vec<_>>();
+    assert_eq!(drain(), [], "own changes are not reported");
 
-    // Another program deletes one of ours, replaces the other, and adds one that is none of our business.
+    // Another program deletes one route of the daemon and replaces the other.
     let mut other = Kernel::open().unwrap();
     apply(&mut other, &[Op::Delete(peer_route(1, "192.0.2.2")), Op::Set(peer_route(2, "192.0.2.3"))]);
-    let heard = hear();
+    let events = drain();
     let this = std::fs::read_to_string("/proc/self/comm").unwrap();
-    // The port of a second socket of one process says nothing; that of a program's first is its process.
-    let named = |heard: &KernelEvent| heard.by.as_ref().is_none_or(|author| author.program == this.trim());
-    assert!(heard.iter().all(named), "{heard:?}");
-    assert_eq!(changes(heard), [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
+    // The port of the first socket of a process is its process ID; that of a second socket does not identify it.
+    let named = |event: &KernelEvent| event.by.as_ref().is_none_or(|author| author.program == this.trim());
+    assert!(events.iter().all(named), "{events:?}");
+    assert_eq!(changes(events), [Changed::Gone(peer_route(1, "192.0.2.2").key()), Changed::Set(peer_route(2, "192.0.2.3"))]);
 
-    // Foreign neighbours and routes on the external interface are none of our business.
+    // Foreign neighbours on the external interface are ignored.
     route::add(&mut socket, "203.0.113.0/24".parse().unwrap(), Some("192.0.2.9".parse().unwrap()), eth0).unwrap();
     let neigh = flannel::object::Neigh { link: name("eth0"), ip: "192.0.2.77".parse().unwrap(), mac: Mac([2, 0, 0, 0, 0, 7]) };
     apply(&mut other, &[Op::Set(Object::Neigh(neigh))]);
-    let heard = changes(hear());
-    assert_eq!(heard, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
+    let events = changes(drain());
+    assert_eq!(events, [Changed::Gone(Key::Route("203.0.113.0/24".parse().unwrap(), 0))]);
 
-    // In the place of one of ours, by a device that nobody watches, and of another type.
+    // A route through an unwatched device, or of another type, replaces a route of the daemon.
     let ip = |arguments: &str| {
         assert!(std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap().success(), "{arguments}");
     };
     ip("link add other type veth peer name another");
     ip("link set other up");
     ip("link set another up");
-    hear();
+    drain();
     let gone = Changed::Gone(peer_route(2, "192.0.2.3").key());
     for route in ["10.128.2.0/24 dev other", "unreachable 10.128.2.0/24"] {
         apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
-        hear();
+        drain();
         ip(&format!("route replace {route} metric 2"));
-        assert_eq!(changes(hear()), std::slice::from_ref(&gone), "{route}");
+        assert_eq!(changes(drain()), std::slice::from_ref(&gone), "{route}");
     }
     ip("route add 198.51.100.0/24 dev other");
-    assert_eq!(hear(), [], "what is not ours is no news there");
+    assert_eq!(drain(), [], "foreign routes there are not reported");
     apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
     ip("link del other");
-    hear();
+    drain();
 
-    // A device with entries, deleted by somebody.
+    // Another program deletes a device with entries.
     let desired = picture();
     let on_v4: Vec<Op> = desired
         .iter()
@@ -748,26 +749,26 @@ fn the_monitor_hears_others_and_not_ourselves() {
         .map(|(_, o)| Op::Set(o.clone()))
         .collect();
     apply(&mut kernel, &on_v4);
-    hear();
-    // A neighbour that is said to have failed has no link-layer address.
+    drain();
+    // A neighbour in state failed has no MAC address.
     let neigh = on_v4.iter().find_map(|op| if let Object::Neigh(neigh) = op.object() { Some(*neigh) } else { None }).unwrap();
     ip(&format!("neigh replace {} dev flannel.1 nud failed", neigh.ip));
-    assert_eq!(changes(hear()), [Changed::Gone(Key::Neigh(neigh.link, neigh.ip))]);
+    assert_eq!(changes(drain()), [Changed::Gone(Key::Neigh(neigh.link, neigh.ip))]);
     link::delete(&mut socket, name("flannel.1")).unwrap();
-    assert!(changes(hear()).contains(&Changed::Link(name("flannel.1"))));
+    assert!(changes(drain()).contains(&Changed::Link(name("flannel.1"))));
 
-    // The external interface, and the rules.
+    // The external interface and the rules change.
     link::set_up(&mut socket, eth0, false).unwrap();
     assert!(changes(monitor.drain().unwrap()).contains(&Changed::Link(name("eth0"))));
     apply(&mut other, &rules().into_iter().map(Op::Set).collect::<Vec<_>>());
-    let heard: Vec<KernelEvent> = monitor.drain().unwrap().into_iter().filter(|heard| !late(heard)).collect();
-    // The kernel names the thread.
-    assert!(heard.iter().all(|heard| heard.by.as_ref().is_some_and(|author| this.trim().starts_with(&author.program))), "{heard:?}");
-    let heard = changes(heard);
-    assert!(heard.contains(&Changed::Rules(Family::V4)) && heard.contains(&Changed::Rules(Family::V6)), "{heard:?}");
+    let events: Vec<KernelEvent> = monitor.drain().unwrap().into_iter().filter(|event| !late(event)).collect();
+    // The kernel names the thread that made the change.
+    assert!(events.iter().all(|event| event.by.as_ref().is_some_and(|author| this.trim().starts_with(&author.program))), "{events:?}");
+    let events = changes(events);
+    assert!(events.contains(&Changed::Rules(Family::V4)) && events.contains(&Changed::Rules(Family::V6)), "{events:?}");
 }
 
-fn namespaces_are_told_from_other_files() {
+fn only_network_namespaces_can_be_opened() {
     assert!(Netns::current().is_ok());
     for path in ["/proc/self/ns/mnt", "/etc/passwd", "/nonexistent"] {
         assert!(Netns::open(std::path::Path::new(path)).is_err(), "{path}");
