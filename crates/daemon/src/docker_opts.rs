@@ -1,5 +1,5 @@
-//! `flanneld docker-opts`: turns `subnet.env` into options for a Docker daemon, as upstream's script `mk-docker-opts.sh`
-//! does, under whose name this program can be installed (specification, section 8.5).
+//! `flanneld docker-opts`: converts `subnet.env` into options for a Docker daemon, as upstream's script `mk-docker-opts.sh` does
+//! (specification, section 8.5). The program can also be installed under the name of the script.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,25 +10,25 @@ use flannel::{Family, Subnet};
 use kernel::netlink::{Protocol, Socket};
 use kernel::route;
 
-/// What `docker-opts` is told.
+/// The arguments of `docker-opts`.
 #[derive(Debug, Clone, Args)]
 pub struct DockerOptsArgs {
-    /// File that flanneld wrote
+    /// Subnet file that flanneld wrote
     #[arg(short = 'f', default_value = "/run/flannel/subnet.env", value_name = "FILE")]
     pub env: PathBuf,
     /// File to write
     #[arg(short = 'd', default_value = "/run/docker_opts.env", value_name = "FILE")]
     pub output: PathBuf,
-    /// Write each option as a variable of its own [default: both this and -c]
+    /// Write each option as a separate variable [default: both this and -c]
     #[arg(short = 'i')]
     pub individual: bool,
     /// Write all options as one variable
     #[arg(short = 'c')]
     pub combined: bool,
-    /// Name of the variable that has all options
+    /// Name of the variable with all options
     #[arg(short = 'k', default_value = "DOCKER_OPTS", value_name = "NAME")]
     pub key: String,
-    /// Leave --ip-masq out
+    /// Omit --ip-masq
     #[arg(short = 'm')]
     pub no_ip_masq: bool,
 }
@@ -36,10 +36,10 @@ pub struct DockerOptsArgs {
 /// The name of upstream's script.
 pub const SCRIPT: &str = "mk-docker-opts.sh";
 
-/// Writes the file.
+/// Writes the file with the options.
 ///
 /// # Errors
-/// When a file cannot be read or written, a value cannot be used, or the subnet is routed elsewhere.
+/// When a file cannot be read or written, a value is invalid, or the subnet is routed through a gateway.
 pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.env).with_context(|| format!("-f: cannot read {}", args.env.display()))?;
     let rendered = render(&text, args, |name| std::env::var(name).ok()).with_context(|| args.env.display().to_string())?;
@@ -50,7 +50,7 @@ pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
     let elsewhere = routes.iter().find(|route| Some(route.dst) == subnet && route.gateway);
     ensure!(
         elsewhere.is_none(),
-        "{}: there is a route to this subnet through a gateway already",
+        "{}: this host has a route to this subnet through a gateway, so another host may own it",
         subnet.map_or(String::new(), |s| s.to_string())
     );
     Ok(())
@@ -67,7 +67,7 @@ fn render(text: &str, args: &DockerOptsArgs, env: impl Fn(&str) -> Option<String
         options.push(("BIP", format!("--bip={subnet}")));
     }
     if let Some(masq) = found.get("FLANNEL_IPMASQ").filter(|_| !args.no_ip_masq) {
-        // If flanneld masquerades, Docker need not.
+        // If flanneld masquerades, Docker must not.
         let inverse = match *masq {
             "true" => "false",
             "false" => "true",
@@ -90,7 +90,7 @@ fn render(text: &str, args: &DockerOptsArgs, env: impl Fn(&str) -> Option<String
     Ok(lines)
 }
 
-/// Was the program called by the script's name?
+/// Whether the program was called by the name of the script.
 pub fn called_as(name: Option<std::ffi::OsString>) -> bool {
     name.is_some_and(|name| Path::new(&name).file_name().is_some_and(|file| file == SCRIPT))
 }
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_five_cases_of_upstreams_test() {
+    fn options_match_the_cases_of_upstream() {
         let three = "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_IPMASQ=\"--ip-masq=false\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n";
         let all = "\" --bip=10.1.74.1/24 --ip-masq=false --mtu=1472\"\n";
         check("", &format!("{three}DOCKER_OPTS={all}"));
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_environment_stays_in_front() {
+    fn options_are_appended_to_those_in_the_environment() {
         let args = Cli::parse_from(["x", "-c"]).args;
         let env = |name: &str| (name == "DOCKER_OPTS").then(|| "--debug".to_owned());
         assert!(render(ENV, &args, env).unwrap().starts_with("DOCKER_OPTS=\"--debug --bip="));

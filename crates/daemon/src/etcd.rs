@@ -1,4 +1,4 @@
-//! The part of the etcd v3 API that flannel uses: [`crate::store`] uses the client side, [`crate::embedded`] the server
+//! The part of the etcd v3 API that the daemon uses: [`crate::store`] uses the client side, [`crate::embedded`] the server
 //! side.
 //!
 //! `etcd/generated.rs` is generated from `proto/etcd.proto` and checked in, so that a build of the daemon does not build
@@ -11,8 +11,8 @@ mod generated;
 
 pub use generated::*;
 
-/// The `range_end` with which a range covers all keys that begin with `prefix`: the prefix with its last byte that
-/// can be raised raised by one (etcd API, "key ranges"). All bytes 0xff: to the end of the key space.
+/// The `range_end` of the range of all keys with this prefix (etcd API, "key ranges"): the prefix up to its last byte below 0xff, with
+/// that byte incremented. If all bytes are 0xff, it is the end of the key space.
 pub fn prefix_end(prefix: &[u8]) -> Vec<u8> {
     let mut end = prefix.to_vec();
     while let Some(last) = end.pop() {

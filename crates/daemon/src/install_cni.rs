@@ -1,6 +1,6 @@
-//! `flanneld install-cni`: puts the CNI plugins and their list where container runtimes look, each file in one step, so
-//! that a runtime never reads half of one. Needs no shell. Called `install-conf`, as in upstream's image, it copies one
-//! file in the same way.
+//! `flanneld install-cni`: installs the CNI plugins and their configuration list for container runtimes. Each file is replaced
+//! atomically, so that a runtime never reads an incomplete one. Needs no shell. Under the name `install-conf`, which upstream's image
+//! uses, it copies one file in the same way.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,38 +14,38 @@ use serde_json::Value;
 
 use crate::output;
 
-/// The program of all plugins, under its own name.
+/// The file name of the program that contains all plugins.
 const PROGRAM: &str = "flannel-cni";
 
-/// What `flanneld install-cni` is told.
+/// The arguments of `flanneld install-cni`.
 #[derive(Debug, Clone, Args)]
 pub struct InstallCniArgs {
-    /// Where runtimes look for plugins
+    /// Plugin folder of the container runtime
     #[arg(long, default_value = "/opt/cni/bin", value_name = "FOLDER")]
     pub bin_dir: PathBuf,
-    /// The program of our plugins [default: flannel-cni beside this program]
+    /// The program with flannel's plugins [default: flannel-cni beside this program]
     #[arg(long, value_name = "FILE")]
     pub plugin: Option<PathBuf>,
-    /// The list of plugins to install
+    /// The configuration list to install
     #[arg(long, default_value = "/etc/kube-flannel/cni-conf.json", value_name = "FILE")]
     pub conf: PathBuf,
-    /// Where runtimes look for it
+    /// The file to which the configuration list is installed
     #[arg(long, default_value = "/etc/cni/net.d/10-flannel.conflist", value_name = "FILE")]
     pub conf_target: PathBuf,
-    /// Install the plugins alone
+    /// Install the plugins only
     #[arg(long)]
     pub skip_conf: bool,
-    /// Put ours in the place of plugins of others, too (bridge, host-local, portmap, …); `flannel` is replaced in any case
+    /// Also replace plugins of others (bridge, host-local, portmap, …); `flannel` is replaced in any case
     #[arg(long)]
     pub replace: bool,
 }
 
-/// Installs.
+/// Installs the plugins and the configuration list.
 ///
 /// # Errors
-/// What cannot be read or written, or is no list of plugins; then the files that were there stand.
+/// When a file cannot be read or written, or the list is invalid; then the installed files are kept.
 pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
-    // The list last: who finds it finds its plugins.
+    // The list comes last: a runtime that reads it finds the plugins.
     install_plugins(args)?;
     if args.skip_conf {
         return Ok(());
@@ -65,13 +65,13 @@ pub fn run(args: &InstallCniArgs) -> anyhow::Result<()> {
 /// Extended attribute of a CNI configuration that [`run`] wrote: the digest of its text.
 const MARK: &str = "user.flannel.install-cni";
 
-/// Marks a file as ours. A file system without extended attributes has no marks; then `flanneld cleanup` leaves the file.
+/// Marks a file as installed by this program. On a file system without extended attributes `flanneld cleanup` keeps the file.
 fn mark(file: &File, text: &str) -> std::io::Result<()> {
     let _ = rustix::fs::fsetxattr(file, MARK, digest(text).as_bytes(), rustix::fs::XattrFlags::empty());
     Ok(())
 }
 
-/// Is this file as [`run`] wrote it? `None` if there is no such file.
+/// Whether this file is unchanged since [`run`] wrote it; `None` if it does not exist.
 pub fn wrote(path: &Path) -> Option<bool> {
     let file = File::open(path).ok()?;
     let text = fs::read_to_string(path).ok()?;
@@ -80,20 +80,20 @@ pub fn wrote(path: &Path) -> Option<bool> {
     Some(noted == Some(digest(&text).as_bytes()))
 }
 
-/// FNV-1a in 64 bits: it tells an edited file from the installed one, and protects from nothing else.
+/// 64-bit FNV-1a, which detects an edited file; it is not a protection against forgery.
 fn digest(text: &str) -> String {
     let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     format!("{hash:016x}")
 }
 
-/// Is this what a runtime can use? To install anything else would take the network from a node that has one.
+/// Checks that a runtime can use the list. Installing a broken one would cut off a working node.
 fn check_list(text: &str) -> anyhow::Result<()> {
-    let list: Value = serde_json::from_str(text).context("it is no JSON")?;
-    ensure!(list["name"].is_string(), "name: there is none");
-    let plugins = list["plugins"].as_array().context("plugins: there is no list of them")?;
+    let list: Value = serde_json::from_str(text).context("it is not valid JSON")?;
+    ensure!(list["name"].is_string(), "name is missing or not a string");
+    let plugins = list["plugins"].as_array().context("plugins is missing or not a list")?;
     ensure!(!plugins.is_empty(), "plugins: the list is empty");
     for (at, plugin) in plugins.iter().enumerate() {
-        ensure!(plugin["type"].is_string(), "plugins[{at}].type: there is none");
+        ensure!(plugin["type"].is_string(), "plugins[{at}].type is missing or not a string");
     }
     Ok(())
 }
@@ -101,32 +101,32 @@ fn check_list(text: &str) -> anyhow::Result<()> {
 fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
     let source = match &args.plugin {
         Some(path) => path.clone(),
-        None => std::env::current_exe().context("cannot tell where this program is")?.with_file_name(PROGRAM),
+        None => std::env::current_exe().context("cannot find the path of this program; use --plugin")?.with_file_name(PROGRAM),
     };
     let program = fs::read(&source).with_context(|| format!("cannot read --plugin {}", source.display()))?;
     let folder = &args.bin_dir;
-    fs::create_dir_all(folder).with_context(|| format!("cannot make --bin-dir {}", folder.display()))?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot create --bin-dir {}", folder.display()))?;
     let main = folder.join(PROGRAM);
-    // What was installed by an earlier run is one file under many names.
+    // An earlier run installed one file under many names (hard links).
     let earlier = fs::metadata(&main).ok();
     let is_ours = |path: &Path, meta: &fs::Metadata| {
         let same_file = earlier.as_ref().is_some_and(|earlier| (earlier.dev(), earlier.ino()) == (meta.dev(), meta.ino()));
         same_file || meta.len() == program.len() as u64 && fs::read(path).is_ok_and(|bytes| bytes == program)
     };
-    let (mut wanted, mut stays, mut left) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut wanted, mut current, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
     for name in cni::NAMES {
         let path = folder.join(name);
-        // A link is somebody's own doing, wherever it leads (here it may lead nowhere: this may be a container).
+        // A symbolic link is foreign, whatever its target (which may not exist in this container).
         match fs::symlink_metadata(&path) {
-            Ok(meta) if name != "flannel" && !args.replace && (meta.is_symlink() || !is_ours(&path, &meta)) => left.push(name),
-            Ok(meta) if meta.is_file() && fs::read(&path).is_ok_and(|bytes| bytes == program) => stays.push(name),
+            Ok(meta) if name != "flannel" && !args.replace && (meta.is_symlink() || !is_ours(&path, &meta)) => foreign.push(name),
+            Ok(meta) if meta.is_file() && fs::read(&path).is_ok_and(|bytes| bytes == program) => current.push(name),
             Ok(_) | Err(_) => wanted.push(name),
         }
     }
     let is_current = fs::read(&main).is_ok_and(|bytes| bytes == program);
     if !is_current || !wanted.is_empty() {
-        // All of ours stay one file: by that the next version knows them.
-        wanted.append(&mut stays);
+        // All names remain links to one file, by which the next version recognizes them.
+        wanted.append(&mut current);
         let temporary = folder.join(format!(".{PROGRAM}.{}", std::process::id()));
         let written = (|| {
             file::put(&temporary, &program, How { mode: 0o755, durable: true, existing: Existing::ReplaceAlone }, |_| Ok(()))?;
@@ -135,7 +135,7 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
                 let _ = fs::remove_file(&link);
                 fs::hard_link(&temporary, &link).and_then(|()| fs::rename(&link, folder.join(name)))?;
             }
-            // Its own name last: by that, a run after one that was killed in between still recognises the rest as ours.
+            // The program's own name comes last: if this process is killed before, the next run still recognizes the old links.
             fs::rename(&temporary, &main)
         })();
         if let Err(error) = written {
@@ -144,26 +144,26 @@ fn install_plugins(args: &InstallCniArgs) -> anyhow::Result<()> {
         }
     }
     File::open(folder)?.sync_all().with_context(|| format!("cannot sync {}", folder.display()))?;
-    let say = |what: &str, names: &[&str]| {
+    let report = |what: &str, names: &[&str]| {
         if !names.is_empty() {
             output::line(format_args!("{}: {what} {}", folder.display(), names.join(" ")));
         }
     };
-    say("installed", &wanted);
-    say("up to date:", &stays);
-    say("left as they are, because they are programs of others (see --replace):", &left);
+    report("installed", &wanted);
+    report("up to date:", &current);
+    report("kept plugins of others (use --replace to replace them):", &foreign);
     Ok(())
 }
 
-/// Is this program called by the name that upstream's image has for copying a file?
+/// Whether this program was called by the name under which upstream's image copies a file.
 pub fn called_as(program: Option<OsString>) -> bool {
     program.is_some_and(|path| Path::new(&path).file_name().is_some_and(|name| name == "install-conf"))
 }
 
-/// Copies a file in one step, with the mode that it has.
+/// Copies a file atomically, with its mode.
 ///
 /// # Errors
-/// When there are not two arguments, or when the file cannot be copied; then the old one stands.
+/// When there are not two arguments, or when the file cannot be copied; then the old file is kept.
 pub fn copy(args: &[String]) -> anyhow::Result<()> {
     let [source, target] = args else { anyhow::bail!("usage: install-conf SOURCE TARGET") };
     let text = fs::read_to_string(source).with_context(|| format!("cannot read {source}"))?;
@@ -191,13 +191,13 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_no_runtime_could_use_is_refused() {
+    fn invalid_configuration_lists_are_refused() {
         for (text, want) in [
-            ("{", "it is no JSON"),
-            ("{}", "name: there is none"),
-            (r#"{"name":"x"}"#, "plugins: there is no list of them"),
+            ("{", "it is not valid JSON"),
+            ("{}", "name is missing or not a string"),
+            (r#"{"name":"x"}"#, "plugins is missing or not a list"),
             (r#"{"name":"x","plugins":[]}"#, "plugins: the list is empty"),
-            (r#"{"name":"x","plugins":[{"type":"flannel"},{}]}"#, "plugins[1].type: there is none"),
+            (r#"{"name":"x","plugins":[{"type":"flannel"},{}]}"#, "plugins[1].type is missing or not a string"),
         ] {
             assert_eq!(check_list(text).unwrap_err().to_string(), want);
         }

@@ -1,18 +1,19 @@
-//! A cluster without a kernel, a network or a clock: real daemons (`app::node_daemon`), the real client of etcd and the real
-//! embedded store, on model kernels, joined by wires that delay, lose and break, in virtual time. A seed is a whole life of
-//! faults; at its end all must be as it should, and on the way no route may have been taken from a peer that was there.
+//! Simulates clusters without a kernel, a network or a clock: real daemons (`app::node_daemon`), the real etcd client and the real
+//! embedded store run in virtual time on model kernels, connected by model connections that delay, lose and break. A seed determines
+//! a sequence of faults. At its end every host must be in the desired state, and until then no daemon may have removed the route to
+//! an existing peer.
 //!
-//! `cargo xtask simulate COUNT [FROM]` runs seeds, and prints those that fail. One of them, with its log:
+//! `cargo xtask simulate COUNT [FROM]` runs seeds, and prints those that fail. To run one of them with its log:
 //! `FLANNEL_SEED=7 cargo test -p daemon --test simulation`.
 
-#![expect(clippy::unwrap_used, reason = "a failed test has nobody to report an error to")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "simulation/cluster.rs"]
+mod cluster;
 #[path = "simulation/model.rs"]
 mod model;
 #[path = "simulation/wire.rs"]
 mod wire;
-#[path = "simulation/world.rs"]
-mod world;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,10 +21,10 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// Seeds that failed once. What they found stays found.
+/// Seeds that failed once, kept as regression tests.
 const FAILED_ONCE: &str = include_str!("simulation/seeds.txt");
-/// How long `cargo xtask test` looks for new ones.
-const LOOKING: Duration = Duration::from_secs(40);
+/// How long `cargo xtask test` tries new seeds.
+const NEW_SEEDS_TIME: Duration = Duration::from_secs(40);
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -39,38 +40,38 @@ fn main() {
                 let seeds = FAILED_ONCE.lines().filter(|line| !line.starts_with('#'));
                 seeds.map(|line| line.split(' ').next().unwrap().parse().unwrap()).try_for_each(|seed| check(seed).map_err(Failed::from))
             }),
-            Trial::test("a_seed_is_a_life_that_repeats", || {
-                let differ = |seed: &u64| world::run(*seed).unwrap() != world::run(*seed).unwrap();
+            Trial::test("seed_determines_the_run", || {
+                let differ = |seed: &u64| cluster::run(*seed).unwrap() != cluster::run(*seed).unwrap();
                 (0..100).find(differ).map_or(Ok(()), |seed| Err(Failed::from(format!("two runs of seed {seed} differ"))))
             }),
-            Trial::test("a_start_asks_six_times_whatever_the_number_of_leases", || match [0, 3, 250].map(world::requests_at_start) {
-                // The configuration, all leases, an etcd lease, the put, who came since, and the watch.
+            Trial::test("start_sends_six_requests_for_any_number_of_leases", || match [0, 3, 250].map(cluster::requests_at_start) {
+                // The configuration, all leases, an etcd lease, the put, leases added since, and the watch.
                 [6, 6, 6] => Ok(()),
                 other => Err(Failed::from(format!("{other:?}"))),
             }),
-            // Others each day, so that all runs together see more than any one of them.
+            // Other seeds each day, so that all runs together cover more than any one of them.
             Trial::test("new_seeds", || {
                 #[expect(clippy::disallowed_methods, reason = "other seeds each day")]
                 let day = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() / 86_400;
-                many(day << 32, |_, time| time < LOOKING)
+                many(day << 32, |_, time| time < NEW_SEEDS_TIME)
             }),
         ],
     };
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-/// One seed with its log.
+/// Runs one seed with its log.
 fn one(seed: u64) -> Result<(), Failed> {
-    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_timer(world::VirtualTime).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_timer(cluster::VirtualTime).with_writer(std::io::stderr).init();
     check(seed).map_err(Failed::from)
 }
 
 fn check(seed: u64) -> Result<(), String> {
-    let life = std::panic::catch_unwind(|| world::run(seed)).unwrap_or_else(|_| Err("it panicked".to_owned()));
-    life.map(drop).map_err(|error| format!("seed {seed}: {error}"))
+    let outcome = std::panic::catch_unwind(|| cluster::run(seed)).unwrap_or_else(|_| Err("it panicked".to_owned()));
+    outcome.map(drop).map_err(|error| format!("seed {seed}: {error}"))
 }
 
-/// Seeds from `from` on, on all processors, for as long as `go_on` says of the number that were begun and the time.
+/// Runs seeds from `from` on, on all processors, as long as `go_on` returns true for the number of started seeds and the time.
 fn many(from: u64, go_on: impl Fn(u64, Duration) -> bool + Sync) -> Result<(), Failed> {
     let (next, failed, began) = (AtomicU64::new(0), Mutex::new(Vec::new()), Instant::now());
     let stop = AtomicBool::new(false);

@@ -1,5 +1,5 @@
-//! A host without a kernel: its external interface, and a set of objects with the kernel's habits (what goes with a link goes
-//! without a word, notifications come late and may be lost, and it refuses now and then).
+//! A model of a host's kernel: an external interface, and a set of objects that behaves like the kernel. Objects that depend on a link
+//! go with it without a notification, notifications are late and may be lost, and some operations are refused.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -17,7 +17,7 @@ use kernel::netlink::NetlinkError;
 use kernel::{Changed, KernelEvent};
 use tokio::sync::{Notify, mpsc};
 
-/// Notifications that fit the socket's buffer; with more, all are lost.
+/// The number of notifications that fit into the socket's buffer; if there are more, all are lost (overrun).
 const BUFFER: usize = 40;
 
 /// The external interface.
@@ -33,21 +33,21 @@ pub(crate) struct External {
 pub(crate) struct Model {
     pub(crate) external: Option<External>,
     next_index: u32,
-    /// All that is there, foreign things included.
+    /// All objects, including foreign ones.
     pub(crate) objects: Observed,
-    heard: Vec<Changed>,
-    /// Wakes who carries the news to the daemon that listens.
-    news: Arc<Notify>,
+    pending: Vec<Changed>,
+    /// Wakes the task that delivers notifications to the daemon.
+    wake: Arc<Notify>,
     overrun: bool,
-    /// One in so many operations is refused; 0 for none.
+    /// One in this many operations is refused; 0 means none.
     pub(crate) refuses: u32,
-    /// Routes that the daemon took away.
+    /// Routes that the daemon deleted.
     pub(crate) deleted: Vec<Key>,
     pub(crate) violations: Vec<String>,
     pub(crate) operations: u64,
 }
 
-/// A host. Clones are the same host.
+/// A handle of a host. Clones refer to the same host.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelHost(Arc<Mutex<Model>>);
 
@@ -66,8 +66,8 @@ impl ModelHost {
             external,
             next_index: 3,
             objects: Observed::default(),
-            heard: Vec::new(),
-            news: Arc::default(),
+            pending: Vec::new(),
+            wake: Arc::default(),
             overrun: false,
             refuses: 0,
             deleted: Vec::new(),
@@ -81,38 +81,38 @@ impl ModelHost {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody changes something, and those who listen hear of it.
+    /// Another program changes something; the daemon gets a notification.
     pub(crate) fn change<T>(&self, f: impl FnOnce(&mut Model) -> T) -> T {
         let mut model = self.lock();
         let result = f(&mut model);
-        model.news.notify_one();
+        model.wake.notify_one();
         result
     }
 }
 
 impl Model {
-    fn tell(&mut self, change: Changed) {
-        if self.heard.len() >= BUFFER {
+    fn notify(&mut self, change: Changed) {
+        if self.pending.len() >= BUFFER {
             self.overrun = true;
         }
-        self.heard.push(change);
+        self.pending.push(change);
     }
 
-    /// Somebody takes an object away.
-    pub(crate) fn take(&mut self, key: &Key) {
+    /// Another program removes an object.
+    pub(crate) fn remove(&mut self, key: &Key) {
         self.objects.remove(key);
         match key {
-            Key::Link(name) => self.tell(Changed::Link(*name)),
-            Key::Addr(name, _) => self.tell(Changed::Link(*name)),
-            Key::Ruleset(family) => self.tell(Changed::Rules(*family)),
-            Key::PodRules => self.tell(Changed::PodRules),
-            Key::EnvFile => self.tell(Changed::File),
+            Key::Link(name) => self.notify(Changed::Link(*name)),
+            Key::Addr(name, _) => self.notify(Changed::Link(*name)),
+            Key::Ruleset(family) => self.notify(Changed::Rules(*family)),
+            Key::PodRules => self.notify(Changed::PodRules),
+            Key::EnvFile => self.notify(Changed::File),
             Key::Sysctl(_) => {}
-            key => self.tell(Changed::Gone(key.clone())),
+            key => self.notify(Changed::Gone(key.clone())),
         }
     }
 
-    /// Somebody puts an object there, in the place of what was.
+    /// Another program adds or replaces an object.
     pub(crate) fn put(&mut self, object: Object) {
         let change = match &object {
             Object::Link(link) => {
@@ -126,15 +126,15 @@ impl Model {
             Object::PodRules(_) => Some(Changed::PodRules),
             Object::EnvFile(_) => Some(Changed::File),
             Object::Sysctl(..) => None,
-            // A foreign route says no more than that ours is not there.
+            // A foreign route means that the daemon's route with this key is gone.
             Object::Route(route) if route.protocol != ROUTE_PROTOCOL => Some(Changed::Gone(object.key())),
             object => Some(Changed::Set(object.clone())),
         };
         self.objects.insert(object);
-        change.into_iter().for_each(|change| self.tell(change));
+        change.into_iter().for_each(|change| self.notify(change));
     }
 
-    /// A link that goes down takes routes and neighbours with it, of which nothing is said.
+    /// When a link goes down, its routes and neighbours go without a notification.
     fn drop_with(&mut self, name: IfName) {
         let gone = |object: &Object| match object {
             Object::Route(route) => route.dev == name,
@@ -145,56 +145,56 @@ impl Model {
         keys.iter().for_each(|key| self.objects.remove(key));
     }
 
-    /// The external interface goes down, or up.
+    /// The external interface goes up or down.
     pub(crate) fn set_external(&mut self, up: bool) {
         if let Some(external) = &mut self.external {
             external.up = up;
             if !up {
                 self.drop_with(eth0());
             }
-            self.tell(Changed::Link(eth0()));
+            self.notify(Changed::Link(eth0()));
         }
     }
 
-    /// It has another address, or none. Routes by what it reached go.
+    /// The external interface gets another address, or none. Its routes go.
     pub(crate) fn set_address(&mut self, address: Option<Cidr>) {
         if let Some(external) = &mut self.external
             && external.address != address
         {
             external.address = address;
             self.drop_with(eth0());
-            self.tell(Changed::Link(eth0()));
+            self.notify(Changed::Link(eth0()));
         }
     }
 
     pub(crate) fn set_mtu(&mut self, mtu: u32) {
         if let Some(external) = &mut self.external {
             external.mtu = mtu;
-            self.tell(Changed::Link(eth0()));
+            self.notify(Changed::Link(eth0()));
         }
     }
 
-    /// It is gone, and with it the devices that stand on it.
+    /// The external interface is deleted, and with it the devices on top of it.
     pub(crate) fn remove_external(&mut self) {
         self.external = None;
         self.drop_with(eth0());
         let on_it = |object: &Object| matches!(object, Object::Link(link) if matches!(link.kind, LinkKind::Vxlan { .. }));
         let links: Vec<Key> = self.objects.iter().filter(|(_, object)| on_it(object)).map(|(key, _)| key.clone()).collect();
-        links.iter().for_each(|key| self.take(key));
-        self.tell(Changed::Link(eth0()));
+        links.iter().for_each(|key| self.remove(key));
+        self.notify(Changed::Link(eth0()));
     }
 
-    /// It is there again, with another index.
+    /// The external interface is added again, with another index.
     pub(crate) fn add_external(&mut self, address: Cidr) {
         self.next_index += 1;
         self.external = Some(External { index: self.next_index, up: true, address: Some(address), mtu: 1500 });
-        self.tell(Changed::Link(eth0()));
+        self.notify(Changed::Link(eth0()));
     }
 
-    /// So many notifications of nothing.
+    /// Causes an overrun by notifications about a route that does not exist.
     pub(crate) fn flood(&mut self) {
         for _ in 0..=BUFFER {
-            self.tell(Changed::Gone(Key::Route("10.244.255.0/24".parse().unwrap(), 0)));
+            self.notify(Changed::Gone(Key::Route("10.244.255.0/24".parse().unwrap(), 0)));
         }
     }
 
@@ -235,7 +235,7 @@ impl Model {
             Op::Set(Object::Addr(Addr { link: name, .. })) if !has_link(self, *name) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Neigh(neigh)) if !has_link(self, neigh.link) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Fdb(fdb)) if !has_link(self, fdb.link) => return Model::refuse(19, "no such device"),
-            // A sysctl of a link that is missing counts as set.
+            // A sysctl of a link that does not exist counts as set.
             Op::Set(Object::Sysctl(Sysctl { path, .. })) if self.lacks_interface_of(path) => return Ok(()),
             Op::Set(Object::Route(route)) => {
                 if !is_up(self, route.dev) {
@@ -251,14 +251,14 @@ impl Model {
             }
             Op::Delete(Object::Route(route)) => {
                 if route.protocol != ROUTE_PROTOCOL {
-                    self.violations.push(format!("a foreign route is deleted: {op}"));
+                    self.violations.push(format!("the daemon deleted a foreign route: {op}"));
                 }
                 if self.objects.get(&op.object().key()).is_some() {
                     self.deleted.push(op.object().key());
                 }
             }
             Op::Delete(Object::Link(link)) if !link.name.as_str().starts_with("flannel") => {
-                self.violations.push(format!("a foreign link is deleted: {op}"));
+                self.violations.push(format!("the daemon deleted a foreign link: {op}"));
             }
             _ => {}
         }
@@ -286,33 +286,33 @@ impl Model {
 
 impl Host for ModelHost {
     fn watch(&self, _: Scope, _: IfName) -> Result<Notifications, NetlinkError> {
-        let (tell, news) = mpsc::channel(4);
-        let waked = {
+        let (sender, notifications) = mpsc::channel(4);
+        let wake = {
             let mut model = self.lock();
-            (model.heard, model.overrun, model.news) = (Vec::new(), false, Arc::default());
-            model.news.clone()
+            (model.pending, model.overrun, model.wake) = (Vec::new(), false, Arc::default());
+            model.wake.clone()
         };
         let host = self.clone();
         tokio::spawn(async move {
             loop {
                 tokio::select! {
                     biased;
-                    () = tell.closed() => return,
-                    () = waked.notified() => {}
+                    () = sender.closed() => return,
+                    () = wake.notified() => {}
                 }
                 moment().await;
                 let changes = {
                     let mut model = host.lock();
-                    let changes = std::mem::take(&mut model.heard);
+                    let changes = std::mem::take(&mut model.pending);
                     if std::mem::take(&mut model.overrun) { vec![Changed::Everything] } else { changes }
                 };
-                let heard: Vec<KernelEvent> = changes.into_iter().map(|change| KernelEvent { change, by: None }).collect();
-                if !heard.is_empty() && tell.send(Ok(heard)).await.is_err() {
+                let events: Vec<KernelEvent> = changes.into_iter().map(|change| KernelEvent { change, by: None }).collect();
+                if !events.is_empty() && sender.send(Ok(events)).await.is_err() {
                     return;
                 }
             }
         });
-        Ok(news)
+        Ok(notifications)
     }
 
     fn observe(&self, scope: Scope, lane: Lane) -> impl Future<Output = Result<Observed, NetlinkError>> + use<> {
@@ -320,7 +320,7 @@ impl Host for ModelHost {
         async move {
             moment().await;
             let observed = host.lock().observe(&scope, lane);
-            // The answer is older than what happens before it is read.
+            // More can happen before the daemon reads the answer.
             moment().await;
             Ok(observed)
         }
@@ -341,16 +341,16 @@ impl Host for ModelHost {
 
     async fn network(&self, _: Option<IpAddr>) -> Result<HostNetwork, NetlinkError> {
         moment().await;
-        let mut around = HostNetwork::default();
+        let mut network = HostNetwork::default();
         if let Some(External { index, up, address, mtu }) = self.lock().external.clone() {
             let addrs = address.map(|cidr| InterfaceAddr { cidr, permanent: true, temporary: false, deprecated: false });
-            around.interfaces.push(Interface { index, name: eth0(), mtu, addrs: addrs.into_iter().collect() });
+            network.interfaces.push(Interface { index, name: eth0(), mtu, addrs: addrs.into_iter().collect() });
             if let Some(cidr) = address.filter(|_| up) {
-                around.routes.push(RouteFact { dst: cidr.subnet(), oif: index, gateway: false });
-                around.routes.push(RouteFact { dst: "0.0.0.0/0".parse().unwrap(), oif: index, gateway: true });
+                network.routes.push(RouteFact { dst: cidr.subnet(), oif: index, gateway: false });
+                network.routes.push(RouteFact { dst: "0.0.0.0/0".parse().unwrap(), oif: index, gateway: true });
             }
         }
-        Ok(around)
+        Ok(network)
     }
 
     async fn link(&self, name: IfName) -> Result<Option<Link>, NetlinkError> {
@@ -369,6 +369,6 @@ impl Host for ModelHost {
     }
 
     async fn run(&self, _: Command) -> anyhow::Result<String> {
-        anyhow::bail!("there are no programs here")
+        anyhow::bail!("the simulation cannot run programs")
     }
 }

@@ -1,4 +1,4 @@
-//! The wire between a daemon and its store: it delays, refuses, goes silent, and loses answers to what was done.
+//! The model connection between a daemon and its store: it delays, refuses, goes silent, and loses answers to executed requests.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,41 +13,41 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::ServiceExt;
 
-/// How a wire behaves.
+/// The behaviour of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// A few milliseconds, nothing lost.
+    /// It takes a few milliseconds and loses nothing.
     Open,
-    /// Nobody listens at the other end.
+    /// It is refused, as by a host without a server.
     Refused,
-    /// Nothing arrives, nobody says so.
+    /// It drops everything without an error.
     Silent,
-    /// Everything takes so many milliseconds.
+    /// It delays everything by this many milliseconds.
     Slow(u64),
-    /// Requests arrive and are done, answers do not come back.
-    Deaf,
+    /// Requests are executed, but their answers are lost.
+    NoAnswers,
 }
 
-/// After so long without a sign of life a connection is given up (HTTP/2 keep-alive of the client).
-const PATIENCE: Duration = Duration::from_secs(15);
+/// The time after which the client closes a silent connection (HTTP/2 keep-alive).
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 fn jitter(millis: u64) -> Duration {
     Duration::from_micros(fastrand::u64(0..=millis * 1000))
 }
 
-/// One connection's view of its cable: how that behaves, and how often it broke so far.
+/// A connection's view of its cable: the mode, and the number of breaks so far.
 type View = watch::Receiver<(Mode, u32)>;
 
-/// Waits as long as the wire takes; fails if it does not let anything through, or broke since it was laid.
-async fn pass(view: &mut View, laid: u32) -> Result<(), Status> {
-    let end = tokio::time::Instant::now() + PATIENCE;
+/// Waits for the delay of the connection; fails if it passes nothing, or broke since it was opened.
+async fn pass(view: &mut View, opened: u32) -> Result<(), Status> {
+    let end = tokio::time::Instant::now() + KEEP_ALIVE;
     loop {
         let (mode, broken) = *view.borrow_and_update();
-        if broken != laid {
+        if broken != opened {
             return Err(Status::unavailable("connection reset"));
         }
         match mode {
-            Mode::Open | Mode::Deaf => tokio::time::sleep(jitter(2)).await,
+            Mode::Open | Mode::NoAnswers => tokio::time::sleep(jitter(2)).await,
             Mode::Slow(millis) => tokio::time::sleep(Duration::from_millis(millis) + jitter(2)).await,
             Mode::Refused => {
                 tokio::time::sleep(jitter(1)).await;
@@ -59,19 +59,19 @@ async fn pass(view: &mut View, laid: u32) -> Result<(), Status> {
                 () = tokio::time::sleep_until(end) => return Err(Status::unavailable("keep-alive timed out")),
             },
         }
-        return match view.borrow().1 == laid {
+        return match view.borrow().1 == opened {
             true => Ok(()),
             false => Err(Status::unavailable("connection reset")),
         };
     }
 }
 
-/// What a host's wires have in common. Each has a channel of its own: who of several receivers of one is woken first is left
-/// to chance.
+/// The common state of a host's connections. Each connection has its own channel, because the order in which several receivers of one
+/// channel wake up is random.
 #[derive(Debug, Clone)]
 pub(crate) struct Cable(Arc<Mutex<Ends>>, Arc<AtomicUsize>);
 
-/// How the cable behaves and how often it broke, and its wires.
+/// The mode of the cable, the number of breaks, and its connections.
 type Ends = ((Mode, u32), Vec<watch::Sender<(Mode, u32)>>);
 
 impl Cable {
@@ -79,19 +79,19 @@ impl Cable {
         Cable(Arc::new(Mutex::new(((Mode::Open, 0), Vec::new()))), Arc::default())
     }
 
-    /// Behaves otherwise from now on; returns how it did before.
+    /// Changes the mode, and returns the previous one.
     pub(crate) fn set(&self, mode: Mode) -> Mode {
         let mut inner = self.0.lock().unwrap();
-        inner.1.retain(|wire| !wire.is_closed());
+        inner.1.retain(|connection| !connection.is_closed());
         let (before, broken) = inner.0;
         inner.0 = (mode, broken + u32::from(mode == Mode::Refused));
-        for wire in &inner.1 {
-            wire.send_replace(inner.0);
+        for connection in &inner.1 {
+            connection.send_replace(inner.0);
         }
         before
     }
 
-    /// How many requests went over it so far.
+    /// The number of requests so far.
     pub(crate) fn requests(&self) -> usize {
         self.1.load(Ordering::Relaxed)
     }
@@ -99,13 +99,13 @@ impl Cable {
     fn subscribe(&self) -> View {
         self.1.fetch_add(1, Ordering::Relaxed);
         let mut inner = self.0.lock().unwrap();
-        let (tell, view) = watch::channel(inner.0);
-        inner.1.push(tell);
+        let (sender, view) = watch::channel(inner.0);
+        inner.1.push(sender);
         view
     }
 }
 
-/// A wire to a store.
+/// A connection to a store.
 pub(crate) fn wire(store: &Memory, cable: &Cable) -> Transport {
     let (store, cable) = (store.clone(), cable.clone());
     Transport::new(tower::service_fn(move |request| {
@@ -115,48 +115,48 @@ pub(crate) fn wire(store: &Memory, cable: &Cable) -> Transport {
 }
 
 async fn carry(request: http::Request<Body>, store: Memory, mut view: View) -> http::Response<Body> {
-    let laid = view.borrow().1;
-    if let Err(status) = pass(&mut view, laid).await {
+    let opened = view.borrow().1;
+    if let Err(status) = pass(&mut view, opened).await {
         return status.into_http();
     }
     let Ok(response) = store.routes().oneshot(request).await;
-    if view.borrow().0 == Mode::Deaf {
+    if view.borrow().0 == Mode::NoAnswers {
         return Status::unavailable("connection reset").into_http();
     }
-    if let Err(status) = pass(&mut view, laid).await {
+    if let Err(status) = pass(&mut view, opened).await {
         return status.into_http();
     }
     let (head, mut body) = response.into_parts();
-    let (put, taken) = mpsc::channel(4);
+    let (sender, frames) = mpsc::channel(4);
     tokio::spawn(async move {
         loop {
             tokio::select! {
                 biased;
-                // What was on its way when the wire broke is lost, and the stream with it.
+                // When the connection breaks, data in flight is lost, and the stream ends.
                 changed = view.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    if let Err(status) = pass(&mut view, laid).await {
-                        let _ = put.send(Err(status)).await;
+                    if let Err(status) = pass(&mut view, opened).await {
+                        let _ = sender.send(Err(status)).await;
                         return;
                     }
                 }
                 frame = body.frame() => {
                     let Some(Ok(frame)) = frame else { return };
-                    // Frames are carried in order, each in its time; the rest of one answer comes with its beginning.
+                    // Frames are delivered in order, each with its delay; the rest of an answer comes with its beginning.
                     let is_data = frame.is_data();
-                    if put.send(Ok(frame)).await.is_err() {
+                    if sender.send(Ok(frame)).await.is_err() {
                         return;
                     }
-                    if is_data && let Err(status) = pass(&mut view, laid).await {
-                        let _ = put.send(Err(status)).await;
+                    if is_data && let Err(status) = pass(&mut view, opened).await {
+                        let _ = sender.send(Err(status)).await;
                         return;
                     }
                 }
-                () = put.closed() => return,
+                () = sender.closed() => return,
             }
         }
     });
-    http::Response::from_parts(head, Body::new(StreamBody::new(ReceiverStream::new(taken))))
+    http::Response::from_parts(head, Body::new(StreamBody::new(ReceiverStream::new(frames))))
 }

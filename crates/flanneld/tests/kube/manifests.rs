@@ -323,7 +323,7 @@ pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
             std::fs::write(&conf, text).unwrap();
             let (done, said) = install(&[]);
             assert!(done, "{said}");
-            assert!(said.contains("left as they are, because they are programs of others (see --replace): bridge tuning"), "{said}");
+            assert!(said.contains("kept plugins of others (use --replace to replace them): bridge tuning"), "{said}");
         }
         stop.store(true, Ordering::Relaxed);
         reader.join().unwrap()
@@ -343,7 +343,7 @@ pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
     // A broken list is refused, and the good one stands.
     std::fs::write(&conf, r#"{"name":"cbr0","plugins":"#).unwrap();
     let (done, said) = install(&[]);
-    assert!(!done && said.contains("key cni-conf.json of ConfigMap kube-flannel-cfg") && said.contains("it is no JSON"), "{said}");
+    assert!(!done && said.contains("key cni-conf.json of ConfigMap kube-flannel-cfg") && said.contains("it is not valid JSON"), "{said}");
     assert_eq!(std::fs::read_to_string(&target).unwrap(), versions[1].1);
     // Killed before the last step: the next run still knows what of the rest is ours.
     std::fs::write(&plugin, &versions[0].0).unwrap();

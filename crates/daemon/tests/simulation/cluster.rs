@@ -1,4 +1,4 @@
-//! One life of a cluster: a script drawn from a seed, and the judgement at its end.
+//! One run of a cluster: a sequence of faults determined by a seed, and the checks at its end.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -33,14 +33,14 @@ use crate::wire::{Cable, Mode, wire};
 
 const PREFIX: &str = "/coreos.com/network";
 const NETWORK: &str = "10.244.0.0/16";
-/// How long the cluster has to come to rest: longer than any wait between two tries, and than an audit.
+/// How long the cluster may take to converge: longer than any retry delay and than the audit interval.
 const REST: Duration = Duration::from_secs(240);
-/// How much longer, where the store lost data, or a machine's own lease: what it does not know any more is kept for so long.
+/// The additional time after a store lost data or a machine's own lease: daemons keep the routes of doubtful leases for this long.
 const DOUBT: Duration = Duration::from_secs(300);
-/// Longer than a lease lives.
+/// A time longer than the TTL of a lease.
 const DAY: Duration = Duration::from_secs(25 * 3600);
 
-/// The time of the simulation, in the log.
+/// Prints the virtual time in the log.
 pub(crate) struct VirtualTime;
 
 thread_local! {
@@ -54,66 +54,67 @@ impl tracing_subscriber::fmt::time::FormatTime for VirtualTime {
     }
 }
 
-/// What happened, for comparison of two runs of one seed.
+/// The outcome of a run, to compare two runs of one seed.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Life {
+pub(crate) struct Record {
     operations: Vec<u64>,
     revision: i64,
     ended: Duration,
 }
 
-/// Lives a seed.
-pub(crate) fn run(seed: u64) -> Result<Life, String> {
+/// Runs a seed, and returns the problems that the checks found.
+pub(crate) fn run(seed: u64) -> Result<Record, String> {
     fastrand::seed(seed);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     LocalSet::new().block_on(&runtime, async {
         BEGAN.set(Some(Instant::now()));
-        World::new().await.live().await
+        Cluster::new().await.run().await
     })
 }
 
-/// How many requests a daemon makes until it follows a store of so many leases.
+/// The number of requests that a daemon sends until it watches a store with this many leases.
 pub(crate) fn requests_at_start(leases: usize) -> usize {
     fastrand::seed(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     LocalSet::new().block_on(&runtime, async {
-        let mut world = World::new().await;
+        let mut cluster = Cluster::new().await;
         for n in 0..leases {
-            let value = flannel::wire::value(&world.peer(9)).into_bytes();
-            world.put_raw(format!("10.244.{n}.0-24"), value).await;
+            let value = flannel::wire::value(&cluster.peer(9)).into_bytes();
+            cluster.put_raw(format!("10.244.{n}.0-24"), value).await;
         }
-        world.start(0);
-        world.wait(Duration::from_secs(30)).await;
-        world.machines[0].cable.requests()
+        cluster.start(0);
+        cluster.wait(Duration::from_secs(30)).await;
+        cluster.machines[0].cable.requests()
     })
 }
 
-/// The true leases, and when each was changed or deleted.
+/// The actual leases, and the times at which they were changed or deleted.
 type Truth = Arc<Mutex<(LeaseSet, Vec<(Instant, LeaseKey)>)>>;
 
 struct Machine {
     host: ModelHost,
     cable: Cable,
     daemon: Option<JoinHandle<()>>,
-    /// Its first lease, and whether somebody took or deleted one of its leases: else it must keep it.
+    /// Its first lease, which it must keep unless `may_lose_lease`.
     first: Option<LeaseKey>,
-    robbed: bool,
-    /// Was this host itself ever changed in a way that changes routes?
-    moved: bool,
+    /// Whether a fault took or deleted one of its leases, or its record of it.
+    may_lose_lease: bool,
+    /// Whether a fault changed this host in a way that changes its routes.
+    routes_changed: bool,
     octet: u8,
-    /// A crash in the middle: after so many turns of the daemon.
-    turns: Rc<RefCell<Option<u32>>>,
+    /// Crashes the daemon after this many polls.
+    crash_after: Rc<RefCell<Option<u32>>>,
 }
 
 impl Machine {
-    /// The lease that its file for the plugins names.
-    fn says(&self) -> Option<LeaseKey> {
+    /// The lease in its `subnet.env`.
+    fn lease_in_file(&self) -> Option<LeaseKey> {
         let file = self.host.env_file(std::path::Path::new("/"));
         file.map(|file| flannel::subnet_env::previous_subnets(&file.text)).and_then(LeaseKey::new)
     }
 }
 
-struct World {
+struct Cluster {
     store: Memory,
     backend: &'static str,
     config: Config,
@@ -121,7 +122,7 @@ struct World {
     operator: Cable,
     truth: Truth,
     backup: Option<Backup>,
-    /// The store as it was before there was any lease.
+    /// A backup of the store without leases.
     empty: Backup,
     foreign: Vec<(usize, Object)>,
 }
@@ -139,8 +140,8 @@ fn args() -> RunArgs {
     RunArgs::read(args.map(ToOwned::to_owned), |_| None).unwrap()
 }
 
-impl World {
-    async fn new() -> World {
+impl Cluster {
+    async fn new() -> Cluster {
         let backend = pick(&[r#"{"Type":"host-gw"}"#, r#"{"Type":"vxlan"}"#, r#"{"Type":"vxlan","DirectRouting":true}"#]);
         let text = format!(r#"{{"Network":"{NETWORK}","EnableNFTables":true,"Backend":{backend}}}"#);
         let config = Config::parse(&text).unwrap();
@@ -162,13 +163,13 @@ impl World {
             cable: Cable::new(),
             daemon: None,
             first: None,
-            robbed: false,
-            moved: false,
+            may_lose_lease: false,
+            routes_changed: false,
             octet,
-            turns: Rc::default(),
+            crash_after: Rc::default(),
         });
         let empty = store.backup();
-        let world = World {
+        let cluster = Cluster {
             store,
             backend,
             config,
@@ -179,12 +180,12 @@ impl World {
             empty,
             foreign: Vec::new(),
         };
-        world.witness();
-        world
+        cluster.record_leases();
+        cluster
     }
 
-    /// Follows the store by a wire of its own, and notes what happens to each lease and when.
-    fn witness(&self) {
+    /// Watches the store by a separate connection, and records each change of a lease with its time.
+    fn record_leases(&self) {
         let (tell, mut events) = mpsc::channel(16);
         let link = store::Link::new(watch::channel(false).0, Ready::default(), Notices::new().0);
         tokio::spawn(self.client().follow(self.config.clone(), tell, link));
@@ -197,7 +198,7 @@ impl World {
                     let before = leases.clone();
                     let touched = leases.fold(event).into_iter().filter(|key| before.get(key).is_some());
                     history.extend(touched.map(|key| (Instant::now(), key)));
-                    // What is in doubt may be given up.
+                    // Daemons may give up doubtful leases.
                     let lost = leases.doubtful().difference(before.doubtful());
                     history.extend(lost.map(|key| (Instant::now(), *key)));
                 }
@@ -210,7 +211,7 @@ impl World {
         Etcd::over("store", move || wire(&store, &mode), PREFIX)
     }
 
-    async fn live(mut self) -> Result<Life, String> {
+    async fn run(mut self) -> Result<Record, String> {
         for at in 0..self.machines.len() {
             self.start(at);
         }
@@ -223,20 +224,20 @@ impl World {
             };
             tokio::time::sleep(pause).await;
             for machine in &mut self.machines {
-                machine.first = machine.first.or_else(|| machine.says());
+                machine.first = machine.first.or_else(|| machine.lease_in_file());
             }
-            self.act().await;
+            self.inject_fault().await;
         }
-        // Now and then a day: leases are renewed where the store can be reached, and end where not.
+        // In some runs a day passes: leases are renewed if the store can be reached, and expire otherwise.
         if fastrand::u32(..500) == 0 {
-            tracing::info!("a day");
+            tracing::info!("waiting for a day");
             self.wait(DAY).await;
         }
-        self.make_peace().await;
+        self.end_faults().await;
         self.wait(REST).await;
-        // What the store has lost, or a daemon that just began does not believe to be gone, is given up.
+        // Daemons give up leases that the store lost, or that a newly started daemon did not trust to be gone.
         self.wait(DOUBT).await;
-        self.judge().await
+        self.check().await
     }
 
     async fn wait(&self, time: Duration) {
@@ -253,7 +254,7 @@ impl World {
             return;
         }
         let (store, mode) = (self.store.clone(), machine.cable.clone());
-        let (host, turns) = (machine.host.clone(), machine.turns.clone());
+        let (host, crash_after) = (machine.host.clone(), machine.crash_after.clone());
         machine.daemon = Some(tokio::task::spawn_local(async move {
             loop {
                 let etcd = Etcd::over(
@@ -270,9 +271,9 @@ impl World {
                 let parts = Parts { ready, starting, syncing, notices: Notices::new().0, view };
                 let args = args();
                 let mut daemon = Box::pin(node_daemon(&args, etcd, host.clone(), parts));
-                // A crash falls between any two turns.
-                let life = std::future::poll_fn(|context| {
-                    if let Some(left) = turns.borrow_mut().as_mut() {
+                // A crash can happen between any two polls.
+                let run = std::future::poll_fn(|context| {
+                    if let Some(left) = crash_after.borrow_mut().as_mut() {
                         match left.checked_sub(1) {
                             Some(less) => *left = less,
                             None => return Poll::Ready(None),
@@ -280,39 +281,39 @@ impl World {
                     }
                     daemon.as_mut().poll(context).map(Some)
                 });
-                let end = life.await;
-                // Its tasks and its memory end with it.
+                let end = run.await;
+                // Dropping it ends its tasks and frees its memory.
                 drop(daemon);
                 match end {
                     Some(Ok(())) => {}
-                    Some(Err(error)) => tracing::error!("the daemon ended: {error:#}"),
+                    Some(Err(error)) => tracing::error!(error = %format!("{error:#}"), "daemon failed"),
                     None => {
-                        tracing::error!("the daemon crashed");
-                        *turns.borrow_mut() = None;
+                        tracing::error!("daemon crashed");
+                        *crash_after.borrow_mut() = None;
                     }
                 }
-                // As systemd would.
+                // Restart it, as systemd would.
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(100..2_000))).await;
             }
         }));
     }
 
-    async fn act(&mut self) {
+    async fn inject_fault(&mut self) {
         let at = fastrand::usize(..self.machines.len());
-        let what = fastrand::u32(..23);
-        tracing::info!(at, what, "act");
-        match what {
+        let fault = fastrand::u32(..23);
+        tracing::info!(at, fault, "injecting fault");
+        match fault {
             0 | 1 => self.put_foreign_lease().await,
             2 => self.delete_lease(false).await,
             3 => {
-                self.machines.iter_mut().for_each(|machine| machine.robbed = true);
+                self.machines.iter_mut().for_each(|machine| machine.may_lose_lease = true);
                 self.delete_lease(true).await;
             }
             4 => self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), b"{\"PublicIP\":".to_vec()).await,
-            5..=7 => self.take_something(at),
-            8..=10 => self.change_something(at),
+            5..=7 => self.remove_object(at),
+            8..=10 => self.change_object(at),
             11 => {
-                self.machines[at].moved = true;
+                self.machines[at].routes_changed = true;
                 match fastrand::u32(..5) {
                     0 => self.machines[at].host.change(|model| model.set_external(false)),
                     1 => self.machines[at].host.change(|model| model.remove_external()),
@@ -327,18 +328,19 @@ impl World {
                     }
                 }
             }
-            12 => self.bring_back(at),
+            12 => self.restore_interface(at),
             13 => self.machines[at].host.change(|model| model.flood()),
             14 => {
                 if let Some(daemon) = self.machines[at].daemon.take() {
                     daemon.abort();
                 }
             }
-            15 => *self.machines[at].turns.borrow_mut() = Some(fastrand::u32(..40)),
+            15 => *self.machines[at].crash_after.borrow_mut() = Some(fastrand::u32(..40)),
             16 => self.start(at),
             17 | 18 => {
-                let mode = pick(&[Mode::Open, Mode::Open, Mode::Refused, Mode::Silent, Mode::Slow(700), Mode::Slow(6_000), Mode::Deaf]);
-                tracing::info!(?mode, "the wire");
+                let mode =
+                    pick(&[Mode::Open, Mode::Open, Mode::Refused, Mode::Silent, Mode::Slow(700), Mode::Slow(6_000), Mode::NoAnswers]);
+                tracing::info!(?mode, "changing connection mode");
                 self.machines[at].cable.set(mode);
             }
             19 => match fastrand::u32(..4) {
@@ -352,21 +354,21 @@ impl World {
             },
             20 => self.machines[at].host.lock().refuses = pick(&[0, 2, 5, 20]),
             21 => {
-                self.machines[at].robbed = true;
-                self.steal(at).await;
+                self.machines[at].may_lose_lease = true;
+                self.overwrite_lease(at).await;
             }
             _ => self.add_foreign_route(at),
         }
     }
 
-    /// Everybody's connection breaks, as when the server restarts, perhaps on an older backup.
+    /// Breaks all connections, as when the server restarts, possibly with an older backup.
     async fn restart_store(&mut self, backup: Option<Backup>) {
-        // A store that forgot what was written since may give a lease to another.
-        self.machines.iter_mut().for_each(|machine| machine.robbed |= backup.is_some());
+        // A restored store may assign a lost lease to another host.
+        self.machines.iter_mut().for_each(|machine| machine.may_lose_lease |= backup.is_some());
         let before: Vec<Mode> = self.machines.iter().map(|machine| machine.cable.set(Mode::Refused)).collect();
         if let Some(backup) = backup {
             self.store.restore(&backup);
-            // The witness lists anew before anybody else is there; so it misses nothing.
+            // The recorder lists the leases before any daemon can reconnect, so that it misses nothing.
             self.operator.set(Mode::Refused);
             self.operator.set(Mode::Open);
         }
@@ -400,7 +402,7 @@ impl World {
         self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), flannel::wire::value(&peer).into_bytes()).await;
     }
 
-    /// An operator deletes a lease, of a machine of ours or of others.
+    /// An operator deletes a lease: of a simulated machine, or a foreign one.
     async fn delete_lease(&self, ours: bool) {
         let keys: Vec<LeaseKey> = self.truth.lock().unwrap().0.iter().map(|(key, _)| *key).collect();
         let is_foreign = |key: &&LeaseKey| key.subnets().v4.is_some_and(|subnet| foreign_keys().any(|foreign| foreign == subnet));
@@ -410,8 +412,8 @@ impl World {
         }
     }
 
-    /// Another host's lease is put over a machine's own: it must look for another subnet.
-    async fn steal(&self, at: usize) {
+    /// Overwrites a machine's lease with one of another host: the machine must choose another subnet.
+    async fn overwrite_lease(&self, at: usize) {
         let own = cidr(self.machines[at].octet).addr;
         let key = self.truth.lock().unwrap().0.iter().find(|(_, peer)| peer.public.v4 == Some(own)).map(|(key, _)| *key);
         if let Some(key) = key {
@@ -419,18 +421,18 @@ impl World {
         }
     }
 
-    fn take_something(&mut self, at: usize) {
-        let taken = self.machines[at].host.change(|model| {
+    fn remove_object(&mut self, at: usize) {
+        let removed = self.machines[at].host.change(|model| {
             let keys: Vec<Key> = model.objects.iter().filter(|(_, object)| !is_foreign(object)).map(|(key, _)| key.clone()).collect();
             let key = (!keys.is_empty()).then(|| keys[fastrand::usize(..keys.len())].clone());
-            key.iter().for_each(|key| model.take(key));
+            key.iter().for_each(|key| model.remove(key));
             key
         });
-        // Without its file and with another address a host that has no daemon does not know its lease again.
-        self.machines[at].robbed |= taken == Some(Key::EnvFile);
+        // A host that loses its file and gets another address while no daemon runs cannot find its lease.
+        self.machines[at].may_lose_lease |= removed == Some(Key::EnvFile);
     }
 
-    fn change_something(&mut self, at: usize) {
+    fn change_object(&mut self, at: usize) {
         let objects: Vec<Object> = {
             let model = self.machines[at].host.lock();
             model.objects.iter().map(|(_, object)| object.clone()).filter(|object| !is_foreign(object)).collect()
@@ -444,7 +446,7 @@ impl World {
                 1 => Link { up: false, ..*link },
                 2 => Link { kind: LinkKind::Other("dummy".to_owned()), ..*link },
                 _ => {
-                    self.machines[at].moved = true;
+                    self.machines[at].routes_changed = true;
                     Link { mac: Mac::local([fastrand::u8(..), 1, 2, 3, 4, 5]), ..*link }
                 }
             })),
@@ -462,19 +464,19 @@ impl World {
             }
             other => other,
         };
-        self.machines[at].robbed |= matches!(changed, Object::EnvFile(_));
+        self.machines[at].may_lose_lease |= matches!(changed, Object::EnvFile(_));
         self.machines[at].host.change(|model| model.put(changed));
     }
 
     fn add_foreign_route(&mut self, at: usize) {
         let dst = format!("10.244.{}.0/24", fastrand::u8(..)).parse().unwrap();
         let route = Route { dst, metric: 7_777, via: Some(cidr(254).addr), dev: crate::model::eth0(), onlink: false, protocol: 4 };
-        // It goes with the interface, so it is only expected where that stays.
+        // The route goes with the interface, so it is expected only if the interface is never changed.
         self.machines[at].host.change(|model| model.put(Object::Route(route)));
         self.foreign.push((at, Object::Route(route)));
     }
 
-    fn bring_back(&mut self, at: usize) {
+    fn restore_interface(&mut self, at: usize) {
         let own = cidr(self.machines[at].octet);
         self.machines[at].host.change(|model| {
             if model.external.is_none() {
@@ -485,13 +487,13 @@ impl World {
         });
     }
 
-    async fn make_peace(&mut self) {
-        tracing::info!("peace");
+    async fn end_faults(&mut self) {
+        tracing::info!("ending faults");
         for at in 0..self.machines.len() {
             self.machines[at].cable.set(Mode::Open);
             self.machines[at].host.lock().refuses = 0;
-            *self.machines[at].turns.borrow_mut() = None;
-            self.bring_back(at);
+            *self.machines[at].crash_after.borrow_mut() = None;
+            self.restore_interface(at);
             self.start(at);
         }
         for octet in 200..204 {
@@ -502,7 +504,7 @@ impl World {
         }
     }
 
-    async fn judge(&self) -> Result<Life, String> {
+    async fn check(&self) -> Result<Record, String> {
         let snapshot = self.client().snapshot().await.map_err(|error| error.to_string())?;
         let entries: BTreeMap<LeaseKey, Peer> =
             snapshot.entries.iter().filter_map(|entry| Some((entry.key, entry.peer.clone()?))).collect();
@@ -511,29 +513,29 @@ impl World {
         for (at, machine) in self.machines.iter().enumerate() {
             let address = cidr(machine.octet).addr;
             let own: Vec<LeaseKey> = entries.iter().filter(|(_, peer)| peer.public.v4 == Some(address)).map(|(key, _)| *key).collect();
-            let said = machine.says();
-            if let (Some(first), Some(now), false) = (machine.first, said, machine.robbed)
+            let in_file = machine.lease_in_file();
+            if let (Some(first), Some(now), false) = (machine.first, in_file, machine.may_lose_lease)
                 && first != now
             {
-                problems.push(format!("machine {at} had {first} and has {now}, though nobody took it"));
+                problems.push(format!("machine {at} had {first} and has {now}, although no fault took its lease"));
             }
-            let Some(own) = said.filter(|said| own.contains(said)) else {
-                problems.push(format!("machine {at} says {said:?} and has {own:?}"));
+            let Some(own) = in_file.filter(|key| own.contains(key)) else {
+                problems.push(format!("machine {at} has {in_file:?} in its subnet file and {own:?} in the store"));
                 continue;
             };
             if let Some(other) = held.iter().find(|other| other.overlaps(&own)) {
-                problems.push(format!("machine {at} has {own}, another has {other}"));
+                problems.push(format!("machine {at} has {own}, which overlaps {other} of another machine"));
             }
             held.push(own);
-            // A restored store may know the lease by another etcd lease until it is renewed.
+            // In a restored store the lease may be attached to another etcd lease until it is renewed.
             let etcd_leases = machine.host.env_file(std::path::Path::new("/")).map(|file| file.etcd_leases).unwrap_or_default();
             problems.extend(self.compare(at, machine, own, etcd_leases, &entries).await);
-            problems.extend(self.look_back(at, machine));
+            problems.extend(self.check_deleted_routes(at, machine));
         }
         for (at, object) in &self.foreign {
             let machine = &self.machines[*at];
             let model = machine.host.lock();
-            if !machine.moved && model.objects.get(&object.key()) != Some(object) {
+            if !machine.routes_changed && model.objects.get(&object.key()) != Some(object) {
                 problems.push(format!("machine {at} lost a foreign route: {object}"));
             }
         }
@@ -542,10 +544,10 @@ impl World {
         }
         let operations = self.machines.iter().map(|machine| machine.host.lock().operations).collect();
         let ended = BEGAN.with_borrow(|began| began.map(|began| began.elapsed()).unwrap_or_default());
-        Ok(Life { operations, revision: snapshot.revision, ended })
+        Ok(Record { operations, revision: snapshot.revision, ended })
     }
 
-    /// Does a machine hold what a fresh look at the store would put there, and nothing else of ours?
+    /// Checks that a machine holds exactly the objects that a newly started daemon would set.
     async fn compare(
         &self,
         at: usize,
@@ -554,8 +556,8 @@ impl World {
         etcd_leases: Vec<i64>,
         entries: &BTreeMap<LeaseKey, Peer>,
     ) -> Vec<String> {
-        let around = machine.host.network(None).await.unwrap();
-        let node = Node::choose(&around.interfaces, &around.routes, &Wanted::default(), &self.config).unwrap();
+        let network = machine.host.network(None).await.unwrap();
+        let node = Node::choose(&network.interfaces, &network.routes, &Wanted::default(), &self.config).unwrap();
         let mac = entries.get(&own).and_then(|peer| flannel::backend::published_mac(peer, flannel::Family::V4));
         let identity = Identity { macs: PerFamily { v4: mac, v6: None }, data: None };
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
@@ -570,34 +572,35 @@ impl World {
         let mut observed = machine.host.observe(picture.scope(), Lane::Fast).await.unwrap();
         observed.extend(machine.host.observe(picture.scope(), Lane::Slow).await.unwrap().into_objects());
         let ops = diff(picture.desired(), &observed, Prune::Yes);
-        let mut problems: Vec<String> = ops.iter().map(|op| format!("machine {at} lacks: {op}")).collect();
+        let mut problems: Vec<String> = ops.iter().map(|op| format!("machine {at} needs: {op}")).collect();
         problems.append(&mut machine.host.lock().violations);
         problems
     }
 
-    /// Was a route taken from a peer more often than its lease was changed or deleted?
-    fn look_back(&self, at: usize, machine: &Machine) -> Vec<String> {
-        // Another address of its own is reason enough for other routes.
-        if machine.moved {
+    /// Checks that the daemon deleted the route to a peer no more often than its lease was changed or deleted.
+    fn check_deleted_routes(&self, at: usize, machine: &Machine) -> Vec<String> {
+        // A change of the host itself is a reason to change routes.
+        if machine.routes_changed {
             return Vec::new();
         }
         let truth = self.truth.lock().unwrap();
         let network: Subnet = NETWORK.parse().unwrap();
-        let mut taken: BTreeMap<Subnet, usize> = BTreeMap::new();
+        let mut deleted: BTreeMap<Subnet, usize> = BTreeMap::new();
         for key in &machine.host.lock().deleted {
-            // The metric is that of a peer's route; others were put there by somebody else.
+            // Only routes with the metric of a peer's route count; a fault added the others.
             if let Key::Route(dst, metric) = key
                 && *metric == route_metric(network, *dst)
             {
-                *taken.entry(*dst).or_default() += 1;
+                *deleted.entry(*dst).or_default() += 1;
             }
         }
         let allowed = |dst: Subnet| truth.1.iter().filter(|(_, key)| key.subnets().v4 == Some(dst)).count();
         let problem = |(dst, times): (&Subnet, &usize)| {
             let allowed = allowed(*dst);
-            (*times > allowed).then(|| format!("machine {at} took the route to {dst} {times} times, whose lease changed {allowed} times"))
+            (*times > allowed)
+                .then(|| format!("machine {at} deleted the route to {dst} {times} times, but its lease changed {allowed} times"))
         };
-        taken.iter().filter_map(problem).collect()
+        deleted.iter().filter_map(problem).collect()
     }
 }
 
