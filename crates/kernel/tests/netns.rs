@@ -587,12 +587,12 @@ fn missing_pod_rules_are_restored() {
         rules.iter().filter(|rule| rule.chain == "hostports" && ports::is_of(rule, attachment, &[])).count()
     };
     let ports = || Family::ALL.map(|family| count(&attachment, family));
-    let mut is_told = || monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::PodRules);
+    let mut is_reported = || monitor.drain().unwrap().iter().any(|event| event.change == Changed::PodRules);
     add(end);
-    assert!(!is_told() && wrong(&mut kernel) == Some(pod_rules(0)));
+    assert!(!is_reported() && wrong(&mut kernel) == Some(pod_rules(0)));
 
     drop(flush());
-    assert!(is_told() && wrong(&mut kernel) == Some(pod_rules(3)));
+    assert!(is_reported() && wrong(&mut kernel) == Some(pod_rules(3)));
     // What is no note is none of ours.
     let namespace = Netns::current().unwrap().id().unwrap().1;
     let junk = format!("/run/flannel/pods/{namespace}-junk");
@@ -609,7 +609,7 @@ fn missing_pod_rules_are_restored() {
         .unwrap();
     let deleted =
         std::process::Command::new("nft").args(["delete", "rule", "ip", "cni_hostport", "hostports", "handle", &handle]).status().unwrap();
-    assert!(deleted.success() && is_told() && wrong(&mut kernel) == Some(pod_rules(1)));
+    assert!(deleted.success() && is_reported() && wrong(&mut kernel) == Some(pod_rules(1)));
     apply(&mut kernel, &[Op::Set(pod_rules(0))]);
     assert_eq!((wrong(&mut kernel), ports()), (Some(pod_rules(0)), [2, 2]));
 
@@ -622,7 +622,7 @@ fn missing_pod_rules_are_restored() {
     let before = nft("list table ip cni_hostport");
     for chain in ["prerouting", "output", "hostports_all", "masquerading", "hostports"] {
         nft(&format!("flush chain ip cni_hostport {chain}"));
-        assert!(is_told() && wrong(&mut kernel) == Some(pod_rules(1)), "{chain}");
+        assert!(is_reported() && wrong(&mut kernel) == Some(pod_rules(1)), "{chain}");
         apply(&mut kernel, &[Op::Set(pod_rules(0))]);
         assert_eq!((nft("list table ip cni_hostport"), wrong(&mut kernel)), (before.clone(), Some(pod_rules(0))), "{chain}");
     }
@@ -790,7 +790,7 @@ fn a_file_is_watched_also_when_its_folder_goes() {
     let mut monitor = Monitor::open(scope.clone(), name("eth0"), 0).unwrap();
     let mut changed = |what: &str| {
         let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
-        while !monitor.drain().unwrap().iter().any(|heard| heard.change == Changed::File) {
+        while !monitor.drain().unwrap().iter().any(|event| event.change == Changed::File) {
             assert!(std::time::Instant::now() < end, "{what}");
             monitor.wait().unwrap();
         }
