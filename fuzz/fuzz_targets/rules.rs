@@ -1,4 +1,4 @@
-//! What `iptables-save` prints, whatever it is: ours is told from what is foreign, and what is foreign is written back.
+//! What `iptables-save` prints, whatever it is: our rules are distinguished from foreign ones, and foreign ones are written back.
 #![no_main]
 use flannel::Family;
 use flannel::traffic::iptables::{Iptables, Variant, parse_save, restore};

@@ -365,7 +365,7 @@ fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError>
     }
 }
 
-/// Undoes what it finds. It reads no more of the configuration than it needs, and does not fail on what ADD would refuse.
+/// Removes everything that it finds. It reads no more of the configuration than it needs, and does not fail on what ADD would refuse.
 fn del(request: &Request<'_>) -> Result<(), CniError> {
     let flag = |name: &str| boolean(request.conf, name).ok().flatten() == Some(true);
     // First, because the kernel is done with it by the time that the link is deleted. What the container still sends meanwhile

@@ -103,7 +103,7 @@ pub fn main(plugin: Plugin) -> ExitCode {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => (error.to_json(), ExitCode::FAILURE),
     };
-    // One write, where standard output would split it at lines. If the reader is gone there is no one left to report that to.
+    // One write, where standard output would split it at lines. If the reader is gone the error cannot be reported.
     let mut rest = text.as_bytes();
     while let Ok(written @ 1..) = rustix::io::retry_on_intr(|| rustix::io::write(std::io::stdout(), rest)) {
         rest = &rest[written..];

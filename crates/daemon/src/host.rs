@@ -1,4 +1,4 @@
-//! The host that a node runs on, as the loop sees it: what is in its kernel, what is told of it, and a way to change it. The
+//! The host that a node runs on, as the loop sees it: its kernel's state, its notifications, and a way to change it. The
 //! real one is [`KernelThread`](crate::kernel_thread::KernelThread); the simulation has another, without a kernel.
 
 use std::net::IpAddr;

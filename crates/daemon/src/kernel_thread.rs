@@ -129,7 +129,7 @@ impl Host for KernelThread {
     }
 }
 
-/// Starts the thread that listens. While nobody takes its news it waits; what the kernel cannot keep meanwhile becomes
+/// Starts the thread that listens. While the loop takes no notifications it waits; those that the kernel cannot keep meanwhile become
 /// [`kernel::Changed::Everything`]. It ends with the receiver, or with the first error that it sends.
 ///
 /// # Errors
@@ -138,10 +138,10 @@ fn listen(mut monitor: Monitor) -> Result<Notifications, NetlinkError> {
     let (tell, news) = mpsc::channel(4);
     let work = move || {
         loop {
-            let heard = monitor.wait().and_then(|()| monitor.drain());
-            let last = heard.is_err();
-            let nothing = heard.as_ref().is_ok_and(Vec::is_empty);
-            if !nothing && tell.blocking_send(heard).is_err() || last {
+            let events = monitor.wait().and_then(|()| monitor.drain());
+            let last = events.is_err();
+            let nothing = events.as_ref().is_ok_and(Vec::is_empty);
+            if !nothing && tell.blocking_send(events).is_err() || last {
                 return;
             }
         }

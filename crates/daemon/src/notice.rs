@@ -37,7 +37,7 @@ impl Notices {
         self.put(Notice::new(reason, text));
     }
 
-    /// Puts a notice. Where nobody takes it, the log has said it.
+    /// Puts a notice in the queue. Where no store takes it, the log has it.
     pub fn put(&self, notice: Notice) {
         let _ = self.0.try_send(notice);
     }

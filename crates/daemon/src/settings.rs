@@ -37,7 +37,7 @@ pub struct RunArgs {
     /// Password of that user; prefer FLANNELD_ETCD_PASSWORD, which other users of this host cannot read
     #[arg(long, value_name = "TEXT", hide_default_value = true, help_heading = "etcd")]
     pub etcd_password: Option<Secret>,
-    /// Run the commands of a network config in etcd (Backend.Type extension) on this host, as root; whoever can write to etcd can then
+    /// Run the commands of a network config in etcd (Backend.Type extension) on this host, as root; everyone who can write to etcd can then
     /// run commands here
     #[arg(long, default_value = "false", value_name = "BOOL", action = ArgAction::Set, help_heading = "etcd")]
     pub allow_commands: bool,

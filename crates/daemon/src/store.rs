@@ -48,7 +48,7 @@ pub enum ConfigSource {
 /// `--allow-commands`.
 ///
 /// # Errors
-/// [`StoreError::Passing`]: whoever wrote the config may take the commands out of it.
+/// [`StoreError::Passing`]: the operator may take the commands out of the config.
 pub fn check_commands(config: &Config, source: ConfigSource, allow: bool) -> Result<(), StoreError> {
     if !config.backend.has_commands() {
         return Ok(());

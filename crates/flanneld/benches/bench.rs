@@ -3,7 +3,7 @@
 //! `-- 10000` measures the daemon with so many leases alone; `-- idle` adds the idle minutes. `PEER_FLANNELD` names another flanneld
 //! to measure beside ours, `PEER_CNI_DIR` a folder with other plugins `bridge` and `host-local`, and `flannel` where it can be had.
 
-#![expect(clippy::unwrap_used, reason = "a benchmark has nobody to report an error to")]
+#![expect(clippy::unwrap_used, reason = "a benchmark ends with its first error")]
 
 #[path = "bench/kube.rs"]
 mod kubernetes;

@@ -55,7 +55,7 @@ pub fn open(path: &Path, mode: u32, patience: Duration) -> io::Result<File> {
 #[derive(Debug)]
 pub struct Lock(Option<(File, PathBuf)>);
 
-/// Locks the calling thread's network namespace, for those who read and then change what others read and change as well:
+/// Locks the calling thread's network namespace, for programs that read and then change state that others change as well:
 /// tables of iptables and nftables, the link of a VLAN. A process must not ask for it twice. Where no lock can be had (a
 /// read-only `/run`, no root), the work is done without one.
 ///
@@ -108,7 +108,7 @@ fn same_file(file: &File, path: &Path) -> bool {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // While it is held, so that whoever waits sees that the name is gone.
+        // While it is held, so that a waiting process sees that the name is gone.
         if let Some((_, path)) = &self.0 {
             let _ = std::fs::remove_file(path);
         }

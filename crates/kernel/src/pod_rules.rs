@@ -25,7 +25,7 @@ const PART: usize = 64;
 /// How long the daemon waits for a plugin: it has other work.
 const PATIENCE_OF_DAEMON: Duration = Duration::from_millis(50);
 
-/// The folder of notes, locked: whoever writes or deletes rules and notes holds it meanwhile. Where it cannot exist (a
+/// The folder of notes, locked: a program that writes or deletes rules and notes holds it meanwhile. Where it cannot exist (a
 /// read-only `/run`, no root) the work is done without notes.
 #[derive(Debug)]
 pub struct Notes(Option<Folder>);

@@ -186,7 +186,7 @@ struct Row {
     place: String,
     /// How a fault is noticed; an event of the cluster has none.
     noticed: Option<Noticed>,
-    /// Time of each round until all was as before, or as it should be now; ordered.
+    /// Time of each round until the state was as before, or as the event asks for; ordered.
     repaired: Vec<Duration>,
     /// Echo requests, one each millisecond, that were lost in each round; ordered.
     lost: Vec<usize>,

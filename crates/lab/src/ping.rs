@@ -1,4 +1,4 @@
-//! ICMP echo (RFC 792, RFC 4443) by raw sockets: what `ping` does, in the namespace of whoever calls.
+//! ICMP echo (RFC 792, RFC 4443) by raw sockets: what `ping` does, in the caller's namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

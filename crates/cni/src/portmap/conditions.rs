@@ -16,7 +16,7 @@ use super::iptables::protocol_name;
 use crate::chained::failed;
 use crate::protocol::CniError;
 
-/// What `nft` may use: it waits for no one, and prints the lines that it refuses.
+/// What `nft` may use: it waits for no other process, and prints the lines that it refuses.
 const LIMITS: Limits = Limits { time: Duration::from_secs(10), output: 4096 };
 
 /// Adds a container's mappings for packets that meet the conditions.

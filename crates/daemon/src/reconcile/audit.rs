@@ -94,7 +94,7 @@ impl<H: Host + 'static> Reconciler<H> {
             return;
         }
         let ops = self.compare(&due.iter().cloned().collect());
-        // An object that no owner wants any more, or that is as it should be, is no failure any more.
+        // An object that no owner wants any more, or that matches the desired state, is no failure any more.
         let wanted: BTreeSet<Key> = ops.iter().map(|op| op.object().key()).collect();
         self.failures.forget(&due, |key| wanted.contains(key));
         self.execute(ops).await;

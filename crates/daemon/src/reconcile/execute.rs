@@ -32,7 +32,7 @@ impl<H: Host + 'static> Reconciler<H> {
     }
 
     /// Repairs drift. What another program changes again and again is repaired ever more slowly, down to once a second: two programs that
-    /// replace each other's work without pause help no one.
+    /// replace each other's work without pause serve neither.
     pub(super) async fn repair(&mut self, mut ops: Vec<Op>, drift: Drift, authors: &BTreeMap<Key, Author>) {
         let now = Instant::now();
         self.settle_conflicts(now);

@@ -14,7 +14,7 @@ use crate::store::Claim;
 
 /// How long after a link's change the kernel is read: what follows from it comes in a burst.
 pub(super) const SETTLE: Duration = Duration::from_millis(5);
-/// An interface that is not as it should be is looked at again after the first, doubling up to the second: it may get its address back,
+/// An interface with a problem is looked at again after the first, doubling up to the second: it may get its address back,
 /// or a default route, of which no notification comes.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(60));
 /// A VTEP that was given another link-layer address is followed no more often than this: each time all peers get an event.

@@ -29,7 +29,7 @@ const PART: usize = 256;
 pub(super) const MANY: usize = 256;
 /// …which is given back so much later.
 const TIDY: Duration = Duration::from_millis(500);
-/// What operators are told about a store that lost data.
+/// The notice about a store that lost data.
 const LOST: &str = "the store lost data (restored from a backup, perhaps): routes of leases that it does not know stay for five minutes, in which their hosts write them again";
 
 /// What is watched about this node's own lease.
@@ -210,7 +210,7 @@ impl<H: Host + 'static> Reconciler<H> {
         }
     }
 
-    /// What operators are told when another host has this node's address.
+    /// The notice about another host that has this node's address.
     pub(super) fn contested_text(&self) -> String {
         let (own, published) = (self.picture.own(), crate::facts::list(&self.picture.node().public));
         format!(

@@ -249,7 +249,7 @@ pub(crate) fn server_without_streaming_lists_is_followed(root: &Path) {
     eventually("its route goes", || routes(&observe(&lab.hosts[0].netns)).len() == MANY - 1);
     lab.stop_daemon(0, false).unwrap();
 
-    // Here a list is a right of its own; and this daemon is told of its Node by the name of its pod, of the server by its
+    // Here a list is a right of its own; and this daemon finds its Node by the name of its pod, of the server by its
     // address, and of another prefix.
     let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"flannel-x","namespace":"kube-flannel"},"spec":{"nodeName":"h1","serviceAccountName":"flannel","automountServiceAccountToken":false,"containers":[{"name":"c","image":"i"}]}}"#;
     lab.kubectl(&["create", "-f", "-"], pod).unwrap();

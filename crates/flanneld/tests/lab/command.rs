@@ -179,7 +179,7 @@ pub(crate) fn commands_survive_closed_output(_: &Path) {
             assert_eq!(output.status.code(), Some(wanted), "{script}: {}", String::from_utf8_lossy(&output.stderr));
         }
     }
-    // A lab that stays up ends when no one reads its tour.
+    // A lab that stays up ends when its reader is gone.
     let script = format!("{PROGRAM} lab --keep --backend vxlan | true");
     assert!(Command::new("timeout").args(["60", "bash", "-c", &script]).status().unwrap().success());
 }

@@ -222,7 +222,7 @@ pub(crate) fn full_disk_under_the_store_is_reported_and_loses_nothing(root: &Pat
     let acknowledged = fill(5_000);
     assert!((10..5_000).contains(&acknowledged), "{acknowledged}");
     let log = || std::fs::read_to_string(root.join("store.log")).unwrap();
-    eventually("it says why it ended", || log().contains("cannot write the store's file"));
+    eventually("it says why it ended", || log().contains("failed to write the store's file"));
     // The daemon keeps what it has.
     assert_eq!(lab.hosts[0].state().unwrap()["subnet"], "10.244.1.0/24");
     lab.kill_store().unwrap();

@@ -350,7 +350,7 @@ pub(crate) fn expired_and_compacted_leases_are_followed(root: &Path, store: Stor
     };
     // Upstream's TestWatchLeaseRemoved: a lease of three seconds that is not renewed.
     put(&lab, 12, 3);
-    eventually("the peer is there", || there(12));
+    eventually("peer added", || there(12));
     eventually("its lease ends", || !there(12));
     // TestWatchSubnetsRecoversFromCompaction, ReportsRemovalAfterCompaction and SurvivesCompactionAfterReconnect.
     put(&lab, 13, 600);

@@ -51,7 +51,7 @@ pub(crate) fn nft_flush_keeps_host_ports(root: &Path) {
     let rules = |lab: &Lab| lab.hosts[0].shell("nft list table ip cni_hostport").unwrap();
     assert_eq!(rules(&lab).matches("dnat to").count(), 2, "each is there once: {}", rules(&lab));
 
-    // While no daemon runs, no one restores them; the next daemon does.
+    // While no daemon runs they stay missing; the next daemon restores them.
     lab.stop_daemon(0, true).unwrap();
     lab.hosts[0].shell("nft flush ruleset").unwrap();
     assert!(!answers(&h2, "10.0.0.1", 8080));

@@ -49,7 +49,7 @@ pub(crate) fn hundred_restarts_lose_nothing(root: &Path) {
             Changed::Everything => true,
             _ => false,
         };
-        let flaps: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|heard| heard.change).filter(touched).collect();
+        let flaps: Vec<Changed> = monitor.drain().unwrap().into_iter().map(|event| event.change).filter(touched).collect();
         assert!(flaps.is_empty(), "{backend}: {flaps:?}");
     }
 }

@@ -57,8 +57,9 @@ pub(crate) fn two_hundred_pods_by_containerd(root: &Path) {
         sandbox.shell(&netns(0), &format!("{ctr} image import {}", image.display())).output().unwrap().status.success()
     });
     // ctr looks for plugins and their list in fixed places.
+    let lists = [0, 1].map(|host| conf_list(&lab, host, "cbr0"));
     let with_cni = |host: usize, command: &str| {
-        let list = conf_list(&lab, host, "cbr0");
+        let list = &lists[host];
         format!(
             "exec unshare -m sh -ec 'mount --bind {}/bin /opt/cni/bin; mount -t tmpfs none /etc/cni; mkdir /etc/cni/net.d; mount --bind {} /etc/cni/net.d; exec {ctr} {command}'",
             root.display(),

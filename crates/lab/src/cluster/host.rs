@@ -86,7 +86,7 @@ pub(super) fn create(root: &Path, middle: &Netns, i: usize, network: usize, fami
 /// Mounts a `/run` of the host's own, with `flannel` as `/run/flannel`. The machine's other entries stay reachable by links,
 /// because programs may live there.
 ///
-/// The machine's `/run` is mounted below the new one only, where no other mount namespace sees it: whoever removes the lab's
+/// The machine's `/run` is mounted below the new one only, where no other mount namespace sees it: a program that removes the lab's
 /// files must not come across it.
 fn mount_run(flannel: &Path) -> io::Result<()> {
     let run = Path::new("/run");

@@ -129,7 +129,7 @@ impl Lab {
         self.root.join("kubernetes")
     }
 
-    /// A folder with `kubectl`, for whoever enters the lab.
+    /// A folder with `kubectl`, for users who enter the lab.
     pub(crate) fn tools(&self) -> PathBuf {
         self.kubernetes().join("bin")
     }
