@@ -5,18 +5,18 @@
 
 #[path = "support/host.rs"]
 mod host;
+#[path = "robustness/ports.rs"]
+mod ports;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use flannel::IfName;
-use flannel::pod::Table;
-use flannel::pod::ports::{Holder, Mapping, Ports, Snat};
 use host::Host;
 use kernel::netlink::{Protocol, Socket};
 use kernel::netns::{self, Netns};
-use kernel::{link, lock, pod_table, sysctl};
+use kernel::{link, lock, sysctl};
 use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 
@@ -30,10 +30,10 @@ fn main() {
         run("mount -t tmpfs tmpfs /var/lib");
     }
     let tests: [(&str, Test); 20] = [
-        ("del_of_an_attachment_keeps_the_ports_of_another", del_of_an_attachment_keeps_the_ports_of_another),
-        ("iptables_chains_of_two_interfaces_are_separate", iptables_chains_of_two_interfaces_are_separate),
-        ("failed_add_keeps_the_ports_of_another_attachment", failed_add_keeps_the_ports_of_another_attachment),
-        ("untagged_port_rules_are_removed_by_address", untagged_port_rules_are_removed_by_address),
+        ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
+        ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
+        ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
+        ("untagged_port_rules_are_removed_by_address", ports::untagged_port_rules_are_removed_by_address),
         ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),
         ("bridge_mac_never_follows_its_ports", bridge_mac_never_follows_its_ports),
         ("zero_bridge_mac_is_replaced", zero_bridge_mac_is_replaced),
@@ -41,11 +41,11 @@ fn main() {
         ("route_of_another_attachment_stays_and_is_not_reported", route_of_another_attachment_stays),
         ("read_only_proc_sys_with_right_values_is_enough", read_only_proc_sys_with_right_values_is_enough),
         ("del_accepts_what_add_refuses", del_accepts_what_add_refuses),
-        ("portmap_needs_no_route_to_the_container", portmap_needs_no_route_to_the_container),
+        ("portmap_needs_no_route_to_the_container", ports::portmap_needs_no_route_to_the_container),
         ("tuning_follows_args_and_sysctl_names", tuning_follows_args_and_sysctl_names),
         ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth_links_have_the_reference_name),
         ("host_local_validates_requests_and_ranges", host_local_validates_requests_and_ranges),
-        ("conditions_for_nftables_are_applied", conditions_for_nftables_are_applied),
+        ("conditions_for_nftables_are_applied", ports::conditions_for_nftables_are_applied),
         ("errors_name_the_field", errors_name_the_field),
         ("long_container_ids_are_compared_whole", long_container_ids_are_compared_whole),
         ("delegation_to_itself_ends", delegation_to_itself_ends),
@@ -100,100 +100,6 @@ fn call(host: &Host, plugin: &str, verb: &str, id: &str, ifname: &str, conf: &Va
 
 fn translations(host: &Host, address: &str) -> usize {
     host.nft().matches(&format!("dnat to {address}:")).count()
-}
-
-/// A container in two networks with ports mapped in both; returns the results.
-fn two_networks(host: &Host, id: &str) -> [Value; 2] {
-    [(5, "eth0"), (6, "net1")].map(|(number, ifname)| {
-        let result = parse(&call(host, "bridge", "ADD", id, ifname, &network(host, number)).unwrap());
-        call(host, "portmap", "ADD", id, ifname, &portmap(number, &result, &json!({}))).unwrap();
-        result
-    })
-}
-
-fn del_of_an_attachment_keeps_the_ports_of_another(host: &Host) {
-    let _pod = host.pod("c1");
-    let [first, second] = two_networks(host, "c1");
-    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 1));
-    // The reference plugin recognises rules by this comment.
-    assert!(host.nft().contains("comment \"c1\""));
-    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
-    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
-    call(host, "portmap", "CHECK", "c1", "eth0", &portmap(5, &first, &json!({}))).unwrap();
-    // Without a result it removes its own, and its own only.
-    call(host, "portmap", "ADD", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
-    call(host, "portmap", "DEL", "c1", "eth0", &portmap(5, &Value::Null, &json!({}))).unwrap();
-    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (0, 1));
-    // Two interfaces in one network.
-    let third = parse(&call(host, "bridge", "ADD", "c1", "net2", &network(host, 6)).unwrap());
-    let of_third = portmap(6, &third, &json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 9000, "containerPort": 80 }] } }));
-    call(host, "portmap", "ADD", "c1", "net2", &of_third).unwrap();
-    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
-    assert_eq!((translations(host, "10.6.0.2"), translations(host, "10.6.0.3")), (0, 1));
-    call(host, "portmap", "DEL", "c1", "net2", &of_third).unwrap();
-    assert!(!host.nft().contains("c1"), "{}", host.nft());
-}
-
-fn iptables_chains_of_two_interfaces_are_separate(host: &Host) {
-    let pod = host.pod("c1");
-    let mut conf = network(host, 5);
-    conf["ipMasq"] = true.into();
-    conf["ipMasqBackend"] = "iptables".into();
-    conf["isDefaultGateway"] = false.into();
-    let more =
-        |port: u16| json!({ "backend": "iptables", "runtimeConfig": { "portMappings": [{ "hostPort": port, "containerPort": 80 }] } });
-    let places = [("eth0", 8001), ("net1", 8002)];
-    let results = places.map(|(ifname, port)| {
-        let result = parse(&call(host, "bridge", "ADD", "c1", ifname, &conf).unwrap());
-        call(host, "portmap", "ADD", "c1", ifname, &portmap(5, &result, &more(port))).unwrap();
-        result
-    });
-    let rules = || shell(&host.netns, "iptables-save -t nat");
-    let has = |address: &str| rules().contains(&format!("--to-destination {address}:80")) && rules().contains(&format!("-s {address}/32"));
-    assert!(has("10.5.0.2") && has("10.5.0.3"), "{}", rules());
-    for ((ifname, port), result) in places.iter().zip(&results) {
-        call(host, "portmap", "CHECK", "c1", ifname, &portmap(5, result, &more(*port))).unwrap();
-    }
-    let del = |at: usize| {
-        let (ifname, port) = places[at];
-        call(host, "portmap", "DEL", "c1", ifname, &portmap(5, &results[at], &more(port))).unwrap();
-        call(host, "bridge", "DEL", "c1", ifname, &conf).unwrap();
-    };
-    del(0);
-    assert!(!rules().contains("10.5.0.2") && has("10.5.0.3"), "{}", rules());
-    del(1);
-    assert!(!rules().contains("10.5.0.") && !rules().contains("c1"), "{}", rules());
-    drop(pod);
-}
-
-fn failed_add_keeps_the_ports_of_another_attachment(host: &Host) {
-    let _pod = host.pod("c1");
-    let [_, second] = two_networks(host, "c1");
-    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
-    let broken = portmap(6, &second, &json!({ "conditionsV4": ["no such word"] }));
-    let error = call(host, "portmap", "ADD", "c1", "net1", &broken).unwrap_err();
-    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
-    assert!(error["msg"].as_str().unwrap().starts_with("conditionsV4, conditionsV6: cannot add the rules with nft"), "{error}");
-}
-
-fn untagged_port_rules_are_removed_by_address(host: &Host) {
-    let _pod = host.pod("c1");
-    let [first, second] = [(5, "eth0"), (6, "net1")]
-        .map(|(number, ifname)| parse(&call(host, "bridge", "ADD", "c1", ifname, &network(host, number)).unwrap()));
-    // As the reference plugin and earlier versions write them.
-    let untagged = |address: &str, host_port: u16| {
-        let mapping = Mapping { protocol: 6, host_port, container_port: 80, host_ip: None };
-        let holder = Holder::Container("c1".to_owned());
-        let ports = Ports { holder, address: address.parse().unwrap(), mappings: vec![mapping], snat: Snat::Local };
-        host.netns.run(|| pod_table::add(Table::Ports(ports.family()), &ports.rules())).unwrap().unwrap();
-    };
-    untagged("10.5.0.2/24", 8005);
-    untagged("10.6.0.2/24", 8006);
-    call(host, "portmap", "CHECK", "c1", "eth0", &portmap(5, &first, &json!({ "backend": "nftables" }))).unwrap();
-    call(host, "portmap", "DEL", "c1", "net1", &portmap(6, &second, &json!({}))).unwrap();
-    assert_eq!((translations(host, "10.5.0.2"), translations(host, "10.6.0.2")), (1, 0));
-    call(host, "portmap", "DEL", "c1", "eth0", &portmap(5, &Value::Null, &json!({}))).unwrap();
-    assert!(!host.nft().contains("c1"), "{}", host.nft());
 }
 
 fn empty_and_null_fields_are_unset(host: &Host) {
@@ -413,18 +319,6 @@ fn del_accepts_what_add_refuses(host: &Host) {
     refuse("flannel", &meta);
 }
 
-fn portmap_needs_no_route_to_the_container(host: &Host) {
-    let _pod = host.pod("c1");
-    let previous = json!({ "cniVersion": "1.0.0", "interfaces": [{ "name": "eth0", "sandbox": host.path("c1") }],
-                           "ips": [{ "address": "203.0.113.5/24", "interface": 0 }] });
-    for more in [json!({}), json!({ "snat": false }), json!({ "masqAll": true }), json!({ "backend": "iptables" })] {
-        let conf = portmap(5, &previous, &more);
-        host.call("portmap", "ADD", "c1", &conf).unwrap();
-        host.call("portmap", "CHECK", "c1", &conf).unwrap();
-        host.call("portmap", "DEL", "c1", &conf).unwrap();
-    }
-}
-
 fn tuning_follows_args_and_sysctl_names(host: &Host) {
     let pod = host.pod("c1");
     let previous = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
@@ -554,21 +448,6 @@ fn host_local_validates_requests_and_ranges(host: &Host) {
             .unwrap(),
     );
     assert_eq!(result["ips"][0]["address"], "10.9.0.3/24");
-}
-
-fn conditions_for_nftables_are_applied(host: &Host) {
-    let _pod = host.pod("c1");
-    let result = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
-    for backend in ["nftables", ""] {
-        let conf = portmap(5, &result, &json!({ "backend": backend, "conditionsV4": ["ip", "saddr", "198.51.100.0/24"] }));
-        host.call("portmap", "ADD", "c1", &conf).unwrap();
-        let rules = host.nft();
-        assert!(rules.contains("ip saddr 198.51.100.0/24 tcp dport 8005 dnat to 10.5.0.2:80 comment \"c1\""), "{rules}");
-        assert!(rules.contains("masquerade comment \"c1\"") && rules.contains("fib daddr type local jump hostports_all"), "{rules}");
-        host.call("portmap", "CHECK", "c1", &conf).unwrap();
-        host.call("portmap", "DEL", "c1", &conf).unwrap();
-        assert!(!host.nft().contains("c1"), "{}", host.nft());
-    }
 }
 
 fn errors_name_the_field(host: &Host) {
