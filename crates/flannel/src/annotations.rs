@@ -319,8 +319,12 @@ mod tests {
         }
     }
 
+    fn only_v6(backend: &str) -> String {
+        format!(r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{{"Type":"{backend}"}}}}"#)
+    }
+
     #[test]
-    fn annotations_match_upstream_byte_for_byte() {
+    fn annotations_of_vxlan_match_upstream_byte_for_byte() {
         let v4 = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
         check(
             v4,
@@ -347,6 +351,26 @@ mod tests {
             public-ipv6=2001:db8::1
         "#]],
         );
+        let peer = Peer {
+            public: PerFamily { v4: None, ..vxlan(true).public },
+            backend_data: PerFamily { v4: None, ..vxlan(true).backend_data },
+            ..vxlan(true)
+        };
+        check(
+            &only_v6("vxlan"),
+            peer,
+            &[],
+            expect![[r#"
+            backend-type=vxlan
+            backend-v6-data={"VNI":1,"VtepMAC":"0e:00:00:00:06:01"}
+            kube-subnet-manager=true
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+    }
+
+    #[test]
+    fn annotations_of_host_gw_match_upstream_byte_for_byte() {
         // A dual-stack host in an IPv4 pod network also publishes its IPv6 address.
         let v6 = Peer { public: vxlan(true).public, ..vxlan(false) };
         let host_gw = |public| Peer { public, backend_type: "host-gw".into(), ..Peer::default() };
@@ -363,9 +387,8 @@ mod tests {
             public-ipv6=2001:db8::1
         "#]],
         );
-        let only_v6 = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}"#;
         check(
-            only_v6,
+            &only_v6("host-gw"),
             host_gw(PerFamily { v4: None, ..v6.public }),
             &[],
             expect![[r#"
@@ -377,23 +400,10 @@ mod tests {
             public-ipv6=2001:db8::1
         "#]],
         );
-        let only_v6 = only_v6.replace("host-gw", "vxlan");
-        let peer = Peer {
-            public: PerFamily { v4: None, ..vxlan(true).public },
-            backend_data: PerFamily { v4: None, ..vxlan(true).backend_data },
-            ..vxlan(true)
-        };
-        check(
-            &only_v6,
-            peer,
-            &[],
-            expect![[r#"
-            backend-type=vxlan
-            backend-v6-data={"VNI":1,"VtepMAC":"0e:00:00:00:06:01"}
-            kube-subnet-manager=true
-            public-ipv6=2001:db8::1
-        "#]],
-        );
+    }
+
+    #[test]
+    fn annotations_of_udp_match_upstream_byte_for_byte() {
         let udp = Peer { public: vxlan(false).public, ..Peer::default() };
         check(
             r#"{"Network":"10.244.0.0/16"}"#,
