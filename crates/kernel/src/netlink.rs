@@ -2,12 +2,16 @@
 //! batch is one `send`, and answers are matched by sequence number. Strict checking is enabled, so that the kernel filters dumps;
 //! extended acks become part of the error.
 
+mod message;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use flannel::OpError;
 use thiserror::Error;
 
+use self::message::HEADER;
+pub use self::message::{Batch, Body, Received, attrs, ip_in, messages, str_in, u16_at, u32_at};
 use crate::sys;
 
 /// The netlink family of a socket.
@@ -65,193 +69,6 @@ impl NetlinkError {
     pub fn into_op_error(self, act: &dyn std::fmt::Display) -> OpError {
         OpError { errno: self.errno().unwrap_or(libc::EIO), text: format!("{act}: {self}") }
     }
-}
-
-const HEADER: usize = 16;
-
-/// Complete netlink messages in one buffer.
-#[derive(Debug, Default)]
-pub struct Batch {
-    buffer: Vec<u8>,
-    /// The start of each message.
-    starts: Vec<usize>,
-}
-
-impl Batch {
-    /// Makes an empty batch.
-    pub fn new() -> Batch {
-        Batch::default()
-    }
-
-    /// Appends a message with its type, its flags in addition to `NLM_F_REQUEST`, and the content that `body` writes.
-    pub fn message(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> &mut Batch {
-        let start = self.buffer.len();
-        self.starts.push(start);
-        self.buffer.extend([0; 4]);
-        self.buffer.extend(kind.to_ne_bytes());
-        self.buffer.extend((flags | NLM_F_REQUEST).to_ne_bytes());
-        self.buffer.extend([0; 8]);
-        body(&mut Body(&mut self.buffer));
-        let length = u32::try_from(self.buffer.len() - start).expect("a message is smaller than 4 GiB");
-        self.buffer[start..start + 4].copy_from_slice(&length.to_ne_bytes());
-        pad(&mut self.buffer);
-        self
-    }
-
-    /// The number of messages.
-    pub fn len(&self) -> usize {
-        self.starts.len()
-    }
-
-    /// Whether there is no message.
-    pub fn is_empty(&self) -> bool {
-        self.starts.is_empty()
-    }
-
-    fn ask_for_ack(&mut self, start: usize) {
-        let flags = u16_at(&self.buffer, start + 6).unwrap_or(0) | NLM_F_ACK;
-        self.buffer[start + 6..start + 8].copy_from_slice(&flags.to_ne_bytes());
-    }
-
-    fn bytes(&self, from: usize, to: usize) -> (usize, usize) {
-        (self.starts[from], self.starts.get(to).copied().unwrap_or(self.buffer.len()))
-    }
-}
-
-fn pad(buffer: &mut Vec<u8>) {
-    buffer.resize(buffer.len().next_multiple_of(4), 0);
-}
-
-/// The content of a message or of a nested attribute.
-#[derive(Debug)]
-pub struct Body<'a>(&'a mut Vec<u8>);
-
-impl Body<'_> {
-    /// Appends raw bytes, such as the fixed header of the family.
-    pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
-        self.0.extend_from_slice(bytes);
-        self
-    }
-
-    /// The number of bytes written so far into the whole buffer.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether no byte is written.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Overwrites a byte.
-    pub fn set(&mut self, at: usize, byte: u8) {
-        self.0[at] = byte;
-    }
-
-    /// Appends an attribute.
-    pub fn attr(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        let length = u16::try_from(value.len() + 4).expect("an attribute is below 64 KiB");
-        self.0.extend(length.to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend_from_slice(value);
-        pad(self.0);
-        self
-    }
-
-    /// Appends a 32-bit attribute in host order.
-    pub fn attr_u32(&mut self, kind: u16, value: u32) -> &mut Self {
-        self.attr(kind, &value.to_ne_bytes())
-    }
-
-    /// Appends a zero-terminated string attribute.
-    pub fn attr_str(&mut self, kind: u16, value: &str) -> &mut Self {
-        let mut bytes = value.as_bytes().to_vec();
-        bytes.push(0);
-        self.attr(kind, &bytes)
-    }
-
-    /// Appends an address attribute in network order.
-    pub fn attr_ip(&mut self, kind: u16, ip: std::net::IpAddr) -> &mut Self {
-        match ip {
-            std::net::IpAddr::V4(ip) => self.attr(kind, &ip.octets()),
-            std::net::IpAddr::V6(ip) => self.attr(kind, &ip.octets()),
-        }
-    }
-
-    /// Appends an attribute with the nested attributes that `inside` writes.
-    pub fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body<'_>)) -> &mut Self {
-        const NLA_F_NESTED: u16 = 0x8000;
-        let start = self.0.len();
-        self.0.extend([0; 2]);
-        self.0.extend((kind | NLA_F_NESTED).to_ne_bytes());
-        inside(&mut Body(self.0));
-        let length = u16::try_from(self.0.len() - start).expect("an attribute is below 64 KiB");
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-        self
-    }
-}
-
-/// The attributes in `bytes`: kind without flags, and value. Ends at the first truncated one.
-pub fn attrs(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16_at(bytes, 0)?);
-        let kind = u16_at(bytes, 2)? & 0x3fff;
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or(&[]);
-        Some((kind, value))
-    })
-}
-
-/// The 16-bit number in host order at this offset.
-pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-/// The 32-bit number in host order at this offset.
-pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
-/// The address in an attribute of 4 or 16 bytes.
-pub fn ip_in(bytes: &[u8]) -> Option<std::net::IpAddr> {
-    match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok().map(Into::into),
-        16 => <[u8; 16]>::try_from(bytes).ok().map(Into::into),
-        _ => None,
-    }
-}
-
-/// The text in an attribute, up to its terminating zero.
-pub fn str_in(bytes: &[u8]) -> Option<&str> {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    std::str::from_utf8(&bytes[..end]).ok()
-}
-
-/// A received message.
-#[derive(Debug, Clone, Copy)]
-pub struct Received<'a> {
-    /// `nlmsg_type`
-    pub kind: u16,
-    /// `nlmsg_flags`
-    pub flags: u16,
-    /// `nlmsg_seq`
-    pub seq: u32,
-    /// `nlmsg_pid`: for a notification, the port that caused it, if the kernel names it.
-    pub port: u32,
-    /// The content after the header.
-    pub body: &'a [u8],
-}
-
-/// The messages in a datagram. Ends at the first truncated one.
-pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
-    std::iter::from_fn(move || {
-        let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
-        let body = bytes.get(HEADER..length)?;
-        let (kind, flags) = (u16_at(bytes, 4)?, u16_at(bytes, 6)?);
-        let (seq, port) = (u32_at(bytes, 8)?, u32_at(bytes, 12)?);
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or(&[]);
-        Some(Received { kind, flags, seq, port, body })
-    })
 }
 
 /// `NLM_F_REQUEST`
