@@ -149,3 +149,38 @@ fn listen(mut monitor: Monitor) -> Result<Notifications, NetlinkError> {
     std::thread::Builder::new().name("monitor".to_owned()).spawn(work).map_err(|error| NetlinkError::Socket("start its thread", error))?;
     Ok(news)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[tokio::test]
+    async fn finish_waits_for_queued_jobs_of_both_lanes_up_to_its_limit() {
+        let threads = KernelThread::start().unwrap();
+        let done = Arc::new(AtomicU32::new(0));
+        for lane in [Lane::Fast, Lane::Slow, Lane::Fast] {
+            let done = Arc::clone(&done);
+            // The caller does not wait, as when the loop is dropped at SIGTERM.
+            drop(threads.call(lane, move |_| {
+                std::thread::sleep(Duration::from_millis(20));
+                done.fetch_add(1, Ordering::SeqCst);
+            }));
+        }
+        threads.finish(Duration::from_secs(10)).await;
+        assert_eq!(done.load(Ordering::SeqCst), 3);
+        drop(threads.call(Lane::Slow, |_| std::thread::sleep(Duration::from_secs(1))));
+        let began = std::time::Instant::now();
+        threads.finish(Duration::from_millis(50)).await;
+        assert!(began.elapsed() < Duration::from_millis(900), "a hanging command does not hold up the exit");
+    }
+
+    #[tokio::test]
+    async fn a_hanging_slow_job_delays_no_fast_one() {
+        let threads = KernelThread::start().unwrap();
+        drop(threads.call(Lane::Slow, |_| std::thread::sleep(Duration::from_secs(1))));
+        let began = std::time::Instant::now();
+        threads.call(Lane::Fast, |_| ()).await;
+        assert!(began.elapsed() < Duration::from_millis(900));
+    }
+}

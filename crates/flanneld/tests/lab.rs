@@ -91,7 +91,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 59] = [
+    let others: [(&str, Test); 60] = [
         ("commands_survive_closed_output", command::commands_survive_closed_output),
         ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
         ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
@@ -141,6 +141,7 @@ fn main() {
         ("failing_family_leaves_the_other_alone", obstacles::failing_family_leaves_the_other_alone),
         ("hosts_with_one_address_say_so", checks::hosts_with_one_address_say_so),
         ("taken_vni_is_named_and_waited_for", checks::a_taken_vni_is_named_and_waited_for),
+        ("hanging_commands_delay_no_repair", checks::hanging_commands_delay_no_repair),
         ("interfaces_that_do_not_forward_are_repaired", checks::interfaces_that_do_not_forward_are_repaired),
         ("foreign_settings_of_our_device_are_seen_through", checks::foreign_settings_of_our_device_are_seen_through),
         ("bad_flags_are_refused", command::bad_flags_are_refused),

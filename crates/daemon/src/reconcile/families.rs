@@ -34,8 +34,8 @@ impl<H: Host + 'static> Reconciler<H> {
             policy.family.is_none_or(|needing| needing == family) && !policy.optional && !matches!(object, Object::EnvFile(_))
         };
         let refused = self.own_objects().iter().filter(needs).filter_map(|object| self.failures.get(&object.key()));
-        let texts: Vec<&str> = refused.filter(|failure| failure.is_refused()).map(|failure| failure.error.text.as_str()).collect();
-        (!texts.is_empty()).then(|| texts.join("; "))
+        // The others fail because the first one does: links come before the objects on them.
+        refused.filter(|failure| failure.is_refused()).map(|failure| failure.error.text.clone()).next()
     }
 
     /// Offers pods the families that work. The file for the CNI plugins comes with the first one, and with it this node counts as set up.
@@ -47,7 +47,7 @@ impl<H: Host + 'static> Reconciler<H> {
             let before = self.down.iter().find(|before| before.family == family);
             let since = before.map_or(now, |before| before.since);
             if before.is_none_or(|before| before.reason != reason) {
-                tracing::warn!(%family, reason, "address family is down on this node; the other is not affected");
+                tracing::warn!(%family, reason, "address family is down on this node");
                 self.notices.warn("FamilyDown", format!("{family} does not work on this node: {reason}"));
             }
             down.push(Down { family, reason, since });

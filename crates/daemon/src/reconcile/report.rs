@@ -1,12 +1,19 @@
 //! The log of a change of leases.
 
 use flannel::LeaseKey;
+use flannel::desired::Owner;
 use tokio::time::Instant;
 
 use super::Reconciler;
 use super::execute::LOGGED;
 
 impl<H> Reconciler<H> {
+    /// Did the kernel refuse an object of this peer?
+    fn has_failed(&self, peer: &LeaseKey) -> bool {
+        let objects = self.picture.desired().part(&Owner::Lease(*peer));
+        self.failures.len() > 0 && objects.iter().any(|object| self.failures.get(&object.key()).is_some())
+    }
+
     pub(super) fn log_leases(&self, leases: &[LeaseKey], operations: usize, began: Instant) {
         let millis = began.elapsed().as_millis();
         if leases.len() > LOGGED {
@@ -28,6 +35,8 @@ impl<H> Reconciler<H> {
             }
             match self.picture.leases().get(key) {
                 None => tracing::info!(peer = %key, "peer removed"),
+                // A failed object was logged.
+                Some(_) if self.has_failed(key) => {}
                 Some(peer) if refusals.is_empty() => {
                     let via = peer.public.iter().next().map(|(_, ip)| ip.to_string()).unwrap_or_default();
                     tracing::info!(peer = %key, via, "peer added");

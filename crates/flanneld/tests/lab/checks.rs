@@ -4,9 +4,10 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lab::{Lab, StoreKind};
+use lab::{Lab, Plan, StoreKind};
+use serde_json::json;
 
-use crate::cluster::eventually;
+use crate::cluster::{PROGRAM, eventually};
 use crate::{ping_all_from, plan};
 
 const VXLAN: &str = r#"{"Network":"10.244.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#;
@@ -126,4 +127,21 @@ pub(crate) fn foreign_settings_of_our_device_are_seen_through(root: &Path) {
         let reason = state["peers"]["list"][0]["reasons"][0].as_str().unwrap_or_default().to_owned();
         assert!(reason.contains("its VNI is") && reason.contains("restart that one"), "{reason}");
     }
+}
+
+/// A command of the operator that hangs delays no repair.
+pub(crate) fn hanging_commands_delay_no_repair(root: &Path) {
+    let backend = json!({ "Type": "extension", "Shell": true, "SubnetAddCommand": format!("touch {}/begun; sleep 30", root.display()) });
+    let mut plan = Plan::new(2, &backend, Path::new(PROGRAM));
+    plan.env.push(("FLANNELD_ALLOW_COMMANDS".to_owned(), "true".to_owned()));
+    let lab = Lab::start(plan, root).unwrap();
+    eventually("the command runs", || root.join("begun").exists());
+    let file = lab.hosts[0].subnet_file();
+    let began = Instant::now();
+    for _ in 0..3 {
+        std::fs::remove_file(&file).unwrap();
+        eventually("the subnet file is back", || file.exists());
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    eventually("the repairs are counted", || lab.hosts[0].state().is_ok_and(|state| state["objects"]["repaired"].as_u64() >= Some(3)));
 }
