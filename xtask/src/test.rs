@@ -85,7 +85,7 @@ impl Program {
     /// test without a kind needs what its program does.
     fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
-            ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits") => &[],
+            ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits" | "embedded_config") => &[],
             ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults") | ("daemon", "etcd_obstacles") => &[Need::Debian],
             ("cni", "reference") => &[Need::Debian, Need::ReferencePlugins],
             ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],

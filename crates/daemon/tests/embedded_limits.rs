@@ -1,12 +1,10 @@
-//! Clients that want too much of the embedded store, over real connections. One test function after the other in one process of
-//! its own, because memory is measured.
+//! Clients that request too much of the embedded store, over real connections: in a process of their own, because memory is measured.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use daemon::embedded::{StoreArgs, bind};
@@ -193,41 +191,4 @@ fn watches_that_are_not_read_cost_no_memory(address: SocketAddr) {
         let after = memory().saturating_sub(before) >> 20;
         assert!(after < 100, "{after} MiB are not given back");
     });
-}
-
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-#[test]
-fn start_says_which_network_config_the_store_has() {
-    let folder = folder("config");
-    let said = |net_config: Option<&str>| {
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        tracing::subscriber::with_default(subscriber, || run(async { drop(bind(&args(&folder, net_config)).await.unwrap()) }));
-        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-        // The engine of the store that is dropped closes its file.
-        std::thread::sleep(Duration::from_millis(300));
-        text
-    };
-    let [first, second] = [r#"{"Network":"10.1.0.0/16"}"#, r#"{"Network":"10.2.0.0/16"}"#];
-    assert!(said(None).contains("store has no network config"));
-    let written = said(Some(first));
-    assert!(written.contains("network config written from --net-config") && written.contains("10.1.0.0/16"), "{written}");
-    let same = said(Some(first));
-    assert!(same.contains("store has a network config") && !same.contains("ignored"), "{same}");
-    let ignored = said(Some(second));
-    assert!(ignored.contains("--net-config ignored") && ignored.contains("10.1.0.0/16") && ignored.contains("etcdctl put"), "{ignored}");
 }
