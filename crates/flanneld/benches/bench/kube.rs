@@ -112,7 +112,86 @@ async fn watch_whole(client: &kube::Client, bytes: &AtomicU64) {
     }
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+/// What heartbeats cost.
+struct Heartbeats {
+    /// Seconds of CPU.
+    cpu: f64,
+    beats: usize,
+    /// Received by the daemon's host.
+    bytes: u64,
+    /// Received by one who watches whole Nodes.
+    whole_bytes: u64,
+    took: Duration,
+}
+
+impl Heartbeats {
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    fn print(&self) {
+        println!(
+            "  heartbeats: {} Node statuses in {:.0} s ({:.0}/s): {:.1} MB received ({:.0} bytes each; whole Nodes, as JSON: {:.1} MB, {:.0} bytes each), CPU {:.2} s ({:.0} µs each)",
+            self.beats,
+            self.took.as_secs_f64(),
+            self.beats as f64 / self.took.as_secs_f64(),
+            mb(self.bytes),
+            self.bytes as f64 / self.beats as f64,
+            mb(self.whole_bytes),
+            self.whole_bytes as f64 / self.beats as f64,
+            self.cpu,
+            self.cpu * 1e6 / self.beats as f64,
+        );
+    }
+}
+
+/// Writes every Node's status once in ten seconds, as far as this machine can.
+fn heartbeats(lab: &Lab, size: usize, minutes: f64) -> Heartbeats {
+    let whole = AtomicU64::new(0);
+    let mut done = Heartbeats { cpu: 0.0, beats: 0, bytes: 0, whole_bytes: 0, took: Duration::ZERO };
+    lab.middle
+        .run(|| {
+            runtime().block_on(async {
+                let client = client(lab).await;
+                let work = async {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    let (before, bytes_before, began) = (whole.load(Ordering::Relaxed), received(lab), Instant::now());
+                    let cpu_before = super::used(lab);
+                    let mut beat = 0;
+                    while began.elapsed().as_secs_f64() < 60.0 * minutes {
+                        beat += 1;
+                        let round = Instant::now();
+                        send_all(&client, size, |i| {
+                            let patch = json!({ "status": { "conditions": [condition("Ready", beat)] } });
+                            request(
+                                "PATCH",
+                                &format!("/api/v1/nodes/{}/status", name(i + 1)),
+                                "application/strategic-merge-patch+json",
+                                &patch,
+                            )
+                        })
+                        .await;
+                        done.beats += size;
+                        tokio::time::sleep(HEARTBEAT.saturating_sub(round.elapsed())).await;
+                    }
+                    done.took = began.elapsed();
+                    done.cpu = super::used(lab) - cpu_before;
+                    done.bytes = received(lab) - bytes_before;
+                    done.whole_bytes = whole.load(Ordering::Relaxed) - before;
+                };
+                tokio::select! { () = work => {}, () = watch_whole(&client, &whole) => {} }
+            });
+        })
+        .unwrap();
+    done
+}
+
 pub(crate) fn run(root: &Path, size: usize, minutes: f64) {
     let program = std::env::var_os("FLANNEL_KUBERNETES").expect("run this by `cargo xtask bench`, which builds Kubernetes");
     let config = json!({ "Network": NETWORK, "EnableNFTables": true, "Backend": { "Type": "vxlan" } });
@@ -125,7 +204,6 @@ pub(crate) fn run(root: &Path, size: usize, minutes: f64) {
     lab.put_config().unwrap();
     // They have what they need: our own Node's pod CIDR is assigned, all others bring theirs.
     lab.stop_controllers().unwrap();
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     lab.middle
         .run(|| {
             runtime().block_on(async {
@@ -152,59 +230,12 @@ pub(crate) fn run(root: &Path, size: usize, minutes: f64) {
     std::thread::sleep(Duration::from_secs(3));
     let quiet_cpu = idle(&lab, Duration::from_secs_f64(60.0 * minutes));
 
-    // Every Node's status is written once in ten seconds, as far as this machine can.
-    let whole = AtomicU64::new(0);
-    let (mut cpu, mut beats, mut bytes, mut whole_bytes, mut took) = (0.0, 0, 0, 0, Duration::ZERO);
-    lab.middle
-        .run(|| {
-            runtime().block_on(async {
-                let client = client(&lab).await;
-                let work = async {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    let (before, bytes_before, began) = (whole.load(Ordering::Relaxed), received(&lab), Instant::now());
-                    let cpu_before = super::used(&lab);
-                    let mut beat = 0;
-                    while began.elapsed().as_secs_f64() < 60.0 * minutes {
-                        beat += 1;
-                        let round = Instant::now();
-                        send_all(&client, size, |i| {
-                            let patch = json!({ "status": { "conditions": [condition("Ready", beat)] } });
-                            request(
-                                "PATCH",
-                                &format!("/api/v1/nodes/{}/status", name(i + 1)),
-                                "application/strategic-merge-patch+json",
-                                &patch,
-                            )
-                        })
-                        .await;
-                        beats += size;
-                        tokio::time::sleep(HEARTBEAT.saturating_sub(round.elapsed())).await;
-                    }
-                    took = began.elapsed();
-                    cpu = super::used(&lab) - cpu_before;
-                    bytes = received(&lab) - bytes_before;
-                    whole_bytes = whole.load(Ordering::Relaxed) - before;
-                };
-                tokio::select! { () = work => {}, () = watch_whole(&client, &whole) => {} }
-            });
-        })
-        .unwrap();
+    let heartbeats = heartbeats(&lab, size, minutes);
     assert_eq!(count(), size);
-    let mb = |bytes: u64| bytes as f64 / 1e6;
     println!(
         "\nKubernetes {size} Nodes, vxlan: start to all programmed {start:.0} ms, {:.1} MB received; RSS {:.1} MB; CPU without heartbeats {quiet_cpu:.3} s/min",
         mb(start_bytes),
         rss(&lab)
     );
-    println!(
-        "  heartbeats: {beats} Node statuses in {:.0} s ({:.0}/s): {:.1} MB received ({:.0} bytes each; whole Nodes, as JSON: {:.1} MB, {:.0} bytes each), CPU {:.2} s ({:.0} µs each)",
-        took.as_secs_f64(),
-        beats as f64 / took.as_secs_f64(),
-        mb(bytes),
-        bytes as f64 / beats as f64,
-        mb(whole_bytes),
-        whole_bytes as f64 / beats as f64,
-        cpu,
-        cpu * 1e6 / beats as f64,
-    );
+    heartbeats.print();
 }

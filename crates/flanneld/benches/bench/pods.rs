@@ -101,10 +101,10 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
         Chain { lab: &lab, program: root.join("bin/flannel"), conf }
     };
     let chain = flannel(false);
-    let mut plain = chain.one_by_one(few);
-    let mut masqueraded = flannel(true).one_by_one(few);
+    let plain = chain.one_by_one(few);
+    let masqueraded = flannel(true).one_by_one(few);
     let rates = ["ADD", "DEL"].map(|verb| chain.parallel(verb, &pods[..PARALLEL]));
-    let mut full: Vec<Duration> = pods.iter().map(|pod| chain.call("ADD", pod)).collect();
+    let full: Vec<Duration> = pods.iter().map(|pod| chain.call("ADD", pod)).collect();
     let raw_add = |pods: &[Pod]| -> Vec<Duration> {
         let add = |(i, (_, _, pod)): (usize, &Pod)| {
             let began = Instant::now();
@@ -113,7 +113,7 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
         };
         pods.iter().enumerate().map(add).collect()
     };
-    let mut raw_full = raw_add(last);
+    let raw_full = raw_add(last);
     for (_, _, pod) in last {
         pod.run(|| link::delete(&mut Socket::open(Protocol::Route).unwrap(), name("eth0")).unwrap()).unwrap();
     }
@@ -133,39 +133,65 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
         Command::new(plugin).arg("bridge").env("CNI_COMMAND", "VERSION").output().unwrap();
         began.elapsed()
     };
-    let mut start: Vec<Duration> = (0..100).map(start).collect();
+    let start: Vec<Duration> = (0..100).map(start).collect();
 
+    let peer = std::env::var_os("PEER_CNI_DIR").map(PathBuf::from);
+    print_times(&lab, few, peer.as_deref(), Times { plain, masqueraded, full, raw, raw_full, start });
+    print_rates(&lab, &pods[..PARALLEL], peer.as_deref(), rates);
+    for (_, path, _) in &all {
+        netns::unbind(path).unwrap();
+    }
+}
+
+/// How long each call took.
+struct Times {
+    /// ADD and DEL.
+    plain: [Vec<Duration>; 2],
+    masqueraded: [Vec<Duration>; 2],
+    /// ADD of each of 1,010 pods.
+    full: Vec<Duration>,
+    /// The same work as ADD and DEL, by this process.
+    raw: [Vec<Duration>; 2],
+    /// The same beside a thousand pods.
+    raw_full: Vec<Duration>,
+    /// Of a program that does nothing.
+    start: Vec<Duration>,
+}
+
+/// Prints the times of pods that are added and deleted one by one, and those of other plugins.
+fn print_times(lab: &Lab, pods: &[Pod], peer: Option<&Path>, times: Times) {
     println!("| pods, one by one | p50 ms | p95 ms | raw p50 | raw p95 | ratio of p50 |\n|---|--:|--:|--:|--:|--:|");
-    let [raw_add, raw_del] = &mut raw;
+    let Times { mut plain, mut masqueraded, mut full, raw: [mut raw_add, mut raw_del], mut raw_full, mut start } = times;
     let line = |what: &str, ours: &mut [Duration], raw: &mut [Duration]| {
         let (p50, raw50) = (percentile(ours, 0.5), percentile(raw, 0.5));
         println!("| {what} | {p50:.2} | {:.2} | {raw50:.2} | {:.2} | {:.2} |", percentile(ours, 0.95), percentile(raw, 0.95), p50 / raw50);
     };
-    line("ADD", &mut plain[0], raw_add);
-    line("DEL", &mut plain[1], raw_del);
-    line("ADD with ipMasq", &mut masqueraded[0], raw_add);
-    line("DEL with ipMasq", &mut masqueraded[1], raw_del);
-    line("ADD, the first ten", &mut full[..10], raw_add);
+    line("ADD", &mut plain[0], &mut raw_add);
+    line("DEL", &mut plain[1], &mut raw_del);
+    line("ADD with ipMasq", &mut masqueraded[0], &mut raw_add);
+    line("DEL with ipMasq", &mut masqueraded[1], &mut raw_del);
+    line("ADD, the first ten", &mut full[..10], &mut raw_add);
     line("ADD, the last ten of 1,010", &mut full[MANY..], &mut raw_full);
-    if let Some(folder) = std::env::var_os("PEER_CNI_DIR") {
+    if let Some(folder) = peer {
         for (masquerade, verbs) in [(false, ["ADD, peer", "DEL, peer"]), (true, ["ADD with ipMasq, peer", "DEL with ipMasq, peer"])] {
-            let peer = other(&lab, Path::new(&folder), masquerade);
-            let mut took = peer.one_by_one(few);
-            line(verbs[0], &mut took[0], raw_add);
-            line(verbs[1], &mut took[1], raw_del);
+            let peer = other(lab, folder, masquerade);
+            let mut took = peer.one_by_one(pods);
+            line(verbs[0], &mut took[0], &mut raw_add);
+            line(verbs[1], &mut took[1], &mut raw_del);
         }
     }
     println!("| start of a program that does nothing | {:.2} | {:.2} | | | |", percentile(&mut start, 0.5), percentile(&mut start, 0.95));
+}
+
+/// Prints the rates of pods that are added and deleted eight at a time, and those of other plugins.
+fn print_rates(lab: &Lab, pods: &[Pod], peer: Option<&Path>, rates: [f64; 2]) {
     println!("\n| {PARALLEL} pods, 8 in parallel | ADD/s | DEL/s |\n|---|--:|--:|\n| ours | {:.0} | {:.0} |", rates[0], rates[1]);
-    if let Some(folder) = std::env::var_os("PEER_CNI_DIR") {
+    if let Some(folder) = peer {
         for masquerade in [false, true] {
-            let peer = other(&lab, Path::new(&folder), masquerade);
-            let rates = ["ADD", "DEL"].map(|verb| peer.parallel(verb, &pods[..PARALLEL]));
+            let peer = other(lab, folder, masquerade);
+            let rates = ["ADD", "DEL"].map(|verb| peer.parallel(verb, pods));
             println!("| peer{} | {:.0} | {:.0} |", if masquerade { ", ipMasq" } else { "" }, rates[0], rates[1]);
         }
-    }
-    for (_, path, _) in &all {
-        netns::unbind(path).unwrap();
     }
 }
 

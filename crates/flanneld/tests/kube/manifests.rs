@@ -123,49 +123,71 @@ pub(crate) fn our_manifest_upgrades_go_flannels(root: &Path) {
     );
 }
 
-pub(crate) fn chart_renders_the_same_objects(root: &Path) {
-    let lab = lab(root);
-    let render = |sets: &[&str]| {
+const DAEMONSET: &str = "DaemonSet/kube-flannel-ds";
+
+/// The chart, rendered by helm.
+struct Chart<'a> {
+    root: &'a Path,
+    lab: &'a Lab,
+}
+
+impl Chart<'_> {
+    /// Whether it can be rendered with these values, and its text or the error.
+    fn render(&self, sets: &[&str]) -> (bool, String) {
         let mut command = Command::new(tool("FLANNEL_HELM"));
         command.args(["template", "flannel", "-n", "kube-flannel"]).arg(deploy().join("helm/flannel"));
         for set in sets {
             // A value that is a file of ours is that file's text.
-            let is_file = set.split_once('=').is_some_and(|(_, value)| value.starts_with(&*root.to_string_lossy()));
+            let is_file = set.split_once('=').is_some_and(|(_, value)| value.starts_with(&*self.root.to_string_lossy()));
             command.args([if is_file { "--set-file" } else { "--set" }, set]);
         }
         for folder in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-            command.env(folder, root.join("helm"));
+            command.env(folder, self.root.join("helm"));
         }
         let output = command.output().unwrap();
         let said = if output.status.success() { output.stdout } else { output.stderr };
         (output.status.success(), String::from_utf8_lossy(&said).into_owned())
-    };
-    let objects = |sets: &[&str]| {
-        let (done, text) = render(sets);
+    }
+
+    fn objects(&self, sets: &[&str]) -> BTreeMap<String, Value> {
+        let (done, text) = self.render(sets);
         assert!(done, "{text}");
-        dry(&lab, &text)
-    };
+        dry(self.lab, &text)
+    }
+}
+
+pub(crate) fn chart_renders_the_same_objects(root: &Path) {
+    let lab = lab(root);
+    let chart = Chart { root, lab: &lab };
+    default_values_give_the_manifest(&chart);
+    values_reach_the_configuration(&chart);
+    values_reach_the_daemonset(&chart);
+    lists_and_errors(&chart);
+}
+
+fn default_values_give_the_manifest(chart: &Chart<'_>) {
     // As the values are, it is the manifest: but for one toleration, which upstream's chart has too, and spaces in JSON.
-    let mut ours = dry(&lab, &std::fs::read_to_string(deploy().join("kubernetes/kube-flannel.yml")).unwrap());
+    let mut ours = dry(chart.lab, &std::fs::read_to_string(deploy().join("kubernetes/kube-flannel.yml")).unwrap());
     // The chart's selector is another, and a selector cannot be changed.
-    lab.kubectl(&["-n", "kube-flannel", "delete", "daemonset", "kube-flannel-ds"], "").unwrap();
-    let mut chart = objects(&[]);
+    chart.lab.kubectl(&["-n", "kube-flannel", "delete", "daemonset", "kube-flannel-ds"], "").unwrap();
+    let mut rendered = chart.objects(&[]);
     ours.remove("Namespace/kube-flannel");
-    let daemonset = "DaemonSet/kube-flannel-ds";
-    let tolerations = &mut chart.get_mut(daemonset).unwrap()["spec"]["template"]["spec"]["tolerations"];
+    let tolerations = &mut rendered.get_mut(DAEMONSET).unwrap()["spec"]["template"]["spec"]["tolerations"];
     assert_eq!(tolerations.as_array_mut().unwrap().pop().unwrap(), json!({ "effect": "NoExecute", "operator": "Exists" }));
-    for set in [&mut ours, &mut chart] {
+    for set in [&mut ours, &mut rendered] {
         let data = &mut set.get_mut("ConfigMap/kube-flannel-cfg").unwrap()["data"];
         for key in ["cni-conf.json", "net-conf.json"] {
             data[key] = serde_json::from_str(data[key].as_str().unwrap()).unwrap();
         }
     }
     // Go flannel's chart selects by one label, its release manifest by two; a selector cannot be changed later.
-    let selectors = [&mut chart, &mut ours].map(|set| set.get_mut(daemonset).unwrap()["spec"]["selector"]["matchLabels"].take());
+    let selectors = [&mut rendered, &mut ours].map(|set| set.get_mut(DAEMONSET).unwrap()["spec"]["selector"]["matchLabels"].take());
     assert_eq!(selectors, [json!({ "app": "flannel" }), json!({ "app": "flannel", "k8s-app": "flannel" })]);
-    assert_eq!(chart, ours);
+    assert_eq!(rendered, ours);
+}
 
-    let net_conf = |sets: &[&str]| objects(sets)["ConfigMap/kube-flannel-cfg"]["data"]["net-conf.json"].as_str().unwrap().to_owned();
+fn values_reach_the_configuration(chart: &Chart<'_>) {
+    let net_conf = |sets: &[&str]| chart.objects(sets)["ConfigMap/kube-flannel-cfg"]["data"]["net-conf.json"].as_str().unwrap().to_owned();
     let all = [
         "podCidrv6=fd00:244::/48",
         "flannel.backendPort=4789",
@@ -182,7 +204,10 @@ pub(crate) fn chart_renders_the_same_objects(root: &Path) {
     assert!(Config::parse_assigned(&text).is_ok());
     let only_v6 = net_conf(&["podCidr=", "podCidrv6=fd00:244::/48", "flannel.backend=host-gw"]);
     assert!(Config::parse_assigned(&only_v6).unwrap().networks.v4.is_none(), "{only_v6}");
-    let bare = objects(&[
+}
+
+fn values_reach_the_daemonset(chart: &Chart<'_>) {
+    let bare = chart.objects(&[
         "flannel.healthz.port=0",
         "flannel.skipCNIConfigInstallation=true",
         "flannel.replacePlugins=true",
@@ -190,7 +215,7 @@ pub(crate) fn chart_renders_the_same_objects(root: &Path) {
         "flannel.image.tag=9",
         "flannel.cniBinDir=/x/bin",
     ]);
-    let spec = &bare[daemonset]["spec"]["template"]["spec"];
+    let spec = &bare[DAEMONSET]["spec"]["template"]["spec"];
     let container = &spec["containers"][0];
     assert!(
         container["args"] == json!(["--ip-masq", "--kube-subnet-mgr"])
@@ -201,19 +226,22 @@ pub(crate) fn chart_renders_the_same_objects(root: &Path) {
     assert_eq!(spec["initContainers"][0]["command"], json!(["/opt/bin/flanneld", "install-cni", "--skip-conf", "--replace"]));
     assert_eq!((&spec["nodeSelector"], &container["image"]), (&json!({ "pool": "a" }), &json!("localhost/flannel:9")));
     assert!(!spec.to_string().contains("/etc/cni/net.d") && spec.to_string().contains("/x/bin"));
-    let udp = objects(&["flannel.backend=udp", "flannel.healthz.livenessProbe=null"]);
-    assert_eq!(udp[daemonset]["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privileged"], true);
+    let udp = chart.objects(&["flannel.backend=udp", "flannel.healthz.livenessProbe=null"]);
+    assert_eq!(udp[DAEMONSET]["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privileged"], true);
+}
+
+fn lists_and_errors(chart: &Chart<'_>) {
     // As upstream's values file has it: a text.
-    let list = root.join("cni.json");
+    let list = chart.root.join("cni.json");
     std::fs::write(&list, r#"{"name":"cbr0","plugins":[{"type":"flannel"}]}"#).unwrap();
-    let text = &objects(&[&format!("flannel.cniConf={}", list.display())])["ConfigMap/kube-flannel-cfg"]["data"]["cni-conf.json"];
+    let text = &chart.objects(&[&format!("flannel.cniConf={}", list.display())])["ConfigMap/kube-flannel-cfg"]["data"]["cni-conf.json"];
     assert_eq!(serde_json::from_str::<Value>(text.as_str().unwrap()).unwrap()["plugins"][0]["type"], "flannel");
     for (set, want) in [
         ("netpol.enabled=true", "this chart has no network policies yet"),
         ("flannel.backend=wireguard", "is none of vxlan, host-gw, udp and alloc"),
         ("flannel.image.repository=ghcr.io/flannel-io/flannel", "is upstream's image"),
     ] {
-        let (done, text) = render(&[set]);
+        let (done, text) = chart.render(&[set]);
         assert!(!done && text.contains(want), "{text}");
     }
 }
@@ -267,42 +295,41 @@ pub(crate) fn image_has_everything_it_needs(root: &Path) {
     assert!(String::from_utf8_lossy(&version.stdout).contains("supportedVersions"));
 }
 
-pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
-    use std::os::unix::fs::MetadataExt;
-    let (bin, net) = (root.join("bin"), root.join("net.d"));
-    std::fs::create_dir_all(&bin).unwrap();
-    // Plugins of others, and an older flannel.
-    std::fs::write(bin.join("bridge"), "another's").unwrap();
-    std::fs::write(bin.join("flannel"), "upstream's").unwrap();
-    std::os::unix::fs::symlink("/nowhere/tuning", bin.join("tuning")).unwrap();
-    let plugin = root.join("plugin");
-    let list = |text: &str| format!(r#"{{"name":"cbr0","cniVersion":"1.0.0","plugins":[{{"type":"flannel","note":"{text}"}}]}}"#);
-    let conf = root.join("conf");
-    let target = net.join("10-flannel.conflist");
-    let install = |more: &[&str]| {
+/// The files of `install-cni`: what it is given, and what it makes of that.
+struct Installed {
+    plugin: PathBuf,
+    bin: PathBuf,
+    conf: PathBuf,
+    target: PathBuf,
+}
+
+impl Installed {
+    fn install(&self, more: &[&str]) -> (bool, String) {
         let output = Command::new(PROGRAM)
             .arg("install-cni")
             .arg("--plugin")
-            .arg(&plugin)
+            .arg(&self.plugin)
             .arg("--bin-dir")
-            .arg(&bin)
+            .arg(&self.bin)
             .arg("--conf")
-            .arg(&conf)
+            .arg(&self.conf)
             .arg("--conf-target")
-            .arg(&target)
+            .arg(&self.target)
             .args(more)
             .output()
             .unwrap();
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
-    };
-    let versions: Vec<(Vec<u8>, String)> =
-        (0..2u8).map(|i| (vec![b'0' + i; 3_000_000], list(&char::from(b'0' + i).to_string().repeat(200_000)))).collect();
+    }
+}
+
+/// Installs two versions in turn, and reads the files meanwhile: each is whole. Returns how many files were read.
+fn read_while_versions_alternate(files: &Installed, versions: &[(Vec<u8>, String)]) -> usize {
     let stop = AtomicBool::new(false);
-    let seen = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let mut seen = 0;
             while !stop.load(Ordering::Relaxed) {
-                for entry in std::fs::read_dir(&net).into_iter().flatten().flatten() {
+                for entry in std::fs::read_dir(files.target.parent().unwrap()).into_iter().flatten().flatten() {
                     // As libcni looks: by the end of the name.
                     if entry.path().extension().is_some_and(|end| end == "conflist" || end == "conf" || end == "json") {
                         let text = std::fs::read_to_string(entry.path()).unwrap();
@@ -310,7 +337,7 @@ pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
                         seen += 1;
                     }
                 }
-                if let Ok(bytes) = std::fs::read(bin.join("host-local")) {
+                if let Ok(bytes) = std::fs::read(files.bin.join("host-local")) {
                     assert!(bytes.len() == 3_000_000 && bytes.iter().all(|byte| *byte == bytes[0]), "half a program");
                     seen += 1;
                 }
@@ -319,44 +346,65 @@ pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
         });
         for round in 0..40 {
             let (program, text) = &versions[round % 2];
-            std::fs::write(&plugin, program).unwrap();
-            std::fs::write(&conf, text).unwrap();
-            let (done, said) = install(&[]);
+            std::fs::write(&files.plugin, program).unwrap();
+            std::fs::write(&files.conf, text).unwrap();
+            let (done, said) = files.install(&[]);
             assert!(done, "{said}");
             assert!(said.contains("kept plugins of others (use --replace to replace them): bridge tuning"), "{said}");
         }
         stop.store(true, Ordering::Relaxed);
         reader.join().unwrap()
-    });
+    })
+}
+
+pub(crate) fn installed_files_are_never_seen_half_written(root: &Path) {
+    use std::os::unix::fs::MetadataExt;
+    let files = Installed {
+        plugin: root.join("plugin"),
+        bin: root.join("bin"),
+        conf: root.join("conf"),
+        target: root.join("net.d/10-flannel.conflist"),
+    };
+    let Installed { plugin, bin, conf, target } = &files;
+    std::fs::create_dir_all(bin).unwrap();
+    // Plugins of others, and an older flannel.
+    std::fs::write(bin.join("bridge"), "another's").unwrap();
+    std::fs::write(bin.join("flannel"), "upstream's").unwrap();
+    std::os::unix::fs::symlink("/nowhere/tuning", bin.join("tuning")).unwrap();
+    let list = |text: &str| format!(r#"{{"name":"cbr0","cniVersion":"1.0.0","plugins":[{{"type":"flannel","note":"{text}"}}]}}"#);
+    let install = |more: &[&str]| files.install(more);
+    let versions: Vec<(Vec<u8>, String)> =
+        (0..2u8).map(|i| (vec![b'0' + i; 3_000_000], list(&char::from(b'0' + i).to_string().repeat(200_000)))).collect();
+    let seen = read_while_versions_alternate(&files, &versions);
     assert!(seen > 10, "{seen}");
     assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), b"another's");
     assert_eq!(std::fs::read(bin.join("flannel")).unwrap(), versions[1].0, "flannel is replaced in any case");
     assert!(
-        std::fs::metadata(&target).unwrap().mode() & 0o777 == 0o644
+        std::fs::metadata(target).unwrap().mode() & 0o777 == 0o644
             && std::fs::metadata(bin.join("portmap")).unwrap().mode() & 0o777 == 0o755
     );
     // Nothing to do: nothing is written.
-    let before = (std::fs::metadata(&target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino());
+    let before = (std::fs::metadata(target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino());
     let (done, said) = install(&[]);
     assert!(done && said.contains("is up to date"), "{said}");
-    assert_eq!(before, (std::fs::metadata(&target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino()));
+    assert_eq!(before, (std::fs::metadata(target).unwrap().ino(), std::fs::metadata(bin.join("portmap")).unwrap().ino()));
     // A broken list is refused, and the good one stands.
-    std::fs::write(&conf, r#"{"name":"cbr0","plugins":"#).unwrap();
+    std::fs::write(conf, r#"{"name":"cbr0","plugins":"#).unwrap();
     let (done, said) = install(&[]);
     assert!(!done && said.contains("key cni-conf.json of ConfigMap kube-flannel-cfg") && said.contains("it is not valid JSON"), "{said}");
-    assert_eq!(std::fs::read_to_string(&target).unwrap(), versions[1].1);
+    assert_eq!(std::fs::read_to_string(target).unwrap(), versions[1].1);
     // Killed before the last step: the next run still knows what of the rest is ours.
-    std::fs::write(&plugin, &versions[0].0).unwrap();
-    std::fs::copy(&plugin, bin.join("half")).unwrap();
+    std::fs::write(plugin, &versions[0].0).unwrap();
+    std::fs::copy(plugin, bin.join("half")).unwrap();
     std::fs::rename(bin.join("half"), bin.join("host-local")).unwrap();
     let (done, said) = install(&["--skip-conf"]);
     assert!(done && !said.contains("portmap host-local") && std::fs::read(bin.join("portmap")).unwrap() == versions[0].0, "{said}");
     let file = |name: &str| std::fs::metadata(bin.join(name)).unwrap().ino();
     assert_eq!((file("host-local"), file("portmap")), (file("flannel-cni"), file("flannel-cni")), "one file, as the next version expects");
-    std::fs::write(&plugin, &versions[1].0).unwrap();
+    std::fs::write(plugin, &versions[1].0).unwrap();
     assert!(install(&["--skip-conf", "--replace"]).0);
     assert_eq!(std::fs::read(bin.join("bridge")).unwrap(), versions[1].0);
     let names: Vec<String> =
-        std::fs::read_dir(&bin).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        std::fs::read_dir(bin).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
     assert!(names.iter().all(|name| !name.starts_with('.')), "nothing temporary is left: {names:?}");
 }
