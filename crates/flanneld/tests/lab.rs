@@ -61,6 +61,84 @@ use serde_json::json;
 type Test = fn(&Path);
 type StoreTest = fn(&Path, StoreKind);
 
+/// Tests that run with each store.
+const STORE_TESTS: [(&str, StoreTest); 10] = [
+    ("expired_and_compacted_leases_are_followed", leases::expired_and_compacted_leases_are_followed),
+    ("pods_reach_each_other_and_the_outside", leases::pods_reach_each_other_and_the_outside),
+    ("a_thousand_leases_put_one_by_one", |root, store| leases::a_thousand_leases(root, store, leases::How::OneByOne)),
+    ("a_thousand_leases_in_one_transaction", |root, store| leases::a_thousand_leases(root, store, leases::How::OneTransaction)),
+    ("a_thousand_leases_before_the_daemon_starts", |root, store| leases::a_thousand_leases(root, store, leases::How::Before)),
+    ("two_daemons_started_at_once_find_each_other_200_times", leases::two_daemons_started_at_once),
+    ("store_restart_loses_no_packet", leases::store_restart_loses_no_packet),
+    ("lost_lease_is_acquired_again", leases::lost_lease_is_acquired_again),
+    ("bad_entry_affects_no_other_lease", leases::bad_entry_affects_no_other_lease),
+    ("many_daemons_share_the_network_without_overlap", leases::many_daemons_share_the_network),
+];
+
+/// Tests that run once.
+const TESTS: [(&str, Test); 60] = [
+    ("commands_survive_closed_output", command::commands_survive_closed_output),
+    ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
+    ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
+    ("cleanup_removes_everything_of_ours_and_nothing_else", cleanup::removes_everything_of_ours_and_nothing_else),
+    ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
+    ("udp_on_another_port", process::udp_on_another_port),
+    ("foreign_device_with_our_name_is_replaced", process::foreign_device_with_our_name_is_replaced),
+    ("interface_changes_are_followed", heal::interface_changes_are_followed),
+    ("every_fault_is_repaired", heal::every_fault_is_repaired),
+    ("second_address_and_other_name_change_nothing", heal::second_address_and_other_name_change_nothing),
+    ("nft_flush_keeps_host_ports", pod_rules::nft_flush_keeps_host_ports),
+    ("new_vtep_mac_is_kept_and_published", heal::new_vtep_mac_is_kept_and_published),
+    ("full_disk_under_subnet_env_is_reported_and_retried", heal::full_disk_under_subnet_env_is_reported_and_retried),
+    ("killed_store_keeps_acknowledged_writes", heal::killed_store_keeps_acknowledged_writes),
+    ("full_disk_under_the_store_is_reported_and_loses_nothing", heal::full_disk_under_the_store_is_reported_and_loses_nothing),
+    ("host_and_store_events_are_followed", heal::host_and_store_events_are_followed),
+    ("etcd_members_fail_in_turn", heal::etcd_members_fail_in_turn),
+    ("chaos_run_holds", heal::chaos_run_holds),
+    ("daemon_without_store_reports_and_exits_cleanly", process::daemon_without_store_reports_and_exits_cleanly),
+    ("flags_are_read_from_the_environment", process::flags_are_read_from_the_environment),
+    ("daemon_fails_over_to_another_endpoint", process::daemon_fails_over_to_another_endpoint),
+    ("lease_is_renewed_and_reservation_stays", process::lease_is_renewed_and_reservation_stays),
+    ("nftables_need_no_program", process::nftables_need_no_program),
+    ("flags_do_what_they_say", flags::flags_do_what_they_say),
+    ("keys_of_the_configuration_reach_the_kernel", flags::keys_of_the_configuration_reach_the_kernel),
+    ("flushed_rules_are_restored_without_idle_processes", rules::flushed_rules_are_restored_without_idle_processes),
+    ("change_of_rule_kind_leaves_no_old_rules", rules::change_of_rule_kind_leaves_no_old_rules),
+    ("two_daemons_share_a_host", rules::two_daemons_share_a_host),
+    ("two_hundred_pods_by_containerd_reach_each_other", runtimes::two_hundred_pods_by_containerd),
+    ("podman_runs_pods_that_reach_each_other", runtimes::podman_runs_pods),
+    ("a_go_flannelds_node_is_taken_over_without_a_lost_packet", adoption::a_go_node_is_taken_over),
+    ("operator_route_is_not_adopted", adoption::operator_route_is_not_adopted),
+    ("change_of_pod_network_leaves_no_old_objects", adoption::change_of_pod_network_leaves_no_old_objects),
+    ("blackhole_route_covers_unused_addresses", adoption::blackhole_route_covers_unused_addresses),
+    ("hundred_restarts_lose_nothing", restarts::hundred_restarts_lose_nothing),
+    ("extension_runs_words_or_a_shell_for_each_peer", extension_runs_words_or_a_shell_for_each_peer),
+    ("deleted_tun_device_is_restored", deleted_tun_device_is_restored),
+    ("daemon_restart_loses_no_packet", daemon_restart_loses_no_packet),
+    ("deleted_objects_are_restored", deleted_objects_are_restored),
+    ("conflict_is_reported_and_rate_limited", conflict_is_reported_and_rate_limited),
+    ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
+    ("two_hundred_pods_at_once", plugins::two_hundred_pods_at_once),
+    ("killed_plugin_leaves_nothing_after_del", plugins::killed_plugin_leaves_nothing_after_del),
+    ("bad_configurations_are_reported_and_retried", obstacles::bad_configurations_are_reported_and_retried),
+    ("address_that_peers_cannot_use_is_refused", obstacles::address_that_peers_cannot_use_is_refused),
+    ("late_interface_is_waited_for", obstacles::late_interface_is_waited_for),
+    ("failing_family_leaves_the_other_alone", obstacles::failing_family_leaves_the_other_alone),
+    ("hosts_with_one_address_say_so", checks::hosts_with_one_address_say_so),
+    ("taken_vni_is_named_and_waited_for", checks::a_taken_vni_is_named_and_waited_for),
+    ("hanging_commands_delay_no_repair", checks::hanging_commands_delay_no_repair),
+    ("interfaces_that_do_not_forward_are_repaired", checks::interfaces_that_do_not_forward_are_repaired),
+    ("foreign_settings_of_our_device_are_seen_through", checks::foreign_settings_of_our_device_are_seen_through),
+    ("bad_flags_are_refused", command::bad_flags_are_refused),
+    ("store_takes_net_config_once", leases::store_takes_net_config_once),
+    ("lab_shows_host_gw_and_vxlan", command::lab_shows_host_gw_and_vxlan),
+    ("lab_names_peers_behind_a_router", command::lab_names_peers_behind_a_router),
+    ("lab_needs_no_root", command::lab_needs_no_root),
+    ("twenty_hosts_all_pairs", command::twenty_hosts_all_pairs),
+    ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
+    ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
+];
+
 fn main() {
     let arguments = Arguments::from_args();
     let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
@@ -74,86 +152,12 @@ fn main() {
         }));
     };
     for (name, store) in stores::all() {
-        let tests: [(&str, StoreTest); 10] = [
-            ("expired_and_compacted_leases_are_followed", leases::expired_and_compacted_leases_are_followed),
-            ("pods_reach_each_other_and_the_outside", leases::pods_reach_each_other_and_the_outside),
-            ("a_thousand_leases_put_one_by_one", |root, store| leases::a_thousand_leases(root, store, leases::How::OneByOne)),
-            ("a_thousand_leases_in_one_transaction", |root, store| leases::a_thousand_leases(root, store, leases::How::OneTransaction)),
-            ("a_thousand_leases_before_the_daemon_starts", |root, store| leases::a_thousand_leases(root, store, leases::How::Before)),
-            ("two_daemons_started_at_once_find_each_other_200_times", leases::two_daemons_started_at_once),
-            ("store_restart_loses_no_packet", leases::store_restart_loses_no_packet),
-            ("lost_lease_is_acquired_again", leases::lost_lease_is_acquired_again),
-            ("bad_entry_affects_no_other_lease", leases::bad_entry_affects_no_other_lease),
-            ("many_daemons_share_the_network_without_overlap", leases::many_daemons_share_the_network),
-        ];
-        for (test_name, test) in tests {
+        for (test_name, test) in STORE_TESTS {
             let store = store.clone();
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    let others: [(&str, Test); 60] = [
-        ("commands_survive_closed_output", command::commands_survive_closed_output),
-        ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
-        ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
-        ("cleanup_removes_everything_of_ours_and_nothing_else", cleanup::removes_everything_of_ours_and_nothing_else),
-        ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
-        ("udp_on_another_port", process::udp_on_another_port),
-        ("foreign_device_with_our_name_is_replaced", process::foreign_device_with_our_name_is_replaced),
-        ("interface_changes_are_followed", heal::interface_changes_are_followed),
-        ("every_fault_is_repaired", heal::every_fault_is_repaired),
-        ("second_address_and_other_name_change_nothing", heal::second_address_and_other_name_change_nothing),
-        ("nft_flush_keeps_host_ports", pod_rules::nft_flush_keeps_host_ports),
-        ("new_vtep_mac_is_kept_and_published", heal::new_vtep_mac_is_kept_and_published),
-        ("full_disk_under_subnet_env_is_reported_and_retried", heal::full_disk_under_subnet_env_is_reported_and_retried),
-        ("killed_store_keeps_acknowledged_writes", heal::killed_store_keeps_acknowledged_writes),
-        ("full_disk_under_the_store_is_reported_and_loses_nothing", heal::full_disk_under_the_store_is_reported_and_loses_nothing),
-        ("host_and_store_events_are_followed", heal::host_and_store_events_are_followed),
-        ("etcd_members_fail_in_turn", heal::etcd_members_fail_in_turn),
-        ("chaos_run_holds", heal::chaos_run_holds),
-        ("daemon_without_store_reports_and_exits_cleanly", process::daemon_without_store_reports_and_exits_cleanly),
-        ("flags_are_read_from_the_environment", process::flags_are_read_from_the_environment),
-        ("daemon_fails_over_to_another_endpoint", process::daemon_fails_over_to_another_endpoint),
-        ("lease_is_renewed_and_reservation_stays", process::lease_is_renewed_and_reservation_stays),
-        ("nftables_need_no_program", process::nftables_need_no_program),
-        ("flags_do_what_they_say", flags::flags_do_what_they_say),
-        ("keys_of_the_configuration_reach_the_kernel", flags::keys_of_the_configuration_reach_the_kernel),
-        ("flushed_rules_are_restored_without_idle_processes", rules::flushed_rules_are_restored_without_idle_processes),
-        ("change_of_rule_kind_leaves_no_old_rules", rules::change_of_rule_kind_leaves_no_old_rules),
-        ("two_daemons_share_a_host", rules::two_daemons_share_a_host),
-        ("two_hundred_pods_by_containerd_reach_each_other", runtimes::two_hundred_pods_by_containerd),
-        ("podman_runs_pods_that_reach_each_other", runtimes::podman_runs_pods),
-        ("a_go_flannelds_node_is_taken_over_without_a_lost_packet", adoption::a_go_node_is_taken_over),
-        ("operator_route_is_not_adopted", adoption::operator_route_is_not_adopted),
-        ("change_of_pod_network_leaves_no_old_objects", adoption::change_of_pod_network_leaves_no_old_objects),
-        ("blackhole_route_covers_unused_addresses", adoption::blackhole_route_covers_unused_addresses),
-        ("hundred_restarts_lose_nothing", restarts::hundred_restarts_lose_nothing),
-        ("extension_runs_words_or_a_shell_for_each_peer", extension_runs_words_or_a_shell_for_each_peer),
-        ("deleted_tun_device_is_restored", deleted_tun_device_is_restored),
-        ("daemon_restart_loses_no_packet", daemon_restart_loses_no_packet),
-        ("deleted_objects_are_restored", deleted_objects_are_restored),
-        ("conflict_is_reported_and_rate_limited", conflict_is_reported_and_rate_limited),
-        ("a_full_mtu_packet_crosses_vxlan", a_full_mtu_packet_crosses_vxlan),
-        ("two_hundred_pods_at_once", plugins::two_hundred_pods_at_once),
-        ("killed_plugin_leaves_nothing_after_del", plugins::killed_plugin_leaves_nothing_after_del),
-        ("bad_configurations_are_reported_and_retried", obstacles::bad_configurations_are_reported_and_retried),
-        ("address_that_peers_cannot_use_is_refused", obstacles::address_that_peers_cannot_use_is_refused),
-        ("late_interface_is_waited_for", obstacles::late_interface_is_waited_for),
-        ("failing_family_leaves_the_other_alone", obstacles::failing_family_leaves_the_other_alone),
-        ("hosts_with_one_address_say_so", checks::hosts_with_one_address_say_so),
-        ("taken_vni_is_named_and_waited_for", checks::a_taken_vni_is_named_and_waited_for),
-        ("hanging_commands_delay_no_repair", checks::hanging_commands_delay_no_repair),
-        ("interfaces_that_do_not_forward_are_repaired", checks::interfaces_that_do_not_forward_are_repaired),
-        ("foreign_settings_of_our_device_are_seen_through", checks::foreign_settings_of_our_device_are_seen_through),
-        ("bad_flags_are_refused", command::bad_flags_are_refused),
-        ("store_takes_net_config_once", leases::store_takes_net_config_once),
-        ("lab_shows_host_gw_and_vxlan", command::lab_shows_host_gw_and_vxlan),
-        ("lab_names_peers_behind_a_router", command::lab_names_peers_behind_a_router),
-        ("lab_needs_no_root", command::lab_needs_no_root),
-        ("twenty_hosts_all_pairs", command::twenty_hosts_all_pairs),
-        ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
-        ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
-    ];
-    for (name, test) in others {
+    for (name, test) in TESTS {
         add(name.to_owned(), Box::new(test));
     }
     for (name, store) in stores::all().into_iter().filter(|(_, store)| matches!(store, StoreKind::Etcd(_))) {

@@ -161,7 +161,8 @@ fn wait(what: &str, nodes: &[Node], lab: &Lab, mut done: impl FnMut() -> bool) {
     }
 }
 
-pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: PodFamily) {
+/// Two hosts with all their programs, whose kubelets register their Nodes themselves.
+fn start(root: &Path, backend: &str, family: PodFamily) -> (Lab, Vec<Node>) {
     let mut plan = plan(2, backend, family, Version::Current);
     let config = plan.config.clone();
     for flag in ["--kubelet-preferred-address-types=InternalIP", "--endpoint-reconciler-type=lease"] {
@@ -187,48 +188,54 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
         lab.kubernetes().display()
     );
     nodes[0].start("kube-scheduler", &scheduler);
+    (lab, nodes)
+}
 
-    let daemons_ready = || {
-        lab.kubectl(&["-n", "kube-flannel", "get", "daemonset", "kube-flannel-ds", "-o", "jsonpath={.status.numberReady}"], "")
-            .is_ok_and(|ready| ready == "2")
-    };
-    wait("the DaemonSet is ready on both nodes", &nodes, &lab, daemons_ready);
-    wait("both nodes are ready", &nodes, &lab, || {
+fn daemons_ready(lab: &Lab) -> bool {
+    lab.kubectl(&["-n", "kube-flannel", "get", "daemonset", "kube-flannel-ds", "-o", "jsonpath={.status.numberReady}"], "")
+        .is_ok_and(|ready| ready == "2")
+}
+
+/// Waits for the daemons and the Nodes, and looks at what they report and at what the init containers installed.
+fn nodes_become_ready(lab: &Lab, nodes: &[Node]) {
+    wait("the DaemonSet is ready on both nodes", nodes, lab, || daemons_ready(lab));
+    wait("both nodes are ready", nodes, lab, || {
         lab.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type==\"Ready\")].status}"], "")
             .is_ok_and(|text| text == "True True")
     });
     for host in ["h1", "h2"] {
-        let condition = |kind: &str| field(&lab, &format!("node/{host}"), &format!(".status.conditions[?(@.type==\"{kind}\")].reason"));
+        let condition = |kind: &str| field(lab, &format!("node/{host}"), &format!(".status.conditions[?(@.type==\"{kind}\")].reason"));
         assert_eq!(condition("NetworkUnavailable"), "FlannelIsUp");
         assert!(
-            events(&lab, host).iter().all(|(reason, _)| !["PeerUnreachable", "KernelRefused", "Forbidden"].contains(&reason.as_str())),
+            events(lab, host).iter().all(|(reason, _)| !["PeerUnreachable", "KernelRefused", "Forbidden"].contains(&reason.as_str())),
             "{:?}",
-            events(&lab, host)
+            events(lab, host)
         );
     }
     // The files of the init container, as a runtime finds them.
-    for node in &nodes {
+    for node in nodes {
         let installed = node.shell("ls /opt/cni/bin; ls -A /etc/cni/net.d; cat /run/flannel/subnet.env");
         for name in ["bridge", "flannel", "host-local", "loopback", "portmap", "10-flannel.conflist", "FLANNEL_IPMASQ=true"] {
             assert!(installed.contains(name), "{installed}");
         }
     }
+}
 
+/// Creates a pod on each host, and a service of both. Returns the pods' addresses, which are of their Nodes' pod CIDRs.
+fn create_pods(lab: &Lab, nodes: &[Node], has_service: bool) -> Vec<Vec<IpAddr>> {
     let pods = [pod("p1", "h1", 8077), pod("p2", "h2", 8077)];
-    crate::create(&lab, &pods);
-    // A service has IPv4 here.
-    let has_service = family != PodFamily::V6;
+    crate::create(lab, &pods);
     let service = json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "answers" }, "spec": { "clusterIP": "10.96.0.77", "selector": { "app": "answers" }, "ports": [{ "port": 80 }] } });
     if has_service {
-        crate::create(&lab, &[service]);
+        crate::create(lab, &[service]);
     }
-    wait("both pods are ready", &nodes, &lab, || {
+    wait("both pods are ready", nodes, lab, || {
         lab.kubectl(&["get", "pods", "p1", "p2", "-o", "jsonpath={.items[*].status.conditions[?(@.type==\"Ready\")].status}"], "")
             .is_ok_and(|text| text == "True True")
     });
     let addresses: Vec<Vec<IpAddr>> = ["p1", "p2"]
         .iter()
-        .map(|name| field(&lab, &format!("pod/{name}"), ".status.podIPs[*].ip").split(' ').map(|ip| ip.parse().unwrap()).collect())
+        .map(|name| field(lab, &format!("pod/{name}"), ".status.podIPs[*].ip").split(' ').map(|ip| ip.parse().unwrap()).collect())
         .collect();
     for (host, addresses) in addresses.iter().enumerate() {
         let cidrs = lab.pod_cidrs(host).unwrap();
@@ -238,6 +245,10 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
             assert!(subnets.any(|subnet| subnet.contains(*address)), "{address} is not of {cidrs}");
         }
     }
+    addresses
+}
+
+fn pods_answer(lab: &Lab, nodes: &[Node], addresses: &[Vec<IpAddr>], has_service: bool) {
     let ask = |node: usize, target: &str, want: &str| {
         let script =
             format!("for i in 1 2 3 4 5 6 7 8; do /bin/busybox nc -w 2 {target} < /dev/null | grep -E '{want}' && break; sleep 0.3; done");
@@ -262,15 +273,26 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
         assert!(deleted.contains("cni_hostport"), "{deleted}");
         ports.iter().for_each(|port| ask(node, port, &want));
     }
+}
+
+/// The namespace of a pod on a host.
+fn pod_netns(node: &Node, name: &str) -> Netns {
+    let place = node.folder.display();
+    let list = node.shell(&format!("ctr -a {place}/sock -n k8s.io containers ls -q 'labels.\"io.kubernetes.pod.name\"=={name},labels.\"io.cri-containerd.kind\"==container'"));
+    let tasks = node.shell(&format!("ctr -a {place}/sock -n k8s.io task ls"));
+    let pid = tasks.lines().find(|line| line.starts_with(list.trim())).and_then(|line| line.split_whitespace().nth(1)).unwrap();
+    node.sandbox.netns(pid)
+}
+
+pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: PodFamily) {
+    let (lab, nodes) = start(root, backend, family);
+    nodes_become_ready(&lab, &nodes);
+    // A service has IPv4 here.
+    let has_service = family != PodFamily::V6;
+    let addresses = create_pods(&lab, &nodes, has_service);
+    pods_answer(&lab, &nodes, &addresses, has_service);
     // The way from pod to pod, in the pods themselves; and the daemons are rolled over while it is used.
-    let inside = |node: &Node, name: &str| -> Netns {
-        let place = node.folder.display();
-        let list = node.shell(&format!("ctr -a {place}/sock -n k8s.io containers ls -q 'labels.\"io.kubernetes.pod.name\"=={name},labels.\"io.cri-containerd.kind\"==container'"));
-        let tasks = node.shell(&format!("ctr -a {place}/sock -n k8s.io task ls"));
-        let pid = tasks.lines().find(|line| line.starts_with(list.trim())).and_then(|line| line.split_whitespace().nth(1)).unwrap();
-        node.sandbox.netns(pid)
-    };
-    let spaces = [inside(&nodes[0], "p1"), inside(&nodes[1], "p2")];
+    let spaces = [pod_netns(&nodes[0], "p1"), pod_netns(&nodes[1], "p2")];
     ping_all_from(&spaces[0], &addresses[1]);
     ping_all_from(&spaces[1], &addresses[0]);
     // Forwarding is switched off, and the daemon's /proc/sys is read-only: pods still reach each other, and an Event says so.
@@ -291,7 +313,7 @@ pub(crate) fn kubelets_run_our_daemonset(root: &Path, backend: &str, family: Pod
         let before = names();
         let (sent, lost) = ping_during(&spaces[0], addresses[1][0], || {
             lab.kubectl(&["-n", "kube-flannel", "rollout", "restart", "daemonset", "kube-flannel-ds"], "").unwrap();
-            wait("the daemons are rolled over", &nodes, &lab, || daemons_ready() && names().is_disjoint(&before) && names().len() == 2);
+            wait("the daemons are rolled over", &nodes, &lab, || daemons_ready(&lab) && names().is_disjoint(&before) && names().len() == 2);
         });
         assert_eq!(lost, 0, "of {sent}");
     }

@@ -74,13 +74,20 @@ fn go_state(go: Go, peer: Option<(&str, &str)>) -> String {
             .unwrap();
         }
     }
-    if go.nftables {
-        for (ip, version, cluster, pod, multicast) in
-            [("ip", 4, "10.244.0.0/16", "10.244.1.0/24", "224.0.0.0/4"), ("ip6", 6, "fd00:244::/48", "fd00:244:0:1::/64", "ff00::/8")]
-        {
-            writeln!(
-                script,
-                "nft -f - <<'E'
+    match go.nftables {
+        true => go_nftables(&mut script),
+        false => go_iptables(&mut script),
+    }
+    script
+}
+
+fn go_nftables(script: &mut String) {
+    for (ip, version, cluster, pod, multicast) in
+        [("ip", 4, "10.244.0.0/16", "10.244.1.0/24", "224.0.0.0/4"), ("ip6", 6, "fd00:244::/48", "fd00:244:0:1::/64", "ff00::/8")]
+    {
+        writeln!(
+            script,
+            "nft -f - <<'E'
 table {ip} flannel-ipv{version} {{
   comment \"rules for flannel-ipv{version}\"
   chain forward {{
@@ -101,11 +108,12 @@ table {ip} flannel-ipv{version} {{
   }}
 }}
 E"
-            )
-            .unwrap();
-        }
-        return script;
+        )
+        .unwrap();
     }
+}
+
+fn go_iptables(script: &mut String) {
     for (stem, cluster, pod, multicast) in
         [("iptables", "10.244.0.0/16", "10.244.1.0/24", "224.0.0.0/4"), ("ip6tables", "fd00:244::/48", "fd00:244:0:1::/64", "ff00::/8")]
     {
@@ -134,7 +142,6 @@ E"
         )
         .unwrap();
     }
-    script
 }
 
 /// Foreign objects: routes of the operator inside and outside the pod network, a rule, a neighbour.
@@ -161,6 +168,23 @@ fn snapshot(netns: &Netns) -> BTreeSet<String> {
          iptables -S; iptables -t nat -S; ip6tables -S; ip6tables -t nat -S; nft list tables",
     );
     text.lines().map(|line| line.trim().trim_end_matches(" tentative").to_owned()).collect()
+}
+
+/// What the dead peer left is gone, and nothing is new but the routes of the other peer.
+fn only_what_is_stale_is_gone(backend: &str, before: &BTreeSet<String>, after: &BTreeSet<String>) {
+    let gone: Vec<&String> = before.difference(after).collect();
+    let stale = |line: &str| {
+        let of_the_dead =
+            ["10.244.77.0", "fd00:244:0:4d:", "0e:00:00:00:00:4d", "0e:00:00:00:06:4d"].iter().any(|text| line.contains(text));
+        let of_the_peer = line.starts_with("10.244.2.0/24 via") || line.starts_with("fd00:244:0:2::/64 via");
+        of_the_dead || of_the_peer
+    };
+    assert!(gone.iter().all(|line| stale(line)), "{backend}: {gone:#?}");
+    let of_the_dead = ["10.244.77.0", "fd00:244:0:4d", "0e:00:00:00:00:4d", "0e:00:00:00:06:4d"];
+    assert!(!after.iter().any(|line| of_the_dead.iter().any(|text| line.contains(text))), "{backend}: {after:#?}");
+    let new: Vec<&String> = after.difference(before).collect();
+    assert!(new.iter().all(|line| line.contains("proto 241")), "{backend}: nothing new but the peer's routes: {new:#?}");
+    assert_eq!(new.len(), 2, "{backend}: {new:#?}");
 }
 
 pub(crate) fn a_go_node_is_taken_over(root: &Path) {
@@ -220,19 +244,7 @@ pub(crate) fn a_go_node_is_taken_over(root: &Path) {
         // The lease, the file and the devices are the same; the rules were right and were not touched; what the dead peer
         // left is gone; what is foreign is there.
         let after = snapshot(&lab.hosts[0].netns);
-        let gone: Vec<&String> = before.difference(&after).collect();
-        let stale = |line: &str| {
-            let of_the_dead =
-                ["10.244.77.0", "fd00:244:0:4d:", "0e:00:00:00:00:4d", "0e:00:00:00:06:4d"].iter().any(|text| line.contains(text));
-            let of_the_peer = line.starts_with("10.244.2.0/24 via") || line.starts_with("fd00:244:0:2::/64 via");
-            of_the_dead || of_the_peer
-        };
-        assert!(gone.iter().all(|line| stale(line)), "{backend}: {gone:#?}");
-        let of_the_dead = ["10.244.77.0", "fd00:244:0:4d", "0e:00:00:00:00:4d", "0e:00:00:00:06:4d"];
-        assert!(!after.iter().any(|line| of_the_dead.iter().any(|text| line.contains(text))), "{backend}: {after:#?}");
-        let new: Vec<&String> = after.difference(&before).collect();
-        assert!(new.iter().all(|line| line.contains("proto 241")), "{backend}: nothing new but the peer's routes: {new:#?}");
-        assert_eq!(new.len(), 2, "{backend}: {new:#?}");
+        only_what_is_stale_is_gone(backend, &before, &after);
         foreign_is_there(&lab.hosts[0].netns);
         if go.nftables {
             // Go's rules miss a bit of what they mean: ours are in their place, in one step.

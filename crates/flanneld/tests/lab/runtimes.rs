@@ -33,6 +33,46 @@ fn conf_list(lab: &Lab, host: usize, name: &str) -> PathBuf {
 
 const PODS: usize = 200;
 
+/// Each container reaches each, across the hosts and on its own.
+fn each_reaches_each(sandbox: &Sandbox, netns: &Path, ctr: &str) {
+    let tasks = sandbox.run(netns, &format!("{ctr} task ls"));
+    let spaces: Vec<Netns> =
+        tasks.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).map(|pid| sandbox.netns(pid)).collect();
+    assert_eq!(spaces.len(), PODS, "{tasks}");
+    let address = |netns: &Netns| {
+        let found =
+            netns.run(|| addr::list(&mut kernel::netlink::Socket::open(kernel::netlink::Protocol::Route).unwrap(), 0).unwrap()).unwrap();
+        found.iter().map(|a| a.addr.cidr).find(|cidr: &Cidr| cidr.addr.to_string().starts_with("10.244.")).unwrap().addr
+    };
+    let addresses: Vec<IpAddr> = spaces.iter().map(address).collect();
+    assert_eq!(addresses.iter().collect::<BTreeSet<_>>().len(), PODS);
+    // Those of the other host from each; those of its own host from one of each host only, because the kernel's table of
+    // neighbours has 1,024 entries for all namespaces together.
+    let of = |ip: &IpAddr| ip.to_string().starts_with("10.244.1.");
+    for (at, netns) in spaces.iter().enumerate() {
+        let all = at < 2;
+        let targets: Vec<IpAddr> = addresses.iter().filter(|ip| all || of(ip) != of(&addresses[at])).copied().collect();
+        let answered = netns.run(|| ping_all(&targets, Duration::from_secs(20))).unwrap().unwrap();
+        assert_eq!(answered.len(), targets.len(), "from {}", addresses[at]);
+    }
+}
+
+/// GC of each host, with no container left.
+fn collect_garbage(lab: &Lab) {
+    for host in 0..2 {
+        assert!(files(&lab.hosts[host].directory.join("cni")).len() > PODS / 2, "nothing was returned yet");
+        let mut conf = lab.cni_conf(host, "flannel");
+        conf["cniVersion"] = "1.1.0".into();
+        conf["name"] = "cbr0".into();
+        conf["cni.dev/valid-attachments"] = Value::Array(Vec::new());
+        let (mut command, _) = lab.cni_command(host, "flannel", "GC", "", Path::new(""), "").unwrap();
+        let mut child = lab.hosts[host].netns.run(|| command.spawn()).unwrap().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
 pub(crate) fn two_hundred_pods_by_containerd(root: &Path) {
     let lab = start(root, 2, "vxlan", StoreKind::Embedded);
     let before: Vec<BTreeSet<String>> = lab.hosts.iter().map(|host| links(&host.netns)).collect();
@@ -84,43 +124,11 @@ pub(crate) fn two_hundred_pods_by_containerd(root: &Path) {
             });
         }
     });
-    // Each reaches each, across the hosts and on its own.
-    let tasks = sandbox.run(&netns(0), &format!("{ctr} task ls"));
-    let spaces: Vec<Netns> =
-        tasks.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).map(|pid| sandbox.netns(pid)).collect();
-    assert_eq!(spaces.len(), PODS, "{tasks}");
-    let address = |netns: &Netns| {
-        let found =
-            netns.run(|| addr::list(&mut kernel::netlink::Socket::open(kernel::netlink::Protocol::Route).unwrap(), 0).unwrap()).unwrap();
-        found.iter().map(|a| a.addr.cidr).find(|cidr: &Cidr| cidr.addr.to_string().starts_with("10.244.")).unwrap().addr
-    };
-    let addresses: Vec<IpAddr> = spaces.iter().map(address).collect();
-    assert_eq!(addresses.iter().collect::<BTreeSet<_>>().len(), PODS);
-    // Those of the other host from each; those of its own host from one of each host only, because the kernel's table of
-    // neighbours has 1,024 entries for all namespaces together.
-    let of = |ip: &IpAddr| ip.to_string().starts_with("10.244.1.");
-    for (at, netns) in spaces.iter().enumerate() {
-        let all = at < 2;
-        let targets: Vec<IpAddr> = addresses.iter().filter(|ip| all || of(ip) != of(&addresses[at])).copied().collect();
-        let answered = netns.run(|| ping_all(&targets, Duration::from_secs(20))).unwrap().unwrap();
-        assert_eq!(answered.len(), targets.len(), "from {}", addresses[at]);
-    }
-    drop(spaces);
+    each_reaches_each(&sandbox, &netns(0), &ctr);
     // ctr forgets the network of what it started detached: GC collects it.
     sandbox
         .run(&netns(0), &format!("for i in $(seq 0 {}); do {ctr} task rm -f pod$i; {ctr} container rm pod$i; done 2> /dev/null", PODS - 1));
-    for host in 0..2 {
-        assert!(files(&lab.hosts[host].directory.join("cni")).len() > PODS / 2, "nothing was returned yet");
-        let mut conf = lab.cni_conf(host, "flannel");
-        conf["cniVersion"] = "1.1.0".into();
-        conf["name"] = "cbr0".into();
-        conf["cni.dev/valid-attachments"] = Value::Array(Vec::new());
-        let (mut command, _) = lab.cni_command(host, "flannel", "GC", "", Path::new(""), "").unwrap();
-        let mut child = lab.hosts[host].netns.run(|| command.spawn()).unwrap().unwrap();
-        std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    }
+    collect_garbage(&lab);
     // One that ctr stays with is returned by its own DEL.
     let mut attached = sandbox.shell(
         &netns(0),
