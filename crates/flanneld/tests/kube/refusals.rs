@@ -1,7 +1,8 @@
 //! Obstacles are named in one line, on `/readyz` and as an Event, and retried where that helps.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lab::{Lab, PodFamily};
@@ -154,13 +155,13 @@ pub(crate) fn fatal_settings_end_with_the_fix(root: &Path) {
     let config = root.join("kubeconfig");
     std::fs::write(&config, "{").unwrap();
     let config = format!("--kubeconfig-file={}", config.display());
+    let subnet_file = format!("--subnet-file={}", root.join("subnet.env").display());
     type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
-    let cases: [Case<'_>; 6] = [
+    let cases: [Case<'_>; 5] = [
         (&[], &[], "--kube-subnet-mgr: NODE_NAME is not set: give the container the variable NODE_NAME from the field spec.nodeName"),
         (&[], &[("POD_NAME", "x")], "NODE_NAME is not set"),
-        (&[], &[("NODE_NAME", "Not/A Name")], "NODE_NAME: \"Not/A Name\" is no name of Kubernetes"),
-        (&[], &[("NODE_NAME", "h1")], "this is no pod with a service account: give --kubeconfig-file"),
-        (&[&config], &[("NODE_NAME", "h1")], "--kubeconfig-file"),
+        (&[], &[("NODE_NAME", "Not/A Name")], "NODE_NAME: \"Not/A Name\" is not a name in Kubernetes"),
+        (&[], &[("NODE_NAME", "h1")], "this is not a pod with a service account: give --kubeconfig-file"),
         (&["--kube-annotation-prefix=org"], &[("NODE_NAME", "h1")], "--kube-annotation-prefix: \"org\" is not a valid annotation prefix"),
     ];
     for (flags, env, want) in cases {
@@ -175,4 +176,14 @@ pub(crate) fn fatal_settings_end_with_the_fix(root: &Path) {
         assert!(said.contains(want), "{said}");
         assert!(began.elapsed() < Duration::from_secs(10));
     }
+    // A kubeconfig that is being written may be whole at the next attempt: it is waited for.
+    let mut command = Command::new(PROGRAM);
+    command.args(["--kube-subnet-mgr", &config, &subnet_file]).env("NODE_NAME", "h1").env_remove("POD_NAME");
+    let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(daemon.stderr.take().unwrap()).lines();
+    let waiting = log.any(|line| line.unwrap().contains("cannot use --kubeconfig-file"));
+    let ended = daemon.try_wait().unwrap();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(waiting && ended.is_none(), "it names the file and goes on: {ended:?}");
 }
