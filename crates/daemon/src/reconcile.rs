@@ -50,6 +50,8 @@ enum Wake {
     Leases(Vec<StoreEvent>),
     /// This node's lease is another one now, or the same again.
     Own(LeaseHandle),
+    /// The store is followed now, or is not any more: the view says so.
+    Connected,
     /// The kernel sent notifications.
     Kernel(Vec<KernelEvent>),
     /// Work of the slow lane is done.
@@ -209,6 +211,7 @@ impl<H: Host + 'static> Reconciler<H> {
             match self.wake(&mut inputs).await? {
                 Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
                 Wake::Own(held) => self.on_own(held).await,
+                Wake::Connected => {}
                 Wake::Kernel(events) => self.on_kernel(events).await,
                 Wake::Slow(done) => self.on_slow(done).await,
                 Wake::Timer => self.on_timer(&inputs).await,
@@ -237,12 +240,13 @@ impl<H: Host + 'static> Reconciler<H> {
             kernel.poll_recv(context).map(kernel_wake)
         });
         let wake = tokio::select! {
-            // None of the first three can come in a flood.
+            // None of the first four can come in a flood.
             biased;
             changed = inputs.held.changed() => match changed {
                 Ok(()) => Wake::Own(*inputs.held.borrow_and_update()),
                 Err(_) => Wake::Stop,
             },
+            Ok(()) = inputs.connected.changed() => Wake::Connected,
             Some(done) = self.slow.next(), if !self.slow.is_empty() => Wake::Slow(done),
             () = tokio::time::sleep_until(timer) => Wake::Timer,
             wake = input => wake?,
