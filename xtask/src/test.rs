@@ -30,7 +30,8 @@ fn everything() -> anyhow::Result<()> {
     }
     let mut command: Vec<(&str, &std::ffi::OsStr)> = env.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
     command.push(("RUST_BACKTRACE", "0".as_ref()));
-    cargo(&["test", "--workspace"], &command)
+    // A run takes long: it shows every failure, not only those of the first program that has one.
+    cargo(&["test", "--workspace", "--no-fail-fast"], &command)
 }
 
 /// Which tests to run.

@@ -14,6 +14,8 @@ mod contract;
 mod follow;
 #[path = "kube/join.rs"]
 mod join;
+#[path = "support/limit.rs"]
+mod limit;
 #[path = "kube/manifests.rs"]
 mod manifests;
 #[path = "kube/nodes.rs"]
@@ -28,6 +30,7 @@ use cluster::PROGRAM;
 use lab::kubernetes::node;
 use lab::{Lab, Plan, PodFamily, StoreKind, isolate};
 use libtest_mimic::{Arguments, Trial};
+use limit::limited;
 use serde_json::{Value, json};
 
 type Test = fn(&Path);
@@ -48,8 +51,8 @@ fn main() {
     let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
         let root = scratch.join(name.replace([' ', ':', ','], "-"));
         let kind = NEEDS.iter().find(|(start, _)| name.starts_with(start)).map_or("kubernetes", |(_, needs)| needs);
-        let trial = Trial::test(name, move || {
-            test(&root);
+        let trial = Trial::test(name.clone(), move || {
+            limited(&name, || test(&root));
             let _ = std::fs::remove_dir_all(&root);
             Ok(())
         });

@@ -21,6 +21,8 @@ mod flags;
 mod heal;
 #[path = "lab/leases.rs"]
 mod leases;
+#[path = "support/limit.rs"]
+mod limit;
 #[path = "lab/matrix.rs"]
 mod matrix;
 #[path = "lab/obstacles.rs"]
@@ -56,6 +58,7 @@ use kernel::netns::Netns;
 use kernel::{Kernel, link};
 use lab::{Lab, Plan, StoreKind, isolate};
 use libtest_mimic::{Arguments, Trial};
+use limit::limited;
 use serde_json::json;
 
 type Test = fn(&Path);
@@ -145,8 +148,8 @@ fn main() {
     let mut trials = Vec::new();
     let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
         let root = scratch.join(name.replace([' ', ':'], "-"));
-        trials.push(Trial::test(name, move || {
-            test(&root);
+        trials.push(Trial::test(name.clone(), move || {
+            limited(&name, || test(&root));
             let _ = std::fs::remove_dir_all(&root);
             Ok(())
         }));

@@ -4,6 +4,8 @@
 
 #[path = "support/contract.rs"]
 mod contract;
+#[path = "support/limit.rs"]
+mod limit;
 #[path = "support/stores.rs"]
 mod stores;
 
@@ -25,6 +27,7 @@ use daemon::store::{Claim, Etcd};
 use flannel::{Lease, LeaseKey, PerFamily, wire};
 use lab::{Lab, Plan, STORE, isolate};
 use libtest_mimic::{Arguments, Trial};
+use limit::limited;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
@@ -53,12 +56,13 @@ fn main() {
     for (store_name, store) in stores::all() {
         for (name, test) in tests {
             let (store, root) = (store.clone(), scratch.join(format!("{store_name}-{name}").replace(' ', "-")));
-            trials.push(Trial::test(format!("{store_name}: {name}"), move || {
+            let title = format!("{store_name}: {name}");
+            trials.push(Trial::test(title.clone(), move || {
                 let plan = Plan { store, ..Plan::new(1, &json!({ "Type": "vxlan" }), Path::new(PROGRAM)) };
                 let mut lab = Lab::wire(plan, &root).unwrap();
                 lab.start_store().unwrap();
                 lab.put_config().unwrap();
-                test(&mut lab);
+                limited(&title, || test(&mut lab));
                 drop(lab);
                 let _ = std::fs::remove_dir_all(&root);
                 Ok(())
