@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::http::Http;
 use crate::kernel_thread::KernelThread;
 use crate::notice::{Notice, Notices};
+use crate::probe::Measurement;
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::settings::RunArgs;
@@ -60,10 +61,15 @@ async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
     let starting = ready.guard(STARTING);
     let syncing = ready.guard("the first complete list of leases");
     let (publish, view) = watch::channel(Arc::default());
+    let (publish_paths, paths) = watch::channel(Arc::default());
     if args.healthz_port > 0 {
-        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), view).await?.serve());
+        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), view.clone(), paths).await?.serve());
     }
     let (notices, queue) = Notices::new();
+    if args.probe {
+        let (ready, notices) = (ready.clone(), notices.clone());
+        tokio::spawn(Measurement { port: args.probe_port, ready, view, paths: publish_paths, notices }.run());
+    }
     let parts = Parts { ready, starting, syncing, notices, view: publish };
     if !args.kube_subnet_mgr {
         let access = access(args);

@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
+use crate::probe::Paths;
 use crate::ready::Ready;
 use crate::state::{State, metrics};
 use crate::view::View;
@@ -29,8 +30,15 @@ const HEAD: usize = 16 << 10;
 #[derive(Debug)]
 pub struct Http {
     listener: TcpListener,
+    sources: Sources,
+}
+
+/// What the answers are made of.
+#[derive(Debug, Clone)]
+struct Sources {
     ready: Ready,
     view: watch::Receiver<Arc<View>>,
+    paths: watch::Receiver<Arc<Paths>>,
 }
 
 impl Http {
@@ -38,7 +46,13 @@ impl Http {
     ///
     /// # Errors
     /// When the port cannot be had.
-    pub async fn bind(ip: IpAddr, port: u16, ready: Ready, view: watch::Receiver<Arc<View>>) -> anyhow::Result<Http> {
+    pub async fn bind(
+        ip: IpAddr,
+        port: u16,
+        ready: Ready,
+        view: watch::Receiver<Arc<View>>,
+        paths: watch::Receiver<Arc<Paths>>,
+    ) -> anyhow::Result<Http> {
         let wildcard = ip == IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         let dual = if wildcard { TcpListener::bind(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)).await.ok() } else { None };
         let listener = match dual {
@@ -47,7 +61,7 @@ impl Http {
                 .await
                 .with_context(|| format!("cannot listen on --healthz-ip {ip} --healthz-port {port}"))?,
         };
-        Ok(Http { listener, ready, view })
+        Ok(Http { listener, sources: Sources { ready, view, paths } })
     }
 
     /// The address that it listens on.
@@ -68,19 +82,19 @@ impl Http {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            let (ready, view) = (self.ready.clone(), self.view.clone());
+            let sources = self.sources.clone();
             tokio::spawn(async move {
                 let _place = place;
                 // A client that hangs up in the middle, or takes too long, is disconnected.
-                let _ = tokio::time::timeout(PATIENCE * 2, connection(stream, ready, view)).await;
+                let _ = tokio::time::timeout(PATIENCE * 2, connection(stream, sources)).await;
             });
         }
     }
 }
 
-async fn connection(stream: TcpStream, ready: Ready, view: watch::Receiver<Arc<View>>) -> hyper::Result<()> {
+async fn connection(stream: TcpStream, sources: Sources) -> hyper::Result<()> {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
-        let response = answer(request.method(), request.uri().path(), &ready, &view);
+        let response = answer(request.method(), request.uri().path(), &sources);
         async move { Ok::<_, Infallible>(response) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
@@ -88,7 +102,9 @@ async fn connection(stream: TcpStream, ready: Ready, view: watch::Receiver<Arc<V
     http.serve_connection(TokioIo::new(stream), service).await
 }
 
-fn answer(method: &Method, path: &str, ready: &Ready, view: &watch::Receiver<Arc<View>>) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, sources: &Sources) -> Response<Full<Bytes>> {
+    let Sources { ready, view, paths } = sources;
+    let paths = paths.borrow().clone();
     const TEXT: &str = "text/plain";
     let pending = || ready.pending().join(", ");
     let starting = || (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("flanneld is starting: waiting for {}\n", pending()));
@@ -97,12 +113,12 @@ fn answer(method: &Method, path: &str, ready: &Ready, view: &watch::Receiver<Arc
             (StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("{path} answers GET and HEAD only\n"))
         }
         "/healthz" => (StatusCode::OK, TEXT, "flanneld is running".to_owned()),
-        "/readyz" => readiness(&ready.pending(), &view.borrow().clone()),
-        "/state" => match State::new(&view.borrow().clone()) {
+        "/readyz" => readiness(&ready.pending(), &view.borrow().clone(), &paths),
+        "/state" => match State::new(&view.borrow().clone(), &paths) {
             Some(state) => (StatusCode::OK, "application/json", serde_json::to_string_pretty(&state).unwrap_or_default() + "\n"),
             None => starting(),
         },
-        "/metrics" => match metrics(&view.borrow().clone(), ready.pending().is_empty()) {
+        "/metrics" => match metrics(&view.borrow().clone(), &paths, ready.pending().is_empty()) {
             Some(text) => (StatusCode::OK, "text/plain; version=0.0.4", text),
             None => starting(),
         },
@@ -115,7 +131,7 @@ fn answer(method: &Method, path: &str, ready: &Ready, view: &watch::Receiver<Arc
 }
 
 /// Ready when nothing is pending; problems that leave the node working are noted.
-fn readiness(pending: &[String], view: &View) -> (StatusCode, &'static str, String) {
+fn readiness(pending: &[String], view: &View, paths: &Paths) -> (StatusCode, &'static str, String) {
     if !pending.is_empty() {
         let text = format!("flanneld is not ready yet: waiting for {}\n", pending.join(", "));
         return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", text);
@@ -123,7 +139,10 @@ fn readiness(pending: &[String], view: &View) -> (StatusCode, &'static str, Stri
     if let Some(condition) = view.conditions.iter().find(|condition| condition.blocks_ready) {
         return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready: {}\n", condition.text));
     }
-    let notes: String = view.conditions.iter().map(|condition| format!("\nnote: {}", condition.text)).collect();
+    let mut notes: String = view.conditions.iter().map(|condition| format!("\nnote: {}", condition.text)).collect();
+    if let broken @ 1.. = paths.broken().count() {
+        notes.push_str(&format!("\nnote: {broken} of {} paths to peers are broken; /state names them", paths.reports.len()));
+    }
     (StatusCode::OK, "text/plain", format!("flanneld is ready{notes}"))
 }
 
@@ -135,7 +154,7 @@ mod tests {
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
         let (publish, view) = watch::channel(Arc::default());
-        let http = Http::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0, Ready::default(), view).await.unwrap();
+        let http = Http::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
         let address = http.address().unwrap();
         tokio::spawn(http.serve());
         (address, publish)

@@ -13,6 +13,7 @@ pub mod install_cni;
 pub mod kernel_thread;
 pub mod notice;
 pub mod output;
+pub mod probe;
 pub mod ready;
 pub mod reconcile;
 pub mod settings;

@@ -98,6 +98,12 @@ pub struct RunArgs {
     /// Port of the health server; 0 turns it off
     #[arg(long, default_value_t = 0, value_name = "PORT", value_parser = port, allow_negative_numbers = true, help_heading = "Health")]
     pub healthz_port: u16,
+    /// Measure the paths to all peers: at most ten small probes a second, whatever their number
+    #[arg(long, default_value = "on", value_name = "on|off", value_parser = switch, action = ArgAction::Set, help_heading = "Health")]
+    pub probe: bool,
+    /// UDP port of the probes between daemons, the same on all hosts; 0: peers' probes are not answered, and only their kernels are asked
+    #[arg(long, default_value_t = 8286, value_name = "PORT", help_heading = "Health")]
+    pub probe_port: u16,
     /// File with this host's subnet and MTU: read by the CNI plugins, and by flanneld at its next start
     #[arg(long, default_value = "/run/flannel/subnet.env", value_name = "FILE", help_heading = "Files, log and version")]
     pub subnet_file: PathBuf,
@@ -199,6 +205,14 @@ fn ipv6(text: &str) -> Result<IpAddr, String> {
 }
 
 /// A port; Go flannel takes a negative one for none.
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err("write on or off".to_owned()),
+    }
+}
+
 fn port(text: &str) -> Result<u16, String> {
     let number: i64 = text.parse().map_err(|_| "it must be a port, or 0 for none".to_owned())?;
     u16::try_from(number.max(0)).map_err(|_| "a port is at most 65535".to_owned())
@@ -288,7 +302,7 @@ mod tests {
             assert_eq!(read(&[], &[(&variable, value)]).unwrap().complaints, Vec::<String>::new(), "{variable}");
         }
         // The flags that upstream does not have.
-        let own = ["allow-commands"];
+        let own = ["allow-commands", "probe", "probe-port"];
         let flags: Vec<_> = command.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| !own.contains(flag)).collect();
         assert_eq!(flags.len(), rows.len(), "a flag that Go flannel does not have");
     }

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use flannel::object::Key;
+use flannel::probe::Point;
 use flannel::{IfName, LeaseKey, PerFamily};
 
 /// The whole snapshot.
@@ -36,6 +37,10 @@ pub struct Node {
     pub published: PerFamily<IpAddr>,
     /// MTU for pods, in bytes.
     pub mtu: u32,
+    /// The MTU of each family's data path, in bytes.
+    pub path_mtus: PerFamily<u32>,
+    /// Where the paths to peers' pods can be measured.
+    pub probe: Option<Point>,
 }
 
 /// What the store said.
@@ -62,7 +67,7 @@ pub struct PeerView {
     pub state: PeerState,
 }
 
-/// What was done for a peer. Whether packets arrive is not measured.
+/// What was done for a peer. Whether packets arrive is measured: [`crate::probe`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerState {
     /// Its objects are in the kernel.

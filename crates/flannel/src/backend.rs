@@ -26,6 +26,7 @@ use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, IfName, Mac, PerFamily, Subnet, Vni};
 use crate::node::Node;
 use crate::object::Object;
+use crate::probe::Point;
 
 /// The backend of the cluster, with its settings: `Backend` of the network configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +72,12 @@ trait Driver {
     /// The MTU for pods, in bytes.
     fn mtu(&self, local: Local<'_>) -> u32;
 
+    /// The MTU of the data path of one family, in bytes: this host itself tells pods of a smaller one (RFC 1191, RFC 8201).
+    fn path_mtu(&self, local: Local<'_>, family: Family) -> u32 {
+        let _ = family;
+        self.mtu(local)
+    }
+
     /// Checks that it can carry the configured networks.
     fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
         let _ = config;
@@ -106,6 +113,9 @@ trait Driver {
         let _ = family;
         None
     }
+
+    /// Where the data path to a peer's pods can be measured; `None`: it programs no path.
+    fn probe_point(&self) -> Option<Point>;
 
     /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.
     fn has_plain_routes(&self) -> bool {
@@ -288,6 +298,11 @@ impl Backend {
         self.driver().mtu(local)
     }
 
+    /// The MTU of the data path of one family, in bytes: at most that for pods.
+    pub fn path_mtu(&self, local: Local<'_>, family: Family) -> u32 {
+        self.driver().path_mtu(local, family)
+    }
+
     /// The reason why a family cannot work on this host at present, with the fix.
     pub fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
         self.driver().problem(local, family)
@@ -324,6 +339,11 @@ impl Backend {
     /// The device whose MAC address this host publishes for a family, if any.
     pub fn vtep(&self, family: Family) -> Option<IfName> {
         self.driver().vtep(family)
+    }
+
+    /// Where the data path to a peer's pods can be measured; `None`: it programs no path.
+    pub fn probe_point(&self) -> Option<Point> {
+        self.driver().probe_point()
     }
 
     /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.

@@ -20,6 +20,7 @@ pub mod observed;
 pub mod op;
 pub mod picture;
 pub mod pod;
+pub mod probe;
 pub mod renewal;
 pub mod scope;
 pub mod store_trust;

@@ -354,6 +354,15 @@ impl Picture {
         self.config.backend.mtu(self.local())
     }
 
+    /// The MTU of each family's data path, in bytes.
+    pub fn path_mtus(&self) -> PerFamily<u32> {
+        let mut mtus = PerFamily::default();
+        for (family, _) in self.config.networks.iter() {
+            mtus.set(family, Some(self.config.backend.path_mtu(self.local(), family)));
+        }
+        mtus
+    }
+
     /// This host's lease.
     pub fn own(&self) -> LeaseKey {
         self.own

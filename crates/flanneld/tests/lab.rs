@@ -27,6 +27,8 @@ mod limit;
 mod matrix;
 #[path = "lab/obstacles.rs"]
 mod obstacles;
+#[path = "lab/paths.rs"]
+mod paths;
 #[path = "lab/plugins.rs"]
 mod plugins;
 #[path = "lab/pod_rules.rs"]
@@ -79,7 +81,7 @@ const STORE_TESTS: [(&str, StoreTest); 10] = [
 ];
 
 /// Tests that run once.
-const TESTS: [(&str, Test); 60] = [
+const TESTS: [(&str, Test); 64] = [
     ("commands_survive_closed_output", command::commands_survive_closed_output),
     ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
     ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
@@ -138,6 +140,10 @@ const TESTS: [(&str, Test); 60] = [
     ("lab_names_peers_behind_a_router", command::lab_names_peers_behind_a_router),
     ("lab_needs_no_root", command::lab_needs_no_root),
     ("twenty_hosts_all_pairs", command::twenty_hosts_all_pairs),
+    ("each_broken_path_has_its_verdict", paths::each_broken_path_has_its_verdict),
+    ("a_blackhole_before_a_peers_route_is_seen", paths::a_blackhole_before_a_peers_route_is_seen),
+    ("healthy_paths_are_reachable_with_each_backend", paths::healthy_paths_are_reachable_with_each_backend),
+    ("paths_to_hosts_without_our_daemon_are_measured", paths::paths_to_hosts_without_our_daemon_are_measured),
     ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
 ];

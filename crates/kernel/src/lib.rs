@@ -24,6 +24,7 @@ pub mod nft;
 mod object;
 pub mod pod_rules;
 pub mod pod_table;
+pub mod probe;
 pub mod process;
 pub mod qdisc;
 pub mod route;

@@ -68,6 +68,8 @@ impl<H: Host + 'static> Reconciler<H> {
                 addresses: picture.node().addrs,
                 published: picture.node().public,
                 mtu: picture.mtu(),
+                path_mtus: picture.path_mtus(),
+                probe: picture.config().backend.probe_point(),
             }),
             store: Store { connected, leases: leases.len(), doubtful: leases.doubtful().len(), complete: leases.is_complete() },
             peers: self.peers(),

@@ -4,6 +4,7 @@ use super::{Context, Driver, Local, Part};
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily};
 use crate::object::Object;
+use crate::probe::Point;
 
 /// The alloc backend; it has no settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +33,10 @@ impl Driver for Alloc {
 
     fn mtu(&self, local: Local<'_>) -> u32 {
         local.node.mtu
+    }
+
+    fn probe_point(&self) -> Option<Point> {
+        None
     }
 
     fn node_objects(&self, _: Context<'_>) -> Vec<Object> {

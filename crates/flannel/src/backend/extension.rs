@@ -12,6 +12,7 @@ use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::Object;
+use crate::probe::Point;
 
 /// The extension backend with its settings. An empty command is not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +76,10 @@ impl Driver for Extension {
 
     fn mtu(&self, local: Local<'_>) -> u32 {
         local.node.mtu
+    }
+
+    fn probe_point(&self) -> Option<Point> {
+        Some(Point::Unknown("the operator's commands make the path"))
     }
 
     fn node_objects(&self, _: Context<'_>) -> Vec<Object> {

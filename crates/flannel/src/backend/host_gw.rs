@@ -6,6 +6,7 @@ use crate::lease::{LeaseKey, Peer};
 use crate::net::{Family, PerFamily};
 use crate::node::Node;
 use crate::object::{Object, ROUTE_PROTOCOL, Route, route_metric};
+use crate::probe::Point;
 
 /// The host-gw backend; it has no settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +45,10 @@ impl Driver for HostGw {
             ),
             is_published_address: true,
         })
+    }
+
+    fn probe_point(&self) -> Option<Point> {
+        Some(Point::Bridge)
     }
 
     fn node_objects(&self, _: Context<'_>) -> Vec<Object> {

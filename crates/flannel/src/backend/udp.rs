@@ -12,6 +12,7 @@ use crate::lease::{LeaseKey, Peer};
 use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::{Addr, Forward, Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
+use crate::probe::Point;
 
 /// The bytes that the outer IPv4 (20) and UDP (8) headers add to a packet.
 const OVERHEAD: u32 = 28;
@@ -75,6 +76,10 @@ impl Driver for Udp {
     fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
         let problem = "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw";
         if config.networks.v4.is_some() { Ok(()) } else { Err(invalid("Backend.Type", problem.to_owned())) }
+    }
+
+    fn probe_point(&self) -> Option<Point> {
+        Some(Point::Device)
     }
 
     fn node_objects(&self, context: Context<'_>) -> Vec<Object> {

@@ -8,6 +8,7 @@ use crate::lease::{LeaseKey, Peer};
 use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Vni};
 use crate::node::Node;
 use crate::object::{Addr, Fdb, Link, LinkKind, Neigh, Object, ROUTE_PROTOCOL, Route, Sysctl, route_metric};
+use crate::probe::Point;
 
 /// The default UDP port: that of the Linux kernel (`drivers/net/vxlan`), which predates the 4789 of RFC 7348.
 const PORT: u16 = 8472;
@@ -154,6 +155,10 @@ impl Driver for Vxlan {
         self.device_mtu(local.node, if local.config.networks.v4.is_some() { Family::V4 } else { Family::V6 })
     }
 
+    fn path_mtu(&self, local: Local<'_>, family: Family) -> u32 {
+        self.device_mtu(local.node, family).min(self.mtu(local))
+    }
+
     fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
         let (node, mtu) = (local.node, self.device_mtu(local.node, family));
         let needed = IPV6_MIN_MTU + overhead(Family::V6);
@@ -172,6 +177,10 @@ impl Driver for Vxlan {
         mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} exceeds the MTU {} of {}: using {0}", node.mtu, node.ext))
             .into_iter()
             .collect()
+    }
+
+    fn probe_point(&self) -> Option<Point> {
+        Some(Point::Device)
     }
 
     fn node_objects(&self, context: Context<'_>) -> Vec<Object> {

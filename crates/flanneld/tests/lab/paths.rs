@@ -1,0 +1,174 @@
+//! Paths to peers, measured: broken on purpose, in one way after the other.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use kernel::netns::Netns;
+use lab::{Lab, PodFamily, StoreKind};
+use serde_json::Value;
+
+use crate::cluster::eventually;
+use crate::{plan, start};
+
+/// The measured path of a host to the peer with this subnet.
+fn path(lab: &Lab, host: usize, subnet: &str) -> Value {
+    let state = lab.hosts[host].state().unwrap();
+    let peers = state["peers"]["list"].as_array().unwrap();
+    peers.iter().find(|peer| peer["subnet"].as_str().unwrap().starts_with(subnet)).map(|peer| peer["paths"][0].clone()).unwrap_or_default()
+}
+
+fn verdict(lab: &Lab, host: usize, subnet: &str) -> String {
+    path(lab, host, subnet)["verdict"].as_str().unwrap_or_default().to_owned()
+}
+
+/// All paths of all hosts are measured and work.
+fn wait_until_reachable(lab: &Lab) {
+    eventually("every path is measured and works", || {
+        let peers = lab.hosts.len() - 1;
+        lab.hosts.iter().all(|host| {
+            let state = host.state().unwrap();
+            let paths: Vec<&Value> =
+                state["peers"]["list"].as_array().unwrap().iter().flat_map(|peer| peer["paths"].as_array().into_iter().flatten()).collect();
+            state["peers"]["list"].as_array().unwrap().len() == peers
+                && paths.len() >= peers
+                && paths.iter().all(|path| path["verdict"] == "reachable")
+        })
+    });
+}
+
+/// A table of nftables rules in a host, removed at the end.
+struct Rules<'a>(&'a Netns);
+
+impl<'a> Rules<'a> {
+    /// Each rule is for one hook.
+    fn new(netns: &'a Netns, rules: &[(&str, &str)]) -> Rules<'a> {
+        let chain = |(hook, rule): &(&str, &str)| format!("chain {hook} {{ type filter hook {hook} priority -400; {rule}; }};");
+        nft(netns, &[&format!("table inet broken {{ {} }}", rules.iter().map(chain).collect::<String>())]);
+        Rules(netns)
+    }
+}
+
+impl Drop for Rules<'_> {
+    fn drop(&mut self) {
+        nft(self.0, &["delete table inet broken"]);
+    }
+}
+
+fn nft(netns: &Netns, arguments: &[&str]) {
+    let mut command = Command::new("nft");
+    let output = netns.run(|| command.args(arguments).output()).unwrap().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Breaks host 2, and returns after how long host 1 said so.
+fn break_and_wait(lab: &Lab, rules: &[(&str, &str)], wanted: &str) -> Duration {
+    let began = Instant::now();
+    let rules = Rules::new(&lab.hosts[1].netns, rules);
+    eventually(wanted, || verdict(lab, 0, "10.244.2.0") == wanted);
+    let took = began.elapsed();
+    if wanted == "mtu-too-large" {
+        // 1,400 bytes with the outer headers of 50 bytes: nftables does not count the outer Ethernet header, the tunnel's inner one it does.
+        let text = "the path carries packets of 1350 bytes, pods send up to 1450: lower the MTU by 100 bytes";
+        eventually(text, || path(lab, 0, "10.244.2.0")["reason"] == text);
+    }
+    assert_eq!(verdict(lab, 0, "10.244.3.0"), "reachable", "the other peer is not affected");
+    drop(rules);
+    eventually("the path works again", || verdict(lab, 0, "10.244.2.0") == "reachable" && verdict(lab, 1, "10.244.1.0") == "reachable");
+    took
+}
+
+pub(crate) fn each_broken_path_has_its_verdict(root: &Path) {
+    let mut lab = start(root, 3, "vxlan", StoreKind::Embedded);
+    wait_until_reachable(&lab);
+    eventually("the peer's daemon is known", || path(&lab, 0, "10.244.2.0")["daemon"]["mtu"] == 1450);
+    let (host_in, host_out) = (("input", "ip saddr 10.0.0.1 drop"), ("output", "ip daddr 10.0.0.1 drop"));
+    let (vxlan_in, vxlan_out) = (("input", "ip saddr 10.0.0.1 udp dport 8472 drop"), ("output", "ip daddr 10.0.0.1 udp dport 8472 drop"));
+    let faults: [(&[(&str, &str)], &str); 7] = [
+        (&[host_in, host_out], "underlay-down"),
+        (&[vxlan_in, vxlan_out], "overlay-broken"),
+        (&[("input", "ip saddr 10.0.0.1 udp dport 8472 meta length > 1400 drop")], "mtu-too-large"),
+        (&[("input", "iifname flannel.1 ip saddr 10.244.1.0 meta l4proto { tcp, udp } drop")], "checksum-broken"),
+        (&[host_in], "one-way"),
+        (&[vxlan_in], "one-way"),
+        (&[vxlan_out], "one-way"),
+    ];
+    for (rules, wanted) in faults {
+        println!("{wanted} was seen after {:?}: {rules:?}", break_and_wait(&lab, rules, wanted));
+    }
+    let log = std::fs::read_to_string(lab.hosts[0].log()).unwrap();
+    assert!(log.contains("path to peer broken") && log.contains("path to peer works again"), "{log}");
+    // A peer whose daemon has ended still forwards.
+    lab.stop_daemon(1, false).unwrap();
+    std::thread::sleep(Duration::from_secs(6));
+    assert_eq!(verdict(&lab, 0, "10.244.2.0"), "reachable");
+    let (_, ready) = lab.hosts[0].get("/readyz").unwrap();
+    assert!(!ready.contains("broken"), "{ready}");
+}
+
+pub(crate) fn a_blackhole_before_a_peers_route_is_seen(root: &Path) {
+    let lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    wait_until_reachable(&lab);
+    let ip = |arguments: &[&str]| {
+        let mut command = Command::new("ip");
+        assert!(lab.hosts[0].netns.run(|| command.args(arguments).status()).unwrap().unwrap().success());
+    };
+    ip(&["route", "add", "blackhole", "10.244.2.0/25"]);
+    eventually("the path is broken, with the reason", || {
+        let path = path(&lab, 0, "10.244.2.0");
+        path["verdict"] == "overlay-broken" && path["error"].as_str().is_some_and(|error| error.contains("Invalid argument"))
+    });
+    let (status, ready) = lab.hosts[0].get("/readyz").unwrap();
+    assert!(status == 200 && ready.contains("note: 1 of 1 paths to peers are broken"), "{ready}");
+    let (_, metrics) = lab.hosts[0].get("/metrics").unwrap();
+    assert!(metrics.contains("\nflannel_paths{verdict=\"overlay-broken\"} 1\n"), "{metrics}");
+    ip(&["route", "del", "blackhole", "10.244.2.0/25"]);
+    eventually("the path works again", || verdict(&lab, 0, "10.244.2.0") == "reachable");
+}
+
+/// Every backend that makes paths, in each family, is measured, and healthy paths are called so.
+pub(crate) fn healthy_paths_are_reachable_with_each_backend(root: &Path) {
+    for (backend, family) in [
+        ("host-gw", PodFamily::Dual),
+        ("vxlan", PodFamily::Dual),
+        ("udp", PodFamily::V4),
+        ("vxlan", PodFamily::V6),
+        ("host-gw", PodFamily::V6),
+    ] {
+        let plan = plan(3, backend, StoreKind::Embedded).family(family);
+        let mut lab = Lab::start(plan, &root.join(format!("{backend}-{family:?}"))).unwrap();
+        lab.settle().unwrap();
+        wait_until_reachable(&lab);
+        let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+        crate::cluster::ping_all_from(&pods[0].netns, &[pods[1].address]);
+        std::thread::sleep(Duration::from_secs(4));
+        for host in &lab.hosts {
+            let log = std::fs::read_to_string(host.log()).unwrap();
+            assert!(!log.contains("path to peer broken"), "{backend} {family:?}: {log}");
+        }
+    }
+}
+
+/// Toward hosts that answer no messages, as Go's: kernels answer.
+pub(crate) fn paths_to_hosts_without_our_daemon_are_measured(root: &Path) {
+    let mut plan = plan(2, "vxlan", StoreKind::Embedded);
+    plan.env.push(("FLANNELD_PROBE".to_owned(), "off".to_owned()));
+    let mut lab = Lab::start(plan, root).unwrap();
+    lab.settle().unwrap();
+    assert_eq!(path(&lab, 0, "10.244.2.0"), Value::Null, "--probe=off measures nothing");
+    lab.stop_daemon(0, false).unwrap();
+    lab.start_daemon(0, &["--probe=on"]).unwrap();
+    lab.settle().unwrap();
+    eventually("the path is measured and works", || verdict(&lab, 0, "10.244.2.0") == "reachable");
+    assert_eq!(path(&lab, 0, "10.244.2.0")["daemon"], Value::Null);
+    for (rule, wanted) in [
+        ("ip saddr 10.0.0.1 udp dport 8472 drop", "overlay-broken"),
+        ("ip saddr 10.0.0.1 udp dport 8472 meta length > 1400 drop", "mtu-too-large"),
+        ("iifname flannel.1 ip saddr 10.244.1.0 meta l4proto tcp drop", "checksum-broken"),
+    ] {
+        let rules = Rules::new(&lab.hosts[1].netns, &[("input", rule)]);
+        eventually(wanted, || verdict(&lab, 0, "10.244.2.0") == wanted);
+        drop(rules);
+        eventually("the path works again", || verdict(&lab, 0, "10.244.2.0") == "reachable");
+    }
+}
