@@ -140,10 +140,10 @@ const TESTS: [(&str, Test); 64] = [
     ("lab_names_peers_behind_a_router", command::lab_names_peers_behind_a_router),
     ("lab_needs_no_root", command::lab_needs_no_root),
     ("twenty_hosts_all_pairs", command::twenty_hosts_all_pairs),
-    ("each_broken_path_has_its_verdict", paths::each_broken_path_has_its_verdict),
+    ("broken_paths_are_logged_and_their_mtu_is_found", paths::broken_paths_are_logged_and_their_mtu_is_found),
     ("a_blackhole_before_a_peers_route_is_seen", paths::a_blackhole_before_a_peers_route_is_seen),
     ("healthy_paths_are_reachable_with_each_backend", paths::healthy_paths_are_reachable_with_each_backend),
-    ("paths_to_hosts_without_our_daemon_are_measured", paths::paths_to_hosts_without_our_daemon_are_measured),
+    ("measurement_can_be_switched_off", paths::measurement_can_be_switched_off),
     ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
 ];
@@ -171,6 +171,10 @@ fn main() {
     }
     for (name, store) in stores::all().into_iter().filter(|(_, store)| matches!(store, StoreKind::Etcd(_))) {
         add(format!("{name}: tls_and_a_password"), Box::new(move |root| secure::tls_and_a_password(root, store, name)));
+    }
+    for stand in lab::verdicts::Stand::ALL {
+        let test = move |root: &Path| paths::each_broken_path_has_its_verdict(root, stand);
+        add(format!("{}: each_broken_path_has_its_verdict", stand.name()), Box::new(test));
     }
     for case in matrix::all() {
         add(format!("matrix: {case}"), Box::new(move |root| case.run(root)));

@@ -13,7 +13,7 @@ use crate::check::this_program;
 use crate::cluster::{Lab, Pod, check_hosts, kubernetes, outside};
 use crate::plan::{Plan, PodFamily, StoreKind, Topology};
 use crate::show::{Report, show};
-use crate::{chaos, check, exec, isolate, keep, measure};
+use crate::{chaos, check, exec, isolate, keep, measure, verdicts};
 
 /// Arguments of `flanneld lab`.
 #[derive(Debug, Clone, Args)]
@@ -62,6 +62,8 @@ pub enum LabCommand {
     Faults(measure::FaultsArgs),
     /// Inject faults at random and check that pods still reach each other (needs root, ip, nft and iptables)
     Chaos(chaos::ChaosArgs),
+    /// Break the path to a host in many ways and print what each daemon says about it (needs root, ip, bridge and nft)
+    Verdicts(verdicts::VerdictsArgs),
     /// Connect to addresses outside for a lab (started by the lab itself)
     #[command(hide = true)]
     Outside,
@@ -73,6 +75,7 @@ pub fn main(args: LabArgs) -> ExitCode {
         Some(LabCommand::Exec { place, command }) => exec::run(place, command).map(|()| true),
         Some(LabCommand::Faults(args)) => faults(args),
         Some(LabCommand::Chaos(args)) => chaos(args),
+        Some(LabCommand::Verdicts(args)) => verdicts(args),
         Some(LabCommand::Outside) => outside::serve().map(|()| true),
         None => run(&args),
     };
@@ -96,6 +99,12 @@ fn chaos(args: &chaos::ChaosArgs) -> anyhow::Result<bool> {
     chaos::check(args)?;
     let program = this_program()?;
     chaos::run(&program, &isolate(&program)?, args)
+}
+
+fn verdicts(args: &verdicts::VerdictsArgs) -> anyhow::Result<bool> {
+    check::can_inject("verdicts", None)?;
+    let program = this_program()?;
+    verdicts::run(&program, &isolate(&program)?, args)
 }
 
 /// Runs the labs. True if every lab did what it should.

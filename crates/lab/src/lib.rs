@@ -21,6 +21,7 @@ mod process;
 mod progress;
 mod show;
 pub mod stage;
+pub mod verdicts;
 
 pub use cluster::{Host, Lab, Pod, STORE, kubernetes};
 pub use plan::{Plan, PodFamily, Secure, StoreKind, Topology};

@@ -12,6 +12,8 @@ const GRACE: Duration = Duration::from_secs(3);
 const EARLY: Duration = Duration::from_millis(300);
 /// The reason for no verdict before the first answer.
 const PENDING: &str = "no answer yet";
+/// The reason for no verdict about a host that answers no other probe.
+const TCP_ONLY: &str = "it answers TCP, but neither pings nor probes (UDP, --probe-port): let its firewall accept one of them";
 /// A broken path is diagnosed whole again at each so many lost main probes.
 const DIAGNOSE_EACH: u32 = 4;
 /// The loss and the round-trip time are those of this many buckets of this length.
@@ -283,17 +285,20 @@ impl Path {
 
     /// A result while nothing is wrong, or nothing new.
     fn look_closer(&mut self, measure: Measure, is_ok: bool, now: Duration) -> Vec<Next> {
-        let is_known = self.verdict.is_broken();
+        let is_known = self.verdict != Verdict::Reachable;
+        let times = match *self.outcome(measure) {
+            Outcome::Lost(times) => times,
+            Outcome::Unknown | Outcome::Ok => 0,
+        };
         match (measure, is_ok) {
             (Measure::Connect, false) if !is_known => self.open([Measure::Connect, Measure::ControlConnect, Measure::Echo], now),
-            (Measure::Bridge, false) if self.has_bridge && *self.outcome(measure) == Outcome::Lost(1) => vec![(now, measure)],
-            (measure, false) if measure == self.main() => {
-                let Outcome::Lost(times) = *self.outcome(measure) else { return Vec::new() };
-                if is_known && times % DIAGNOSE_EACH != 0 {
-                    return Vec::new();
-                }
-                self.diagnose(now)
+            (Measure::Bridge, false) if !is_known && self.has_bridge && times % DIAGNOSE_EACH == 1 => {
+                self.open([Measure::Bridge, Measure::Underlay], now)
             }
+            (measure, false) if measure == self.main() => match is_known && !times.is_multiple_of(DIAGNOSE_EACH) {
+                true => Vec::new(),
+                false => self.diagnose(now),
+            },
             _ => self.decide(now),
         }
     }
@@ -301,11 +306,13 @@ impl Path {
     /// Takes all measures that tell the parts of the path apart.
     fn diagnose(&mut self, now: Duration) -> Vec<Next> {
         // The control message comes last: it says which message arrived.
-        let all = [Measure::Message, Measure::Echo, Measure::Small, Measure::Underlay, Measure::Control];
+        let all = [Measure::Message, Measure::Echo, Measure::Small, Measure::Connect, Measure::Underlay, Measure::Control];
         let point = self.target.point;
+        // It counts how often it was lost in a row, for the checksum's sake; here only an answer counts.
+        *self.outcome(Measure::Connect) = Outcome::Unknown;
         let has_sense = |measure: &Measure| match point {
             Point::Device => true,
-            Point::Bridge => matches!(measure, Measure::Message | Measure::Echo | Measure::Underlay),
+            Point::Bridge => matches!(measure, Measure::Message | Measure::Echo | Measure::Connect | Measure::Underlay),
             Point::Unknown(_) => *measure == Measure::Underlay,
         };
         self.open(all.into_iter().filter(has_sense), now)
@@ -314,7 +321,9 @@ impl Path {
     fn open(&mut self, measures: impl IntoIterator<Item = Measure>, now: Duration) -> Vec<Next> {
         let main = self.main();
         let measures: Vec<Measure> = measures.into_iter().collect();
-        for measure in measures.iter().filter(|measure| **measure != main && **measure != Measure::Connect) {
+        // Those that must be lost twice in a row go on counting.
+        let counts = |measure: &Measure| *measure == main || matches!(measure, Measure::Connect | Measure::Bridge);
+        for measure in measures.iter().filter(|measure| !counts(measure)) {
             *self.outcome(*measure) = Outcome::Unknown;
         }
         (self.suspect, self.arrived, self.messages) = (now, false, [0; 4]);
@@ -346,7 +355,8 @@ impl Path {
             let is_cut = connect.is_lost(2) && control_connect == Outcome::Ok && !self.is_ours;
             return Some(match () {
                 () if is_cut => Verdict::ChecksumBroken,
-                () if bridge.is_lost(2) && self.has_bridge => Verdict::OverlayBroken,
+                // A host that answers no ping says nothing about its bridge.
+                () if bridge.is_lost(2) && self.has_bridge && underlay == Outcome::Ok => Verdict::OverlayBroken,
                 () => Verdict::Reachable,
             });
         }
@@ -366,19 +376,25 @@ impl Path {
         }
         let is_direct = self.target.point == Point::Bridge;
         if small == Outcome::Ok || (is_direct && underlay == Outcome::Ok) {
-            if let Verdict::MtuTooLarge { mtu, .. } = self.verdict
-                && mtu == self.target.mtu
-            {
+            if self.search.is_some() {
                 return None;
             }
             self.search = Some(Search { passes: SMALL, fails: self.target.mtu });
+            if let Verdict::MtuTooLarge { passes: Some(passes), .. } = self.verdict {
+                // The limit that was found may have changed: it is confirmed, or the search begins again.
+                next.extend([(now, Measure::Size(passes)), (now, Measure::Size(passes + 1))]);
+                return None;
+            }
             next.extend(self.search_step(now));
             return Some(Verdict::MtuTooLarge { mtu: self.target.mtu, passes: None });
         }
+        let is_up = underlay == Outcome::Ok || control == Outcome::Ok;
         Some(match () {
+            () if connect == Outcome::Ok => Verdict::Unmeasured(TCP_ONLY),
+            () if is_up && self.error.is_some() => Verdict::OverlayBroken,
             () if self.arrived => Verdict::AnswersLost,
             () if self.received.is_some_and(|at| at >= self.suspect) => Verdict::RequestsLost,
-            () if underlay == Outcome::Ok || control == Outcome::Ok => Verdict::OverlayBroken,
+            () if is_up => Verdict::OverlayBroken,
             () => Verdict::UnderlayDown,
         })
     }

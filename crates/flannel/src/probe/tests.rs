@@ -22,6 +22,8 @@ struct Fault {
     checksum: bool,
     /// The peer's daemon does not run.
     daemon: bool,
+    /// The peer's firewall drops pings.
+    pings: bool,
 }
 
 /// A network of peers, and a prober that measures it.
@@ -67,7 +69,8 @@ impl Network {
         let is_lost = fault.host
             || (by_data && fault.requests)
             || (is_for_pods && fault.mtu.is_some_and(|mtu| length > mtu))
-            || (by_data && fault.checksum && is_transport);
+            || (by_data && fault.checksum && is_transport)
+            || (fault.pings && matches!(probe.how, How::Echo(_)));
         if is_lost {
             return None;
         }
@@ -146,6 +149,9 @@ fn each_fault_has_its_verdict_and_ends() {
     let mtu = Fault { mtu: Some(1387), ..Fault::default() };
     let checksum = Fault { checksum: true, ..Fault::default() };
     let daemon = Fault { daemon: true, ..Fault::default() };
+    let pings = Fault { pings: true, ..Fault::default() };
+    let tcp_only =
+        Verdict::Unmeasured("it answers TCP, but neither pings nor probes (UDP, --probe-port): let its firewall accept one of them");
     let too_large = Verdict::MtuTooLarge { mtu: MTU, passes: Some(1387) };
     for (fault, ours, other) in [
         (host, Verdict::UnderlayDown, Verdict::UnderlayDown),
@@ -155,6 +161,7 @@ fn each_fault_has_its_verdict_and_ends() {
         (mtu, too_large.clone(), too_large.clone()),
         (checksum, Verdict::ChecksumBroken, Verdict::ChecksumBroken),
         (daemon, Verdict::Reachable, Verdict::Reachable),
+        (pings, Verdict::Reachable, tcp_only),
     ] {
         for (are_ours, wanted) in [(true, ours), (false, other)] {
             assert_eq!(broken(Point::Device, are_ours, fault), (wanted, Verdict::Reachable), "{fault:?}, ours: {are_ours}");
@@ -163,6 +170,18 @@ fn each_fault_has_its_verdict_and_ends() {
     for are_ours in [true, false] {
         assert_eq!(broken(Point::Bridge, are_ours, host), (Verdict::UnderlayDown, Verdict::Reachable), "ours: {are_ours}");
         assert_eq!(broken(Point::Bridge, are_ours, mtu), (too_large.clone(), Verdict::Reachable), "ours: {are_ours}");
+    }
+    assert_eq!(broken(Point::Bridge, true, pings), (Verdict::Reachable, Verdict::Reachable));
+}
+
+#[test]
+fn a_limit_that_changes_is_found_again() {
+    let mut network = Network::new(2, Point::Device, true);
+    assert!(network.run(seconds(9), |network| network.now > seconds(5) && network.are_all(&Verdict::Reachable)));
+    for mtu in [700, 1300, 437, 1449] {
+        network.faults[1].mtu = Some(mtu);
+        network.run(network.now + seconds(30), |_| false);
+        assert_eq!(network.verdict(1), Verdict::MtuTooLarge { mtu: MTU, passes: Some(mtu) });
     }
 }
 
@@ -309,4 +328,66 @@ fn a_bridge_counts_once_it_has_answered() {
     assert_eq!(network.verdict(0), Verdict::OverlayBroken);
     silent(&mut network, seconds(40), false);
     assert_eq!(network.verdict(0), Verdict::Reachable);
+}
+
+mod laws {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn fault() -> impl Strategy<Value = Fault> {
+        let mtu = prop::option::of(200..MTU);
+        (any::<bool>(), any::<bool>(), any::<bool>(), mtu, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+            |(host, requests, answers, mtu, checksum, daemon, pings)| Fault { host, requests, answers, mtu, checksum, daemon, pings },
+        )
+    }
+
+    /// The verdicts that may stand for what is wrong.
+    fn is_true(verdict: &Verdict, fault: Fault, point: Point, are_ours: bool) -> bool {
+        let messages = are_ours && !fault.daemon;
+        let by_device = point == Point::Device;
+        // Something that is not visible at all, or not to the measures that are left.
+        let is_dead = fault.host || (by_device && (fault.requests || fault.answers));
+        let is_blind = fault.pings && !messages;
+        match verdict {
+            Verdict::Reachable => !is_dead && (fault.mtu.is_none() || is_blind),
+            // Nothing answers, or only the host itself, which is not a broken network if its firewall drops all that is sent.
+            Verdict::UnderlayDown => fault.host || fault.pings,
+            Verdict::OverlayBroken => is_dead || fault.pings || (by_device && fault.checksum) || fault.mtu.is_some_and(|mtu| mtu < 200),
+            Verdict::MtuTooLarge { passes, .. } => fault.mtu.is_some() && passes.is_none_or(|passes| Some(passes) == fault.mtu),
+            Verdict::ChecksumBroken => by_device && fault.checksum,
+            Verdict::AnswersLost => by_device && (fault.answers || fault.mtu.is_some()),
+            Verdict::RequestsLost => false,
+            Verdict::Unmeasured(_) => fault.pings,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever breaks, and in whatever order, each verdict is true a while later, a healed path is reachable, and the budget holds.
+        #[test]
+        fn verdicts_become_true(
+            faults in prop::collection::vec((0_usize..6, fault(), 1_u64..40), 1..8),
+            is_device: bool,
+            are_ours: bool,
+        ) {
+            let point = if is_device { Point::Device } else { Point::Bridge };
+            let mut network = Network::new(6, point, are_ours);
+            for (peer, fault, wait) in faults {
+                network.faults[peer] = fault;
+                network.run(network.now + seconds(wait), |_| false);
+            }
+            network.run(network.now + seconds(60), |_| false);
+            for peer in 0..6 {
+                let (verdict, fault) = (network.verdict(peer), network.faults[peer]);
+                prop_assert!(is_true(&verdict, fault, point, are_ours), "{verdict:?} for {fault:?}, {point:?}, ours: {are_ours}");
+            }
+            network.faults.fill(Fault::default());
+            network.run(network.now + seconds(60), |_| false);
+            prop_assert!(network.are_all(&Verdict::Reachable));
+            for window in network.sent.windows(11) {
+                prop_assert!(window[10] - window[0] >= seconds(1));
+            }
+        }
+    }
 }
