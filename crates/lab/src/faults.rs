@@ -1,6 +1,8 @@
 //! A catalogue of things that go wrong on a host, by an operator, another program or by themselves. `lab faults` measures how
 //! soon each is repaired, `lab chaos` draws from it.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -281,12 +283,22 @@ fn apply(netns: &Netns, ops: &[Op]) -> anyhow::Result<()> {
     outcomes.into_iter().try_for_each(|outcome| outcome.map_err(anyhow::Error::new))
 }
 
-/// Injects a fault and waits until the host is as before. Returns how long that took, and how many of the pings, one each
-/// millisecond to the next host, were lost meanwhile.
+/// What was measured of a fault.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    /// Until the host was as before.
+    pub repaired: Duration,
+    /// Pings, one each millisecond to the next host, that were lost meanwhile.
+    pub lost: usize,
+    /// The first line that the daemon logged about it, without the part that varies, and when it was seen.
+    pub said: Option<(String, Duration)>,
+}
+
+/// Injects a fault and waits until the host is as before.
 ///
 /// # Errors
 /// When it is not repaired in time; the text says what differs.
-pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Result<(Duration, usize)> {
+pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Result<Measured> {
     let whole = observe(lab, host)?;
     // The daemon's counter must grow: that proves that the daemon repaired it, and that there was something to repair. (An
     // interface that goes down, for one, takes nothing of VXLAN's along.)
@@ -298,24 +310,36 @@ pub fn once(lab: &Lab, pods: &[Pod], host: usize, fault: &Fault) -> anyhow::Resu
     let count = || Ok::<_, anyhow::Error>(target.state()?["objects"][counter].as_u64().unwrap_or(0));
     let before = count()?;
     let other = (host + 1) % pods.len();
-    let mut outcome = Ok(Duration::ZERO);
+    let mut outcome = Ok((Duration::ZERO, None));
     let (_, lost) = ping_during(&pods[host].netns, pods[other].address, || outcome = inject_and_wait(lab, host, fault, &whole))?;
-    let repaired = outcome?;
+    let (repaired, said) = outcome?;
     let end = Instant::now() + Duration::from_secs(2);
     while !matches!(fault.act, Act::Script(_)) && count()? == before {
         ensure!(Instant::now() < end, "{}: the daemon's counter {counter:?} did not grow", fault.name);
         std::thread::sleep(Duration::from_millis(5));
     }
-    Ok((repaired, lost))
+    Ok(Measured { repaired, lost, said })
 }
 
-fn inject_and_wait(lab: &Lab, host: usize, fault: &Fault, whole: &Observed) -> anyhow::Result<Duration> {
+fn inject_and_wait(lab: &Lab, host: usize, fault: &Fault, whole: &Observed) -> anyhow::Result<(Duration, Option<(String, Duration)>)> {
     let target = &lab.hosts[host];
+    let mut log = File::open(target.log())?;
+    let offset = log.seek(SeekFrom::End(0))?;
+    let mut said = None;
     let began = fault.inject(lab, host)?.with_context(|| format!("{}: the host has no object of that kind", fault.name))?;
     loop {
         let now = observe(lab, host)?;
+        let elapsed = began.elapsed();
+        if said.is_none() {
+            said = first_event(&mut log, offset)?.map(|event| (event, elapsed));
+        }
         if now == *whole {
-            return Ok(began.elapsed());
+            if said.is_none() {
+                // The line may follow the repair.
+                std::thread::sleep(Duration::from_millis(2));
+                said = first_event(&mut log, offset)?.map(|event| (event, began.elapsed()));
+            }
+            return Ok((elapsed, said));
         }
         ensure!(
             began.elapsed() < fault.timeout(),
@@ -328,6 +352,16 @@ fn inject_and_wait(lab: &Lab, host: usize, fault: &Fault, whole: &Observed) -> a
         );
         std::thread::sleep(Duration::from_micros(500));
     }
+}
+
+/// The message of the first line of a log behind an offset, without its time, its level and its fields.
+fn first_event(log: &mut File, offset: u64) -> std::io::Result<Option<String>> {
+    let mut text = String::new();
+    log.seek(SeekFrom::Start(offset))?;
+    log.read_to_string(&mut text)?;
+    let mut lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let words = |line: &str| line.split_whitespace().skip(2).take_while(|word| !word.contains('=')).collect::<Vec<_>>().join(" ");
+    Ok(lines.next().map(words))
 }
 
 fn difference(whole: &Observed, now: &Observed) -> String {

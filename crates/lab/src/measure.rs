@@ -10,7 +10,7 @@ use daemon::output;
 use serde_json::{Value, json};
 
 use crate::events::{self, ClusterEvent};
-use crate::faults::{self, FAULTS, Fault, Noticed};
+use crate::faults::{self, FAULTS, Fault, Measured, Noticed};
 use crate::interrupt::Interrupt;
 use crate::plan::{Plan, StoreKind};
 use crate::progress::Progress;
@@ -156,11 +156,14 @@ impl Run<'_> {
                     return Ok(false);
                 }
                 self.progress.show(&format!("{place}: {}", event.name));
-                let measured = events::once(stage, event, round % stage.pods.len())?;
+                let (repaired, lost) = events::once(stage, event, round % stage.pods.len())?;
+                let measured = Measured { repaired, lost, said: None };
                 if round == 0 {
                     self.rows.push(Row::new(event.name, &place, None));
                 }
-                self.rows.last_mut().into_iter().for_each(|row| row.push(measured));
+                if let Some(row) = self.rows.last_mut() {
+                    row.push(measured);
+                }
                 self.progress.add(UNITS.2);
             }
         }
@@ -172,8 +175,10 @@ impl Run<'_> {
             output::line(serde_json::to_string_pretty(&self.rows.iter().map(Row::json).collect::<Vec<_>>())?);
             return Ok(());
         }
-        output::line("| fault | lab | noticed by | rounds | repaired, p50 ms | p99 ms | lost pings of one a ms, p50 | p99 |");
-        output::line("|---|---|---|--:|--:|--:|--:|--:|");
+        output::line(
+            "| fault | lab | noticed by | rounds | repaired, p50 ms | p99 ms | lost pings of one a ms, p50 | p99 | the daemon said, p50 ms |",
+        );
+        output::line("|---|---|---|--:|--:|--:|--:|--:|---|");
         self.rows.iter().for_each(|row| output::line(row.text()));
         Ok(())
     }
@@ -190,16 +195,20 @@ struct Row {
     repaired: Vec<Duration>,
     /// Echo requests, one each millisecond, that were lost in each round; ordered.
     lost: Vec<usize>,
+    /// The daemon's first line about each round, with its time; ordered by time.
+    said: Vec<(Duration, String)>,
 }
 
 impl Row {
     fn new(name: &str, place: &str, noticed: Option<Noticed>) -> Row {
-        Row { name: name.to_owned(), place: place.to_owned(), noticed, repaired: Vec::new(), lost: Vec::new() }
+        Row { name: name.to_owned(), place: place.to_owned(), noticed, repaired: Vec::new(), lost: Vec::new(), said: Vec::new() }
     }
 
-    fn push(&mut self, (repaired, lost): (Duration, usize)) {
+    fn push(&mut self, Measured { repaired, lost, said }: Measured) {
         self.repaired.push(repaired);
         self.lost.push(lost);
+        self.said.extend(said.map(|(event, after)| (after, event)));
+        self.said.sort();
         self.repaired.sort();
         self.lost.sort_unstable();
     }
@@ -222,15 +231,26 @@ impl Row {
         let lost = |percent| Row::percentile(&self.lost, percent).map_or("-".to_owned(), |lost| lost.to_string());
         let slow = if self.noticed.is_some() && self.millis(99) > 100.0 { " (over 100)" } else { "" };
         format!(
-            "| {} | {} | {noticed} | {} | {:.1} | {:.1}{slow} | {} | {} |",
+            "| {} | {} | {noticed} | {} | {:.1} | {:.1}{slow} | {} | {} | {} |",
             self.name,
             self.place,
             self.repaired.len(),
             self.millis(50),
             self.millis(99),
             lost(50),
-            lost(99)
+            lost(99),
+            self.daemon_said()
         )
+    }
+
+    /// What the daemon logged in the median round, and when; how often, if not in each round.
+    fn daemon_said(&self) -> String {
+        let Some((after, event)) = self.said.get(self.said.len().saturating_sub(1) / 2) else { return "–".to_owned() };
+        let times = match self.said.len() == self.repaired.len() {
+            true => String::new(),
+            false => format!(" ({} of {})", self.said.len(), self.repaired.len()),
+        };
+        format!("{event}, {:.1}{times}", after.as_secs_f64() * 1e3)
     }
 
     fn json(&self) -> Value {
@@ -238,6 +258,7 @@ impl Row {
             "fault": self.name, "lab": self.place, "rounds": self.repaired.len(),
             "notified": self.noticed.map(|noticed| noticed == Noticed::Event),
             "p50_ms": self.millis(50), "p99_ms": self.millis(99),
+            "said": self.daemon_said(),
             "lost_p50": Row::percentile(&self.lost, 50), "lost_p99": Row::percentile(&self.lost, 99),
         })
     }
