@@ -42,18 +42,19 @@ struct Limits {
 }
 
 impl Limits {
-    /// A bucket that holds less than a frame never lets a full one pass: connections would stall for ever.
-    fn require_room(&self, mtu: u32) -> Result<(), CniError> {
+    /// What is wrong with bursts below one frame. Such a bucket never lets a full packet pass, and connections stall.
+    fn warnings(&self, mtu: u32) -> Vec<String> {
         let needed = (u64::from(mtu) + FRAME_HEADER) * 8;
-        for (limit, field) in [(self.ingress, "ingressBurst"), (self.egress, "egressBurst")] {
-            if let Some(Limit { burst, .. }) = limit.filter(|limit| limit.burst < needed) {
-                return Err(CniError::config(format!(
-                    "{field}: {burst} bits are less than one frame of an interface with MTU {mtu}, so no full packet could pass: \
+        let limits = [(self.ingress, "ingressBurst"), (self.egress, "egressBurst")].into_iter();
+        let small = limits.filter_map(|(limit, field)| Some((limit?.burst, field))).filter(|(burst, _)| *burst < needed);
+        small
+            .map(|(burst, field)| {
+                format!(
+                    "{field}: {burst} bits are less than one frame of an interface with MTU {mtu}, so no full packet can pass: \
                      set at least {needed}"
-                )));
-            }
-        }
-        Ok(())
+                )
+            })
+            .collect()
     }
 }
 
@@ -65,8 +66,8 @@ fn limits(request: &Request<'_>) -> Result<Limits, CniError> {
         };
         let limit = |rate: &str, burst: &str| match (number(rate)?, number(burst)?) {
             (0, 0) => Ok(None),
-            (_, 0) => Err(CniError::config(format!("{burst}: it must be more than 0 where {rate} is"))),
-            (0, _) => Err(CniError::config(format!("{rate}: it must be more than 0 where {burst} is"))),
+            (_, 0) => Err(CniError::config(format!("{burst}: if rate is set, burst must also be set: {rate} is"))),
+            (0, _) => Err(CniError::config(format!("{rate}: if burst is set, rate must also be set: {burst} is"))),
             (_, burst_bits) if burst_bits / 8 >= u64::from(u32::MAX) => {
                 Err(CniError::config(format!("{burst}: it must be less than 34359738360 bits (4 GiB)")))
             }
@@ -146,13 +147,19 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
     }
 }
 
-/// The host's end of the attachment's veth pair.
-fn host_end(host: &mut Socket, request: &Request<'_>, netns: &Netns) -> Result<LinkInfo, CniError> {
+/// The host's end of the attachment's veth pair. The result must name it: an index alone may be that of another link, if the
+/// container's peer is in a third namespace.
+fn host_end(host: &mut Socket, request: &Request<'_>, netns: &Netns, result: &CniResult) -> Result<LinkInfo, CniError> {
     let name = ifname(request)?;
     let container = in_container(netns, |socket| link::get(socket, name).map_err(failed(format!("read {name} in the container"))))?;
     let container = container.ok_or_else(|| CniError::failed(format!("{name} does not exist in the container")))?;
     let peer = link::get_index(host, container.link).map_err(failed("read the host's end"))?;
-    peer.filter(|peer| peer.kind == "veth").ok_or_else(|| CniError::failed(format!("{name} has no peer on the host: it must be a veth")))
+    let peer = peer.filter(|peer| peer.kind == "veth");
+    let peer = peer.ok_or_else(|| CniError::failed(format!("{name} has no peer on the host: it must be a veth")))?;
+    match result.interfaces.iter().any(|interface| interface.sandbox.is_empty() && interface.name == peer.name.as_str()) {
+        true => Ok(peer),
+        false => Err(CniError::failed(format!("prevResult: it does not list {}, the host's end of {name}", peer.name))),
+    }
 }
 
 fn add(request: &Request<'_>) -> Result<CniResult, CniError> {
@@ -162,8 +169,8 @@ fn add(request: &Request<'_>) -> Result<CniResult, CniError> {
     }
     let netns = open_netns(request)?;
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-    let veth = host_end(&mut host, request, &netns)?;
-    limits.require_room(veth.mtu)?;
+    let veth = host_end(&mut host, request, &netns, &result)?;
+    limits.warnings(veth.mtu).iter().for_each(|warning| eprintln!("bandwidth: {warning}"));
     if let Some(ingress) = limits.ingress {
         qdisc::limit(&mut host, veth.index, ingress.bucket()).map_err(failed(format!("limit what {} sends", veth.name)))?;
     }
@@ -187,13 +194,13 @@ fn add(request: &Request<'_>) -> Result<CniResult, CniError> {
 }
 
 fn check(request: &Request<'_>) -> Result<(), CniError> {
-    let (limits, _) = (limits(request)?, previous(request)?);
+    let (limits, result) = (limits(request)?, previous(request)?);
     if limits == Limits::default() {
         return Ok(());
     }
     let netns = open_netns(request)?;
     let mut host = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
-    let veth = host_end(&mut host, request, &netns)?;
+    let veth = host_end(&mut host, request, &netns, &result)?;
     let mut is_limited = |index: u32, limit: Limit, what: &str| {
         let found = qdisc::get(&mut host, index).map_err(failed("read the limits"))?;
         match found.is_some_and(|found| found.rate == limit.bucket().rate) {
@@ -218,11 +225,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn burst_must_hold_a_frame() {
+    fn burst_below_a_frame_is_a_warning() {
         let limits = |burst| Limits { ingress: None, egress: Some(Limit { rate: 8_000, burst }) };
-        assert_eq!(limits((1450 + 14) * 8).require_room(1450), Ok(()));
-        let error = limits((1450 + 14) * 8 - 1).require_room(1450).unwrap_err();
-        assert!(error.msg.starts_with("egressBurst: 11711 bits"), "{}", error.msg);
-        assert_eq!(Limits::default().require_room(1450), Ok(()));
+        assert!(limits((1450 + 14) * 8).warnings(1450).is_empty() && Limits::default().warnings(1450).is_empty());
+        let warnings = limits((1450 + 14) * 8 - 1).warnings(1450);
+        assert!(warnings.len() == 1 && warnings[0].starts_with("egressBurst: 11711 bits"), "{warnings:?}");
     }
 }

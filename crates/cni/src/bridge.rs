@@ -160,6 +160,10 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
         await_operational(&mut host, &veth)?;
     }
 
+    if result.ips.is_empty() && !request.speaks("0.3.0") {
+        let text = "cannot convert: no valid IP addresses: the result of CNI version";
+        return Err(CniError::config(format!("ipam: {text} {} needs one: set ipam, or cniVersion 0.3.0 or later", request.version)));
+    }
     let bridge = link::get_index(&mut host, bridge.index).map_err(failed("read the bridge"))?.unwrap_or(bridge);
     let sandbox = request.netns.map(|path| path.display().to_string()).unwrap_or_default();
     let interface = |link: &LinkInfo, sandbox: &str| Interface {

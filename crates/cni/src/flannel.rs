@@ -238,6 +238,15 @@ mod tests {
     }
 
     #[test]
+    fn each_network_of_the_file_gets_a_route() {
+        let Ok(Value::Object(plain)) = serde_json::from_str(r#"{"name":"n"}"#) else { panic!("an object") };
+        let env = ENV.replace("10.1.0.0/16", "10.1.0.0/16,192.168.0.0/16");
+        let conf = delegate_conf(&plain, &SubnetEnv::parse(&env).unwrap()).unwrap();
+        assert_eq!(conf["ipam"]["routes"], json!([{ "dst": "10.1.0.0/16" }, { "dst": "192.168.0.0/16" }]));
+        assert_eq!(conf["ipam"]["ranges"], json!([[{ "subnet": "10.1.17.0/24" }]]));
+    }
+
+    #[test]
     fn empty_and_null_fields_are_filled_in() {
         let plain = conf(r#"{"name":"n","type":"flannel"}"#).unwrap();
         let empty = r#"{"name":"n","type":"flannel","cniVersion":"","delegate":{"type":"","mtu":null,"ipMasq":null,"isGateway":null,"name":"","ipam":null},

@@ -172,6 +172,7 @@ pub struct Invocation {
     name: String,
     version: String,
     conf: Map<String, Value>,
+    text: String,
     depth: u32,
 }
 
@@ -199,6 +200,8 @@ pub struct Request<'a> {
     pub version: &'a str,
     /// The whole configuration.
     pub conf: &'a Map<String, Value>,
+    /// The configuration's text; empty for a delegate in this process.
+    pub text: &'a str,
     /// How many plugins called each other before this one.
     pub depth: u32,
 }
@@ -246,6 +249,7 @@ impl Invocation {
             name,
             version,
             conf,
+            text: stdin.to_owned(),
             depth: environment.depth,
         })
     }
@@ -263,6 +267,7 @@ impl Invocation {
             name: &self.name,
             version: &self.version,
             conf: &self.conf,
+            text: &self.text,
             depth: self.depth,
         }
     }
@@ -301,6 +306,7 @@ impl<'a> Request<'a> {
             name: text("name").unwrap_or(self.name),
             version: text("cniVersion").unwrap_or(self.version),
             conf,
+            text: "",
             depth: self.depth + 1,
             ..*self
         }
@@ -560,7 +566,9 @@ mod tests {
         check(
             &env,
             "{}",
-            expect![[r#"4: invalid CNI_IFNAME: "a/b" is not an interface name (1 to 15 bytes, no slash, colon or white space) "#]],
+            expect![[
+                r#"4: invalid CNI_IFNAME: "a/b" is not an interface name (invalid character or length: 1 to 15 bytes, no slash, colon or white space) "#
+            ]],
         );
     }
 

@@ -1,6 +1,8 @@
 //! `tuning`: sysctls and attributes of the attachment's interface in the container (specification, section 7.6). The values
 //! before are kept in a file, and restored by DEL.
 
+mod duplicates;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -66,8 +68,11 @@ fn directory(configured: Option<&str>) -> PathBuf {
     PathBuf::from(configured.unwrap_or("/run/cni/tuning"))
 }
 
-/// The sysctls, as paths below `/proc/sys`; the last value of one that is given several times counts.
+/// The sysctls, as paths below `/proc/sys`. Those of `args.cni` replace those of the configuration.
 fn sysctls(request: &Request<'_>, args: &Map<String, Value>) -> Result<Vec<(String, String)>, CniError> {
+    if let Some(name) = duplicates::first(request.text, "sysctl") {
+        return Err(CniError::config(format!("sysctl: duplicated key {name:?}: give it one value")));
+    }
     let mut found: Vec<(String, String)> = Vec::new();
     let allowed = allow_list(Path::new(ALLOW_LIST))?;
     let both = [object(request.conf, "sysctl")?, object(args, "sysctl")?];

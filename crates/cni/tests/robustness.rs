@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "robustness/bandwidth.rs"]
+mod bandwidth;
 #[path = "support/host.rs"]
 mod host;
 #[path = "robustness/ports.rs"]
@@ -29,7 +31,7 @@ fn main() {
         // Default folders of plugins are below it.
         run("mount -t tmpfs tmpfs /var/lib");
     }
-    let tests: [(&str, Test); 20] = [
+    let tests: [(&str, Test); 21] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
         ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
@@ -43,7 +45,8 @@ fn main() {
         ("del_accepts_what_add_refuses", del_accepts_what_add_refuses),
         ("portmap_needs_no_route_to_the_container", ports::portmap_needs_no_route_to_the_container),
         ("tuning_follows_args_and_sysctl_names", tuning_follows_args_and_sysctl_names),
-        ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth_links_have_the_reference_name),
+        ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth::bandwidth_links_have_the_reference_name),
+        ("bandwidth_limits_at_their_edges", bandwidth::bandwidth_limits_at_their_edges),
         ("host_local_validates_requests_and_ranges", host_local_validates_requests_and_ranges),
         ("conditions_for_nftables_are_applied", ports::conditions_for_nftables_are_applied),
         ("errors_name_the_field", errors_name_the_field),
@@ -370,44 +373,12 @@ fn tuning_follows_args_and_sysctl_names(host: &Host) {
     host.call_with("tuning", "CHECK", "c1", &sysctls.to_string(), &env).unwrap();
     let values = shell(&pod, "cat /proc/sys/net/ipv4/conf/eth0.798/log_martians /proc/sys/net/ipv4/ip_default_ttl");
     assert_eq!(values, "1\n77\n");
-}
-
-fn bandwidth_links_have_the_reference_name(host: &Host) {
-    let _pod = host.pod("c1");
-    let results = ["net1", "eth0"].map(|ifname| {
-        let mut conf = network(host, 5);
-        conf["isDefaultGateway"] = false.into();
-        parse(&call(host, "bridge", "ADD", "c1", ifname, &conf).unwrap())
-    });
-    let conf = |previous: &Value| json!({ "cniVersion": "1.0.0", "name": "net5", "type": "bandwidth", "egressRate": 8_000_000, "egressBurst": 800_000, "prevResult": previous });
-    // `bwp` and the first 12 digits of the SHA-512 of network and container.
-    let digest = "net5c1";
-    let shared = format!("bwp{}", &shell(&host.netns, &format!("printf %s {digest} | sha512sum"))[..12]);
-    let ifbs = || host.links().into_iter().filter(|name| name.starts_with("bwp")).collect::<Vec<_>>();
-    call(host, "bandwidth", "ADD", "c1", "net1", &conf(&results[0])).unwrap();
-    assert_eq!(ifbs(), std::slice::from_ref(&shared));
-    call(host, "bandwidth", "ADD", "c1", "eth0", &conf(&results[1])).unwrap();
-    assert_eq!(ifbs().len(), 2);
-    for (ifname, previous) in [("net1", &results[0]), ("eth0", &results[1])] {
-        call(host, "bandwidth", "CHECK", "c1", ifname, &conf(previous)).unwrap();
-    }
-    call(host, "bandwidth", "DEL", "c1", "eth0", &conf(&results[1])).unwrap();
-    assert_eq!(ifbs(), std::slice::from_ref(&shared), "the other attachment keeps its own");
-    call(host, "bandwidth", "DEL", "c1", "net1", &conf(&results[0])).unwrap();
-    assert!(ifbs().is_empty());
-    // What the reference plugin made has no owner.
-    shell(&host.netns, &format!("ip link add {shared} type ifb"));
-    call(host, "bandwidth", "DEL", "c1", "net1", &conf(&results[0])).unwrap();
-    assert!(ifbs().is_empty());
-    for (burst, wanted) in [(8_000, "ingressBurst: 8000 bits"), (34_359_738_360_u64, "ingressBurst: it must be less than 34359738360 bits")]
-    {
-        let mut conf = conf(&results[1]);
-        conf["ingressRate"] = 8_000_000.into();
-        conf["ingressBurst"] = burst.into();
-        let error = call(host, "bandwidth", "ADD", "c1", "eth0", &conf).unwrap_err();
-        assert!(error["msg"].as_str().unwrap().starts_with(wanted), "{error}");
-    }
-    assert!(ifbs().is_empty());
+    // JSON keeps the last of two; a name that is written twice is more likely a mistake than a wish.
+    let text = conf(&json!({ "sysctl": { "net.ipv4.ip_default_ttl": "70" } })).to_string();
+    let twice = text.replace("\"net.ipv4.ip_default_ttl\":\"70\"", "\"net.ipv4.ip_default_ttl\":\"70\",\"net.ipv4.ip_default_ttl\":\"71\"");
+    let error = host.call_with("tuning", "ADD", "c1", &twice, &[]).unwrap_err();
+    assert_eq!(error["msg"], "sysctl: duplicated key \"net.ipv4.ip_default_ttl\": give it one value");
+    host.call_with("tuning", "DEL", "c1", &twice, &[]).unwrap();
 }
 
 fn host_local_validates_requests_and_ranges(host: &Host) {
@@ -437,7 +408,8 @@ fn host_local_validates_requests_and_ranges(host: &Host) {
     let _pod = host.pod("c1");
     let layer2 = json!({ "cniVersion": "0.2.0", "name": "net", "type": "bridge" });
     let error = host.call("bridge", "ADD", "c1", &layer2).unwrap_err();
-    assert!(error["msg"].as_str().unwrap().starts_with("ipam: a result of CNI version 0.2.0 needs an address"), "{error}");
+    assert!(error["msg"].as_str().unwrap().starts_with("ipam: cannot convert: no valid IP addresses"), "{error}");
+    assert!(host.links().iter().all(|name| !name.starts_with("veth")), "{:?}", host.links());
     let reserved: Vec<String> = host.files("networks/net").into_iter().filter(|name| name.starts_with("10.")).collect();
     assert_eq!(reserved, ["10.9.0.7", "10.9.0.99"], "a refused ADD reserves nothing");
     // A folder in the place of an address is no reason to fail.

@@ -372,7 +372,7 @@ impl FromStr for IfName {
             && text != ".."
             && !text.chars().any(|c| c == '/' || c == ':' || c == '\0' || c.is_whitespace());
         if !ok {
-            return Err(bad(text, "an interface name (1 to 15 bytes, no slash, colon or white space)"));
+            return Err(bad(text, "an interface name (invalid character or length: 1 to 15 bytes, no slash, colon or white space)"));
         }
         let mut name = [0; 16];
         name[..text.len()].copy_from_slice(text.as_bytes());

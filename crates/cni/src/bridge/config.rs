@@ -45,10 +45,6 @@ impl Config {
         let is_default_gateway = flag("isDefaultGateway")?;
         let ipam = object(conf, "ipam")?.map(|ipam| string(ipam, "type")).transpose()?.flatten();
         let ipam = ipam.map(ToOwned::to_owned);
-        if ipam.is_none() && !request.speaks("0.3.0") {
-            let text = format!("a result of CNI version {} needs an address: set ipam, or cniVersion 0.3.0 or later", request.version);
-            return Err(CniError::config(format!("ipam: {text}")));
-        }
         // nftables needs no program; the reference plugins take iptables where they have it.
         let backend = match string(conf, "ipMasqBackend")?.unwrap_or("nftables") {
             "nftables" => MasqBackend::Nftables,

@@ -237,6 +237,7 @@ fn bandwidth() -> Vec<Case> {
             "ingress and egress",
             json!({ "ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 16_000_000, "egressBurst": 1_600_000 }),
         ),
+        ("bursts below a frame", json!({ "ingressRate": 8, "ingressBurst": 8, "egressRate": 16, "egressBurst": 80 })),
         ("of the runtime", json!({ "runtimeConfig": { "bandwidth": { "ingressRate": 8_000_000, "ingressBurst": 800_000 } } })),
         ("nothing", json!({})),
     ] {
