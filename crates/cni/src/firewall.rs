@@ -1,5 +1,8 @@
-//! `firewall`: accepts in iptables what a container sends and receives, whatever the host's policy is, and isolates
-//! containers of different bridges from each other on request (specification, section 7.6).
+//! `firewall`: lets a container's traffic pass, whatever the host's policy is: in firewalld where that runs, in iptables
+//! otherwise. It isolates containers of different bridges from each other on request (specification, section 7.6).
+
+mod dbus;
+mod firewalld;
 
 use std::net::IpAddr;
 
@@ -7,6 +10,7 @@ use ::flannel::{Family, IfName};
 use kernel::link;
 use kernel::netlink::{Protocol, Socket};
 
+use self::firewalld::Firewalld;
 use crate::chained::{addresses, failed, previous, previous_leniently};
 use crate::chains::{Table, comment, given_name};
 use crate::protocol::{CniError, Command, Request, string};
@@ -27,7 +31,30 @@ enum Policy {
     Isolated,
 }
 
+/// What accepts the container's traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backend {
+    /// firewalld if it runs, iptables otherwise.
+    Any,
+    Iptables,
+    Firewalld,
+}
+
+impl Backend {
+    /// The firewalld to use; `None` for iptables.
+    fn firewalld(self) -> Result<Option<Firewalld>, CniError> {
+        match (self, (self != Backend::Iptables).then(Firewalld::connect)) {
+            (_, Some(Ok(firewalld))) => Ok(Some(firewalld)),
+            (Backend::Firewalld, Some(Err(error))) => {
+                Err(CniError::failed(format!("backend: cannot reach firewalld: {error}: is it running?")))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
 struct Config {
+    backend: Backend,
     admin_chain: String,
     policy: Policy,
 }
@@ -35,15 +62,13 @@ struct Config {
 impl Config {
     fn new(request: &Request<'_>) -> Result<Config, CniError> {
         let conf = request.conf;
-        match string(conf, "backend")?.unwrap_or_default() {
-            "" | "iptables" => {}
-            "firewalld" => {
-                return Err(CniError::unsupported(
-                    "backend: firewalld is not supported: set it to iptables, which works on hosts with firewalld as well",
-                ));
-            }
+        let backend = match string(conf, "backend")?.unwrap_or_default() {
+            "" => Backend::Any,
+            "iptables" => Backend::Iptables,
+            "firewalld" => Backend::Firewalld,
             other => return Err(CniError::config(format!("backend: {other:?} is neither \"iptables\" nor \"firewalld\""))),
-        }
+        };
+        string(conf, "firewalldZone")?;
         let admin_chain = string(conf, "iptablesAdminChainName")?.unwrap_or("CNI-ADMIN");
         let admin_chain = given_name("iptablesAdminChainName", admin_chain)?;
         if [FORWARD, STAGE_1, STAGE_2].contains(&admin_chain) {
@@ -57,8 +82,13 @@ impl Config {
                 return Err(CniError::config(format!("ingressPolicy: {other:?} is none of \"open\", \"same-bridge\" and \"isolated\"")));
             }
         };
-        Ok(Config { admin_chain: admin_chain.to_owned(), policy })
+        Ok(Config { backend, admin_chain: admin_chain.to_owned(), policy })
     }
+}
+
+/// The zone of firewalld that the container's addresses belong to. Not what ADD would refuse: a DEL asks too.
+fn zone<'a>(request: &Request<'a>) -> &'a str {
+    string(request.conf, "firewalldZone").ok().flatten().unwrap_or("trusted")
 }
 
 pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
@@ -66,22 +96,33 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
         Command::Add => {
             let config = Config::new(request)?;
             let result = previous(request)?;
-            let added = addresses(&result).iter().try_for_each(|ip| add(&config, &result, *ip));
+            let mut firewalld = config.backend.firewalld()?;
+            let added = addresses(&result).iter().try_for_each(|ip| match &mut firewalld {
+                Some(firewalld) => firewalld.add(zone(request), *ip).and_then(|()| add_policy(&config, &result, *ip)),
+                None => add(&config, &result, *ip),
+            });
             if added.is_err() {
                 // The error that led here is the one to report.
-                let _ = remove(&result);
+                let _ = remove(request, &result);
             }
             added.map(|()| Some(result))
         }
         Command::Del => {
             // Nothing of the configuration is needed: what ADD would refuse now may have been valid, or another plugin's.
             // Without a result it is not known whose rules would go.
-            remove(&previous_leniently(request)).map(|()| None)
+            remove(request, &previous_leniently(request)).map(|()| None)
         }
         Command::Check => {
-            Config::new(request)?;
+            let config = Config::new(request)?;
             let result = previous(request)?;
+            let mut firewalld = config.backend.firewalld()?;
             for ip in addresses(&result) {
+                if let Some(firewalld) = &mut firewalld {
+                    if !firewalld.has(zone(request), ip)? {
+                        return Err(CniError::failed(format!("{ip} is not a source of firewalld's zone {:?}", zone(request))));
+                    }
+                    continue;
+                }
                 let table = Table::read_if_chain(Family::of(ip), "filter", &[FORWARD])?;
                 let exists = |rule: &String| table.as_ref().is_some_and(|table| table.rules(FORWARD).contains(rule));
                 if !rules(ip).iter().all(exists) {
@@ -100,8 +141,16 @@ fn rules(ip: IpAddr) -> [String; 2] {
     [format!("-d {net} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"), format!("-s {net} -j ACCEPT")]
 }
 
-fn remove(result: &CniResult) -> Result<(), CniError> {
-    for ip in addresses(result) {
+/// Removes what accepts the addresses, in iptables and in firewalld: the container may be older than the configuration.
+fn remove(request: &Request<'_>, result: &CniResult) -> Result<(), CniError> {
+    let addresses = addresses(result);
+    if !addresses.is_empty()
+        && !matches!(string(request.conf, "backend"), Ok(Some("iptables")))
+        && let Ok(mut firewalld) = Firewalld::connect()
+    {
+        addresses.iter().for_each(|ip| firewalld.remove(zone(request), *ip));
+    }
+    for ip in addresses {
         if let Some(mut table) = Table::read_if_chain(Family::of(ip), "filter", &[FORWARD])? {
             let rules = rules(ip);
             table.remove_rules(FORWARD, |rule| rules.iter().any(|ours| ours == rule));
@@ -125,6 +174,16 @@ fn add(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), CniError> 
             table.append(FORWARD, &rule);
         }
     }
+    table.write()
+}
+
+/// Isolates the container's bridge as the policy says, where firewalld accepts its traffic.
+fn add_policy(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), CniError> {
+    if config.policy == Policy::Open {
+        return Ok(());
+    }
+    let mut table = Table::read(Family::of(ip), "filter")?;
+    isolate(&mut table, config.policy, result)?;
     table.write()
 }
 

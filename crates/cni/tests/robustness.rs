@@ -5,6 +5,8 @@
 
 #[path = "robustness/bandwidth.rs"]
 mod bandwidth;
+#[path = "robustness/firewalld.rs"]
+mod firewalld;
 #[path = "support/host.rs"]
 mod host;
 #[path = "robustness/ports.rs"]
@@ -31,7 +33,7 @@ fn main() {
         // Default folders of plugins are below it.
         run("mount -t tmpfs tmpfs /var/lib");
     }
-    let tests: [(&str, Test); 21] = [
+    let tests: [(&str, Test); 22] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
         ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
@@ -47,6 +49,7 @@ fn main() {
         ("tuning_follows_args_and_sysctl_names", tuning_follows_args_and_sysctl_names),
         ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth::bandwidth_links_have_the_reference_name),
         ("bandwidth_limits_at_their_edges", bandwidth::bandwidth_limits_at_their_edges),
+        ("firewalld_is_used_where_it_runs", firewalld::firewalld_is_used_where_it_runs),
         ("host_local_validates_requests_and_ranges", host_local_validates_requests_and_ranges),
         ("conditions_for_nftables_are_applied", ports::conditions_for_nftables_are_applied),
         ("errors_name_the_field", errors_name_the_field),
