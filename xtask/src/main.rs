@@ -3,6 +3,7 @@
 
 mod bench;
 mod check;
+mod cni_suite;
 mod deny;
 mod dist;
 mod fuzz;
@@ -26,6 +27,8 @@ Test
   test [FILTER]           everything: `check`, then all tests against real kernels, etcd, Kubernetes and runtimes.
                           With FILTER only the tests with that text in their name, and only the programs they need;
                           options of `cargo test` work too: `test -p kernel --test netns route -- --nocapture`
+  test cni-suite [SUITE]  the reference CNI plugins' own test suites with our plugins, compared spec by spec
+                          (tests/cni-suite/departures.txt lists what differs on purpose)
   words                   only the check of words (language of code, logs and docs)
   mutants [PACKAGE [ARGS]]  change the code of PACKAGE (default: flannel) and see whether its tests notice;
                           ARGS are cargo-mutants': `mutants flannel -f alloc.rs`

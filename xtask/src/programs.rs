@@ -76,13 +76,14 @@ impl Need {
 }
 
 /// Debian packages that the tests need, and a program of each that shows that it is installed.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("podman", "podman"),
     ("busybox-static", "busybox"),
     ("etcd-server", "etcd"),
     ("etcd-client", "etcdctl"),
+    ("dbus-daemon", "dbus-daemon"),
     ("nftables", "nft"),
     ("iptables", "iptables"),
     ("iproute2", "ip"),
@@ -182,7 +183,7 @@ fn go_program(folder: &str, module: &str, package: &str) -> anyhow::Result<PathB
 }
 
 /// The version of a module that a `go.mod` requires.
-fn go_version(source: &Path, module: &str) -> anyhow::Result<String> {
+pub(crate) fn go_version(source: &Path, module: &str) -> anyhow::Result<String> {
     let text = std::fs::read_to_string(source.join("go.mod"))?;
     let mut words = text.lines().map(|line| line.trim_start_matches("require ").split_whitespace());
     let version = words.find_map(|mut words| (words.next() == Some(module)).then(|| words.next()).flatten().map(ToOwned::to_owned));
@@ -190,7 +191,7 @@ fn go_version(source: &Path, module: &str) -> anyhow::Result<String> {
 }
 
 /// The reference CNI plugins, built from their Go module on first use.
-fn reference_plugins() -> anyhow::Result<PathBuf> {
+pub(crate) fn reference_plugins() -> anyhow::Result<PathBuf> {
     let module = "github.com/containernetworking/plugins";
     let source = std::env::current_dir()?.join("tests/cni-plugins");
     let version = go_version(&source, module)?;
@@ -224,7 +225,7 @@ fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> any
 }
 
 /// This machine's Go, or the one of PyPI.
-fn go() -> anyhow::Result<PathBuf> {
+pub(crate) fn go() -> anyhow::Result<PathBuf> {
     if let Some(go) = find("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file())) {
         return Ok(go);
     }

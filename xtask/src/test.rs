@@ -8,16 +8,17 @@ use std::process::Command;
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
-use crate::check;
 use crate::programs::Need;
 use crate::tools::{cargo, cargo_command, output, run, without_package};
+use crate::{check, cni_suite};
 
 /// Runs everything, or the tests that the arguments select: options of `cargo test` that choose packages and targets, a
 /// text, and after `--` options of the tests' own.
 pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
-    match args.is_empty() {
-        true => everything(),
-        false => some(&Selection::parse(args)?),
+    match args.split_first() {
+        None => everything(),
+        Some((first, suites)) if first == "cni-suite" => cni_suite::run(suites),
+        Some(_) => some(&Selection::parse(args)?),
     }
 }
 
@@ -31,7 +32,11 @@ fn everything() -> anyhow::Result<()> {
     let mut command: Vec<(&str, &std::ffi::OsStr)> = env.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
     command.push(("RUST_BACKTRACE", "0".as_ref()));
     // A run takes long: it shows every failure, not only those of the first program that has one.
-    cargo(&["test", "--workspace", "--no-fail-fast"], &command)
+    let tested = cargo(&["test", "--workspace", "--no-fail-fast"], &command);
+    match (tested, cni_suite::run(&[])) {
+        (Err(tests), Err(suite)) => bail!("{tests:#}\n{suite:#}"),
+        (tests, suite) => tests.and(suite),
+    }
 }
 
 /// Which tests to run.
@@ -87,7 +92,9 @@ impl Program {
     fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
             ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits" | "embedded_config") => &[],
-            ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults") | ("daemon", "etcd_obstacles") => &[Need::Debian],
+            ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults" | "robustness") | ("daemon", "etcd_obstacles") => {
+                &[Need::Debian]
+            }
             ("cni", "reference") => &[Need::Debian, Need::ReferencePlugins],
             ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],
             // A test program that is not known here gets everything.
