@@ -1,5 +1,5 @@
-//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP/1.1, no authentication, nothing secret in it. What strangers may use is limited:
-//! see the constants.
+//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP/1.1, no authentication, nothing secret in it. What strangers may use is
+//! limited by `limits`, so that probes are answered and repairs have descriptors whatever they do.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,24 +12,35 @@ use hyper::body::Bytes;
 use hyper::{Method, Request, Response, StatusCode, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
+use crate::newcomers::Newcomers;
 use crate::probe::Paths;
 use crate::ready::Ready;
 use crate::state::{State, metrics};
 use crate::view::View;
 
-/// Connections that are served at once; others wait in the kernel's queue. The loop and its repairs need descriptors, too.
-const CONNECTIONS: usize = 64;
-/// How long a client may take for its request, and then for reading the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Bytes of a request's head.
-const HEAD: usize = 16 << 10;
+/// What a client of the health server may use.
+pub(crate) mod limits {
+    use std::time::Duration;
+
+    /// Connections that are served at once; a new one takes the place of the oldest. The loop and its repairs need descriptors, too.
+    pub(crate) const CONNECTIONS: usize = 64;
+    /// How long a client may take for the head of its request.
+    pub(crate) const SENDING: Duration = Duration::from_secs(5);
+    /// How long a connection may last: its request, and reading the answer.
+    pub(crate) const WHOLE: Duration = Duration::from_secs(10);
+    /// Bytes of a request's head.
+    pub(crate) const HEAD: usize = 16 << 10;
+}
 
 /// The health server's listener.
 #[derive(Debug)]
 pub struct Http {
     listener: TcpListener,
+    /// Are only clients on this host served?
+    is_local: bool,
     sources: Sources,
 }
 
@@ -42,26 +53,29 @@ struct Sources {
 }
 
 impl Http {
-    /// Binds the address. The default, `0.0.0.0`, takes IPv6 clients too, as upstream's does.
+    /// Binds the address; for `None` all of them, and serves clients on this host only. A probe of the kubelet comes to the node's own
+    /// address, so loopback is not enough where a manifest names no host. `0.0.0.0` takes IPv6 clients too, as upstream's does.
     ///
     /// # Errors
     /// When the port cannot be had.
     pub async fn bind(
-        ip: IpAddr,
+        ip: Option<IpAddr>,
         port: u16,
         ready: Ready,
         view: watch::Receiver<Arc<View>>,
         paths: watch::Receiver<Arc<Paths>>,
     ) -> anyhow::Result<Http> {
+        let flags = ip.map(|ip| format!("--healthz-ip {ip} ")).unwrap_or_default();
+        let (is_local, ip) = (ip.is_none(), ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
         let wildcard = ip == IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         let dual = if wildcard { TcpListener::bind(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)).await.ok() } else { None };
         let listener = match dual {
             Some(listener) => listener,
             None => TcpListener::bind(SocketAddr::new(ip, port))
                 .await
-                .with_context(|| format!("cannot listen on --healthz-ip {ip} --healthz-port {port}"))?,
+                .with_context(|| format!("cannot listen on {flags}--healthz-port {port}"))?,
         };
-        Ok(Http { listener, sources: Sources { ready, view, paths } })
+        Ok(Http { listener, is_local, sources: Sources { ready, view, paths } })
     }
 
     /// The address that it listens on.
@@ -74,22 +88,31 @@ impl Http {
 
     /// Serves until it is dropped.
     pub async fn serve(self) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let mut newcomers = Newcomers::new(limits::CONNECTIONS);
+        // They end with the server.
+        let mut connections = JoinSet::new();
         loop {
-            let place = Arc::clone(&places).acquire_owned().await;
             // A client that went away before it was accepted, or a moment without descriptors, is no end.
-            let Ok((stream, _)) = self.listener.accept().await else {
+            let Ok((stream, from)) = self.listener.accept().await else {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
+            if self.is_local && !is_on_this_host(&stream, from.ip()) {
+                continue;
+            }
             let sources = self.sources.clone();
-            tokio::spawn(async move {
-                let _place = place;
-                // A client that hangs up in the middle, or takes too long, is disconnected.
-                let _ = tokio::time::timeout(PATIENCE * 2, connection(stream, sources)).await;
-            });
+            // A client that hangs up in the middle, or takes too long, is disconnected.
+            let task = connections.spawn(tokio::time::timeout(limits::WHOLE, connection(stream, sources)));
+            newcomers.add(from.ip(), task);
+            while connections.try_join_next().is_some() {}
         }
     }
+}
+
+/// Does the client run on this host? Only then it comes from the very address that it connects to; the kernel drops packets from
+/// elsewhere with such a source.
+fn is_on_this_host(stream: &TcpStream, from: IpAddr) -> bool {
+    from.to_canonical().is_loopback() || stream.local_addr().is_ok_and(|to| to.ip() == from)
 }
 
 async fn connection(stream: TcpStream, sources: Sources) -> hyper::Result<()> {
@@ -98,7 +121,7 @@ async fn connection(stream: TcpStream, sources: Sources) -> hyper::Result<()> {
         async move { Ok::<_, Infallible>(response) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(HEAD).keep_alive(false);
+    http.timer(TokioTimer::new()).header_read_timeout(limits::SENDING).max_buf_size(limits::HEAD).keep_alive(false);
     http.serve_connection(TokioIo::new(stream), service).await
 }
 
@@ -154,7 +177,7 @@ mod tests {
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
         let (publish, view) = watch::channel(Arc::default());
-        let http = Http::bind(IpAddr::V4(Ipv4Addr::LOCALHOST), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
+        let http = Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
         let address = http.address().unwrap();
         tokio::spawn(http.serve());
         (address, publish)
@@ -185,22 +208,43 @@ mod tests {
     #[tokio::test]
     async fn a_large_head_is_refused() {
         let (address, _publish) = server().await;
-        let head = format!("GET /healthz HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "a".repeat(400_000));
-        let answer = ask(address, &head).await;
-        assert!(!answer.contains("flanneld is running"), "{answer}");
+        let head = |bytes: usize| format!("GET /healthz HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "a".repeat(bytes));
+        assert!(ask(address, &head(limits::HEAD - 200)).await.ends_with("flanneld is running"));
+        for bytes in [limits::HEAD + 1, 400_000] {
+            let answer = ask(address, &head(bytes)).await;
+            assert!(!answer.contains("flanneld is running"), "{answer}");
+        }
     }
 
     #[tokio::test]
-    async fn half_sent_requests_block_others_for_a_moment_only() {
+    async fn one_connection_answers_one_request() {
+        let (address, _publish) = server().await;
+        let two = "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n".repeat(2);
+        assert_eq!(ask(address, &two).await.matches("flanneld is running").count(), 1);
+    }
+
+    #[tokio::test]
+    async fn half_sent_requests_delay_no_other_and_end_by_themselves() {
         let (address, _publish) = server().await;
         let mut held = Vec::new();
-        for _ in 0..CONNECTIONS * 2 {
+        for _ in 0..limits::CONNECTIONS * 3 {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(b"GET /healthz").await.unwrap();
             held.push(stream);
         }
         let began = std::time::Instant::now();
         assert!(ask(address, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is running"));
-        assert!(began.elapsed() < PATIENCE * 6, "{:?}", began.elapsed());
+        assert!(began.elapsed() < limits::SENDING / 2, "{:?}", began.elapsed());
+        let mut open = 0;
+        for stream in &mut held {
+            let end = tokio::time::timeout(Duration::from_millis(5), stream.read(&mut [0; 64])).await;
+            open += usize::from(end.is_err());
+        }
+        assert!((1..=limits::CONNECTIONS).contains(&open), "{open} are open");
+        for stream in &mut held {
+            let mut rest = Vec::new();
+            let _ = tokio::time::timeout(limits::WHOLE, stream.read_to_end(&mut rest)).await.expect("it is closed in time");
+        }
+        assert!(began.elapsed() < limits::WHOLE, "{:?}", began.elapsed());
     }
 }

@@ -11,6 +11,7 @@ pub mod host;
 pub mod http;
 pub mod install_cni;
 pub mod kernel_thread;
+mod newcomers;
 pub mod notice;
 pub mod output;
 pub mod probe;

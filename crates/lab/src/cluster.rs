@@ -137,7 +137,7 @@ impl Lab {
                 command.arg(flag).arg(file);
             });
         }
-        command.args(["--ip-masq", "--healthz-ip=127.0.0.1"]).arg(format!("--healthz-port={}", HEALTH.port())).args(more);
+        command.arg("--ip-masq").arg(format!("--healthz-port={}", HEALTH.port())).args(more);
         if let Some((name, password)) = &access.login {
             command.env("FLANNELD_ETCD_USERNAME", name).env("FLANNELD_ETCD_PASSWORD", &password.0);
         }

@@ -96,8 +96,14 @@ pub(crate) fn our_manifest_upgrades_go_flannels(root: &Path) {
     for field in ["affinity", "hostNetwork", "priorityClassName", "tolerations", "serviceAccountName"] {
         assert_eq!(spec[field], theirs[field], "{field}");
     }
+    // The health server is for the kubelet on the same host only.
+    let mut theirs_here = theirs["containers"][0].clone();
+    theirs_here["args"].as_array_mut().unwrap().insert(0, json!("--healthz-ip=127.0.0.1"));
+    for probe in ["livenessProbe", "readinessProbe"] {
+        theirs_here[probe]["httpGet"]["host"] = json!("127.0.0.1");
+    }
     for field in ["ports", "livenessProbe", "readinessProbe", "resources", "volumeMounts", "args"] {
-        assert_eq!(spec["containers"][0][field], theirs["containers"][0][field], "{field}");
+        assert_eq!(spec["containers"][0][field], theirs_here[field], "{field}");
     }
     let paths = |spec: &Value| -> Vec<(String, Value)> {
         let one = |volume: &Value| (volume["name"].as_str().unwrap().to_owned(), volume["hostPath"]["path"].clone());

@@ -69,6 +69,22 @@ pub(crate) fn flags_do_what_they_say(root: &Path) {
         let body = answer.split_once("\r\n\r\n").unwrap().1;
         assert!(body == want || path == "/nothing" && answer.starts_with("HTTP/1.1 404") && body.starts_with(want), "{path}: {answer}");
     }
+    // Without it, clients on this host are served at each of its addresses, and no others.
+    let healthz = |netns: &kernel::netns::Netns, address: &str| {
+        let ask = || {
+            let mut stream = TcpStream::connect(format!("{address}:8081")).ok()?;
+            let _ = write!(stream, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).ok().filter(|length| *length > 0)
+        };
+        netns.run(ask).unwrap().is_some()
+    };
+    assert!(healthz(&lab.middle, "10.0.0.1"), "0.0.0.0 was given");
+    with_flags(&mut lab, &[]);
+    for address in ["127.0.0.1", "127.0.0.9", "10.0.0.1", "[::1]"] {
+        assert!(healthz(&lab.hosts[0].netns, address), "{address}");
+    }
+    assert!(!healthz(&lab.middle, "10.0.0.1"), "a client elsewhere");
     // Rules.
     let env = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
     with_flags(&mut lab, &["--ip-masq=false", "--iptables-forward-rules=false"]);
