@@ -3,8 +3,10 @@
 //!
 //! One thread, the engine, owns the `state` and the file (`disk`). Requests reach it as closures; those that wait together are
 //! executed together, written in one transaction, and answered after that is on disk. Everything that a client can make the
-//! store hold is bounded: by `limits`, in `state`, `connection`, `guard` and `watch`.
+//! store hold is bounded: by `limits`, in `state`, `connection`, `guard` and `watch`. On an address that is not loopback only clients
+//! with a certificate are served (`tls`); the store is the authority that issues it (`certificates`).
 
+mod certificates;
 mod connection;
 mod disk;
 mod engine;
@@ -13,6 +15,8 @@ mod limits;
 pub mod memory;
 mod server;
 mod state;
+mod tls;
 mod watch;
 
 pub use server::{Bound, StoreArgs, bind};
+pub use tls::TlsArgs;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use daemon::embedded::{StoreArgs, bind};
+use daemon::embedded::{StoreArgs, TlsArgs, bind};
 
 struct Folder(PathBuf);
 
@@ -24,6 +24,7 @@ fn args(folder: &Path, net_config: Option<&str>) -> StoreArgs {
         data_dir: folder.to_owned(),
         net_config: net_config.map(ToOwned::to_owned),
         etcd_prefix: "/coreos.com/network".to_owned(),
+        tls: TlsArgs::default(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use daemon::embedded::{StoreArgs, bind};
+use daemon::embedded::{StoreArgs, TlsArgs, bind};
 use daemon::etcd::kv_client::KvClient;
 use daemon::etcd::watch_client::WatchClient;
 use daemon::etcd::watch_request::RequestUnion;
@@ -35,6 +35,7 @@ fn args(folder: &Folder, net_config: Option<&str>) -> StoreArgs {
         data_dir: folder.0.clone(),
         net_config: net_config.map(ToOwned::to_owned),
         etcd_prefix: "/coreos.com/network".to_owned(),
+        tls: TlsArgs::default(),
     }
 }
 

@@ -19,8 +19,9 @@ Examples:
   flanneld store --listen 10.0.0.1:2379 --data-dir /var/lib/flannel/store \\
     --net-config '{\"Network\": \"10.244.0.0/16\", \"Backend\": {\"Type\": \"vxlan\"}}'
                                                    serve the embedded store to other hosts
-  flanneld --etcd-endpoints=http://10.0.0.1:2379 --ip-masq --healthz-port=8081
-                                                   run the daemon with a store
+  flanneld --etcd-endpoints=https://10.0.0.1:2379 --etcd-cafile=ca.pem --etcd-certfile=client.pem \\
+    --etcd-keyfile=client-key.pem --ip-masq --healthz-port=8081
+                                                   run the daemon with that store
   flanneld --kube-subnet-mgr --ip-masq             run the daemon in a pod of Kubernetes
   flanneld --iface=eth1 --public-ip=203.0.113.9    … behind NAT, on a host with several interfaces
   curl http://127.0.0.1:8081/state                 ask the daemon for its state
@@ -53,8 +54,9 @@ pub(crate) enum Command {
     /// Serve an embedded store that speaks etcd's v3 API: for one machine, a trial or the lab
     ///
     /// It is a single node: while it is down, no lease can be acquired or renewed and hosts learn of no changes, but
-    /// their routes stay. Leases survive its restart and start their full lifetime again. It has no TLS, no
-    /// authentication and no second member; if you need those, use etcd and set --etcd-endpoints.
+    /// their routes stay. Leases survive its restart and start their full lifetime again. On an address other than
+    /// loopback it serves only clients with a certificate: copy ca.pem, client.pem and client-key.pem from --data-dir to
+    /// each host. It has no passwords and no second member; if you need those, use etcd and set --etcd-endpoints.
     Store(StoreArgs),
     /// Make a cluster on this machine and show what flannel does; needs no root
     Lab(LabArgs),

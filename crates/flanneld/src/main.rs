@@ -50,7 +50,10 @@ fn main() -> ExitCode {
             kernel::process::one_arena();
             run(async {
                 let bound = embedded::bind(&args).await?;
-                tracing::info!(listen = %bound.address(), data = %args.data_dir.display(), "embedded store serving etcd's v3 API");
+                tracing::info!(
+                    listen = %bound.address(), tls = bound.is_tls(), data = %args.data_dir.display(),
+                    "embedded store serving etcd's v3 API"
+                );
                 bound.serve(stop()).await
             })
         }

@@ -81,10 +81,12 @@ const STORE_TESTS: [(&str, StoreTest); 10] = [
 ];
 
 /// Tests that run once.
-const TESTS: [(&str, Test); 64] = [
+const TESTS: [(&str, Test); 66] = [
     ("commands_survive_closed_output", command::commands_survive_closed_output),
     ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
     ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
+    ("embedded_store_serves_only_clients_with_its_certificate", secure::embedded_store_serves_only_clients_with_its_certificate),
+    ("embedded_store_takes_etcds_certificate_flags", secure::embedded_store_takes_etcds_certificate_flags),
     ("cleanup_removes_everything_of_ours_and_nothing_else", cleanup::removes_everything_of_ours_and_nothing_else),
     ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),
     ("udp_on_another_port", process::udp_on_another_port),

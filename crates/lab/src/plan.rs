@@ -40,13 +40,13 @@ pub enum StoreKind {
     Kubernetes(PathBuf),
 }
 
-/// Files, in PEM form, for an etcd with TLS and client certificates.
+/// Files, in PEM form, for a store with TLS and client certificates.
 #[derive(Debug, Clone)]
 pub struct Secure {
     /// The authority that signed the two certificates.
     pub ca: PathBuf,
-    /// The server's certificate and key.
-    pub server: (PathBuf, PathBuf),
+    /// The server's certificate and key; none if an embedded store issues them.
+    pub server: Option<(PathBuf, PathBuf)>,
     /// Certificate and key of the daemons and of the lab.
     pub client: (PathBuf, PathBuf),
     /// User and password of the daemons, if etcd asks for one.
@@ -70,7 +70,7 @@ pub struct Plan {
     pub program: PathBuf,
     /// The CNI plugin program.
     pub plugin: PathBuf,
-    /// TLS and a password at an etcd that the lab starts.
+    /// TLS, and at an etcd a password, of a store that the lab starts. Without it the store serves all clients: it is in namespaces.
     pub secure: Option<Secure>,
     /// User and password of the lab itself at the store, and of daemons unless `env` names others.
     pub login: Option<(String, String)>,
@@ -78,6 +78,14 @@ pub struct Plan {
     pub env: Vec<(String, String)>,
     /// Additional flags for programs of the Kubernetes control plane: the program and a flag.
     pub kubernetes_flags: Vec<(&'static str, String)>,
+}
+
+impl Secure {
+    /// The files that an embedded store issues in its folder.
+    pub fn embedded(folder: &Path) -> Secure {
+        let file = |name: &str| folder.join(name);
+        Secure { ca: file("ca.pem"), server: None, client: (file("client.pem"), file("client-key.pem")), login: None }
+    }
 }
 
 impl Plan {

@@ -1,7 +1,8 @@
-//! Connections of the embedded store: counted, closed when they never speak, and closed when their client does not read.
+//! Connections of the embedded store: counted, closed when they never speak or have no certificate, and closed when their client does
+//! not read.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,10 +14,14 @@ use futures_util::task::AtomicWaker;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tokio::time::Sleep;
+use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 use super::limits;
+use super::tls::Tls;
+use crate::newcomers::Newcomers;
 
 /// Descriptors that are not for connections: the file, the listener, the log.
 const OWN_DESCRIPTORS: u64 = 64;
@@ -60,26 +65,66 @@ impl Drop for Place {
 }
 
 /// The connections of a listener. One beyond the limits is closed at once.
-pub(super) fn accept(listener: TcpListener) -> impl Stream<Item = std::io::Result<Connection>> {
+pub(super) fn accept(listener: TcpListener, tls: Option<Tls>) -> impl Stream<Item = std::io::Result<Connection>> {
     let open = Open { by_address: Arc::default(), most: limits::CONNECTIONS.min(descriptors()) };
-    futures_util::stream::unfold((listener, open), async |(listener, open)| {
+    let door = Door { listener, open, tls, handshakes: JoinSet::new(), newcomers: Newcomers::new(limits::HANDSHAKES) };
+    futures_util::stream::unfold(door, async |mut door| Some((Ok(door.next().await), door)))
+}
+
+/// Where connections come in.
+struct Door {
+    listener: TcpListener,
+    open: Open,
+    tls: Option<Tls>,
+    handshakes: JoinSet<Option<(Transport, SocketAddr)>>,
+    newcomers: Newcomers,
+}
+
+impl Door {
+    /// The next connection whose client has a certificate, where it needs one.
+    async fn next(&mut self) -> Connection {
         loop {
-            // A client that hung up before it was accepted, or a moment without descriptors, does not end the server.
-            let Ok((stream, from)) = listener.accept().await else {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
+            let (stream, from) = tokio::select! {
+                accepted = self.listener.accept() => match (accepted, &self.tls) {
+                    (Ok((stream, from)), None) => (Transport::Plain(stream), from),
+                    (Ok((stream, from)), Some(tls)) => {
+                        let task = self.handshakes.spawn(handshake(tls.clone(), stream, from));
+                        self.newcomers.add(from.ip(), task);
+                        continue;
+                    }
+                    // A client that hung up before it was accepted, or a moment without descriptors, does not end the server.
+                    (Err(_), _) => {
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                },
+                Some(done) = self.handshakes.join_next() => match done {
+                    Ok(Some(known)) => known,
+                    _ => continue,
+                },
             };
-            let Some(place) = open.place(from.ip()) else {
+            let Some(place) = self.open.place(from.ip()) else {
                 tracing::debug!(%from, "connection closed: too many");
                 continue;
             };
             // Without this an answer in two segments waits for a delayed acknowledgement: 40 ms.
-            let _ = stream.set_nodelay(true);
+            stream.set_nodelay();
             let silence = Box::pin(tokio::time::sleep(limits::SENDING));
-            let connection = Connection { stream, _place: place, handle: Handle::default(), received: 0, silence: Some(silence) };
-            return Some((Ok(connection), (listener, open)));
+            return Connection { stream, _place: place, handle: Handle::default(), received: 0, silence: Some(silence) };
         }
-    })
+    }
+}
+
+/// Makes sure that a client has a certificate.
+async fn handshake(tls: Tls, stream: TcpStream, from: SocketAddr) -> Option<(Transport, SocketAddr)> {
+    match tokio::time::timeout(limits::SENDING, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => Some((Transport::Tls(Box::new(stream)), from)),
+        Ok(Err(error)) => {
+            tls.refused(from, &error);
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// How many descriptors connections may take, after the limit was raised as far as it goes.
@@ -118,10 +163,38 @@ impl Handle {
     }
 }
 
+/// The bytes of a connection.
+#[derive(Debug)]
+enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Transport {
+    fn set_nodelay(&self) {
+        let stream = match self {
+            Transport::Plain(stream) => stream,
+            Transport::Tls(stream) => stream.get_ref().0,
+        };
+        // It is slower without, no more.
+        let _ = stream.set_nodelay(true);
+    }
+}
+
+/// Does the same with either kind.
+macro_rules! each {
+    ($transport:expr, $stream:ident => $do:expr) => {
+        match $transport {
+            Transport::Plain($stream) => $do,
+            Transport::Tls($stream) => $do,
+        }
+    };
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    stream: Transport,
     _place: Place,
     handle: Handle,
     received: usize,
@@ -145,7 +218,7 @@ impl AsyncRead for Connection {
             return Poll::Ready(Err(std::io::ErrorKind::ConnectionAborted.into()));
         }
         let before = buf.filled().len();
-        let outcome = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let outcome = each!(&mut self.stream, stream => Pin::new(stream).poll_read(cx, buf));
         if self.silence.is_some() {
             self.received += buf.filled().len() - before;
             if self.received >= PREFACE {
@@ -158,23 +231,23 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        each!(&mut self.stream, stream => Pin::new(stream).poll_write(cx, buf))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        each!(&mut self.stream, stream => Pin::new(stream).poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        each!(&mut self.stream, stream => Pin::new(stream).poll_shutdown(cx))
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[std::io::IoSlice<'_>]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        each!(&mut self.stream, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        each!(&self.stream, stream => stream.is_write_vectored())
     }
 }
 

@@ -39,11 +39,13 @@ pub(super) const STREAMS: u32 = 64;
 /// Connections, and connections from one address. Each host has one.
 pub(super) const CONNECTIONS: usize = 4_096;
 pub(super) const CONNECTIONS_PER_ADDRESS: usize = 256;
+/// Connections whose TLS handshake goes on; a new one takes the place of the oldest.
+pub(super) const HANDSHAKES: usize = 128;
 /// Requests that wait for the engine.
 pub(super) const QUEUE: usize = 1_024;
 /// Bytes of requests that are being received or executed, all clients together.
 pub(super) const REQUESTS_BYTES: usize = 64 << 20;
-/// How long a client may take to send a request, or the first bytes of a connection.
+/// How long a client may take to send a request, for its TLS handshake, and until it speaks HTTP/2.
 pub(super) const SENDING: Duration = Duration::from_secs(10);
 /// How long a client may take to read an answer. A watch that is slower is ended; its client lists again.
 pub(super) const READING: Duration = Duration::from_secs(30);

@@ -1,7 +1,5 @@
 //! The embedded store without file and port, for the simulation: the same state and the same services, in this process.
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use tonic::service::Routes;
 
 use super::engine;
@@ -25,7 +23,7 @@ impl Default for Memory {
 impl Memory {
     /// Its services, as a server would mount them.
     pub fn routes(&self) -> Routes {
-        Service::new(self.0.engine(), SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 2379)).routes()
+        Service::new(self.0.engine(), "http://127.0.0.1:2379".to_owned()).routes()
     }
 
     /// Ends the leases that have expired.

@@ -19,6 +19,7 @@ use super::disk::Disk;
 use super::engine::Engine;
 use super::guard::{GuardLayer, Slots};
 use super::limits;
+use super::tls::{Tls, TlsArgs};
 use crate::etcd::cluster_server::{Cluster, ClusterServer};
 use crate::etcd::kv_server::{Kv, KvServer};
 use crate::etcd::lease_server::{Lease, LeaseServer};
@@ -48,6 +49,9 @@ pub struct StoreArgs {
     /// Prefix of flannel's keys, for --net-config
     #[arg(long, default_value = "/coreos.com/network", value_name = "PATH")]
     pub etcd_prefix: String,
+    /// Who is served.
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 /// A store that listens and does not serve yet.
@@ -56,6 +60,7 @@ pub struct Bound {
     listener: TcpListener,
     service: Service,
     address: SocketAddr,
+    tls: Option<Tls>,
 }
 
 /// Opens the file and the port.
@@ -67,11 +72,14 @@ pub async fn bind(args: &StoreArgs) -> anyhow::Result<Bound> {
         flannel::Config::parse(text).context("--net-config cannot be used")?;
     }
     let disk = Disk::open(&args.data_dir, fastrand::u64(1..))?;
+    // The file is locked from here on: no other store makes certificates at the same time.
+    let tls = args.tls.prepare(args.listen, &args.data_dir)?;
     let engine = Engine::start(disk).with_context(|| format!("cannot read the store's file in {}", args.data_dir.display()))?;
     begin_with(&engine, args).await.context("cannot write --net-config to the store")?;
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on --listen {}", args.listen))?;
     let address = listener.local_addr()?;
-    Ok(Bound { listener, service: Service::new(engine, address), address })
+    let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
+    Ok(Bound { listener, service: Service::new(engine, url), address, tls })
 }
 
 /// Writes `--net-config` if the store has no network config, and says what the store has.
@@ -106,12 +114,17 @@ impl Bound {
         self.address
     }
 
+    /// Does it serve by TLS, and only clients with a certificate?
+    pub fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Serves until `stop` is ready.
     ///
     /// # Errors
     /// When the listener fails.
     pub async fn serve(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let Bound { listener, service, .. } = self;
+        let Bound { listener, service, tls, .. } = self;
         let engine = service.engine.clone();
         let server = tonic::transport::Server::builder()
             .max_concurrent_streams(limits::STREAMS)
@@ -127,7 +140,7 @@ impl Bound {
             tokio::time::sleep(PARTING).await;
         };
         tokio::select! {
-            served = server.serve_with_incoming_shutdown(connection::accept(listener), failed(engine.revision())) => served?,
+            served = server.serve_with_incoming_shutdown(connection::accept(listener, tls), failed(engine.revision())) => served?,
             () = parted => {}
             // What is acknowledged is on disk.
             () = stop => return Ok(()),
@@ -144,7 +157,8 @@ async fn failed(mut revision: watch::Receiver<i64>) {
 #[derive(Debug, Clone)]
 pub(super) struct Service {
     pub(super) engine: Engine,
-    address: SocketAddr,
+    /// Where clients reach it.
+    url: String,
     slots: Slots,
     /// Of their own, so that watches that are not read do not delay other answers.
     pub(super) watch_slots: Slots,
@@ -153,8 +167,8 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn new(engine: Engine, address: SocketAddr) -> Service {
-        Service { engine, address, slots: Slots::new(), watch_slots: Slots::new(), watches: Arc::default() }
+    pub(super) fn new(engine: Engine, url: String) -> Service {
+        Service { engine, url, slots: Slots::new(), watch_slots: Slots::new(), watches: Arc::default() }
     }
 
     /// All services, by their paths.
@@ -354,7 +368,7 @@ impl Maintenance for Service {
 #[tonic::async_trait]
 impl Cluster for Service {
     async fn member_list(&self, _: Request<MemberListRequest>) -> Answer<MemberListResponse> {
-        let url = format!("http://{}", self.address);
+        let url = self.url.clone();
         let look = move |state: &mut super::state::State, _| {
             let member = Member { id: 1, name: "embedded".to_owned(), client_ur_ls: vec![url], ..Member::default() };
             Ok(MemberListResponse { header: state.header(), members: vec![member] })

@@ -291,7 +291,8 @@ pub(crate) fn store_takes_net_config_once(root: &Path) {
             .arg(format!("--listen={STORE}"))
             .arg("--data-dir")
             .arg(root.join("store"))
-            .arg(format!("--net-config={config}"));
+            .arg(format!("--net-config={config}"))
+            .arg("--insecure");
         kernel::process::die_with_parent(&mut command);
         lab.middle.run(|| command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()).unwrap().unwrap()
     };

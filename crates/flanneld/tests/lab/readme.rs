@@ -34,6 +34,13 @@ disable) kill $(cat $pid); while kill -0 $(cat $pid) 2> /dev/null; do sleep 0.05
 esac
 "#;
 
+/// Copies to the folder that the other host has as its `/etc`: hosts of a lab have no ssh.
+const SCP: &str = r#"#!/bin/bash
+set -e
+test "$#:$1:$3" = 3:-pr:10.0.0.2:/etc/
+cp -pr "$2" HOST2/etc/
+"#;
+
 /// A block of lines to paste, and the sentence that says where.
 struct Block {
     place: String,
@@ -85,7 +92,7 @@ impl Shell {
         // Folders that the lines write to are this host's own.
         let prepare = format!(
             "cd {0}; cp -a /etc {1}; mount --bind {1} /etc; for d in /usr/local/bin /var/lib /opt; do mount -t tmpfs none $d; done
-             mkdir -p /etc/systemd/system /etc/default; cp {0}/systemctl /usr/local/bin/; PATH=/usr/local/bin:$PATH",
+             mkdir -p /etc/systemd/system /etc/default; cp {0}/systemctl {0}/scp /usr/local/bin/; PATH=/usr/local/bin:$PATH",
             checkout.display(),
             host.directory.join("etc").display()
         );
@@ -130,8 +137,11 @@ pub(crate) fn first_quarter_works_as_written(root: &Path) {
     for name in ["flanneld", "flannel-cni"] {
         std::fs::copy(PROGRAM, checkout.join("target/dist").join(name)).unwrap();
     }
-    std::fs::write(checkout.join("systemctl"), SYSTEMCTL).unwrap();
-    std::fs::set_permissions(checkout.join("systemctl"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let scp = SCP.replace("HOST2", &lab.hosts[1].directory.display().to_string());
+    for (name, text) in [("systemctl", SYSTEMCTL), ("scp", &scp)] {
+        std::fs::write(checkout.join(name), text).unwrap();
+        std::fs::set_permissions(checkout.join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
     let mut shells: Vec<Shell> = lab.hosts.iter().map(|host| Shell::new(host, &checkout)).collect();
     // What stays in the foreground gets a terminal of its own.
     let mut terminals: Vec<Child> = Vec::new();
@@ -174,6 +184,8 @@ pub(crate) fn first_quarter_works_as_written(root: &Path) {
         }
     }
     assert!(pasted >= 14, "{pasted} blocks");
+    let store = std::fs::read_to_string(root.join("terminal0.log")).unwrap();
+    assert!(store.contains("tls=true") && !store.contains("client refused"), "{store}");
     assert_eq!(printed.matches(" 0% packet loss").count(), 3, "{printed}");
     assert_eq!(printed.matches("nothing of flannel's is left on this host").count(), 2, "{printed}");
     assert!(

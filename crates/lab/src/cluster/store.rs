@@ -11,7 +11,7 @@ use daemon::store::{Access, Etcd};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Lab, START_TIMEOUT, STORE, members, outside};
-use crate::plan::StoreKind;
+use crate::plan::{Secure, StoreKind};
 use crate::process::{spawn, tail};
 
 impl Lab {
@@ -26,6 +26,10 @@ impl Lab {
             StoreKind::Embedded => {
                 let mut command = Command::new(&self.plan.program);
                 command.arg("store").arg(format!("--listen={STORE}")).arg("--data-dir").arg(&data);
+                match &self.plan.secure {
+                    Some(secure) => Self::certificate_flags(&mut command, secure),
+                    None => drop(command.arg("--insecure")),
+                }
                 command
             }
             StoreKind::Etcd(program) => self.etcd_command(program, &data),
@@ -60,13 +64,20 @@ impl Lab {
         let url = self.store_url();
         let mut command = Command::new(program);
         if let Some(secure) = &self.plan.secure {
-            command.arg("--trusted-ca-file").arg(&secure.ca).arg("--client-cert-auth");
-            command.arg("--cert-file").arg(&secure.server.0).arg("--key-file").arg(&secure.server.1);
+            Self::certificate_flags(&mut command, secure);
         }
         command.arg("--data-dir").arg(data).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
         command.args(["--listen-peer-urls", "http://127.0.0.1:2380", "--max-txn-ops", "10000", "--max-request-bytes", "10485760"]);
         command.args(["--log-outputs", "stderr"]);
         command
+    }
+
+    /// The embedded store has etcd's flags.
+    fn certificate_flags(command: &mut Command, secure: &Secure) {
+        if let Some((cert, key)) = &secure.server {
+            command.arg("--trusted-ca-file").arg(&secure.ca).arg("--client-cert-auth");
+            command.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
+        }
     }
 
     pub(super) fn store_url(&self) -> String {
