@@ -89,6 +89,7 @@ const PACKAGES: [(&str, &str); 13] = [
     ("iproute2", "ip"),
     ("iputils-ping", "ping"),
     ("strace", "strace"),
+    ("systemd", "systemd-analyze"),
     ("valgrind", "valgrind"),
 ];
 

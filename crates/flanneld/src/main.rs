@@ -7,6 +7,7 @@ mod pages;
 use std::process::ExitCode;
 
 use daemon::{app, cleanup, docker_opts, embedded, install_cni, output, settings};
+use kernel::process::Capabilities;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
@@ -43,11 +44,17 @@ fn main() -> ExitCode {
             log(cli.run.v);
             kernel::process::one_arena();
             warn_of_environment(&cli.run.complaints);
+            // Commands of an operator run with what the operator gave the daemon.
+            if !cli.run.allow_commands {
+                keep_capabilities(Capabilities::NET_ADMIN | Capabilities::NET_RAW, cli.run.healthz_port);
+            }
             run(async { app::run(&cli.run, stop()).await })
         }
         Some(Command::Store(args)) => {
             log(0);
             kernel::process::one_arena();
+            // Its folder may belong to the unit's user.
+            keep_capabilities(Capabilities::DAC_OVERRIDE, args.listen.port());
             run(async {
                 let bound = embedded::bind(&args).await?;
                 tracing::info!(
@@ -70,6 +77,17 @@ fn main() -> ExitCode {
         }
     };
     finish(outcome)
+}
+
+/// The first port that needs no capability.
+const UNPRIVILEGED: u16 = 1024;
+
+/// Gives up what the process does not need: a flaw in it shall not be a flaw of the whole host.
+fn keep_capabilities(kept: Capabilities, port: u16) {
+    let bind = if (1..UNPRIVILEGED).contains(&port) { Capabilities::NET_BIND_SERVICE } else { Capabilities::empty() };
+    if let Err(error) = kernel::process::keep_capabilities(kept | bind) {
+        tracing::warn!(%error, "cannot drop capabilities");
+    }
 }
 
 fn finish(outcome: anyhow::Result<()>) -> ExitCode {

@@ -17,6 +17,8 @@ mod command;
 mod containers;
 #[path = "lab/flags.rs"]
 mod flags;
+#[path = "lab/hardening.rs"]
+mod hardening;
 #[path = "lab/heal.rs"]
 mod heal;
 #[path = "lab/leases.rs"]
@@ -81,11 +83,14 @@ const STORE_TESTS: [(&str, StoreTest); 10] = [
 ];
 
 /// Tests that run once.
-const TESTS: [(&str, Test); 66] = [
+const TESTS: [(&str, Test); 69] = [
     ("commands_survive_closed_output", command::commands_survive_closed_output),
     ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
     ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
     ("embedded_store_serves_only_clients_with_its_certificate", secure::embedded_store_serves_only_clients_with_its_certificate),
+    ("daemon_keeps_two_capabilities", hardening::daemon_keeps_two_capabilities),
+    ("daemon_runs_without_root", hardening::daemon_runs_without_root),
+    ("units_allow_what_the_programs_call", hardening::units_allow_what_the_programs_call),
     ("embedded_store_takes_etcds_certificate_flags", secure::embedded_store_takes_etcds_certificate_flags),
     ("cleanup_removes_everything_of_ours_and_nothing_else", cleanup::removes_everything_of_ours_and_nothing_else),
     ("alloc_leases_and_programs_nothing", process::alloc_leases_and_programs_nothing),

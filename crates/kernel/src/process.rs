@@ -1,6 +1,12 @@
-//! Settings of processes: the life of child processes, and the memory allocator of this process.
+//! Settings of processes: the life of child processes, and rights and memory allocator of this process.
 
+use std::io;
 use std::process::Command;
+
+use rustix::io::Errno;
+use rustix::thread::{
+    CapabilitySets, capabilities, capability_is_in_bounding_set, remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
 
 use crate::sys;
 
@@ -19,4 +25,33 @@ pub fn one_arena() {
 /// once.
 pub fn release_memory() {
     sys::release_memory();
+}
+
+pub use rustix::thread::CapabilitySet as Capabilities;
+
+/// Gives up all capabilities but these, for this process and the programs that it runs, which cannot gain others either. A process
+/// that is not root keeps those of them that it was given. Must be called before a second thread is started.
+///
+/// # Errors
+/// When the kernel refuses; then the process has what it had.
+pub fn keep_capabilities(kept: Capabilities) -> io::Result<()> {
+    let have = capabilities(None)?;
+    if have.effective.contains(Capabilities::SETPCAP) {
+        for number in 0..u64::BITS {
+            let one = Capabilities::from_bits_retain(1 << number);
+            match capability_is_in_bounding_set(one) {
+                // The kernel knows no more.
+                Err(Errno::INVAL) => break,
+                Ok(true) if !kept.contains(one) => remove_capability_from_bounding_set(one)?,
+                _ => {}
+            }
+        }
+    }
+    let keep = |set: Capabilities| set & kept;
+    // A service manager may have reduced them already, and may forbid this call.
+    if have.permitted != keep(have.permitted) || have.inheritable != keep(have.inheritable) {
+        let sets = CapabilitySets { effective: keep(have.effective), permitted: keep(have.permitted), inheritable: keep(have.inheritable) };
+        set_capabilities(None, sets)?;
+    }
+    Ok(set_no_new_privs(true)?)
 }
