@@ -101,8 +101,12 @@ impl Http {
                 continue;
             }
             let sources = self.sources.clone();
-            // A client that hangs up in the middle, or takes too long, is disconnected.
-            let task = connections.spawn(tokio::time::timeout(limits::WHOLE, connection(stream, sources)));
+            let place = newcomers.place().await;
+            let task = connections.spawn(async move {
+                let _place = place;
+                // A client that hangs up in the middle, or takes too long, is disconnected.
+                let _ = tokio::time::timeout(limits::WHOLE, connection(stream, sources)).await;
+            });
             newcomers.add(from.ip(), task);
             while connections.try_join_next().is_some() {}
         }
@@ -177,7 +181,8 @@ mod tests {
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
         let (publish, view) = watch::channel(Arc::default());
-        let http = Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
+        let http =
+            Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
         let address = http.address().unwrap();
         tokio::spawn(http.serve());
         (address, publish)

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::Stream;
 use futures_util::task::AtomicWaker;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
@@ -21,10 +21,12 @@ use tonic::transport::server::Connected;
 
 use super::limits;
 use super::tls::Tls;
-use crate::newcomers::Newcomers;
+use crate::newcomers::{self, Newcomers};
 
 /// Descriptors that are not for connections: the file, the listener, the log.
 const OWN_DESCRIPTORS: u64 = 64;
+/// How many times a client that was refused is read from, and for how long, before its connection is closed.
+const PARTING: (usize, Duration) = (16, Duration::from_secs(1));
 /// The bytes with which a connection of HTTP/2 begins (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
 
@@ -88,7 +90,8 @@ impl Door {
                 accepted = self.listener.accept() => match (accepted, &self.tls) {
                     (Ok((stream, from)), None) => (Transport::Plain(stream), from),
                     (Ok((stream, from)), Some(tls)) => {
-                        let task = self.handshakes.spawn(handshake(tls.clone(), stream, from));
+                        let place = self.newcomers.place().await;
+                        let task = self.handshakes.spawn(handshake(tls.clone(), stream, from, place));
                         self.newcomers.add(from.ip(), task);
                         continue;
                     }
@@ -116,15 +119,31 @@ impl Door {
 }
 
 /// Makes sure that a client has a certificate.
-async fn handshake(tls: Tls, stream: TcpStream, from: SocketAddr) -> Option<(Transport, SocketAddr)> {
-    match tokio::time::timeout(limits::SENDING, tls.acceptor().accept(stream)).await {
+async fn handshake(tls: Tls, stream: TcpStream, from: SocketAddr, _place: newcomers::Place) -> Option<(Transport, SocketAddr)> {
+    match tokio::time::timeout(limits::SENDING, tls.acceptor().accept(stream).into_fallible()).await {
         Ok(Ok(stream)) => Some((Transport::Tls(Box::new(stream)), from)),
-        Ok(Err(error)) => {
+        Ok(Err((error, stream))) => {
             tls.refused(from, &error);
+            part(stream).await;
             None
         }
         Err(_) => None,
     }
+}
+
+/// Ends a connection so that its client receives the alert that says why. The kernel discards it if bytes of the client are unread
+/// when the connection is closed.
+async fn part(mut stream: TcpStream) {
+    let drain = async {
+        let _ = stream.shutdown().await;
+        let mut buffer = [0; 4096];
+        for _ in 0..PARTING.0 {
+            if !matches!(stream.read(&mut buffer).await, Ok(1..)) {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(PARTING.1, drain).await;
 }
 
 /// How many descriptors connections may take, after the limit was raised as far as it goes.

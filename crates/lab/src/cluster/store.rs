@@ -106,6 +106,11 @@ impl Lab {
         }
     }
 
+    /// The store's process, while it runs.
+    pub fn store_pid(&self) -> Option<u32> {
+        self.store.first().map(Child::id)
+    }
+
     /// Kills the store, as a power cut would.
     ///
     /// # Errors
