@@ -152,3 +152,15 @@ fn refuse_own_namespace(request: &Request<'_>) -> Result<(), CniError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_without_an_end_is_refused() {
+        let environment = Environment::from(|name| (name == "CNI_COMMAND").then(|| "ADD".to_owned()));
+        let error = answer(Plugin::Loopback, &environment, &mut std::io::repeat(b' ')).unwrap_err();
+        assert_eq!(error.code, 6, "{}", error.msg);
+    }
+}

@@ -92,6 +92,7 @@ fn hostile_clients_reach_limits_and_memory_is_given_back() {
     large_requests_are_refused(address);
     watch_identifiers_do_not_overflow(address);
     watches_of_a_stream_are_bounded(address);
+    control_requests_headers_and_streams_are_bounded(address);
     connections_of_an_address_are_bounded(address);
     watches_that_are_not_read_cost_no_memory(address);
 }
@@ -132,6 +133,28 @@ fn watches_of_a_stream_are_bounded(address: SocketAddr) {
             refused += u32::from(answer.cancel_reason == "too many watches");
         }
         assert_eq!(refused, 200 - 128);
+    });
+}
+
+fn control_requests_headers_and_streams_are_bounded(address: SocketAddr) {
+    run(async {
+        // A request that opens a watch names a key, no more.
+        let (requests, mut answers) = open(connect(address).await).await;
+        let create = WatchCreateRequest { key: vec![b'k'; 100_000], ..WatchCreateRequest::default() };
+        requests.send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await.unwrap();
+        assert!(!matches!(answers.message().await, Ok(Some(_))), "its stream ends");
+        let mut request = tonic::Request::new(RangeRequest { key: b"k".to_vec(), ..RangeRequest::default() });
+        request.metadata_mut().insert("x", "y".repeat(20_000).parse().unwrap());
+        assert!(KvClient::new(connect(address).await).range(request).await.is_err(), "the headers are too large");
+        // A stream beyond the limit waits in its client until another one ends.
+        let channel = connect(address).await;
+        let mut streams = Vec::new();
+        for _ in 0..64 {
+            streams.push(open(channel.clone()).await);
+        }
+        assert!(tokio::time::timeout(Duration::from_millis(300), open(channel.clone())).await.is_err());
+        streams.clear();
+        tokio::time::timeout(Duration::from_secs(10), open(channel)).await.expect("there is a place again");
     });
 }
 

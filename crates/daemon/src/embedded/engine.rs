@@ -161,3 +161,34 @@ fn run(mut state: State, mut disk: Disk, inbox: &Receiver<Job>, publish: &watch:
         publish.send_if_modified(|revision| std::mem::replace(revision, state.revision()) != state.revision());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn requests_that_wait_are_bounded_and_none_is_lost() {
+        let folder = std::env::temp_dir().join(format!("flannel-engine-{}", std::process::id()));
+        let engine = Engine::start(Disk::open(&folder, 1).unwrap()).unwrap();
+        let (open, gate) = std::sync::mpsc::channel::<()>();
+        let blocked = engine.clone();
+        let mut calls =
+            vec![tokio::spawn(async move { blocked.call(move |_, _| gate.recv().map_err(|_| Status::internal("no gate"))).await })];
+        for _ in 0..limits::QUEUE + 10 {
+            let engine = engine.clone();
+            calls.push(tokio::spawn(async move { engine.call(|_, _| Ok(())).await }));
+        }
+        let Jobs::Thread(_, queue) = &engine.jobs else { panic!("a thread") };
+        // Jobs of one batch leave the queue as they begin, the first of which blocks.
+        while queue.available_permits() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        open.send(()).unwrap();
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        assert_eq!(queue.available_permits(), limits::QUEUE);
+        drop(engine);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -251,3 +251,20 @@ impl Watches {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn watches_of_all_streams_are_bounded() {
+        let total = Arc::new(AtomicUsize::new(limits::WATCHES - 1));
+        let (answers, _receiver) = mpsc::channel(1);
+        let engine = crate::embedded::engine::Memory::new().engine();
+        let mut watches =
+            Watches { engine, slots: Slots::new(), client: None, answers, watchers: BTreeMap::new(), next_id: 0, total: total.clone() };
+        assert_eq!(watches.free_id(0), Ok(0));
+        total.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(watches.free_id(0), Err("too many watches"));
+    }
+}

@@ -231,3 +231,11 @@ async fn endless_lease_is_believed_for_a_year() {
     let id = client.grant(Duration::from_secs(9_000_000_000)).await.unwrap();
     assert_eq!(client.keep_alive(id).await.unwrap(), Some(Duration::from_secs(limits::LEASE_TTL)));
 }
+
+#[test]
+fn network_config_beyond_the_limit_is_refused() {
+    let config = |spaces: usize| format!("{{{}\"Network\": \"10.244.0.0/16\"}}", " ".repeat(spaces));
+    assert!(super::follow::parse_config("k", config(limits::CONFIG - 100).as_bytes()).is_ok());
+    let error = super::follow::parse_config("k", config(limits::CONFIG).as_bytes()).unwrap_err();
+    assert!(error.contains("at most 65536 are read"), "{error}");
+}
