@@ -8,6 +8,9 @@ pub const LEASE_TTL: Duration = Duration::from_secs(86_400);
 /// The longest delay between retries of a renewal; it is shorter when the lease is about to expire.
 pub const RETRY: Duration = Duration::from_secs(60);
 
+/// The longest life that is believed of a lease: a year.
+const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+
 /// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -29,6 +32,8 @@ impl Renewal {
     /// Schedules a lease that was granted at `now` for `ttl`, to be renewed `margin` before it expires. If the margin is not less than
     /// the TTL, it is renewed after half of it, so that a short lease is not renewed without pause.
     pub fn granted(now: Instant, ttl: Duration, margin: Duration) -> Renewal {
+        // A server may name any number; what is added to a clock must not overflow it.
+        let ttl = ttl.min(LONGEST);
         let wait = if margin < ttl { ttl - margin } else { ttl / 2 };
         Renewal { margin, due: now + wait, ends: now + ttl }
     }
@@ -69,6 +74,14 @@ mod tests {
         assert_eq!(renewal.poll(late), Step::Wait(late + RETRY / 4));
         renewal.renewed(start + 24 * hour, LEASE_TTL);
         assert_eq!(renewal.poll(start + 24 * hour), Step::Wait(start + 47 * hour));
+    }
+
+    #[test]
+    fn endless_lease_is_renewed_within_a_year() {
+        let (start, hour) = (Instant::now(), Duration::from_secs(3600));
+        for ttl in [Duration::MAX, Duration::from_secs(u64::MAX), Duration::from_secs(i64::MAX.unsigned_abs())] {
+            assert_eq!(Renewal::granted(start, ttl, hour).poll(start), Step::Wait(start + LONGEST - hour));
+        }
     }
 
     #[test]

@@ -240,6 +240,7 @@ impl Socket {
         to: usize,
         outcomes: &mut Vec<Result<(), NetlinkError>>,
     ) -> Result<(), NetlinkError> {
+        batch.check(from, to).map_err(|e| NetlinkError::Socket("send", e))?;
         let first = self.seq.wrapping_add(1);
         for at in from..to {
             self.seq = self.seq.wrapping_add(1);
@@ -331,6 +332,7 @@ impl Socket {
     fn begin(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Body<'_>)) -> Result<(), NetlinkError> {
         let mut batch = Batch::new();
         batch.message(kind, flags, body);
+        batch.check(0, 1).map_err(|e| NetlinkError::Socket("send", e))?;
         self.seq = self.seq.wrapping_add(1);
         batch.buffer[8..12].copy_from_slice(&self.seq.to_ne_bytes());
         self.send(&batch.buffer)
@@ -348,6 +350,7 @@ impl Socket {
     pub fn transaction(&mut self, subsystem: u16, mut batch: Batch) -> Result<(), NetlinkError> {
         const BEGIN: u16 = 16;
         const END: u16 = 17;
+        batch.check(0, batch.len()).map_err(|e| NetlinkError::Socket("send", e))?;
         let nfgenmsg = [0, 0, subsystem.to_be_bytes()[0], subsystem.to_be_bytes()[1]];
         let mut whole = Batch::new();
         whole.message(BEGIN, 0, |body| {
@@ -409,9 +412,11 @@ impl AsFd for Socket {
 
 fn receive<'a>(fd: BorrowedFd<'_>, buffer: &'a mut [u8], flags: libc::c_int) -> Result<&'a [u8], NetlinkError> {
     let length = loop {
-        match sys::recv(fd, buffer, flags) {
+        match sys::recv_netlink(fd, buffer, flags) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => break other.map_err(|e| NetlinkError::Socket("receive", e))?,
+            // Another program can send to this socket's port, with a sequence number that it guesses. The kernel's port is 0.
+            Ok((_, sender)) if sender != 0 => {}
+            other => break other.map(|(length, _)| length).map_err(|e| NetlinkError::Socket("receive", e))?,
         }
     };
     buffer.get(..length).ok_or(NetlinkError::Garbled("a message larger than the buffer"))
@@ -450,6 +455,21 @@ mod tests {
         assert_eq!(found[0], (3, b"eth0\0".as_slice()));
         let inner: Vec<_> = attrs(found[1].1).collect();
         assert_eq!(inner, [(1, b"abc".as_slice()), (2, 7u32.to_ne_bytes().as_slice())]);
+    }
+
+    #[test]
+    fn oversized_attribute_is_an_error_of_its_message_only() {
+        let mut batch = Batch::new();
+        let longest = vec![0; usize::from(u16::MAX) - 4];
+        let longer = [longest.as_slice(), &[0]].concat();
+        batch.message(16, 0, |body| _ = body.attr(1, &longest));
+        batch.message(16, 0, |body| _ = body.attr(1, &longer).attr_u32(2, 7));
+        batch.message(16, 0, |body| _ = body.nest(3, |inside| _ = inside.attr(1, &longest).attr(2, b"more")));
+        batch.message(16, 0, |body| _ = body.attr_str(1, &"x".repeat(70_000)));
+        batch.message(16, 0, |body| _ = body.attr_u32(2, 7));
+        let outcomes: Vec<bool> = (0..5).map(|at| batch.check(at, at + 1).is_ok()).collect();
+        assert_eq!(outcomes, [true, false, false, false, true]);
+        assert_eq!(batch.check(0, 5).unwrap_err().raw_os_error(), Some(libc::EMSGSIZE));
     }
 
     #[test]

@@ -85,6 +85,18 @@ pub(crate) fn recv(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c_int) ->
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
+/// Receives one datagram of a netlink socket, and the port that sent it: 0 is the kernel. The length is as for [`recv`].
+pub(crate) fn recv_netlink(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c_int) -> io::Result<(usize, u32)> {
+    // SAFETY: all-zero is a valid sockaddr_nl.
+    let mut sender: libc::sockaddr_nl = unsafe { zeroed() };
+    let mut size = len::<libc::sockaddr_nl>();
+    let (data, from) = (buffer.as_mut_ptr().cast(), (&raw mut sender).cast());
+    // SAFETY: the pointers describe `buffer` with its length, `sender` and its size, which are written by the call.
+    let got = unsafe { libc::recvfrom(fd.as_raw_fd(), data, buffer.len(), flags | libc::MSG_TRUNC, from, &raw mut size) };
+    let length = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+    Ok((length, sender.nl_pid))
+}
+
 /// Attaches a descriptor of `/dev/net/tun` to a TUN device with this name, which carries IP packets without a header (`TUNSETIFF` with
 /// `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
 pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {

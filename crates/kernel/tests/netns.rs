@@ -29,7 +29,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 19] = [
+    let tests: [(&str, fn()); 20] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -48,6 +48,7 @@ fn main() {
         ("monitor_reports_changes_of_others_only", monitor::monitor_reports_changes_of_others_only),
         ("a_file_is_watched_also_when_its_folder_goes", monitor::a_file_is_watched_also_when_its_folder_goes),
         ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
+        ("answers_of_other_programs_are_ignored", answers_of_other_programs_are_ignored),
         ("only_network_namespaces_can_be_opened", only_network_namespaces_can_be_opened),
     ];
     let trial = |(name, test): (&str, fn())| {
@@ -422,5 +423,23 @@ fn instance_lock_refuses_second_holder() {
     assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
     assert!(refused.to_string().starts_with(&format!("pid {} on ", std::process::id())), "{refused}");
     drop(held);
-    kernel::lock::alone(path, patience).unwrap();
+    let mode = |path: &std::path::Path| std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(path).unwrap()) & 0o777;
+    assert_eq!((mode(folder), mode(&folder.join("subnet.env"))), (0o700, 0o600), "no other user can open, and so lock it");
+    kernel::lock::alone(folder, "subnet.env", patience).unwrap();
+}
+
+fn answers_of_other_programs_are_ignored() {
+    use rustix::net::netlink::SocketAddrNetlink;
+    use rustix::net::{AddressFamily, SendFlags, SocketType, sendto, socket};
+    let mut ours = Socket::open(Protocol::Route).unwrap();
+    // NETLINK_ROUTE has number 0.
+    let theirs = socket(AddressFamily::NETLINK, SocketType::RAW, None).unwrap();
+    // The end of a dump (NLMSG_DONE), as the answer to the first request.
+    for sequence in 0u32..3 {
+        let mut message = [20u32.to_ne_bytes(), [0; 4], sequence.to_ne_bytes(), [0; 4], [0; 4]].concat();
+        message[4..6].copy_from_slice(&3u16.to_ne_bytes());
+        sendto(&theirs, &message, SendFlags::empty(), &SocketAddrNetlink::new(ours.port(), 0)).unwrap();
+    }
+    let links = link::list(&mut ours).unwrap();
+    assert_eq!(links.iter().map(|link| link.name.to_string()).collect::<Vec<_>>(), ["lo"]);
 }

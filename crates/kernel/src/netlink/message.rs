@@ -10,6 +10,8 @@ pub struct Batch {
     pub(super) buffer: Vec<u8>,
     /// The start of each message.
     pub(super) starts: Vec<usize>,
+    /// The messages with an attribute that is too long for its length field. They are not sent.
+    oversized: Vec<usize>,
 }
 
 impl Batch {
@@ -26,7 +28,11 @@ impl Batch {
         self.buffer.extend(kind.to_ne_bytes());
         self.buffer.extend((flags | NLM_F_REQUEST).to_ne_bytes());
         self.buffer.extend([0; 8]);
-        body(&mut Body(&mut self.buffer));
+        let mut is_oversized = false;
+        body(&mut Body { buffer: &mut self.buffer, is_oversized: &mut is_oversized });
+        if is_oversized {
+            self.oversized.push(self.starts.len() - 1);
+        }
         let length = u32::try_from(self.buffer.len() - start).expect("a message is smaller than 4 GiB");
         self.buffer[start..start + 4].copy_from_slice(&length.to_ne_bytes());
         pad(&mut self.buffer);
@@ -41,6 +47,12 @@ impl Batch {
     /// Whether there is no message.
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
+    }
+
+    /// Refuses messages that cannot be sent, as the kernel refuses one that is too long.
+    pub(super) fn check(&self, from: usize, to: usize) -> std::io::Result<()> {
+        let is_oversized = self.oversized.iter().any(|at| (from..to).contains(at));
+        if is_oversized { Err(std::io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
     }
 
     pub(super) fn ask_for_ack(&mut self, start: usize) {
@@ -59,37 +71,44 @@ fn pad(buffer: &mut Vec<u8>) {
 
 /// The content of a message or of a nested attribute.
 #[derive(Debug)]
-pub struct Body<'a>(&'a mut Vec<u8>);
+pub struct Body<'a> {
+    buffer: &'a mut Vec<u8>,
+    is_oversized: &'a mut bool,
+}
 
 impl Body<'_> {
     /// Appends raw bytes, such as the fixed header of the family.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
-        self.0.extend_from_slice(bytes);
+        self.buffer.extend_from_slice(bytes);
         self
     }
 
     /// The number of bytes written so far into the whole buffer.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.buffer.len()
     }
 
     /// Whether no byte is written.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.buffer.is_empty()
     }
 
     /// Overwrites a byte.
     pub fn set(&mut self, at: usize, byte: u8) {
-        self.0[at] = byte;
+        self.buffer[at] = byte;
     }
 
     /// Appends an attribute.
     pub fn attr(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        let length = u16::try_from(value.len() + 4).expect("an attribute is below 64 KiB");
-        self.0.extend(length.to_ne_bytes());
-        self.0.extend(kind.to_ne_bytes());
-        self.0.extend_from_slice(value);
-        pad(self.0);
+        match u16::try_from(value.len() + 4) {
+            Ok(length) => {
+                self.buffer.extend(length.to_ne_bytes());
+                self.buffer.extend(kind.to_ne_bytes());
+                self.buffer.extend_from_slice(value);
+                pad(self.buffer);
+            }
+            Err(_) => *self.is_oversized = true,
+        }
         self
     }
 
@@ -116,12 +135,14 @@ impl Body<'_> {
     /// Appends an attribute with the nested attributes that `inside` writes.
     pub fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Body<'_>)) -> &mut Self {
         const NLA_F_NESTED: u16 = 0x8000;
-        let start = self.0.len();
-        self.0.extend([0; 2]);
-        self.0.extend((kind | NLA_F_NESTED).to_ne_bytes());
-        inside(&mut Body(self.0));
-        let length = u16::try_from(self.0.len() - start).expect("an attribute is below 64 KiB");
-        self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+        let start = self.buffer.len();
+        self.buffer.extend([0; 2]);
+        self.buffer.extend((kind | NLA_F_NESTED).to_ne_bytes());
+        inside(&mut Body { buffer: self.buffer, is_oversized: self.is_oversized });
+        match u16::try_from(self.buffer.len() - start) {
+            Ok(length) => self.buffer[start..start + 2].copy_from_slice(&length.to_ne_bytes()),
+            Err(_) => *self.is_oversized = true,
+        }
         self
     }
 }
