@@ -92,11 +92,14 @@ async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
 /// How long a flanneld that is about to end is waited for.
 const LEAVING: Duration = Duration::from_secs(2);
 
+/// The folder beside `subnet.env` that has its lock. Only the daemon's user can enter it: every user who can open a lock can hold it.
+pub(crate) const LOCKS: &str = ".locks";
+
 /// Two daemons with one file would replace each other's work: the second is refused.
 fn acquire_instance_lock(subnet_file: &Path) -> anyhow::Result<std::fs::File> {
     let name = subnet_file.file_name().context("--subnet-file: it names no file")?.to_string_lossy();
     let shown = subnet_file.display();
-    kernel::lock::alone(&subnet_file.with_file_name(format!(".{name}.lock")), LEAVING).map_err(|error| match error.kind() {
+    kernel::lock::alone(&subnet_file.with_file_name(LOCKS), &name, LEAVING).map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => {
             anyhow!("another flanneld ({error}) uses --subnet-file {shown}: stop that one, or give this one a file of its own")
         }

@@ -21,7 +21,7 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::pod_table::{self, PORTS};
 use kernel::{Kernel, addr, link, pod_rules};
 
-use crate::{install_cni, output};
+use crate::{app, install_cni, output};
 
 /// Locks of the plugins, a file for each network namespace.
 const LOCKS: &str = "/run/flannel-locks";
@@ -72,17 +72,23 @@ pub fn run(args: &CleanupArgs) -> anyhow::Result<()> {
 
 /// Takes the daemon's lock, if the daemon has ever run here.
 fn lock(subnet_file: &Path) -> anyhow::Result<Option<fs::File>> {
-    let path = beside(subnet_file, "lock")?;
+    let path = lock_file(subnet_file)?;
     if !path.exists() {
         return Ok(None);
     }
-    match kernel::lock::alone(&path, Duration::ZERO) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match kernel::lock::alone(&subnet_file.with_file_name(app::LOCKS), &name, Duration::ZERO) {
         Ok(held) => Ok(Some(held)),
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             Err(anyhow!("flanneld ({error}) is running with --subnet-file {}: stop it first", subnet_file.display()))
         }
         Err(error) => Err(error).with_context(|| format!("cannot take {}", path.display())),
     }
+}
+
+fn lock_file(subnet_file: &Path) -> anyhow::Result<PathBuf> {
+    let name = subnet_file.file_name().context("--subnet-file: it names no file")?;
+    Ok(subnet_file.with_file_name(app::LOCKS).join(name))
 }
 
 /// The daemon's hidden files beside `subnet.env`.
@@ -204,8 +210,9 @@ impl Cleanup {
 
     /// `subnet.env`, what the daemon keeps beside it, and folders that are empty then. The lock goes last.
     fn files(&mut self, subnet_file: &Path) {
+        // Earlier versions had their lock beside the file.
         let hidden = ["writer", "lock"].map(|kind| beside(subnet_file, kind));
-        for path in std::iter::once(Ok(subnet_file.to_owned())).chain(hidden).flatten() {
+        for path in std::iter::once(Ok(subnet_file.to_owned())).chain(hidden).chain([lock_file(subnet_file)]).flatten() {
             if path.exists() {
                 self.remove(&format!("file {}", path.display()), || Ok(fs::remove_file(&path)?));
             }
@@ -213,7 +220,10 @@ impl Cleanup {
         if self.dry_run {
             return;
         }
-        for folder in [Some(Path::new(pod_rules::FOLDER)), subnet_file.parent(), Some(Path::new(LOCKS))].into_iter().flatten() {
+        let locks = subnet_file.with_file_name(app::LOCKS);
+        for folder in
+            [Some(Path::new(pod_rules::FOLDER)), Some(&*locks), subnet_file.parent(), Some(Path::new(LOCKS))].into_iter().flatten()
+        {
             // Only an empty one goes. The mount of a container, or another user's, stays as well.
             if fs::remove_dir(folder).is_ok() {
                 output::line(format_args!("removed folder {}", folder.display()));
@@ -271,6 +281,7 @@ mod tests {
     fn hidden_files_are_beside_the_subnet_file() {
         let file = Path::new("/run/flannel/subnet.env");
         assert_eq!(beside(file, "lock").unwrap(), Path::new("/run/flannel/.subnet.env.lock"));
-        assert!(beside(Path::new("/"), "lock").is_err());
+        assert_eq!(lock_file(file).unwrap(), Path::new("/run/flannel/.locks/subnet.env"));
+        assert!(beside(Path::new("/"), "lock").is_err() && lock_file(Path::new("/")).is_err());
     }
 }

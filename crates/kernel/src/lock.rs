@@ -1,9 +1,9 @@
 //! Advisory locks on files and folders (`flock`), always with a deadline. They end with the process, however that ends.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,9 @@ pub fn lock() -> io::Result<Lock> {
     let Ok(namespace) = std::fs::metadata("/proc/thread-self/ns/net") else { return Ok(Lock(None)) };
     let path = PathBuf::from(FOLDER).join(namespace.ino().to_string());
     loop {
-        let _ = DirBuilder::new().mode(0o700).create(FOLDER);
+        if private_folder(Path::new(FOLDER)).is_err() {
+            return Ok(Lock(None));
+        }
         match open(&path, 0o600, PATIENCE) {
             // Its last holder may have removed the name: then other processes lock another file.
             Ok(file) if same_file(&file, &path) => return Ok(Lock(Some((file, path)))),
@@ -78,17 +80,19 @@ pub fn lock() -> io::Result<Lock> {
     }
 }
 
-/// Locks a file for this process alone, and leaves in it who holds it: process and host name, which in a container is the
-/// pod's. It is held until the returned file is dropped, or the process ends.
+/// Locks a file for this process alone, in a folder that no other user can enter, and leaves in it who holds it: process and host
+/// name, which in a container is the pod's. It is held until the returned file is dropped, or the process ends.
 ///
 /// # Errors
-/// When the file cannot be opened; `AddrInUse` with the text that its holder left when it is held all the time.
-pub fn alone(path: &Path, patience: Duration) -> io::Result<File> {
+/// When the folder or the file cannot be opened; `AddrInUse` with the text that its holder left when it is held all the time.
+pub fn alone(folder: &Path, name: &str, patience: Duration) -> io::Result<File> {
     use std::io::Write;
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent)?;
     }
-    let mut file = match open(path, 0o644, patience) {
+    private_folder(folder)?;
+    let path = folder.join(name);
+    let mut file = match open(&path, 0o600, patience) {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => {
             let holder = std::fs::read_to_string(path)?;
             return Err(io::Error::new(io::ErrorKind::AddrInUse, holder.trim().to_owned()));
@@ -99,6 +103,27 @@ pub fn alone(path: &Path, patience: Duration) -> io::Result<File> {
     file.set_len(0)?;
     write!(file, "pid {} on {}", std::process::id(), name.nodename().to_string_lossy())?;
     Ok(file)
+}
+
+/// Makes a folder that only this user can enter, or makes an existing one so. Every user who can open a file can lock it, and so keep others
+/// from their work; that needs no right to write.
+///
+/// # Errors
+/// When it cannot be made, or when it is another user's.
+pub fn private_folder(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = std::fs::symlink_metadata(path)?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+        let text = format!("{} is not a folder of this user: remove it", path.display());
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    if found.mode() & 0o077 != 0 {
+        std::fs::set_permissions(path, Permissions::from_mode(0o700))?;
+    }
+    Ok(())
 }
 
 fn same_file(file: &File, path: &Path) -> bool {
@@ -118,6 +143,21 @@ impl Drop for Lock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folder_of_locks_is_made_private() {
+        let path = std::env::temp_dir().join(format!("flannel-locks-{}", std::process::id()));
+        let mode = || std::fs::metadata(&path).unwrap().mode() & 0o7777;
+        private_folder(&path).unwrap();
+        assert_eq!(mode(), 0o700);
+        std::fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        private_folder(&path).unwrap();
+        assert_eq!(mode(), 0o700);
+        std::fs::remove_dir(&path).unwrap();
+        std::os::unix::fs::symlink("/tmp", &path).unwrap();
+        assert_eq!(private_folder(&path).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn a_held_lock_times_out() {

@@ -121,6 +121,8 @@ fn hold(patience: Duration) -> io::Result<Folder> {
     if !is_private() {
         return Err(unusable());
     }
+    // Other users could lock what they can open.
+    lock::private_folder(Path::new(FOLDER))?;
     let folder = File::open(FOLDER)?;
     lock::acquire(&folder, patience)?;
     Ok(Folder { _lock: folder, namespace })

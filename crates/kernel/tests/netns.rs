@@ -416,10 +416,10 @@ fn only_network_namespaces_can_be_opened() {
 }
 
 fn instance_lock_refuses_second_holder() {
-    let path = std::path::Path::new("/mnt/alone/.lock");
+    let folder = std::path::Path::new("/mnt/alone/.locks");
     let patience = std::time::Duration::from_millis(50);
-    let held = kernel::lock::alone(path, patience).unwrap();
-    let refused = kernel::lock::alone(path, patience).unwrap_err();
+    let held = kernel::lock::alone(folder, "subnet.env", patience).unwrap();
+    let refused = kernel::lock::alone(folder, "subnet.env", patience).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::AddrInUse);
     assert!(refused.to_string().starts_with(&format!("pid {} on ", std::process::id())), "{refused}");
     drop(held);
