@@ -10,8 +10,8 @@ use flannel::object::Lane;
 use flannel::object::{EnvFile, Link};
 use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, Outcome};
-use kernel::KernelEvent;
 use kernel::netlink::NetlinkError;
+use kernel::{Drops, KernelEvent};
 use tokio::sync::mpsc;
 
 /// What the host tells, in the order in which it tells it.
@@ -60,6 +60,11 @@ pub trait Host {
 
     /// The file for the CNI plugins, if one is there.
     fn env_file(&self, path: &Path) -> Option<EnvFile>;
+
+    /// The counters of packets that the udp backend dropped.
+    fn drops(&self) -> Drops {
+        Drops::default()
+    }
 
     /// Runs one of the extension's commands and returns what it prints.
     ///

@@ -13,7 +13,7 @@ use flannel::object::{EnvFile, Lane, Link};
 use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, Outcome};
 use kernel::netlink::NetlinkError;
-use kernel::{Kernel, Monitor};
+use kernel::{Drops, Kernel, Monitor};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::host::{Host, HostNetwork, Notifications};
@@ -27,6 +27,7 @@ pub struct KernelThread {
     slow: Sender<Job>,
     /// The netlink port of the fast thread's socket.
     port: u32,
+    drops: Drops,
     /// The last part that could not be read, so that it is not logged each time.
     unreadable: Arc<Mutex<Option<String>>>,
 }
@@ -38,9 +39,9 @@ impl KernelThread {
     /// When the kernel refuses a netlink socket.
     pub fn start() -> Result<KernelThread, NetlinkError> {
         let kernel = Kernel::open()?;
-        let port = kernel.port();
+        let (port, drops) = (kernel.port(), kernel.drops());
         let (fast, slow) = (spawn("kernel", kernel)?, spawn("kernel-slow", Kernel::open()?)?);
-        Ok(KernelThread { fast, slow, port, unreadable: Arc::default() })
+        Ok(KernelThread { fast, slow, port, drops, unreadable: Arc::default() })
     }
 
     /// Waits until the jobs that are queued now are done, up to a limit: a batch that has begun is finished.
@@ -122,6 +123,10 @@ impl Host for KernelThread {
 
     fn env_file(&self, path: &Path) -> Option<EnvFile> {
         kernel::file::read_env(path)
+    }
+
+    fn drops(&self) -> Drops {
+        self.drops.clone()
     }
 
     async fn run(&self, command: Command) -> anyhow::Result<String> {

@@ -1,5 +1,6 @@
 //! The document at `/state` and the numbers at `/metrics`: wire forms of the view. Names are stable.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel::probe::{Report, Verdict};
@@ -32,6 +33,9 @@ pub struct State<'a> {
     peers: Peers<'a>,
     /// Objects in the kernel.
     objects: Objects<'a>,
+    /// Packets that the udp backend dropped, by reason; absent with other backends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    udp_dropped: Option<BTreeMap<&'static str, u64>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -187,6 +191,7 @@ impl State<'_> {
                 overruns: view.objects.overruns,
                 conflicts: &view.objects.conflicts,
             },
+            udp_dropped: view.drops.as_ref().map(|drops| drops.read().into_iter().map(|(reason, count)| (reason.name(), count)).collect()),
         })
     }
 }
@@ -221,6 +226,12 @@ pub fn metrics(view: &View, paths: &Paths, ready: bool) -> Option<String> {
     put("repairs_total", "counter", "Repairs of objects.", &[("", view.objects.repaired.to_string())]);
     put("overruns_total", "counter", "Times that notifications of the kernel were lost.", &[("", view.objects.overruns.to_string())]);
     put("conflicts", "gauge", "Objects that another program keeps changing.", &[("", number(view.objects.conflicts.len()))]);
+    if let Some(drops) = &view.drops {
+        let drops: Vec<(String, String)> =
+            drops.read().iter().map(|(reason, count)| (format!("{{reason=\"{}\"}}", reason.name()), count.to_string())).collect();
+        let drops: Vec<(&str, String)> = drops.iter().map(|(label, count)| (label.as_str(), count.clone())).collect();
+        put("udp_dropped_total", "counter", "Packets that the udp backend dropped.", &drops);
+    }
     Some(text)
 }
 
@@ -260,6 +271,7 @@ mod tests {
                 peer("10.244.5.0/24", "192.0.2.5", PeerState::Doubtful),
             ],
             objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, conflicts: Vec::new() },
+            drops: None,
             conditions: vec![Condition { code: "family-down", text: "IPv6 does not work on this node: x".to_owned(), blocks_ready: false }],
         }
     }
@@ -295,6 +307,17 @@ mod tests {
         assert_eq!((&state["peers"]["programmed"], &state["conditions"][0]["code"]), (&2.into(), &"family-down".into()));
         assert_eq!((&state["peers"]["reachable"], &state["peers"]["broken"]), (&0.into(), &1.into()));
         assert!(State::new(&View::default(), &paths()).is_none());
+    }
+
+    #[test]
+    fn drops_of_the_udp_backend_are_shown_by_reason() {
+        let view = View { drops: Some(kernel::Drops::default()), ..view() };
+        let state = serde_json::to_value(State::new(&view).unwrap()).unwrap();
+        check(
+            &state["udp_dropped"].to_string(),
+            expect![[r#"{"expired":0,"foreign-destination":0,"foreign-source":0,"malformed":0,"no-route":0,"unknown-sender":0}"#]],
+        );
+        assert!(metrics(&view, true).unwrap().contains("flannel_udp_dropped_total{reason=\"unknown-sender\"} 0\n"));
     }
 
     #[test]

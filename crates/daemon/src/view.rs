@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use flannel::object::Key;
 use flannel::probe::Point;
 use flannel::{IfName, LeaseKey, PerFamily};
+use kernel::Drops;
 
 /// The whole snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub struct View {
     pub peers: Vec<PeerView>,
     /// Objects in the kernel.
     pub objects: Objects,
+    /// With the udp backend, the packets that it dropped: counters, which show the present number.
+    pub drops: Option<Drops>,
     /// What is wrong with this node, though it may be ready.
     pub conditions: Vec<Condition>,
 }

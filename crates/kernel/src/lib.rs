@@ -39,6 +39,7 @@ use flannel::IfName;
 use netlink::{NetlinkError, Protocol, Socket};
 
 pub use monitor::{Author, Changed, KernelEvent, Monitor};
+pub use tunnel::Drops;
 
 /// Access to the kernel's state of one network namespace, for one thread.
 #[derive(Debug)]
@@ -51,6 +52,8 @@ pub struct Kernel {
     networks: Vec<flannel::Subnet>,
     /// The udp backend's data path, while it is running.
     tunnel: Option<tunnel::Tunnel>,
+    /// The packets that the data path dropped, in all tunnels since the start.
+    drops: Drops,
     /// Peers for which the commands of the extension backend were run.
     extension: BTreeMap<flannel::LeaseKey, flannel::backend::extension::ExtensionPeer>,
     /// The error of a read that did not fail as a whole.
@@ -71,6 +74,7 @@ impl Kernel {
             iptables: iptables::Cache::default(),
             networks: Vec::new(),
             tunnel: None,
+            drops: Drops::default(),
             extension: BTreeMap::new(),
             read_error: None,
             indexes: BTreeMap::new(),
@@ -85,6 +89,11 @@ impl Kernel {
     /// The object that the last [`Kernel::observe`] could not read, with the reason.
     pub fn take_read_error(&mut self) -> Option<String> {
         self.read_error.take()
+    }
+
+    /// The counters of packets that the udp backend dropped.
+    pub fn drops(&self) -> Drops {
+        self.drops.clone()
     }
 
     /// The udp backend's data path, if it is running on this link.

@@ -116,8 +116,7 @@ pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketA
     let mut addresses: Vec<libc::sockaddr_in> = packets.iter().map(|(_, to)| socket_address(*to)).collect();
     let mut parts: Vec<libc::iovec> =
         packets.iter().map(|(bytes, _)| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }).collect();
-    let mut messages: Vec<libc::mmsghdr> =
-        addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(Some(address), part)).collect();
+    let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
     let mut from = 0;
     while from < messages.len() {
         let count = libc::c_uint::try_from(messages.len() - from).unwrap_or(libc::c_uint::MAX);
@@ -129,17 +128,22 @@ pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketA
     }
 }
 
-/// Receives as many datagrams as there are buffers, without waiting, and returns their lengths.
-pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<usize>> {
+/// Receives as many datagrams as there are buffers, without waiting, and returns their lengths and senders. One that did not fit has
+/// length 0.
+pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<(usize, std::net::Ipv4Addr)>> {
+    // SAFETY: all-zero is a valid sockaddr_in.
+    let mut addresses: Vec<libc::sockaddr_in> = buffers.iter().map(|_| unsafe { zeroed() }).collect();
     let mut parts: Vec<libc::iovec> =
         buffers.iter_mut().map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }).collect();
-    let mut messages: Vec<libc::mmsghdr> = parts.iter_mut().map(|part| message(None, part)).collect();
+    let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
     let count = libc::c_uint::try_from(messages.len()).unwrap_or(libc::c_uint::MAX);
-    // SAFETY: each of the `count` headers points to a part in the vector above, and each part to a buffer of its length,
-    // which is written by the call.
+    // SAFETY: each of the `count` headers points to an address and a part in the vectors above, and each part to a buffer of
+    // its length; the call writes addresses and buffers.
     let got = check(unsafe { libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT, std::ptr::null_mut()) })?;
     let whole = |message: &libc::mmsghdr| if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 { message.msg_len } else { 0 };
-    Ok(messages.iter().take(usize::try_from(got).unwrap_or(0)).map(|message| usize::try_from(whole(message)).unwrap_or(0)).collect())
+    let lengths = messages.iter().take(usize::try_from(got).unwrap_or(0)).map(|message| usize::try_from(whole(message)).unwrap_or(0));
+    let sender = |address: &libc::sockaddr_in| std::net::Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
+    Ok(lengths.collect::<Vec<_>>().into_iter().zip(addresses.iter().map(sender)).collect())
 }
 
 fn socket_address(to: std::net::SocketAddrV4) -> libc::sockaddr_in {
@@ -151,13 +155,11 @@ fn socket_address(to: std::net::SocketAddrV4) -> libc::sockaddr_in {
     address
 }
 
-fn message(address: Option<&mut libc::sockaddr_in>, part: &mut libc::iovec) -> libc::mmsghdr {
+fn message(address: &mut libc::sockaddr_in, part: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: all-zero is a valid mmsghdr.
     let mut message: libc::mmsghdr = unsafe { zeroed() };
-    if let Some(address) = address {
-        message.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
-        message.msg_hdr.msg_namelen = len::<libc::sockaddr_in>();
-    }
+    message.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
+    message.msg_hdr.msg_namelen = len::<libc::sockaddr_in>();
     message.msg_hdr.msg_iov = part;
     message.msg_hdr.msg_iovlen = 1;
     message

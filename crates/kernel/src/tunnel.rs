@@ -7,9 +7,10 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use flannel::backend::udp::{Table, Verdict, inbound, outbound};
+use flannel::backend::udp::{DropReason, Table, Verdict, inbound, outbound};
 use flannel::{Cidr, IfName, Subnet};
 use rustix::event::{PollFd, PollFlags};
 
@@ -22,6 +23,43 @@ const LARGEST: usize = 65_535;
 /// The requested size of the socket's buffers, which hold bursts of a fast link.
 const BUFFER: libc::c_int = 4 * 1024 * 1024;
 
+/// Counts the packets that the data path drops, by reason. Clones are the same counters.
+#[derive(Debug, Clone, Default)]
+pub struct Drops(Arc<[AtomicU64; DropReason::ALL.len()]>);
+
+impl Drops {
+    fn count(&self, reason: DropReason) {
+        for (counter, of) in self.0.iter().zip(DropReason::ALL) {
+            if of == reason {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The packets dropped since the start, by reason.
+    pub fn read(&self) -> Vec<(DropReason, u64)> {
+        self.0.iter().zip(DropReason::ALL).map(|(counter, reason)| (reason, counter.load(Ordering::Relaxed))).collect()
+    }
+}
+
+/// The same if they are the same counters: what they count may differ from one moment to the next.
+impl PartialEq for Drops {
+    fn eq(&self, other: &Drops) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Drops {}
+
+/// What both threads need.
+#[derive(Debug, Clone)]
+struct Shared {
+    table: Arc<RwLock<Table>>,
+    /// The address that the socket is bound to: the table assigns this host's subnet to it.
+    local: Ipv4Addr,
+    drops: Drops,
+}
+
 /// A running tunnel. Dropping it stops the threads and deletes the device.
 #[derive(Debug)]
 pub(crate) struct Tunnel {
@@ -31,7 +69,7 @@ pub(crate) struct Tunnel {
     pub(crate) local: IpAddr,
     /// The UDP port.
     pub(crate) port: u16,
-    table: Arc<RwLock<Table>>,
+    shared: Shared,
     /// This host's address on the device, the source of "unreachable" answers.
     own: Arc<RwLock<Ipv4Addr>>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -41,7 +79,7 @@ pub(crate) struct Tunnel {
 
 impl Tunnel {
     /// Creates the device, binds the socket and starts the threads.
-    pub(crate) fn start(name: IfName, local: IpAddr, port: u16) -> io::Result<Tunnel> {
+    pub(crate) fn start(name: IfName, local: IpAddr, port: u16, drops: &Drops) -> io::Result<Tunnel> {
         let IpAddr::V4(address) = local else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the udp backend carries IPv4 only"));
         };
@@ -53,17 +91,18 @@ impl Tunnel {
             sys::set_option(socket.as_fd(), libc::SOL_SOCKET, option, BUFFER)?;
         }
         let (wake, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        let (table, own) = (Arc::<RwLock<Table>>::default(), Arc::new(RwLock::new(Ipv4Addr::UNSPECIFIED)));
+        let shared = Shared { table: Arc::default(), local: address, drops: drops.clone() };
+        let own = Arc::new(RwLock::new(Ipv4Addr::UNSPECIFIED));
         let (out_device, out_socket, out_wake) = (device.try_clone()?, socket.try_clone()?, wake.try_clone()?);
-        let (out_table, out_own) = (table.clone(), own.clone());
+        let (out_shared, in_shared, out_own) = (shared.clone(), shared.clone(), own.clone());
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
         let threads = vec![
             thread("udp-out").spawn(move || {
-                while_open(&out_device, &out_wake, |buffers| send_all(&out_device, &out_socket, &out_table, &out_own, port, buffers))
+                while_open(&out_device, &out_wake, |buffers| send_all(&out_device, (&out_socket, port), &out_shared, &out_own, buffers))
             })?,
-            thread("udp-in").spawn(move || while_open(&socket, &wake, |buffers| deliver_all(&device, &socket, buffers)))?,
+            thread("udp-in").spawn(move || while_open(&socket, &wake, |buffers| deliver_all(&device, &socket, &in_shared, buffers)))?,
         ];
-        Ok(Tunnel { name, local, port, table, own, threads, stop: Some(stop) })
+        Ok(Tunnel { name, local, port, shared, own, threads, stop: Some(stop) })
     }
 
     /// Whether both threads are running. A thread ends when another program deletes the device.
@@ -73,7 +112,7 @@ impl Tunnel {
 
     /// Forwards packets for `subnet` to `host`, or drops them if there is none.
     pub(crate) fn set(&self, subnet: Subnet, host: Option<IpAddr>) {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.shared.table.write().unwrap_or_else(PoisonError::into_inner);
         match host {
             Some(IpAddr::V4(host)) => table.insert(subnet, host),
             _ => table.remove(subnet),
@@ -89,7 +128,7 @@ impl Tunnel {
 
     /// The entries of the forwarding table.
     pub(crate) fn entries(&self) -> Vec<(Subnet, IpAddr)> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let table = self.shared.table.read().unwrap_or_else(PoisonError::into_inner);
         table.iter().map(|(subnet, host)| (subnet, IpAddr::V4(host))).collect()
     }
 }
@@ -144,10 +183,9 @@ fn while_open(source: &impl AsFd, wake: &OwnedFd, mut work: impl FnMut(&mut [Vec
 /// Reads pending packets from the device, and sends them to the hosts of their destinations.
 fn send_all(
     mut device: &File,
-    socket: &UdpSocket,
-    table: &RwLock<Table>,
+    (socket, port): (&UdpSocket, u16),
+    shared: &Shared,
     own: &RwLock<Ipv4Addr>,
-    port: u16,
     buffers: &mut [Vec<u8>],
 ) -> io::Result<()> {
     let mut ready: Vec<(usize, usize, SocketAddrV4)> = Vec::with_capacity(BATCH);
@@ -162,12 +200,15 @@ fn send_all(
             }
         };
         let own = *own.read().unwrap_or_else(PoisonError::into_inner);
-        let verdict = outbound(&mut buffer[..length], &table.read().unwrap_or_else(PoisonError::into_inner), own);
+        let table = shared.table.read().unwrap_or_else(PoisonError::into_inner);
+        let verdict = outbound(&mut buffer[..length], &table, shared.local, own);
+        drop(table);
         match verdict {
             Verdict::Send(host) => ready.push((at, length, SocketAddrV4::new(host, port))),
             // A lost answer affects only the sender of the packet.
             Verdict::Answer(answer) => drop(device.write_all(&answer)),
-            Verdict::Deliver | Verdict::Drop => {}
+            Verdict::Drop(reason) => shared.drops.count(reason),
+            Verdict::Deliver => {}
         }
     }
     let packets: Vec<(&[u8], SocketAddrV4)> = ready.iter().map(|(at, length, to)| (&buffers[*at][..*length], *to)).collect();
@@ -175,16 +216,20 @@ fn send_all(
     outcome
 }
 
-/// Receives pending packets from other hosts, and passes them to this host's kernel.
-fn deliver_all(mut device: &File, socket: &UdpSocket, buffers: &mut [Vec<u8>]) -> io::Result<()> {
-    let lengths = sys::receive_many(socket.as_fd(), buffers)?;
-    for (buffer, length) in buffers.iter_mut().zip(lengths) {
+/// Receives pending packets from other hosts, and passes those of peers to this host's kernel.
+fn deliver_all(mut device: &File, socket: &UdpSocket, shared: &Shared, buffers: &mut [Vec<u8>]) -> io::Result<()> {
+    let received = sys::receive_many(socket.as_fd(), buffers)?;
+    let table = shared.table.read().unwrap_or_else(PoisonError::into_inner);
+    for (buffer, (length, sender)) in buffers.iter_mut().zip(received) {
         let packet = buffer.get_mut(..length).unwrap_or_default();
-        if inbound(packet) == Verdict::Deliver
-            && let Err(error) = device.write_all(packet)
-            && error.raw_os_error() == Some(libc::EBADFD)
-        {
-            return Err(error);
+        match inbound(packet, sender, &table, shared.local) {
+            Verdict::Deliver => match device.write_all(packet) {
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),
+                // Another error affects this packet only.
+                _ => {}
+            },
+            Verdict::Drop(reason) => shared.drops.count(reason),
+            Verdict::Send(_) | Verdict::Answer(_) => {}
         }
     }
     Ok(())

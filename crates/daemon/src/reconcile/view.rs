@@ -79,6 +79,7 @@ impl<H: Host + 'static> Reconciler<H> {
                 repaired: self.repairs.total(),
                 overruns: self.overruns,
                 conflicts: self.repairs.conflicts().map(|(key, times, by)| Conflicted { object: key.to_string(), by, times }).collect(),
+            drops: matches!(picture.config().backend, flannel::Backend::Udp(_)).then(|| self.host.drops()),
             },
             conditions: self.conditions(),
         }

@@ -92,6 +92,8 @@ impl Driver for Udp {
         vec![
             Object::Link(Box::new(device)),
             Object::Addr(Addr { link, cidr: Cidr { addr: own.network(), len: 32 } }),
+            // Which packets of peers are for this host.
+            Object::Forward(Forward { dst: own, host: local }),
             Object::Route(Route { dst: network, metric: 0, via: None, dev: link, onlink: false, protocol: ROUTE_PROTOCOL }),
         ]
     }
@@ -134,6 +136,11 @@ impl Table {
         self.0.iter().find_map(|(Reverse(length), subnets)| subnets.get(&Subnet::new(IpAddr::V4(ip), *length).ok()?).copied())
     }
 
+    /// Whether packets for any subnet are forwarded to this host. Only asked for packets that are dropped.
+    fn is_host(&self, host: Ipv4Addr) -> bool {
+        self.0.values().flatten().any(|(_, known)| *known == host)
+    }
+
     /// All entries.
     pub fn iter(&self) -> impl Iterator<Item = (Subnet, Ipv4Addr)> {
         self.0.values().flatten().map(|(subnet, host)| (*subnet, *host))
@@ -150,22 +157,77 @@ pub enum Verdict {
     /// Send this ICMP error back instead.
     Answer(Vec<u8>),
     /// Drop it.
-    Drop,
+    Drop(DropReason),
 }
 
-/// Handles a packet that a pod of this host sent. Decrements its TTL in place.
-pub fn outbound(packet: &mut [u8], table: &Table, own: Ipv4Addr) -> Verdict {
-    let Some(destination) = header(packet).map(|packet| address(packet, 16)) else { return Verdict::Drop };
-    match table.host(destination) {
-        None => unreachable(packet, own).map_or(Verdict::Drop, Verdict::Answer),
-        Some(host) if lower_ttl(packet) => Verdict::Send(host),
-        Some(_) => Verdict::Drop,
+/// Why a packet is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DropReason {
+    /// It is not one complete IPv4 packet.
+    Malformed,
+    /// Its time to live has expired.
+    Expired,
+    /// No peer has its destination, and it is of a kind that is not answered.
+    NoRoute,
+    /// It was not sent from the published address of a peer.
+    UnknownSender,
+    /// Its source is not in the subnet of the peer that sent it.
+    ForeignSource,
+    /// Its destination is not in this host's subnet.
+    ForeignDestination,
+}
+
+impl DropReason {
+    /// All reasons.
+    pub const ALL: [DropReason; 6] = [
+        DropReason::Malformed,
+        DropReason::Expired,
+        DropReason::NoRoute,
+        DropReason::UnknownSender,
+        DropReason::ForeignSource,
+        DropReason::ForeignDestination,
+    ];
+
+    /// Its name, for machines.
+    pub fn name(self) -> &'static str {
+        match self {
+            DropReason::Malformed => "malformed",
+            DropReason::Expired => "expired",
+            DropReason::NoRoute => "no-route",
+            DropReason::UnknownSender => "unknown-sender",
+            DropReason::ForeignSource => "foreign-source",
+            DropReason::ForeignDestination => "foreign-destination",
+        }
     }
 }
 
-/// Handles a packet that a peer sent. Decrements its TTL in place.
-pub fn inbound(packet: &mut [u8]) -> Verdict {
-    if header(packet).is_some() && lower_ttl(packet) { Verdict::Deliver } else { Verdict::Drop }
+/// Handles a packet that a pod of this host sent. Decrements its TTL in place. `local` is this host's address, to which the table
+/// assigns its own subnet, `own` its address on the device.
+pub fn outbound(packet: &mut [u8], table: &Table, local: Ipv4Addr, own: Ipv4Addr) -> Verdict {
+    let Some(destination) = header(packet).map(|packet| address(packet, 16)) else { return Verdict::Drop(DropReason::Malformed) };
+    // A packet for a pod of this host comes here only while the pods' bridge is missing.
+    match table.host(destination).filter(|host| *host != local) {
+        None => unreachable(packet, own).map_or(Verdict::Drop(DropReason::NoRoute), Verdict::Answer),
+        Some(host) if lower_ttl(packet) => Verdict::Send(host),
+        Some(_) => Verdict::Drop(DropReason::Expired),
+    }
+}
+
+/// Handles a packet that another host sent from the address `sender`. Decrements its TTL in place. Every host that reaches the port can send
+/// packets: only those pass that a peer sends for its pods to pods of this host.
+pub fn inbound(packet: &mut [u8], sender: Ipv4Addr, table: &Table, local: Ipv4Addr) -> Verdict {
+    let addresses = header(packet).map(|packet| (address(packet, 12), address(packet, 16)));
+    let Some((source, destination)) = addresses else { return Verdict::Drop(DropReason::Malformed) };
+    match table.host(source).filter(|host| *host != local) {
+        Some(host) if host == sender => {}
+        _ if sender != local && table.is_host(sender) => return Verdict::Drop(DropReason::ForeignSource),
+        _ => return Verdict::Drop(DropReason::UnknownSender),
+    }
+    match table.host(destination) == Some(local) {
+        true if lower_ttl(packet) => Verdict::Deliver,
+        true => Verdict::Drop(DropReason::Expired),
+        false => Verdict::Drop(DropReason::ForeignDestination),
+    }
 }
 
 /// The packet, if it is a complete IPv4 packet (RFC 791).
@@ -250,6 +312,7 @@ mod tests {
                 mtu 1472
                 link flannel0 00:00:00:00:00:00 mtu 1472 up udp 192.0.2.1:8285
                 addr 10.244.1.0/32 dev flannel0
+                forward 10.244.1.0/24 to 192.0.2.1
                 route 10.244.0.0/16 dev flannel0 metric 0
                 10.244.2.0-24:
                   forward 10.244.2.0/24 to 192.0.2.2
@@ -261,7 +324,12 @@ mod tests {
     }
 
     fn packet(destination: [u8; 4], ttl: u8, protocol: u8) -> Vec<u8> {
-        let mut packet = vec![0x45, 0, 0, 30, 0, 1, 0, 0, ttl, protocol, 0, 0, 10, 244, 1, 2];
+        packet_from([10, 244, 1, 2], destination, ttl, protocol)
+    }
+
+    fn packet_from(source: [u8; 4], destination: [u8; 4], ttl: u8, protocol: u8) -> Vec<u8> {
+        let mut packet = vec![0x45, 0, 0, 30, 0, 1, 0, 0, ttl, protocol, 0, 0];
+        packet.extend(source);
         packet.extend(destination);
         let sum = checksum(&packet);
         packet[10..12].copy_from_slice(&sum);
@@ -271,25 +339,67 @@ mod tests {
 
     fn table() -> Table {
         let mut table = Table::default();
+        table.insert("10.244.1.0/24".parse().unwrap(), LOCAL);
         table.insert("10.244.2.0/24".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 2));
         table.insert("10.244.3.0/24".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 3));
         table
     }
 
+    const LOCAL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const OWN: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 0);
+
+    fn send(packet: &mut [u8]) -> Verdict {
+        outbound(packet, &table(), LOCAL, OWN)
+    }
+
+    /// What happens to a packet that host 192.0.2.`sender` sends.
+    fn receive(packet: &mut [u8], sender: u8) -> Verdict {
+        inbound(packet, Ipv4Addr::new(192, 0, 2, sender), &table(), LOCAL)
+    }
 
     #[test]
     fn packets_go_to_the_host_of_their_subnet_with_valid_checksum() {
         let mut one = packet([10, 244, 3, 9], 64, 17);
-        assert_eq!(outbound(&mut one, &table(), OWN), Verdict::Send(Ipv4Addr::new(192, 0, 2, 3)));
+        assert_eq!(send(&mut one), Verdict::Send(Ipv4Addr::new(192, 0, 2, 3)));
         assert_eq!((one[8], checksum(&one[..20])), (63, [0, 0]));
         for ttl in 2..=255 {
-            let mut one = packet([10, 244, 2, 1], ttl, 6);
-            assert_eq!(inbound(&mut one), Verdict::Deliver);
+            let mut one = packet_from([10, 244, 2, 9], [10, 244, 1, 1], ttl, 6);
+            assert_eq!(receive(&mut one, 2), Verdict::Deliver);
             assert_eq!((one[8], checksum(&one[..20])), (ttl - 1, [0, 0]), "{ttl}");
         }
-        assert_eq!(inbound(&mut packet([10, 244, 2, 1], 1, 6)), Verdict::Drop);
-        assert_eq!(outbound(&mut packet([10, 244, 2, 1], 0, 6), &table(), OWN), Verdict::Drop);
+        assert_eq!(receive(&mut packet_from([10, 244, 2, 9], [10, 244, 1, 1], 1, 6), 2), Verdict::Drop(DropReason::Expired));
+        assert_eq!(send(&mut packet([10, 244, 2, 1], 0, 6)), Verdict::Drop(DropReason::Expired));
+    }
+
+    #[test]
+    fn only_peers_pods_reach_own_pods() {
+        let receive = |source, destination, sender| match receive(&mut packet_from(source, destination, 64, 17), sender) {
+            Verdict::Deliver => "delivered",
+            Verdict::Drop(reason) => reason.name(),
+            other => panic!("{other:?}"),
+        };
+        let (theirs, other, ours, node) = ([10, 244, 2, 9], [10, 244, 3, 9], [10, 244, 1, 9], [192, 0, 2, 1]);
+        assert_eq!(receive(theirs, ours, 2), "delivered");
+        assert_eq!(receive([10, 244, 2, 0], ours, 2), "delivered", "the peer itself");
+        for sender in [1, 9, 66] {
+            assert_eq!(receive(theirs, ours, sender), "unknown-sender", "{sender}");
+        }
+        for source in [other, ours, [8, 8, 8, 8], [10, 244, 9, 9], node, [127, 0, 0, 1], [0; 4]] {
+            assert_eq!(receive(source, ours, 2), "foreign-source", "{source:?}");
+        }
+        assert_eq!(receive(ours, ours, 1), "unknown-sender", "this host is no peer of itself");
+        for destination in [other, [10, 244, 9, 9], [8, 8, 8, 8], node, [127, 0, 0, 1], [224, 0, 0, 1], [255; 4]] {
+            assert_eq!(receive(theirs, destination, 2), "foreign-destination", "{destination:?}");
+        }
+        assert_eq!(
+            inbound(&mut packet_from(theirs, ours, 64, 17), LOCAL, &Table::default(), LOCAL),
+            Verdict::Drop(DropReason::UnknownSender)
+        );
+    }
+
+    #[test]
+    fn packet_for_own_subnet_is_not_sent_to_own_host() {
+        assert!(matches!(send(&mut packet([10, 244, 1, 9], 64, 17)), Verdict::Answer(_)));
     }
 
     #[test]
@@ -301,33 +411,32 @@ mod tests {
         assert_eq!([1, 130, 200].map(|last| host(&table, last)), [Some(8), Some(9), Some(2)]);
         table.remove("10.244.2.0/25".parse().unwrap());
         assert_eq!([1, 130, 200].map(|last| host(&table, last)), [Some(2), Some(9), Some(2)]);
-        assert_eq!(table.iter().count(), 3);
+        assert_eq!(table.iter().count(), 4);
     }
 
     #[test]
     fn unroutable_packet_is_answered_unless_icmp_or_fragment() {
-        let Verdict::Answer(answer) = outbound(&mut packet([10, 244, 9, 9], 64, 17), &table(), OWN) else {
-            panic!("expected an ICMP answer")
-        };
+        let Verdict::Answer(answer) = send(&mut packet([10, 244, 9, 9], 64, 17)) else { panic!("expected an ICMP answer") };
         assert_eq!((checksum(&answer[..20]), checksum(&answer[20..])), ([0, 0], [0, 0]));
         assert_eq!((address(&answer, 12), address(&answer, 16), answer[20], answer.len()), (OWN, Ipv4Addr::new(10, 244, 1, 2), 3, 56));
-        assert_eq!(outbound(&mut packet([10, 244, 9, 9], 64, 1), &table(), OWN), Verdict::Drop);
+        assert_eq!(send(&mut packet([10, 244, 9, 9], 64, 1)), Verdict::Drop(DropReason::NoRoute));
         let mut fragment = packet([10, 244, 9, 9], 64, 17);
         fragment[7] = 9;
-        assert_eq!(outbound(&mut fragment, &table(), OWN), Verdict::Drop);
+        assert_eq!(send(&mut fragment), Verdict::Drop(DropReason::NoRoute));
     }
 
     #[test]
     fn malformed_packets_are_dropped() {
-        let good = packet([10, 244, 2, 1], 64, 17);
+        let good = packet_from([10, 244, 2, 9], [10, 244, 1, 1], 64, 17);
+        assert_eq!(receive(&mut good.clone(), 2), Verdict::Deliver);
         for cut in 0..good.len() {
-            assert_eq!(inbound(&mut good[..cut].to_vec()), Verdict::Drop, "{cut}");
+            assert_eq!(receive(&mut good[..cut].to_vec(), 2), Verdict::Drop(DropReason::Malformed), "{cut}");
         }
         for (at, value) in [(0, 0x65), (0, 0x44), (0, 0x4f), (3, 31)] {
             let mut bad = good.clone();
             bad[at] = value;
-            assert_eq!(inbound(&mut bad), Verdict::Drop);
+            assert_eq!(receive(&mut bad, 2), Verdict::Drop(DropReason::Malformed));
         }
-        assert_eq!(outbound(&mut [], &table(), OWN), Verdict::Drop);
+        assert_eq!(send(&mut []), Verdict::Drop(DropReason::Malformed));
     }
 }

@@ -64,7 +64,7 @@ fn start_tunnel(kernel: &mut Kernel, wanted: &Link, local: IpAddr, port: u16) ->
     }
     // The entries are kept when the device is recreated.
     let entries = kernel.tunnel.take().map(|tunnel| tunnel.entries()).unwrap_or_default();
-    let tunnel = Tunnel::start(wanted.name, local, port).map_err(io_error)?;
+    let tunnel = Tunnel::start(wanted.name, local, port, &kernel.drops).map_err(io_error)?;
     entries.into_iter().for_each(|(subnet, host)| tunnel.set(subnet, Some(host)));
     kernel.tunnel = Some(tunnel);
     Ok(())
