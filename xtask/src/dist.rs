@@ -61,12 +61,27 @@ fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
     let host = host()?;
     let mut command = cargo_command();
     command.args(["build", "--locked", "--profile", "dist", "--quiet", "-p", package, "--target", &host, "--target-dir", TARGET]);
-    if linking == Linking::Static {
-        command.env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static");
-    }
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags(linking)?.join("\x1f"));
     let kind = if linking == Linking::Static { "statically linked" } else { "dynamically linked" };
     step(format!("building {package}, optimized and {kind}"), &mut command)?;
     Ok(std::env::current_dir()?.join(TARGET).join(host).join("dist"))
+}
+
+/// The compiler's flags. Paths of this machine are replaced in the programs, so that a build in another folder makes the same ones.
+/// A static program is position-independent all the same, so that its addresses are not known to an attacker (static-pie): that costs
+/// each start of a plugin 30 of 500 µs, and four page faults.
+fn flags(linking: Linking) -> anyhow::Result<Vec<String>> {
+    let home = |variable: &str, folder: &str| {
+        let default = std::env::var_os("HOME").map(|home| Path::new(&home).join(folder));
+        std::env::var_os(variable).map(PathBuf::from).or(default).with_context(|| format!("neither {variable} nor HOME is set"))
+    };
+    let remapped =
+        [(home("RUSTUP_HOME", ".rustup")?, "/rustup"), (home("CARGO_HOME", ".cargo")?, "/cargo"), (std::env::current_dir()?, "/flannel")];
+    let mut flags: Vec<String> = remapped.iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())).collect();
+    if linking == Linking::Static {
+        flags.extend(["-C".to_owned(), "target-feature=+crt-static".to_owned()]);
+    }
+    Ok(flags)
 }
 
 /// Builds the container image and returns its archive. Nothing is downloaded: it begins with an empty file system. The
@@ -96,9 +111,18 @@ pub(crate) fn image() -> anyhow::Result<PathBuf> {
     };
     let file = Path::new("deploy/image/Containerfile");
     let packing = Step::begin("packing the container image");
-    let built =
-        podman(&["build".as_ref(), "--quiet".as_ref(), "--tag".as_ref(), tag.as_ref(), "--file".as_ref(), file.as_ref(), folder.as_ref()])
-            .and_then(|()| podman(&["save".as_ref(), "--quiet".as_ref(), "--output".as_ref(), archive.as_ref(), tag.as_ref()]));
+    // The same programs make the same image, whenever it is built.
+    let built = podman(&[
+        "build".as_ref(),
+        "--quiet".as_ref(),
+        "--timestamp=0".as_ref(),
+        "--tag".as_ref(),
+        tag.as_ref(),
+        "--file".as_ref(),
+        file.as_ref(),
+        folder.as_ref(),
+    ])
+    .and_then(|()| podman(&["save".as_ref(), "--quiet".as_ref(), "--output".as_ref(), archive.as_ref(), tag.as_ref()]));
     drop(packing);
     let _ = std::fs::remove_dir_all(&store);
     built.context("podman cannot build the image")?;

@@ -4,6 +4,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "kube/admission.rs"]
+mod admission;
 #[path = "support/cluster.rs"]
 mod cluster;
 #[path = "support/containers.rs"]
@@ -36,11 +38,12 @@ use serde_json::{Value, json};
 type Test = fn(&Path);
 
 /// Programs that `cargo xtask test FILTER` must build for the tests whose names begin so; for all others it is `kubernetes`.
-const NEEDS: [(&str, &str); 5] = [
+const NEEDS: [(&str, &str); 6] = [
     ("1.28: ", "kubernetes-1.28"),
     ("kubelets_run_our_daemonset", "kubernetes image"),
     ("chart_renders_the_same_objects", "kubernetes helm"),
     ("image_has_everything_it_needs", "image"),
+    ("image_names_no_machine_and_no_time", "image"),
     ("installed_files_are_never_seen_half_written", "image"),
 ];
 
@@ -73,12 +76,14 @@ fn main() {
     let old = Version::Oldest;
     add("1.28: three_hosts_join".to_owned(), Box::new(move |root| join::three_hosts_join(root, "vxlan", PodFamily::Dual, old)));
     add("1.28: node_changes_are_followed".to_owned(), Box::new(move |root| follow::node_changes_are_followed(root, old)));
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 18] = [
         ("address_change_is_followed", join::address_change_is_followed),
         ("following_reports_lists_and_changes", follow::following_reports_lists_and_changes),
         ("our_manifest_upgrades_go_flannels", manifests::our_manifest_upgrades_go_flannels),
         ("chart_renders_the_same_objects", manifests::chart_renders_the_same_objects),
         ("image_has_everything_it_needs", manifests::image_has_everything_it_needs),
+        ("image_names_no_machine_and_no_time", manifests::image_names_no_machine_and_no_time),
+        ("token_changes_its_own_node_only", admission::token_changes_its_own_node_only),
         ("installed_files_are_never_seen_half_written", manifests::installed_files_are_never_seen_half_written),
         ("lab_shows_kubernetes", lab_shows_kubernetes),
         ("changed_annotations_are_restored", join::changed_annotations_are_restored),

@@ -109,7 +109,12 @@ pub(crate) fn our_manifest_upgrades_go_flannels(root: &Path) {
         let one = |volume: &Value| (volume["name"].as_str().unwrap().to_owned(), volume["hostPath"]["path"].clone());
         spec["volumes"].as_array().unwrap().iter().map(one).collect()
     };
-    assert_eq!(paths(spec), paths(theirs));
+    // One more is ours: an empty folder in place of the token.
+    let (ours, empty): (Vec<_>, Vec<_>) = paths(spec).into_iter().partition(|(name, _)| name != "no-token");
+    assert_eq!((ours, empty.len()), (paths(theirs), 1));
+    let mounts = spec["initContainers"][0]["volumeMounts"].as_array().unwrap();
+    let token = mounts.iter().find(|mount| mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount");
+    assert_eq!(token.map(|mount| &mount["name"]), Some(&json!("no-token")));
     assert_eq!(spec["securityContext"], json!({ "seccompProfile": { "type": "RuntimeDefault" } }));
     for container in [&spec["containers"][0], &spec["initContainers"][0]] {
         let context = &container["securityContext"];
@@ -232,6 +237,8 @@ fn values_reach_the_daemonset(chart: &Chart<'_>) {
     assert_eq!(spec["initContainers"][0]["command"], json!(["/opt/bin/flanneld", "install-cni", "--skip-conf", "--replace"]));
     assert_eq!((&spec["nodeSelector"], &container["image"]), (&json!({ "pool": "a" }), &json!("localhost/flannel:9")));
     assert!(!spec.to_string().contains("/etc/cni/net.d") && spec.to_string().contains("/x/bin"));
+    let policies: Vec<String> = chart.objects(&["flannel.ownNodeOnly=true"]).into_keys().filter(|name| name.contains("Policy")).collect();
+    assert_eq!(policies, ["ValidatingAdmissionPolicy/flannel-own-node-only", "ValidatingAdmissionPolicyBinding/flannel-own-node-only"]);
     let udp = chart.objects(&["flannel.backend=udp", "flannel.healthz.livenessProbe=null"]);
     assert_eq!(udp[DAEMONSET]["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privileged"], true);
 }
@@ -299,6 +306,34 @@ pub(crate) fn image_has_everything_it_needs(root: &Path) {
     assert!(Command::new(bin.join("flanneld")).args(install).arg(&plugins).status().unwrap().success());
     let version = Command::new(plugins.join("bridge")).env("CNI_COMMAND", "VERSION").output().unwrap();
     assert!(String::from_utf8_lossy(&version.stdout).contains("supportedVersions"));
+}
+
+/// The image depends on its sources alone: nothing in it names the machine, the folder or the time of the build.
+pub(crate) fn image_names_no_machine_and_no_time(root: &Path) {
+    let files = unpacked(root);
+    let home = std::env::var("CARGO_HOME").ok().or_else(|| std::env::var("HOME").ok()).unwrap();
+    let here = deploy().parent().unwrap().to_string_lossy().into_owned();
+    for program in ["flanneld", "flannel-cni"] {
+        let bytes = std::fs::read(files.join("opt/bin").join(program)).unwrap();
+        for path in [&format!("{home}/"), &format!("{here}/"), "/.cargo/registry", "/.rustup/"] {
+            assert!(!bytes.windows(path.len()).any(|part| part == path.as_bytes()), "{program} has {path}");
+        }
+        // An ELF file of type ET_DYN without PT_INTERP (elf(5)): static, and at a random address.
+        assert_eq!(bytes[16..18], [3, 0], "{program} is position-independent");
+        let number = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+        let (table, size, count) = (number(32), number(54), number(56));
+        assert!((0..count).all(|header| number(table + header * size) != 3), "{program} needs no interpreter");
+    }
+    let archive = root.join("archive");
+    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(archive.join("manifest.json")).unwrap()).unwrap();
+    let config = std::fs::read_to_string(archive.join(manifest[0]["Config"].as_str().unwrap())).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["created"], "1970-01-01T00:00:00Z");
+    for layer in manifest[0]["Layers"].as_array().unwrap() {
+        let list = Command::new("tar").env("TZ", "UTC").arg("-tvf").arg(archive.join(layer.as_str().unwrap())).output().unwrap();
+        let list = String::from_utf8(list.stdout).unwrap();
+        assert!(list.lines().count() > 3 && list.lines().all(|line| line.contains(" 1970-01-01 00:00 ")), "{list}");
+    }
 }
 
 /// The files of `install-cni`: what it is given, and what it makes of that.
