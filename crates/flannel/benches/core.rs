@@ -9,7 +9,7 @@ use std::time::Instant;
 use flannel::backend::Identity;
 use flannel::diff::{Prune, diff};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Config, Lease, LeaseKey, Mac, Node, Observed, PerFamily, Picture, StoreEvent, wire};
+use flannel::{Age, Config, Lease, LeaseKey, Mac, Node, Observed, PerFamily, Picture, StoreEvent, wire};
 
 fn main() {
     let sizes: Vec<u32> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
@@ -47,7 +47,7 @@ fn run(size: u32) {
     let reading = millis(began);
     let mut picture = Picture::new(config, node, identity, traffic, own);
     let began = Instant::now();
-    let list = leases.into_iter().map(StoreEvent::Apply);
+    let list = leases.into_iter().zip(1..).map(|(lease, at)| StoreEvent::Apply(lease, Age::created(at)));
     picture.fold_all(std::iter::once(StoreEvent::Init).chain(list).chain([StoreEvent::InitDone]));
     let folding = millis(began);
     let began = Instant::now();

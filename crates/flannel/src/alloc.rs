@@ -28,7 +28,8 @@ pub enum Choice {
     Create(LeaseKey),
 }
 
-/// Chooses a lease: the one with this host's public address, or else the previous one if it is free, or else a random free one.
+/// Chooses a lease: the one with this host's public address, or else the previous one if it is free, or else a random free one. Of
+/// several with this host's address it is the previous one, or else the oldest.
 /// `stale` receives a lease of this host that the configuration no longer admits, and that should be deleted.
 ///
 /// `mine` are the published addresses of this host; they are compared by IPv4, or by IPv6 if there is no IPv4 address. `random(n)`
@@ -44,7 +45,9 @@ pub fn choose(
     stale: &mut Option<LeaseKey>,
     mut random: impl FnMut(usize) -> usize,
 ) -> Result<Choice, OutOfSubnets> {
-    if let Some((key, _)) = leases.iter().find(|(_, peer)| is_mine(&peer.public, mine)) {
+    // Another host may publish this host's address with a lease of its own: the pods' addresses are those of the previous one.
+    let own = leases.iter().filter(|(_, peer)| is_mine(&peer.public, mine)).map(|(key, _)| key);
+    if let Some(key) = own.min_by_key(|key| (!is_admitted(config, key.subnets()), key.subnets() != previous, leases.age(key))) {
         if is_admitted(config, key.subnets()) {
             return Ok(Choice::Reuse(*key));
         }
@@ -124,19 +127,20 @@ fn free(network: &Network, mut taken: Vec<Subnet>) -> Vec<Subnet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{Lease, Peer, StoreEvent};
+    use crate::lease::{Age, Lease, Peer, StoreEvent};
 
     const CONFIG: &str = r#"{"Network":"10.1.0.0/16","SubnetMax":"10.1.4.0","Backend":{"Type":"alloc"}}"#;
 
-    /// Chooses among `leases`: "subnet@public ip", separated by spaces.
+    /// Chooses among `leases`: "subnet@public ip", the oldest first, separated by spaces.
     fn pick(leases: &str, mine: &str, previous: &str) -> String {
         let config = Config::parse(CONFIG).unwrap();
-        let mut set = LeaseSet::default();
+        let (mut set, mut age) = (LeaseSet::default(), 0);
         for text in leases.split_whitespace() {
             let (subnet, ip) = text.split_once('@').unwrap();
             let key = LeaseKey::new(PerFamily { v4: Some(subnet.parse().unwrap()), v6: None }).unwrap();
             let peer = Peer { public: PerFamily { v4: Some(ip.parse().unwrap()), v6: None }, ..Peer::default() };
-            set.fold(StoreEvent::Apply(Lease { key, peer }));
+            age += 1;
+            set.fold(StoreEvent::Apply(Lease { key, peer }, Age::created(age)));
         }
         let mine = PerFamily { v4: Some(mine.parse().unwrap()), v6: None };
         let previous = PerFamily { v4: previous.parse().ok(), v6: None };
@@ -153,6 +157,15 @@ mod tests {
     #[test]
     fn lease_with_own_address_is_reused() {
         assert_eq!(pick("10.1.1.0/24@192.0.2.1 10.1.3.0/24@192.0.2.2", "192.0.2.2", "10.1.2.0/24"), "reuse 10.1.3.0/24");
+    }
+
+    #[test]
+    fn lease_of_another_host_with_own_address_is_not_taken() {
+        let both = "10.1.3.0/24@192.0.2.2 10.1.1.0/24@192.0.2.2";
+        assert_eq!(pick(both, "192.0.2.2", "10.1.3.0/24"), "reuse 10.1.3.0/24");
+        assert_eq!(pick(both, "192.0.2.2", "10.1.1.0/24"), "reuse 10.1.1.0/24");
+        assert_eq!(pick(both, "192.0.2.2", ""), "reuse 10.1.3.0/24", "the oldest");
+        assert_eq!(pick("10.1.2.0/25@192.0.2.2 10.1.1.0/24@192.0.2.2", "192.0.2.2", ""), "reuse 10.1.1.0/24", "the admitted one");
     }
 
     #[test]
@@ -181,7 +194,7 @@ mod tests {
         let mut set = LeaseSet::default();
         let key = LeaseKey::new(PerFamily { v4: "10.1.7.0/24".parse().ok(), v6: None }).unwrap();
         let mine = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
-        set.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
+        set.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }, Age::UNKNOWN));
         let mut stale = None;
         let Ok(Choice::Create(new)) = choose(&config, &set, &mine, &PerFamily::default(), &mut stale, |_| 0) else {
             panic!("expected a new lease")

@@ -191,6 +191,8 @@ pub struct Context<'a> {
 pub struct Part {
     /// The desired objects.
     pub objects: Vec<Object>,
+    /// The host to which they send packets, for each family that has objects.
+    pub hosts: PerFamily<IpAddr>,
     /// The reasons why objects are refused. The other family and all other peers are not affected.
     pub refusals: Vec<Refusal>,
 }
@@ -234,6 +236,12 @@ pub enum Refusal {
     /// Its VTEP has the MAC address of this host's VTEP.
     #[error("its VTEP MAC {0} is this host's own: a cloned machine?")]
     OwnMac(Mac),
+    /// Its VTEP has the MAC address of an older lease's VTEP.
+    #[error("its VTEP MAC {0} is that of lease {1}, which is older: a cloned machine, or a host that takes another one's packets?")]
+    OlderMac(Mac, LeaseKey),
+    /// Its subnet contains addresses of an older lease of another host.
+    #[error("its {0} subnet overlaps lease {1}, which is older and of another host")]
+    OverlapsOlder(Family, LeaseKey),
 }
 
 impl Backend {
@@ -326,7 +334,7 @@ impl Backend {
         }
         if !driver.accepts_type(&peer.backend_type) {
             let refusal = Refusal::OtherBackend(peer.backend_type.clone(), driver.name());
-            return Part { objects: Vec::new(), refusals: vec![refusal] };
+            return Part { refusals: vec![refusal], ..Part::default() };
         }
         driver.peer_part(context, key, peer)
     }
@@ -389,8 +397,12 @@ fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl 
     for (family, subnet) in key.subnets().iter() {
         // A family that this host does not use is no reason to refuse the peer.
         let Some(network) = context.local.config.network(family) else { continue };
-        match admit(context, network, *subnet, peer).and_then(&objects) {
-            Ok(objects) => part.objects.extend(objects),
+        let admitted = admit(context, network, *subnet, peer);
+        match admitted.and_then(|admitted| Ok((admitted.public, objects(admitted)?))) {
+            Ok((public, objects)) => {
+                part.hosts.set(family, Some(public));
+                part.objects.extend(objects);
+            }
             Err(refusal) => part.refusals.push(refusal),
         }
     }

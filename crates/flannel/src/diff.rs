@@ -88,9 +88,9 @@ fn replaced_deletes(observed: &Observed, replaced: &[IfName]) -> Vec<Op> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::desired::Owner;
-    use crate::lease::LeaseKey;
-    use crate::net::PerFamily;
+    use crate::desired::{Claims, Lost, Owner};
+    use crate::lease::{Age, LeaseKey};
+    use crate::net::{Family, PerFamily};
     use crate::object::{Addr, Link, LinkKind, Route};
     use expect_test::{Expect, expect};
     use std::collections::BTreeSet;
@@ -200,15 +200,27 @@ mod tests {
     }
 
     #[test]
-    fn higher_owner_gets_key_when_lower_owner_releases_it() {
-        let owner = |text: &str| Owner::Lease(LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap());
+    fn younger_lease_gets_key_when_older_one_releases_it() {
+        let key = |text: &str| LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap();
+        let claims = |lease: &str, age: u64, host: &str| {
+            let hosts = PerFamily { v4: host.parse().ok(), v6: None };
+            let objects = vec![route("10.1.1.0/24", host), route(lease, host)];
+            Claims { owner: Owner::Lease(key(lease)), age: Age::created(age), hosts, objects }
+        };
+        let (old, young) = (key("10.1.9.0/24"), key("10.1.2.0/24"));
         let mut d = Desired::default();
-        d.set_part(owner("10.1.9.0/24"), vec![route("10.1.1.0/24", "192.0.2.9")]);
-        d.set_part(owner("10.1.2.0/24"), vec![route("10.1.1.0/24", "192.0.2.2")]);
-        let key = route("10.1.1.0/24", "192.0.2.2").key();
-        assert_eq!(d.get(&key), Some(&route("10.1.1.0/24", "192.0.2.2")));
-        assert_eq!(d.conflicts().map(|(_, owner)| *owner).collect::<Vec<_>>(), [owner("10.1.9.0/24")]);
-        assert_eq!(d.set_part(owner("10.1.2.0/24"), vec![]), std::slice::from_ref(&key));
-        assert_eq!(d.get(&key), Some(&route("10.1.1.0/24", "192.0.2.9")));
+        assert_eq!(d.set_parts(vec![claims("10.1.2.0/24", 8, "192.0.2.2")]).contested, []);
+        let contest = d.set_parts(vec![claims("10.1.9.0/24", 7, "192.0.2.9")]);
+        assert_eq!((contest.contested, contest.keys.len()), (vec![young], 3));
+        let shared = route("10.1.1.0/24", "192.0.2.2").key();
+        assert_eq!(d.get(&shared), Some(&route("10.1.1.0/24", "192.0.2.9")));
+        assert_eq!(d.get(&route("10.1.2.0/24", "192.0.2.2").key()), None, "the younger one is left out as a whole");
+        let lost = d.refused(young).next().unwrap();
+        assert_eq!(lost, (Family::V4, &Lost { holder: Owner::Lease(old), key: Some(shared.clone()) }));
+        assert_eq!(d.refused(old).count(), 0);
+        let released = d.set_parts(vec![Claims { objects: vec![], ..claims("10.1.9.0/24", 7, "192.0.2.9") }]);
+        assert_eq!((released.contested, released.keys.len()), (vec![young], 3));
+        assert_eq!(d.get(&shared), Some(&route("10.1.1.0/24", "192.0.2.2")));
+        assert_eq!((d.len(), d.refused(young).count()), (2, 0));
     }
 }

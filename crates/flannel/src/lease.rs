@@ -58,6 +58,22 @@ impl Peer {
     }
 }
 
+/// When a lease was created, by the order that its store gives: what is smaller is older. Of two hosts that claim one thing the older
+/// lease has it, on every node and after every restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Age(u64);
+
+impl Age {
+    /// Not known; younger than every known one.
+    pub const UNKNOWN: Age = Age(u64::MAX);
+
+    /// The age of a lease that was created at this revision of the store, or at this second of its clock. A lease that is written again
+    /// keeps it, one that is deleted and created again does not.
+    pub fn created(at: u64) -> Age {
+        Age(at)
+    }
+}
+
 /// A lease: its key and its owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
@@ -74,9 +90,9 @@ pub enum StoreEvent {
     /// A list of all leases begins.
     Init,
     /// This lease exists, with these attributes.
-    Apply(Lease),
+    Apply(Lease, Age),
     /// This lease exists, but its value cannot be read: its last known attributes still hold.
-    Keep(LeaseKey),
+    Keep(LeaseKey, Age),
     /// This lease was deleted.
     Delete(LeaseKey),
     /// This lease was deleted together with this node's own: all leases were deleted. Its host will write it again.
@@ -91,9 +107,9 @@ pub enum StoreEvent {
 /// The known leases, folded from the events of the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeaseSet {
-    leases: BTreeMap<LeaseKey, Peer>,
+    leases: BTreeMap<LeaseKey, Known>,
     /// Leases that exist, but whose value could never be read.
-    unreadable: BTreeSet<LeaseKey>,
+    unreadable: BTreeMap<LeaseKey, Age>,
     /// Leases that a store which lost data does not know, until they are written again or given up.
     doubtful: BTreeSet<LeaseKey>,
     /// While a list is in progress, the keys named since `Init`, in order of arrival.
@@ -101,6 +117,13 @@ pub struct LeaseSet {
     /// Whether that list is older than earlier events.
     is_older: bool,
     complete: bool,
+}
+
+/// What is known of a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Known {
+    peer: Peer,
+    age: Age,
 }
 
 impl LeaseSet {
@@ -117,7 +140,7 @@ impl LeaseSet {
                 self.is_older = true;
                 Vec::new()
             }
-            StoreEvent::Apply(Lease { key, peer }) => {
+            StoreEvent::Apply(Lease { key, peer }, age) => {
                 if let Some(named) = &mut self.listing {
                     named.push(key);
                 }
@@ -127,23 +150,31 @@ impl LeaseSet {
                 let is_old = self.is_older || peer.public.is_empty();
                 let is_known = self.doubtful.is_empty() || is_old || self.leases.contains_key(&key);
                 let mut touched = if is_known { Vec::new() } else { self.replaced_by(&key, &peer) };
+                let now = Known { peer, age };
                 match self.leases.entry(key) {
-                    Entry::Occupied(known) if *known.get() == peer => return touched,
-                    Entry::Occupied(mut known) => drop(known.insert(peer)),
-                    Entry::Vacant(place) => drop(place.insert(peer)),
+                    Entry::Occupied(known) if *known.get() == now => return touched,
+                    Entry::Occupied(mut known) => drop(known.insert(now)),
+                    Entry::Vacant(place) => drop(place.insert(now)),
                 }
                 touched.push(key);
                 touched
             }
-            StoreEvent::Keep(key) => {
+            StoreEvent::Keep(key, age) => {
                 if let Some(named) = &mut self.listing {
                     named.push(key);
                 }
                 self.doubtful.remove(&key);
-                if !self.leases.contains_key(&key) {
-                    self.unreadable.insert(key);
+                match self.leases.get_mut(&key) {
+                    Some(known) if known.age == age => Vec::new(),
+                    Some(known) => {
+                        known.age = age;
+                        vec![key]
+                    }
+                    None => {
+                        self.unreadable.insert(key, age);
+                        Vec::new()
+                    }
                 }
-                Vec::new()
             }
             StoreEvent::Delete(key) => {
                 if let Some(named) = &mut self.listing {
@@ -152,7 +183,7 @@ impl LeaseSet {
                 self.remove(&key).then_some(key).into_iter().collect()
             }
             StoreEvent::Vanished(key) => {
-                if self.leases.contains_key(&key) || self.unreadable.contains(&key) {
+                if self.leases.contains_key(&key) || self.unreadable.contains_key(&key) {
                     self.doubtful.insert(key);
                 }
                 Vec::new()
@@ -171,7 +202,7 @@ impl LeaseSet {
                     known.filter(|key| is_missed(key)).copied().collect::<Vec<_>>()
                 };
                 let mut gone = missed(&mut self.leases.keys());
-                gone.extend(missed(&mut self.unreadable.iter()));
+                gone.extend(missed(&mut self.unreadable.keys()));
                 if std::mem::take(&mut self.is_older) {
                     self.doubtful.extend(gone);
                     return Vec::new();
@@ -187,7 +218,7 @@ impl LeaseSet {
     /// Removes a lease, and returns whether it was known.
     fn remove(&mut self, key: &LeaseKey) -> bool {
         self.doubtful.remove(key);
-        self.leases.remove(key).is_some() | self.unreadable.remove(key)
+        self.leases.remove(key).is_some() | self.unreadable.remove(key).is_some()
     }
 
     fn remove_all(&mut self, keys: &[LeaseKey]) {
@@ -198,7 +229,7 @@ impl LeaseSet {
 
     /// Removes the doubtful leases that this new one replaces: it belongs to the same host, or overlaps their subnet.
     fn replaced_by(&mut self, key: &LeaseKey, peer: &Peer) -> Vec<LeaseKey> {
-        let same_host = |other: &LeaseKey| self.leases.get(other).is_some_and(|other| peer.shares_address(other));
+        let same_host = |other: &LeaseKey| self.leases.get(other).is_some_and(|other| peer.shares_address(&other.peer));
         let gone: Vec<LeaseKey> = self.doubtful.iter().filter(|other| other.overlaps(key) || same_host(other)).copied().collect();
         self.remove_all(&gone);
         gone
@@ -234,17 +265,22 @@ impl LeaseSet {
 
     /// The owner of a lease.
     pub fn get(&self, key: &LeaseKey) -> Option<&Peer> {
-        self.leases.get(key)
+        self.leases.get(key).map(|known| &known.peer)
+    }
+
+    /// The age of a lease.
+    pub fn age(&self, key: &LeaseKey) -> Age {
+        self.leases.get(key).map_or(Age::UNKNOWN, |known| known.age)
     }
 
     /// All leases, ordered by subnet.
     pub fn iter(&self) -> impl Iterator<Item = (&LeaseKey, &Peer)> {
-        self.leases.iter()
+        self.leases.iter().map(|(key, known)| (key, &known.peer))
     }
 
-    /// Leases that exist, but whose value could never be read.
-    pub fn unreadable(&self) -> impl Iterator<Item = &LeaseKey> {
-        self.unreadable.iter()
+    /// Leases that exist, but whose value could never be read, with their ages.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&LeaseKey, Age)> {
+        self.unreadable.iter().map(|(key, age)| (key, *age))
     }
 
     /// The number of known leases.
@@ -258,10 +294,11 @@ impl LeaseSet {
     }
 }
 
-impl FromIterator<Lease> for LeaseSet {
+impl FromIterator<(Lease, Age)> for LeaseSet {
     /// Makes a set with these leases, not marked as complete.
-    fn from_iter<I: IntoIterator<Item = Lease>>(leases: I) -> LeaseSet {
-        LeaseSet { leases: leases.into_iter().map(|lease| (lease.key, lease.peer)).collect(), ..LeaseSet::default() }
+    fn from_iter<I: IntoIterator<Item = (Lease, Age)>>(leases: I) -> LeaseSet {
+        let known = |(Lease { key, peer }, age)| (key, Known { peer, age });
+        LeaseSet { leases: leases.into_iter().map(known).collect(), ..LeaseSet::default() }
     }
 }
 
@@ -275,7 +312,7 @@ mod tests {
 
     fn apply(text: &str, ip: &str) -> StoreEvent {
         let public = PerFamily { v4: Some(ip.parse().unwrap()), v6: None };
-        StoreEvent::Apply(Lease { key: key(text), peer: Peer { public, ..Peer::default() } })
+        StoreEvent::Apply(Lease { key: key(text), peer: Peer { public, ..Peer::default() } }, Age::UNKNOWN)
     }
 
     #[test]
@@ -295,12 +332,25 @@ mod tests {
     }
 
     #[test]
+    fn lease_that_is_created_again_is_a_change() {
+        let lease = Lease { key: key("10.1.1.0/24"), peer: Peer::default() };
+        let mut set = LeaseSet::default();
+        assert_eq!(set.fold(StoreEvent::Apply(lease.clone(), Age::created(5))), [lease.key]);
+        assert_eq!(set.fold(StoreEvent::Apply(lease.clone(), Age::created(5))), []);
+        assert_eq!(set.fold(StoreEvent::Apply(lease.clone(), Age::created(9))), [lease.key]);
+        assert_eq!(set.fold(StoreEvent::Keep(lease.key, Age::created(9))), []);
+        assert_eq!(set.fold(StoreEvent::Keep(lease.key, Age::created(11))), [lease.key]);
+        assert_eq!((set.age(&lease.key), set.age(&key("10.1.2.0/24"))), (Age::created(11), Age::UNKNOWN));
+        assert!(Age::created(11) < Age::UNKNOWN);
+    }
+
+    #[test]
     fn lease_that_became_unreadable_keeps_its_attributes() {
         let mut set = LeaseSet::default();
         for event in [StoreEvent::Init, apply("10.1.1.0/24", "192.0.2.1"), StoreEvent::InitDone, StoreEvent::Init] {
             set.fold(event);
         }
-        set.fold(StoreEvent::Keep(key("10.1.1.0/24")));
+        set.fold(StoreEvent::Keep(key("10.1.1.0/24"), Age::UNKNOWN));
         assert!(set.fold(StoreEvent::InitDone).is_empty());
         assert_eq!(set.len(), 1);
     }
@@ -308,10 +358,15 @@ mod tests {
     #[test]
     fn unreadable_lease_is_kept_until_deleted() {
         let mut set = LeaseSet::default();
-        for event in [StoreEvent::Init, StoreEvent::Keep(key("10.1.1.0/24")), StoreEvent::Keep(key("10.1.2.0/24")), StoreEvent::InitDone] {
+        for event in [
+            StoreEvent::Init,
+            StoreEvent::Keep(key("10.1.1.0/24"), Age::UNKNOWN),
+            StoreEvent::Keep(key("10.1.2.0/24"), Age::UNKNOWN),
+            StoreEvent::InitDone,
+        ] {
             assert!(set.fold(event).is_empty());
         }
-        assert_eq!(set.unreadable().copied().collect::<Vec<_>>(), [key("10.1.1.0/24"), key("10.1.2.0/24")]);
+        assert_eq!(set.unreadable().map(|(key, _)| *key).collect::<Vec<_>>(), [key("10.1.1.0/24"), key("10.1.2.0/24")]);
         assert_eq!(set.fold(StoreEvent::Delete(key("10.1.1.0/24"))), [key("10.1.1.0/24")]);
         set.fold(StoreEvent::Init);
         assert_eq!(set.fold(StoreEvent::InitDone), [key("10.1.2.0/24")]);

@@ -31,7 +31,7 @@ pub mod wire;
 pub use backend::Backend;
 pub use config::Config;
 pub use desired::Desired;
-pub use lease::{Lease, LeaseKey, LeaseSet, Peer, StoreEvent};
+pub use lease::{Age, Lease, LeaseKey, LeaseSet, Peer, StoreEvent};
 pub use net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
 pub use node::Node;
 pub use object::Object;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::backend::{Context, Identity, Local, Part, Refusal};
 use crate::config::Config;
-use crate::desired::{Desired, Owner};
+use crate::desired::{Changes, Claims, Desired, Lost, Owner};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
@@ -44,7 +44,7 @@ pub struct Picture {
 /// The leases and kernel objects that an event affects.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Touched {
-    /// Leases that were added, changed or removed.
+    /// Leases that were added, changed or removed, and those that are refused, or are not refused any longer, because of that.
     pub leases: Vec<LeaseKey>,
     /// Kernel objects that may have to change.
     pub keys: Vec<Key>,
@@ -142,7 +142,10 @@ impl Picture {
     fn rebuild_leases(&mut self, mut leases: Vec<LeaseKey>) -> Touched {
         leases.sort_unstable();
         leases.dedup();
-        let keys = self.rebuild_lease_objects(&leases);
+        let Changes { keys, contested } = self.rebuild_lease_objects(&leases);
+        leases.extend(contested);
+        leases.sort_unstable();
+        leases.dedup();
         Touched { leases, keys }
     }
 
@@ -151,23 +154,24 @@ impl Picture {
     pub fn keep_unreadable(&mut self, observed: &Observed) {
         let own = self.own;
         let mut keep = Vec::new();
-        for key in self.leases.unreadable().filter(|key| !key.overlaps(&own)) {
-            let mut objects = Vec::new();
+        for (key, age) in self.leases.unreadable().filter(|(key, _)| !key.overlaps(&own)) {
+            let (mut objects, mut hosts) = (Vec::new(), PerFamily::default());
             for (family, subnet) in key.subnets().iter() {
                 let route =
                     self.config.network(family).and_then(|network| observed.get(&Key::Route(*subnet, route_metric(network, *subnet))));
                 let Some(Object::Route(route)) = route else { continue };
                 objects.push(Object::Route(*route));
+                hosts.set(family, route.via);
                 let Some(Object::Neigh(neigh)) = route.via.and_then(|via| observed.get(&Key::Neigh(route.dev, via))) else { continue };
                 objects.push(Object::Neigh(*neigh));
-                objects.extend(observed.get(&Key::Fdb(neigh.link, neigh.mac)).cloned());
+                let Some(Object::Fdb(fdb)) = observed.get(&Key::Fdb(neigh.link, neigh.mac)) else { continue };
+                objects.push(Object::Fdb(*fdb));
+                hosts.set(family, Some(fdb.dst));
             }
-            keep.push((*key, objects));
+            keep.push(Claims { owner: Owner::Lease(*key), age, hosts, objects });
         }
-        for (key, objects) in keep {
-            // An object that another lease claims stays with the lower owner.
-            self.desired.set_part(Owner::Lease(key), objects);
-        }
+        let Changes { contested, .. } = self.desired.set_parts(keep);
+        self.note_refusals(&contested);
     }
 
     /// Sets this node's lease and rebuilds all objects.
@@ -175,7 +179,7 @@ impl Picture {
         self.own = own;
         let all: Vec<LeaseKey> = self.leases.iter().map(|(key, _)| *key).collect();
         let mut keys = self.rebuild_node_objects();
-        keys.extend(self.rebuild_lease_objects(&all));
+        keys.extend(self.rebuild_lease_objects(&all).keys);
         keys
     }
 
@@ -274,23 +278,50 @@ impl Picture {
         self.desired.set_part(Owner::Node, objects)
     }
 
-    fn rebuild_lease_objects(&mut self, keys: &[LeaseKey]) -> Vec<Key> {
-        let parts = keys.iter().map(|key| (Owner::Lease(*key), self.objects_of(*key))).collect();
-        self.desired.set_parts(parts)
+    fn rebuild_lease_objects(&mut self, keys: &[LeaseKey]) -> Changes {
+        let parts = keys.iter().map(|key| self.claims_of(*key)).collect();
+        let changes = self.desired.set_parts(parts);
+        self.note_refusals(&changes.contested);
+        changes
     }
 
-    /// The desired objects of a lease; the reasons for those that it cannot have are recorded.
-    fn objects_of(&mut self, key: LeaseKey) -> Vec<Object> {
-        let Part { objects, refusals } = match self.leases.get(&key) {
-            Some(peer) => self.config.backend.peer_part(self.context(), &key, peer),
-            None => Part::default(),
-        };
+    /// What a lease claims; the reasons for what it cannot have are recorded.
+    fn claims_of(&mut self, key: LeaseKey) -> Claims {
+        let Part { objects, hosts, refusals } = self.part_of(key);
+        self.set_refusals(key, refusals);
+        Claims { owner: Owner::Lease(key), age: self.leases.age(&key), hosts, objects }
+    }
+
+    fn part_of(&self, key: LeaseKey) -> Part {
+        self.leases.get(&key).map(|peer| self.config.backend.peer_part(self.context(), &key, peer)).unwrap_or_default()
+    }
+
+    fn set_refusals(&mut self, key: LeaseKey, refusals: Vec<Refusal>) {
         if refusals.is_empty() {
             self.refusals.remove(&key);
         } else {
             self.refusals.insert(key, refusals);
         }
-        objects
+    }
+
+    /// Records the refusals of leases that claim what others claim.
+    fn note_refusals(&mut self, contested: &[LeaseKey]) {
+        for key in contested {
+            let mut refusals = self.part_of(*key).refusals;
+            refusals.extend(self.desired.refused(*key).map(|(family, lost)| self.refusal(family, lost)));
+            self.set_refusals(*key, refusals);
+        }
+    }
+
+    fn refusal(&self, family: Family, lost: &Lost) -> Refusal {
+        let holder = match lost.holder {
+            Owner::Lease(holder) => holder,
+            Owner::Node | Owner::Pods => self.own,
+        };
+        match lost.key {
+            Some(Key::Fdb(_, mac)) => Refusal::OlderMac(mac, holder),
+            _ => Refusal::OverlapsOlder(family, holder),
+        }
     }
 
     /// The kernel state to read for a comparison with this picture. Rules are read for both families and both flavours, because those
@@ -392,7 +423,7 @@ impl Picture {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::Lease;
+    use crate::lease::{Age, Lease};
     use crate::object::bridge::Bridge;
     use crate::store_trust::doubt_deletes;
     use crate::traffic::Flavour;
@@ -416,7 +447,7 @@ mod tests {
         let lease = |host: &u8| {
             let public = PerFamily { v4: format!("192.0.2.{host}").parse().ok(), v6: None };
             let peer = Peer { public, backend_type: "host-gw".into(), ..Peer::default() };
-            StoreEvent::Apply(Lease { key: key(&format!("10.244.{host}.0/24")), peer })
+            StoreEvent::Apply(Lease { key: key(&format!("10.244.{host}.0/24")), peer }, Age::UNKNOWN)
         };
         let leases = hosts.iter().map(lease);
         picture.fold_all([StoreEvent::Init].into_iter().chain(leases).chain([StoreEvent::InitDone]))
@@ -448,6 +479,84 @@ mod tests {
         assert_eq!(picture.fold_all(events).leases, [key("10.244.1.0/24")]);
         assert_eq!(picture.leases().doubtful().iter().copied().collect::<Vec<_>>(), [key("10.244.3.0/24")]);
         assert!(picture.leases().get(&key("10.244.3.0/24")).is_some());
+    }
+
+    /// Host 1 of a pod network, with vxlan.
+    fn vxlan() -> Picture {
+        let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
+        let Picture { node, traffic, own, .. } = picture();
+        let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None }, data: None };
+        Picture::new(config, node, identity, traffic, own)
+    }
+
+    fn apply(subnet: &str, age: u64, ip: &str, mac: u8) -> StoreEvent {
+        let value =
+            format!(r#"{{"PublicIP":"{ip}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:00:{mac:02x}"}}}}"#);
+        StoreEvent::Apply(Lease { key: key(subnet), peer: crate::wire::parse_value(value.as_bytes()).unwrap() }, Age::created(age))
+    }
+
+    fn texts(picture: &Picture, subnet: &str) -> Vec<String> {
+        picture.refusals().get(&key(subnet)).into_iter().flatten().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn newcomer_with_a_peers_mac_is_refused_until_the_peer_is_gone() {
+        let mut picture = vxlan();
+        picture.fold(apply("10.244.5.0/24", 7, "192.0.2.5", 5));
+        let before: Vec<Object> = picture.desired().iter().map(|(_, object)| object.clone()).collect();
+        let thief = apply("10.244.2.0/24", 8, "192.0.2.66", 5);
+        assert_eq!(picture.fold(thief).leases, [key("10.244.2.0/24")]);
+        assert_eq!(picture.desired().iter().map(|(_, object)| object.clone()).collect::<Vec<_>>(), before, "nothing of the victim changes");
+        let text = "its VTEP MAC 02:00:00:00:00:05 is that of lease 10.244.5.0/24, which is older: a cloned machine, or a host that takes another one's packets?";
+        assert_eq!((texts(&picture, "10.244.2.0/24"), texts(&picture, "10.244.5.0/24")), (vec![text.to_owned()], vec![]));
+        // A rewrite keeps the age; a lease that is created again is a newcomer.
+        picture.fold(apply("10.244.5.0/24", 7, "192.0.2.55", 5));
+        assert_eq!(texts(&picture, "10.244.5.0/24"), [""; 0]);
+        let touched = picture.fold(StoreEvent::Delete(key("10.244.5.0/24")));
+        assert_eq!(touched.leases, [key("10.244.2.0/24"), key("10.244.5.0/24")], "the newcomer is admitted");
+        assert_eq!(texts(&picture, "10.244.2.0/24"), [""; 0]);
+        picture.fold(apply("10.244.5.0/24", 9, "192.0.2.5", 5));
+        assert_eq!(texts(&picture, "10.244.5.0/24").len(), 1);
+    }
+
+    #[test]
+    fn newcomer_within_a_peers_subnet_is_refused() {
+        let mut picture = vxlan();
+        picture.fold_all([apply("10.244.4.0/23", 3, "192.0.2.4", 4), apply("10.244.5.128/25", 5, "192.0.2.66", 6)]);
+        assert_eq!(
+            texts(&picture, "10.244.5.128/25"),
+            ["its IPv4 subnet overlaps lease 10.244.4.0/23, which is older and of another host"]
+        );
+        assert_eq!(texts(&picture, "10.244.4.0/23"), [""; 0]);
+        // The other way round.
+        picture.fold(apply("10.244.0.0/22", 9, "192.0.2.66", 7));
+        assert_eq!(texts(&picture, "10.244.0.0/22").len(), 1, "it contains this host's own subnet");
+        picture.fold(apply("10.244.4.0/22", 9, "192.0.2.66", 7));
+        assert_eq!(texts(&picture, "10.244.4.0/22"), ["its IPv4 subnet overlaps lease 10.244.4.0/23, which is older and of another host"]);
+    }
+
+    #[test]
+    fn leases_of_one_host_do_not_contradict_each_other() {
+        let mut picture = vxlan();
+        // The former lease of a host that has another one now.
+        picture.fold_all([apply("10.244.4.0/23", 3, "192.0.2.4", 4), apply("10.244.5.128/25", 5, "192.0.2.4", 4)]);
+        assert_eq!(picture.refusals().len(), 0);
+        assert_eq!(picture.desired().iter().filter(|(key, _)| matches!(key, Key::Route(..))).count(), 2);
+        picture.fold(StoreEvent::Delete(key("10.244.4.0/23")));
+        assert_eq!(picture.desired().iter().filter(|(key, _)| matches!(key, Key::Fdb(..))).count(), 1, "the entry stays");
+    }
+
+    #[test]
+    fn own_address_and_mac_are_never_taken() {
+        let mut picture = vxlan();
+        picture.fold_all([apply("10.244.2.0/24", 0, "192.0.2.1", 5), apply("10.244.3.0/24", 0, "192.0.2.3", 1)]);
+        assert_eq!(
+            (texts(&picture, "10.244.2.0/24"), texts(&picture, "10.244.3.0/24")),
+            (
+                vec!["its public address 192.0.2.1 is this host's own: a stale lease of this host, or a second daemon".to_owned()],
+                vec!["its VTEP MAC 02:00:00:00:00:01 is this host's own: a cloned machine?".to_owned()]
+            )
+        );
     }
 
     #[test]

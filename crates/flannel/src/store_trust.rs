@@ -123,7 +123,7 @@ pub fn has_forgotten(is_new: bool, before: Option<&EnvFile>, config: &Config, pr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{Lease, Peer};
+    use crate::lease::{Age, Lease, Peer};
 
     fn key(text: &str) -> LeaseKey {
         LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap()
@@ -136,7 +136,8 @@ mod tests {
     /// Two leases that are missing from an older list.
     fn doubtful() -> LeaseSet {
         let mut leases = LeaseSet::default();
-        let two = ["10.1.1.0/24", "10.1.2.0/24"].map(|text| StoreEvent::Apply(Lease { key: key(text), peer: Peer::default() }));
+        let two =
+            ["10.1.1.0/24", "10.1.2.0/24"].map(|text| StoreEvent::Apply(Lease { key: key(text), peer: Peer::default() }, Age::UNKNOWN));
         let lists = [StoreEvent::Init].into_iter().chain(two);
         for event in lists.chain([StoreEvent::InitDone, StoreEvent::Init, StoreEvent::Older, StoreEvent::InitDone]) {
             leases.fold(event);

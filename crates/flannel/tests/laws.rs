@@ -5,13 +5,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel::alloc::{Choice, choose};
 use flannel::backend::Identity;
-use flannel::desired::Owner;
+use flannel::desired::{Claims, Owner};
 use flannel::diff::{Prune, diff, diff_keys};
 use flannel::object::{Addr, Fdb, Key, Link, LinkKind, Neigh, ROUTE_PROTOCOL, Route};
 use flannel::traffic::TrafficConfig;
 use flannel::{
-    Cidr, Config, Desired, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent, Subnet, Vni,
-    subnet_env, wire,
+    Age, Cidr, Config, Desired, Family, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent,
+    Subnet, Vni, subnet_env, wire,
 };
 use proptest::prelude::*;
 
@@ -95,11 +95,11 @@ fn peer() -> impl Strategy<Value = Peer> {
     })
 }
 
-/// Leases of a few subnets, some of them outside the pod network.
+/// Leases of a few subnets, some of which overlap, and some of them outside the pod network.
 fn lease() -> impl Strategy<Value = Lease> {
-    (0u8..8, 0u8..5, peer()).prop_map(|(subnet, host, mut peer)| {
+    (0u8..8, 23u8..26, 0u8..5, peer()).prop_map(|(subnet, len, host, mut peer)| {
         let second = if subnet == 7 { 245 } else { 244 };
-        let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::new(10, second, subnet, 0)), 24).ok();
+        let v4 = Subnet::new(IpAddr::V4(Ipv4Addr::new(10, second, subnet, 0)), len.max(24)).ok();
         peer.public.v4 = Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, host)));
         Lease { key: LeaseKey::new(PerFamily { v4, v6: None }).expect("it has a subnet"), peer }
     })
@@ -110,10 +110,73 @@ fn event() -> impl Strategy<Value = StoreEvent> {
         1 => Just(StoreEvent::Init),
         1 => Just(StoreEvent::InitDone),
         1 => Just(StoreEvent::Older),
-        6 => lease().prop_map(StoreEvent::Apply),
+        6 => (lease(), age()).prop_map(|(lease, age)| StoreEvent::Apply(lease, age)),
         3 => lease().prop_map(|lease| StoreEvent::Delete(lease.key)),
-        1 => lease().prop_map(|lease| StoreEvent::Keep(lease.key)),
+        1 => (lease(), age()).prop_map(|(lease, age)| StoreEvent::Keep(lease.key, age)),
     ]
+}
+
+fn age() -> impl Strategy<Value = Age> {
+    prop_oneof![4 => (1u64..5).prop_map(Age::created), 1 => Just(Age::UNKNOWN)]
+}
+
+/// Parts of this node and of leases with overlapping subnets, some of them of one host.
+fn claims() -> impl Strategy<Value = Claims> {
+    let hosts = prop::option::of((1u8..4).prop_map(|n| IpAddr::V4(Ipv4Addr::new(192, 0, 2, n))));
+    let v6_hosts = prop::option::of((1u16..3).prop_map(|n| IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n))));
+    (0u8..9, age(), hosts, v6_hosts, prop::collection::vec(object(), 0..4)).prop_map(|(n, age, v4, v6, objects)| {
+        let key = |v4: &str, v6: &str| LeaseKey::new(PerFamily { v4: v4.parse().ok(), v6: v6.parse().ok() }).expect("it has a subnet");
+        let owner = match n {
+            0 => return Claims { owner: Owner::Node, age: Age::created(0), hosts: PerFamily::default(), objects },
+            1 => key("10.244.0.0/22", ""),
+            2 => key("10.244.0.0/24", ""),
+            3 => key("10.244.1.0/24", "fc00:0:0:1::/64"),
+            4 => key("10.244.1.0/24", "fc00:0:0:2::/64"),
+            5 => key("10.244.1.128/25", "fc00::/60"),
+            6 => key("", "fc00:0:0:1::/64"),
+            7 => key("", "fc00:0:0:2:8000::/65"),
+            _ => key("10.244.9.0/24", "fc00:0:0:99::/64"),
+        };
+        Claims { owner: Owner::Lease(owner), age, hosts: PerFamily { v4, v6 }, objects }
+    })
+}
+
+/// The family of the objects that [`object`] makes, where they have one.
+fn family_of(object: &Object) -> Option<Family> {
+    match object {
+        Object::Fdb(Fdb { dst: ip, .. }) | Object::Neigh(Neigh { ip, .. }) => Some(Family::of(*ip)),
+        Object::Route(route) => Some(route.dst.family()),
+        _ => None,
+    }
+}
+
+/// The families of a part that are left out, by the definition: an older part of another host has an overlapping subnet, or is the
+/// oldest of all that claim a key of this family.
+fn refused(part: &Claims, all: &BTreeMap<Owner, Claims>) -> Vec<Family> {
+    let Owner::Lease(lease) = part.owner else { return Vec::new() };
+    let rank = |part: &Claims| (part.age, part.owner);
+    let others = || all.values().filter(|other| other.owner != part.owner && !other.objects.is_empty());
+    let is_refused = |family: &Family| {
+        let is_other = |other: &Claims| {
+            let (own, other) = (part.hosts.get(*family), other.hosts.get(*family));
+            own.is_none() || own != other
+        };
+        let overlaps = |other: &Claims| match other.owner {
+            Owner::Lease(theirs) => match (lease.subnets().get(*family), theirs.subnets().get(*family)) {
+                (Some(own), Some(theirs)) => own.overlaps(*theirs),
+                _ => false,
+            },
+            _ => false,
+        };
+        let is_lost = |key: Key| {
+            let claimants = others().filter(|other| other.objects.iter().any(|object| object.key() == key));
+            claimants.min_by_key(|other| rank(other)).is_some_and(|oldest| rank(oldest) < rank(part) && is_other(oldest))
+        };
+        let mut keys = part.objects.iter().filter(|object| family_of(object) == Some(*family)).map(Object::key);
+        let is_overlapped = others().any(|other| overlaps(other) && rank(other) < rank(part) && is_other(other));
+        !part.objects.is_empty() && (is_overlapped || keys.any(is_lost))
+    };
+    Family::ALL.into_iter().filter(is_refused).collect()
 }
 
 fn picture() -> Picture {
@@ -139,36 +202,46 @@ fn picture() -> Picture {
 
 proptest! {
     #[test]
-    fn lowest_owner_wins_conflicting_key(
-        changes in prop::collection::vec(prop::collection::vec((0u8..4, prop::collection::vec(object(), 0..4)), 1..4), 1..12)
-    ) {
-        let owner = |n: u8| match n {
-            0 => Owner::Node,
-            n => Owner::Lease(LeaseKey::new(PerFamily { v4: format!("10.244.{n}.0/24").parse().ok(), v6: None }).expect("it has a subnet")),
-        };
+    fn oldest_lease_keeps_what_it_claims(changes in prop::collection::vec(prop::collection::vec(claims(), 1..4), 1..12)) {
         let mut desired = Desired::default();
-        let mut parts: BTreeMap<Owner, Vec<Object>> = BTreeMap::new();
+        let mut parts: BTreeMap<Owner, Claims> = BTreeMap::new();
         for change in changes {
-            let change: BTreeMap<Owner, Vec<Object>> = change.into_iter().map(|(n, objects)| (owner(n), objects)).collect();
-            let before = change.keys().flat_map(|owner| parts.get(owner).into_iter().flatten());
-            let touched: BTreeSet<Key> = before.chain(change.values().flatten()).map(Object::key).collect();
-            prop_assert_eq!(desired.set_parts(change.clone().into_iter().collect()), touched.into_iter().collect::<Vec<_>>());
+            let change: BTreeMap<Owner, Claims> = change.into_iter().map(|claims| (claims.owner, claims)).collect();
+            let before: BTreeMap<Key, Object> = desired.iter().map(|(key, object)| (key.clone(), object.clone())).collect();
+            let changes = desired.set_parts(change.clone().into_values().collect());
             parts.extend(change);
+            let left_out: BTreeMap<Owner, Vec<Family>> = parts.values().map(|part| (part.owner, refused(part, &parts))).collect();
+            let mut in_order: Vec<&Claims> = parts.values().collect();
+            in_order.sort_by_key(|part| (part.age, part.owner));
             let mut wanted: BTreeMap<Key, &Object> = BTreeMap::new();
-            for objects in parts.values() {
+            for part in in_order {
                 // Within a part the last object with a key counts.
-                let own: BTreeMap<Key, &Object> = objects.iter().map(|object| (object.key(), object)).collect();
+                let own: BTreeMap<Key, &Object> = part.objects.iter().map(|object| (object.key(), object)).collect();
                 for (key, object) in own {
-                    wanted.entry(key).or_insert(object);
+                    let left_out = &left_out[&part.owner];
+                    if family_of(object).map_or(left_out.is_empty(), |family| !left_out.contains(&family)) {
+                        wanted.entry(key).or_insert(object);
+                    }
                 }
             }
             prop_assert_eq!(desired.iter().map(|(key, object)| (key.clone(), object)).collect::<BTreeMap<_, _>>(), wanted.clone());
             prop_assert!(wanted.iter().all(|(key, object)| desired.get(key) == Some(object)));
-            let claims: usize = parts.values().map(|objects| objects.iter().map(Object::key).collect::<BTreeSet<_>>().len()).sum();
-            prop_assert_eq!(desired.conflicts().count(), claims - wanted.len());
+            prop_assert_eq!(desired.len(), wanted.len());
+            for (owner, families) in left_out {
+                if let Owner::Lease(lease) = owner {
+                    prop_assert_eq!(desired.refused(lease).map(|(family, _)| family).collect::<Vec<_>>(), families.clone());
+                }
+            }
+            for (key, object) in &before {
+                prop_assert!(desired.get(key) == Some(object) || changes.keys.binary_search(key).is_ok(), "{} changed unseen", key);
+            }
+            for (key, object) in &wanted {
+                prop_assert!(before.get(key) == Some(object) || changes.keys.binary_search(key).is_ok(), "{} changed unseen", key);
+            }
             let mut rebuilt = Desired::default();
-            rebuilt.set_parts(parts.clone().into_iter().collect());
+            rebuilt.set_parts(parts.clone().into_values().collect());
             prop_assert_eq!(&rebuilt, &desired);
+            prop_assert!(rebuilt.iter().eq(desired.iter()), "the order of arrival does not matter");
         }
     }
 
@@ -240,13 +313,13 @@ proptest! {
     }
 
     #[test]
-    fn order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec(lease(), 0..12), seed in any::<u64>()) {
-        leases.sort_by_key(|lease| lease.key);
-        leases.dedup_by_key(|lease| lease.key);
-        let fold = |leases: &[Lease]| {
+    fn order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec((lease(), age()), 0..12), seed in any::<u64>()) {
+        leases.sort_by_key(|(lease, _)| lease.key);
+        leases.dedup_by_key(|(lease, _)| lease.key);
+        let fold = |leases: &[(Lease, Age)]| {
             let mut picture = picture();
             picture.fold(StoreEvent::Init);
-            leases.iter().for_each(|lease| drop(picture.fold(StoreEvent::Apply(lease.clone()))));
+            leases.iter().for_each(|(lease, age)| drop(picture.fold(StoreEvent::Apply(lease.clone(), *age))));
             picture.fold(StoreEvent::InitDone);
             (picture.desired().clone(), picture.refusals().clone())
         };
@@ -267,7 +340,7 @@ proptest! {
             let choice = choose(&config, &leases, &mine, &PerFamily::default(), &mut stale, |n| draw % n).expect("31 subnets are free");
             let Choice::Create(key) = choice else { panic!("expected a new lease") };
             prop_assert!(leases.iter().all(|(other, _)| !other.overlaps(&key)));
-            leases.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }));
+            leases.fold(StoreEvent::Apply(Lease { key, peer: Peer { public: mine, ..Peer::default() } }, Age::UNKNOWN));
         }
     }
 

@@ -9,6 +9,8 @@ mod adoption;
 mod attack;
 #[path = "lab/checks.rs"]
 mod checks;
+#[path = "lab/claims.rs"]
+mod claims;
 #[path = "lab/cleanup.rs"]
 mod cleanup;
 #[path = "support/cluster.rs"]
@@ -85,7 +87,7 @@ const STORE_TESTS: [(&str, StoreTest); 10] = [
 ];
 
 /// Tests that run once.
-const TESTS: [(&str, Test); 70] = [
+const TESTS: &[(&str, Test)] = &[
     ("commands_survive_closed_output", command::commands_survive_closed_output),
     ("lab_never_touches_the_machines_run", command::lab_never_touches_the_machines_run),
     ("readme_first_quarter_works_as_written", readme::first_quarter_works_as_written),
@@ -149,6 +151,9 @@ const TESTS: [(&str, Test); 70] = [
     ("lab_shows_host_gw_and_vxlan", command::lab_shows_host_gw_and_vxlan),
     ("lab_names_peers_behind_a_router", command::lab_names_peers_behind_a_router),
     ("lab_needs_no_root", command::lab_needs_no_root),
+    ("newcomer_takes_nothing_from_a_peer", claims::newcomer_takes_nothing_from_a_peer),
+    ("udp_passes_only_packets_between_pods_of_peers", claims::udp_passes_only_packets_between_pods_of_peers),
+    ("lock_is_in_a_folder_of_its_own", claims::lock_is_in_a_folder_of_its_own),
     ("twenty_hosts_all_pairs", command::twenty_hosts_all_pairs),
     ("broken_paths_are_logged_and_their_mtu_is_found", paths::broken_paths_are_logged_and_their_mtu_is_found),
     ("a_blackhole_before_a_peers_route_is_seen", paths::a_blackhole_before_a_peers_route_is_seen),
@@ -180,7 +185,7 @@ fn main() {
             add(format!("{name}: {test_name}"), Box::new(move |root| test(root, store)));
         }
     }
-    for (name, test) in TESTS {
+    for &(name, test) in TESTS {
         add(name.to_owned(), Box::new(test));
     }
     for (name, store) in stores::all().into_iter().filter(|(_, store)| matches!(store, StoreKind::Etcd(_))) {

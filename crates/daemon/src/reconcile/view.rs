@@ -1,6 +1,5 @@
 //! Builds and publishes the view.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,17 +78,14 @@ impl<H: Host + 'static> Reconciler<H> {
                 repaired: self.repairs.total(),
                 overruns: self.overruns,
                 conflicts: self.repairs.conflicts().map(|(key, times, by)| Conflicted { object: key.to_string(), by, times }).collect(),
-            drops: matches!(picture.config().backend, flannel::Backend::Udp(_)).then(|| self.host.drops()),
             },
+            drops: matches!(picture.config().backend, flannel::Backend::Udp(_)).then(|| self.host.drops()),
             conditions: self.conditions(),
         }
     }
 
     fn peers(&self) -> Vec<PeerView> {
         let (picture, leases) = (&self.picture, self.picture.leases());
-        // By owner, so that many conflicting leases cost no more than their number.
-        let mut claimed: BTreeMap<&Owner, Vec<&Key>> = BTreeMap::new();
-        picture.desired().conflicts().for_each(|(key, owner)| claimed.entry(owner).or_default().push(key));
         let has_failures = self.failures.len() > 0;
         let peers = leases.iter().filter(|(key, _)| **key != picture.own());
         let state = |key| {
@@ -97,8 +93,6 @@ impl<H: Host + 'static> Reconciler<H> {
             let failed = || picture.desired().part(&owner).iter().map(flannel::Object::key).find(|key| self.failures.get(key).is_some());
             if let Some(refusals) = picture.refusals().get(&key) {
                 PeerState::Refused(refusals.iter().map(ToString::to_string).collect())
-            } else if let Some(keys) = claimed.get(&owner) {
-                PeerState::Refused(keys.iter().map(|key| format!("another peer claims the same {key}")).collect())
             } else if let Some(object) = has_failures.then(failed).flatten() {
                 PeerState::Failed(object)
             } else if leases.doubtful().contains(&key) {

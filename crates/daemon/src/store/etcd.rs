@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use flannel::wire;
-use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
+use flannel::{Age, Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -84,6 +84,13 @@ pub struct Entry {
     pub mod_revision: i64,
     /// The etcd lease on it; 0 for a reservation, which never expires.
     pub lease: i64,
+}
+
+impl Entry {
+    /// Which of two leases is older. A key that is deleted and put again has another revision.
+    pub fn age(&self) -> Age {
+        u64::try_from(self.create_revision).ok().filter(|revision| *revision > 0).map_or(Age::UNKNOWN, Age::created)
+    }
 }
 
 /// All leases at one revision.
@@ -360,8 +367,9 @@ impl Store for Etcd {
 
     async fn published(&self, _: &Config, public: PerFamily<IpAddr>) -> Result<Option<Peer>, StoreError> {
         let snapshot = self.snapshot().await?;
-        let mut peers = snapshot.entries.iter().filter_map(|entry| entry.peer.as_ref());
-        let found = peers.find(|peer| flannel::alloc::is_mine(&peer.public, &public)).cloned();
+        // Another host may publish this host's address with a lease of its own.
+        let is_mine = |entry: &&Entry| entry.peer.as_ref().is_some_and(|peer| flannel::alloc::is_mine(&peer.public, &public));
+        let found = snapshot.entries.iter().filter(is_mine).min_by_key(|entry| entry.age()).and_then(|entry| entry.peer.clone());
         self.cache_snapshot(snapshot);
         Ok(found)
     }

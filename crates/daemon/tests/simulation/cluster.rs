@@ -125,6 +125,8 @@ struct Cluster {
     /// A backup of the store without leases.
     empty: Backup,
     foreign: Vec<(usize, Object)>,
+    /// How often a lease was put that claims another host's VTEP MAC.
+    thefts: usize,
 }
 
 fn pick<T: Copy>(of: &[T]) -> T {
@@ -179,6 +181,7 @@ impl Cluster {
             backup: None,
             empty,
             foreign: Vec::new(),
+            thefts: 0,
         };
         cluster.record_leases();
         cluster

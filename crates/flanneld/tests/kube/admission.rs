@@ -37,6 +37,10 @@ pub(crate) fn token_changes_its_own_node_only(root: &Path) {
     let mut lab = Lab::wire(plan(2, "vxlan", PodFamily::V4, Version::Current), root).unwrap();
     lab.start_store().unwrap();
     lab.put_config().unwrap();
+    // kubectl reads a status before it changes it; the daemon does not.
+    lab.kubectl(&["create", "clusterrole", "read-status", "--verb=get", "--resource=nodes/status"], "").unwrap();
+    let bind = ["create", "clusterrolebinding", "read-status", "--clusterrole=read-status", "--serviceaccount=kube-flannel:flannel"];
+    lab.kubectl(&bind, "").unwrap();
     let (first, second, unbound) = (token(&lab, Some("h1")), token(&lab, Some("h2")), token(&lab, None));
     patch(&lab, &first, "h2").unwrap_or_else(|error| panic!("without the policy each token may change each Node: {error}"));
     lab.kubectl(&["apply", "--validate=strict", "-f", "-"], POLICY).unwrap();

@@ -1,9 +1,11 @@
 //! The contract of every store: one sequence of changes, and the events that must follow.
 
+use std::collections::BTreeMap;
+
 use daemon::notice::Notices;
 use daemon::ready::Ready;
 use daemon::store::{Link, Store};
-use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
+use flannel::{Age, Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
 use tokio::sync::{mpsc, watch};
 
 /// How a test changes what a store holds.
@@ -34,26 +36,64 @@ pub(crate) async fn following_reports_lists_and_changes(store: impl Store, hand:
     let config = Config::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
     let link = Link::new(publish, Ready::default(), Notices::new().0);
     let following = tokio::spawn(store.follow(config, tell, link));
-    let list = [StoreEvent::Init, StoreEvent::Apply(one.clone()), StoreEvent::Keep(unreadable), StoreEvent::InitDone];
-    assert_eq!(events.recv().await.unwrap(), list);
+    let mut ages = Ages::default();
+    let mut next = async || ages.strip(events.recv().await.unwrap());
+    let (apply, keep) = (|lease: &Lease| StoreEvent::Apply(lease.clone(), Age::UNKNOWN), |key| StoreEvent::Keep(key, Age::UNKNOWN));
+    assert_eq!(next().await, [StoreEvent::Init, apply(&one), keep(unreadable), StoreEvent::InitDone]);
     connected.wait_for(|connected| *connected).await.unwrap();
     hand.put(&two).await;
-    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
+    assert_eq!(next().await, [apply(&two)]);
     let moved = Lease { key: two.key, peer: lease(2, "192.0.2.22").peer };
     hand.put(&moved).await;
-    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(moved.clone())]);
+    assert_eq!(next().await, [apply(&moved)]);
     hand.spoil(&two.key).await;
-    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Keep(two.key)], "what cannot be read keeps what was known");
+    assert_eq!(next().await, [keep(two.key)], "what cannot be read keeps what was known");
     hand.put(&two).await;
-    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Apply(two.clone())]);
+    assert_eq!(next().await, [apply(&two)]);
     hand.delete(&one.key).await;
-    assert_eq!(events.recv().await.unwrap(), [StoreEvent::Delete(one.key)]);
+    assert_eq!(next().await, [StoreEvent::Delete(one.key)]);
     // Many at once: all of them count.
     hand.put_all(&[one.clone(), three.clone()]).await;
     let mut got = Vec::new();
     while got.len() < 2 {
-        got.extend(events.recv().await.unwrap());
+        got.extend(next().await);
     }
-    assert_eq!(got, [StoreEvent::Apply(one), StoreEvent::Apply(three)]);
+    assert_eq!(got, [apply(&one), apply(&three)]);
+    let age = |lease: &Lease| ages.0[&lease.key];
+    assert!(age(&two) <= age(&one) && age(&one) <= age(&three), "a lease that is created again is a newcomer: {ages:?}");
     following.abort();
+}
+
+/// The age of each lease, which a rewrite must not change.
+#[derive(Debug, Default)]
+struct Ages(BTreeMap<LeaseKey, Age>);
+
+impl Ages {
+    /// Notes the ages in events and takes them out.
+    fn strip(&mut self, events: Vec<StoreEvent>) -> Vec<StoreEvent> {
+        events.into_iter().map(|event| self.strip_one(event)).collect()
+    }
+
+    fn strip_one(&mut self, event: StoreEvent) -> StoreEvent {
+        match event {
+            StoreEvent::Apply(lease, age) => {
+                self.note(lease.key, age);
+                StoreEvent::Apply(lease, Age::UNKNOWN)
+            }
+            StoreEvent::Keep(key, age) => {
+                self.note(key, age);
+                StoreEvent::Keep(key, Age::UNKNOWN)
+            }
+            StoreEvent::Delete(key) => {
+                self.0.remove(&key);
+                StoreEvent::Delete(key)
+            }
+            other => other,
+        }
+    }
+
+    fn note(&mut self, key: LeaseKey, age: Age) {
+        assert!(age < Age::UNKNOWN, "{key}");
+        assert_eq!(*self.0.entry(key).or_insert(age), age, "the age of {key} changed");
+    }
 }

@@ -189,8 +189,9 @@ fn closed() -> Outage {
 }
 
 fn event(entry: Entry) -> StoreEvent {
+    let age = entry.age();
     match entry.peer {
-        Some(peer) => StoreEvent::Apply(Lease { key: entry.key, peer }),
-        None => StoreEvent::Keep(entry.key),
+        Some(peer) => StoreEvent::Apply(Lease { key: entry.key, peer }, age),
+        None => StoreEvent::Keep(entry.key, age),
     }
 }

@@ -328,6 +328,6 @@ fn now() -> std::time::Instant {
 /// The leases, for the choice of a subnet by keys and addresses. A lease whose value cannot be read takes its subnet as well.
 fn lease_set(snapshot: &Snapshot) -> LeaseSet {
     let public = |entry: &Entry| entry.peer.as_ref().map(|peer| peer.public).unwrap_or_default();
-    let leases = snapshot.entries.iter().map(|entry| Lease { key: entry.key, peer: Peer { public: public(entry), ..Peer::default() } });
-    leases.collect()
+    let lease = |entry: &Entry| (Lease { key: entry.key, peer: Peer { public: public(entry), ..Peer::default() } }, entry.age());
+    snapshot.entries.iter().map(lease).collect()
 }

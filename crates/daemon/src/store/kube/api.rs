@@ -5,10 +5,12 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use flannel::Age;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{Method, Request};
+use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::core::WatchEvent;
 use serde::Deserialize;
@@ -103,8 +105,19 @@ pub(super) struct Metadata {
     pub(super) uid: String,
     #[serde(default)]
     pub(super) resource_version: String,
+    /// When the API server created it, in RFC 3339 with seconds.
+    #[serde(default)]
+    pub(super) creation_timestamp: Option<String>,
     #[serde(default)]
     pub(super) annotations: BTreeMap<String, String>,
+}
+
+impl Metadata {
+    /// Which of two Nodes is older. The server sets the time, and a Node that is deleted and created again has another one.
+    pub(super) fn age(&self) -> Age {
+        let created = self.creation_timestamp.as_deref().and_then(|text| text.parse::<Timestamp>().ok());
+        created.and_then(|at| u64::try_from(at.as_second()).ok()).map_or(Age::UNKNOWN, Age::created)
+    }
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use flannel::annotations::{self, Annotations, Keys, NodeError};
-use flannel::{Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
+use flannel::{Age, Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 
 use super::api::NodeObject;
 use crate::store::reports::Reports;
@@ -29,13 +29,21 @@ pub(super) struct Table {
 }
 
 /// A Node. Its pod CIDRs never change: the API server admits them once.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct Known {
     uid: String,
     subnets: Option<PerFamily<Subnet>>,
     lease: Option<LeaseKey>,
     /// What it published last.
     peer: Peer,
+    /// Which of two Nodes with one pod CIDR was there first.
+    age: Age,
+}
+
+impl Default for Known {
+    fn default() -> Known {
+        Known { uid: String::new(), subnets: None, lease: None, peer: Peer::default(), age: Age::UNKNOWN }
+    }
 }
 
 impl Table {
@@ -84,6 +92,9 @@ impl Table {
             self.own_changed = true;
         }
         let mut events = vec![StoreEvent::Init];
+        let mut nodes: Vec<&NodeObject> = nodes.iter().collect();
+        // Where several have one pod CIDR, the oldest is taken in first.
+        nodes.sort_by_cached_key(|node| (node.metadata.age(), &node.metadata.name));
         for node in nodes {
             self.take(node, &mut events, true);
         }
@@ -107,13 +118,14 @@ impl Table {
         self.look_at_own(node);
         let known = self.nodes.entry(name.clone()).or_default();
         known.uid.clone_from(&node.metadata.uid);
+        let age = node.metadata.age();
         let Some((peer, problems)) = self.keys.peer(&node.metadata.annotations, &self.config, &known.peer) else {
             // Its annotations were removed: its own flanneld writes them again, and its routes stay until then.
-            return events.extend(known.lease.map(StoreEvent::Keep));
+            return events.extend(known.lease.map(|key| StoreEvent::Keep(key, age)));
         };
         if let Err(problem) = check_peer(&peer) {
             report(&mut self.reports, name, &problem);
-            return events.extend(known.lease.map(StoreEvent::Keep));
+            return events.extend(known.lease.map(|key| StoreEvent::Keep(key, age)));
         }
         let learned = self.learned.remove(&node.metadata.uid);
         if let Some(Ok(subnets)) = learned {
@@ -127,22 +139,42 @@ impl Table {
             Ok(key) => key,
             Err(error) => return report(&mut self.reports, name, &error.to_string()),
         };
-        let owner = self.owners.entry(key).or_insert_with(|| name.clone());
-        if owner != name {
-            let text = format!("its pod CIDR {key} is Node {owner}'s too, which was there before: delete one of the two Nodes");
-            self.contested.insert(key);
-            return report(&mut self.reports, name, &text);
+        known.age = age;
+        if let Some(older) = self.contest(key, name) {
+            return report(&mut self.reports, name, &contested(key, &older));
         }
+        let Some(known) = self.nodes.get_mut(name) else { return };
         let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
         report(&mut self.reports, name, &texts.join("; "));
         let is_new = known.lease.replace(key) != Some(key);
         let says_nothing = !problems.is_empty() && (peer == known.peer || peer.public.is_empty());
         if says_nothing {
-            events.push(StoreEvent::Keep(key));
+            events.push(StoreEvent::Keep(key, age));
         } else if listing || is_new || peer != known.peer {
             known.peer.clone_from(&peer);
-            events.push(StoreEvent::Apply(Lease { key, peer }));
+            events.push(StoreEvent::Apply(Lease { key, peer }, age));
         }
+    }
+
+    /// Makes a Node the owner of a lease, unless an older one claims it too: then that one's name is returned. By age, so that each
+    /// flanneld decides alike and does so again after a restart.
+    fn contest(&mut self, key: LeaseKey, name: &str) -> Option<String> {
+        let age = |name: &str| self.nodes.get(name).map_or(Age::UNKNOWN, |known| known.age);
+        let other = self.owners.get(&key).filter(|owner| *owner != name).cloned();
+        let Some(other) = other else {
+            self.owners.entry(key).or_insert_with(|| name.to_owned());
+            return None;
+        };
+        self.contested.insert(key);
+        if (age(&other), other.as_str()) < (age(name), name) {
+            return Some(other);
+        }
+        report(&mut self.reports, &other, &contested(key, name));
+        if let Some(other) = self.nodes.get_mut(&other) {
+            other.lease = None;
+        }
+        self.owners.insert(key, name.to_owned());
+        None
     }
 
     /// Takes in a Node's deletion. True if another Node claims its lease: then all Nodes must be listed again.
@@ -175,6 +207,10 @@ impl Table {
     }
 }
 
+fn contested(key: LeaseKey, older: &str) -> String {
+    format!("its pod CIDR {key} is Node {older}'s too, which is older: delete one of the two Nodes")
+}
+
 /// Warns once of a problem with what a Node publishes; an empty text is none.
 fn report(reports: &mut Reports, node: &str, problem: &str) {
     if !problem.is_empty() && reports.is_due(node, problem) {
@@ -193,20 +229,23 @@ mod tests {
         Table::new(Keys::new("flannel.alpha.coreos.com").unwrap(), config, "own".to_owned())
     }
 
-    /// A Node as "name uid podCIDR public-ip"; `-` for the public IP means that flannel does not manage it.
+    /// A Node as "name uid podCIDR public-ip" and, if it has one, the second of its creation; `-` for the public IP means that flannel
+    /// does not manage it.
     fn node(text: &str) -> NodeObject {
-        let [name, uid, cidr, ip] = text.split(' ').collect::<Vec<_>>()[..] else { panic!("{text}") };
+        let words: Vec<&str> = text.split(' ').collect();
+        let (&[name, uid, cidr, ip], created) = words.split_first_chunk().unwrap();
+        let creation_timestamp = created.first().map(|second| format!("2026-11-28T12:00:{second}Z"));
         let pairs = [("kube-subnet-manager", "true"), ("public-ip", ip), ("backend-type", "host-gw"), ("backend-data", "null")];
         let annotations = pairs.iter().map(|(key, value)| (format!("flannel.alpha.coreos.com/{key}"), (*value).to_owned()));
         let annotations = if ip == "-" { BTreeMap::new() } else { annotations.collect() };
-        let metadata = Metadata { name: name.to_owned(), uid: uid.to_owned(), annotations, ..Metadata::default() };
+        let metadata = Metadata { name: name.to_owned(), uid: uid.to_owned(), annotations, creation_timestamp, ..Metadata::default() };
         NodeObject { metadata, spec: Spec { pod_cidr: cidr.to_owned(), pod_cidrs: Vec::new() } }
     }
 
     fn text(events: &[StoreEvent]) -> String {
         let one = |event: &StoreEvent| match event {
-            StoreEvent::Apply(lease) => format!("apply {} {}", lease.key, lease.peer.public.v4.unwrap()),
-            StoreEvent::Keep(key) => format!("keep {key}"),
+            StoreEvent::Apply(lease, _) => format!("apply {} {}", lease.key, lease.peer.public.v4.unwrap()),
+            StoreEvent::Keep(key, _) => format!("keep {key}"),
             StoreEvent::Delete(key) => format!("delete {key}"),
             StoreEvent::Init => "init".to_owned(),
             StoreEvent::Older => "older".to_owned(),
@@ -249,7 +288,7 @@ mod tests {
         let mut table = table();
         assert_eq!(
             list(&mut table, &["own 1 10.244.0.0/24 192.0.2.1", "b 2 10.244.1.0/24 192.0.2.2", "new 3  -"]),
-            "init; apply 10.244.0.0/24 192.0.2.1; apply 10.244.1.0/24 192.0.2.2; done"
+            "init; apply 10.244.1.0/24 192.0.2.2; apply 10.244.0.0/24 192.0.2.1; done"
         );
         check(&mut table, &["+new 3 10.244.2.0/24 192.0.2.3"], expect!["apply 10.244.2.0/24 192.0.2.3"]);
         check(&mut table, &["+b 2 10.244.1.0/24 192.0.2.22"], expect!["apply 10.244.1.0/24 192.0.2.22"]);
@@ -294,15 +333,38 @@ mod tests {
         assert_eq!(list(&mut table, &["thief 3 10.244.1.0/24 192.0.2.66"]), "init; apply 10.244.1.0/24 192.0.2.66; done");
         // Without a watch, one was created again with another subnet, and another Node has its old one.
         assert_eq!(
-            list(&mut table, &["a 5 10.244.1.0/24 192.0.2.5", "thief 9 10.244.4.0/24 192.0.2.66"]),
-            "init; apply 10.244.1.0/24 192.0.2.5; apply 10.244.4.0/24 192.0.2.66; done"
+            list(&mut table, &["a 5 10.244.1.0/24 192.0.2.5", "thief 9 10.244.4.0/24 192.0.2.66 09"]),
+            "init; apply 10.244.4.0/24 192.0.2.66; apply 10.244.1.0/24 192.0.2.5; done"
         );
         // The same, by events of the watch.
         check(
             &mut table,
-            &["+b 8 10.244.4.0/24 192.0.2.8", "+thief 10 10.244.5.0/24 192.0.2.66"],
+            &["+b 8 10.244.4.0/24 192.0.2.8 10", "+thief 10 10.244.5.0/24 192.0.2.66 11"],
             expect!["delete 10.244.4.0/24; apply 10.244.5.0/24 192.0.2.66 (list again)"],
         );
+    }
+
+    #[test]
+    fn older_of_two_nodes_with_one_pod_cidr_has_the_lease() {
+        let (old, young) = ("old 2 10.244.1.0/24 192.0.2.2 05", "a-young 3 10.244.1.0/24 192.0.2.66 06");
+        for nodes in [[old, young], [young, old]] {
+            assert_eq!(list(&mut table(), &nodes), "init; apply 10.244.1.0/24 192.0.2.2; done", "in any order");
+        }
+        // The Node that got its pod CIDR last is the older one.
+        let mut table = table();
+        list(&mut table, &[young]);
+        check(&mut table, &["+old 2 10.244.1.0/24 192.0.2.2 05"], expect!["apply 10.244.1.0/24 192.0.2.2"]);
+        check(&mut table, &["+a-young 3 10.244.1.0/24 192.0.2.67 06"], expect![""]);
+        check(&mut table, &["-old"], expect!["delete 10.244.1.0/24 (list again)"]);
+        assert_eq!(list(&mut table, &[young]), "init; apply 10.244.1.0/24 192.0.2.66; done");
+    }
+
+    #[test]
+    fn age_of_a_node_is_the_second_of_its_creation() {
+        let age = |text: Option<&str>| Metadata { creation_timestamp: text.map(ToOwned::to_owned), ..Metadata::default() }.age();
+        assert_eq!(age(Some("2026-11-28T12:00:05Z")), Age::created(1_795_867_205));
+        assert!(age(Some("2026-11-28T12:00:05Z")) < age(Some("2026-11-28T12:00:06Z")));
+        assert_eq!([age(None), age(Some("1969-01-01T00:00:00Z")), age(Some("yesterday"))], [Age::UNKNOWN; 3]);
     }
 
     #[test]

@@ -9,20 +9,20 @@ use flannel::diff::{Prune, diff};
 use flannel::node::Wanted;
 use flannel::object::{Key, Lane, route_metric};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Lease, LeaseKey, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
+use flannel::{Age, Lease, LeaseKey, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
 
 use super::{BEGAN, Cluster, Machine, NETWORK, Record, args, cidr};
 
 impl Cluster {
     pub(super) async fn check(&self) -> Result<Record, String> {
         let snapshot = self.client().snapshot().await.map_err(|error| error.to_string())?;
-        let entries: BTreeMap<LeaseKey, Peer> =
-            snapshot.entries.iter().filter_map(|entry| Some((entry.key, entry.peer.clone()?))).collect();
+        let entries: BTreeMap<LeaseKey, (Peer, Age)> =
+            snapshot.entries.iter().filter_map(|entry| Some((entry.key, (entry.peer.clone()?, entry.age())))).collect();
         let mut problems = Vec::new();
         let mut held: Vec<LeaseKey> = Vec::new();
         for (at, machine) in self.machines.iter().enumerate() {
             let address = cidr(machine.octet).addr;
-            let own: Vec<LeaseKey> = entries.iter().filter(|(_, peer)| peer.public.v4 == Some(address)).map(|(key, _)| *key).collect();
+            let own: Vec<LeaseKey> = entries.iter().filter(|(_, (peer, _))| peer.public.v4 == Some(address)).map(|(key, _)| *key).collect();
             let in_file = machine.lease_in_file();
             if let (Some(first), Some(now), false) = (machine.first, in_file, machine.may_lose_lease)
                 && first != now
@@ -64,19 +64,19 @@ impl Cluster {
         machine: &Machine,
         own: LeaseKey,
         etcd_leases: Vec<i64>,
-        entries: &BTreeMap<LeaseKey, Peer>,
+        entries: &BTreeMap<LeaseKey, (Peer, Age)>,
     ) -> Vec<String> {
         let network = machine.host.network(None).await.unwrap();
         let node = Node::choose(&network.interfaces, &network.routes, &Wanted::default(), &self.config).unwrap();
-        let mac = entries.get(&own).and_then(|peer| flannel::backend::published_mac(peer, flannel::Family::V4));
+        let mac = entries.get(&own).and_then(|(peer, _)| flannel::backend::published_mac(peer, flannel::Family::V4));
         let identity = Identity { macs: PerFamily { v4: mac, v6: None }, data: None };
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
         let args = args();
         let mut picture = Picture::new(self.config.clone(), node, identity, traffic, own).with_file(args.subnet_file, true, etcd_leases);
         picture.set_usable(vec![flannel::Family::V4]);
         picture.fold(StoreEvent::Init);
-        for (key, peer) in entries {
-            picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }));
+        for (key, (peer, age)) in entries {
+            picture.fold(StoreEvent::Apply(Lease { key: *key, peer: peer.clone() }, *age));
         }
         picture.fold(StoreEvent::InitDone);
         let mut observed = machine.host.observe(picture.scope(), Lane::Fast).await.unwrap();
@@ -104,7 +104,8 @@ impl Cluster {
                 *deleted.entry(*dst).or_default() += 1;
             }
         }
-        let allowed = |dst: Subnet| truth.1.iter().filter(|(_, key)| key.subnets().v4 == Some(dst)).count();
+        // An older lease that is written with a peer's MAC takes the route to that peer.
+        let allowed = |dst: Subnet| self.thefts + truth.1.iter().filter(|(_, key)| key.subnets().v4 == Some(dst)).count();
         let problem = |(dst, times): (&Subnet, &usize)| {
             let allowed = allowed(*dst);
             (*times > allowed)

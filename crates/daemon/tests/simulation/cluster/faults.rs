@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use daemon::embedded::memory::Backup;
 use flannel::object::{EnvFile, Key, Link, LinkKind, Object, Route, Sysctl};
-use flannel::{LeaseKey, Mac, Subnet};
+use flannel::{LeaseKey, Mac, Peer, Subnet};
 
 use super::{Cluster, cidr, pick};
 use crate::wire::Mode;
@@ -90,8 +90,21 @@ impl Cluster {
         });
     }
 
-    async fn put_foreign_lease(&self) {
-        let peer = self.peer(fastrand::u8(210..214));
+    /// A lease of a host that is not simulated. Two of these hosts publish the VTEP MAC of another one: whichever lease is younger is
+    /// refused.
+    async fn put_foreign_lease(&mut self) {
+        let octet = fastrand::u8(210..214);
+        let mut peer = self.peer(octet);
+        let machine = |peer: &&Peer| self.machines.iter().any(|machine| peer.public.v4 == Some(cidr(machine.octet).addr));
+        let victim = match octet {
+            212 => Some(self.peer(210)),
+            213 => self.truth.lock().unwrap().0.iter().map(|(_, peer)| peer).find(machine).cloned(),
+            _ => None,
+        };
+        if let Some(victim) = victim {
+            self.thefts += 1;
+            peer.backend_data = victim.backend_data;
+        }
         self.put_raw(format!("10.244.{}.0-24", fastrand::u8(200..204)), flannel::wire::value(&peer).into_bytes()).await;
     }
 
