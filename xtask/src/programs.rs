@@ -76,7 +76,7 @@ impl Need {
 }
 
 /// Debian packages that the tests need, and a program of each that shows that it is installed.
-const PACKAGES: [(&str, &str); 13] = [
+const PACKAGES: &[(&str, &str)] = &[
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("podman", "podman"),

@@ -36,6 +36,8 @@ const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 const LAST_BATCH: Duration = Duration::from_secs(5);
 /// The start timeout of a service manager is extended to this, from each attempt on.
 const START_EXTENSION: Duration = Duration::from_secs(60);
+/// How long an address of one family is waited for while the other has one: pods that are added meanwhile would lack the family for life.
+const FAMILY_PATIENCE: Duration = Duration::from_secs(10);
 /// Name of the guard that is held until this node is set up.
 const STARTING: &str = "this node's lease and devices";
 
@@ -129,11 +131,13 @@ pub struct Parts {
 pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, host: H, parts: Parts) -> anyhow::Result<()> {
     let Parts { ready, starting, syncing, notices, view } = parts;
     // The configuration is read again at each attempt: it may be the reason why the interface does not fit.
+    let began = tokio::time::Instant::now();
     let (config, facts, node, data) = retry_until_ready(&starting, &notices, async || {
         let config = store.config().await?;
         store::check_commands(&config, store.config_source(), args.allow_commands)?;
         let facts = Facts::new(args, &store.node_public().await?).map_err(StoreError::Lasting)?;
-        let node = facts.node(&host, &config, PerFamily::default()).await.map_err(|error| match error {
+        let partial = began.elapsed() >= FAMILY_PATIENCE || has_no_ipv6(&config);
+        let node = facts.node(&host, &config, PerFamily::default(), partial).await.map_err(|error| match error {
             FactsError::Flags(text) => StoreError::Lasting(anyhow!(text)),
             FactsError::Passing(text) => passing("NoInterface", text),
         })?;
@@ -199,6 +203,12 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     });
     reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected }).await?;
     bail!("a part of the daemon ended unexpectedly")
+}
+
+/// Whether the network has IPv6, but the host has it switched off: there is no address to wait for.
+fn has_no_ipv6(config: &Config) -> bool {
+    let is_off = |file: &str| kernel::sysctl::read(file).is_ok_and(|value| value.is_none_or(|value| value == "1"));
+    config.network(Family::V6).is_some() && is_off("net/ipv6/conf/all/disable_ipv6")
 }
 
 fn passing(reason: &'static str, text: String) -> StoreError {

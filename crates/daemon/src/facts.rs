@@ -33,19 +33,27 @@ impl Facts {
             iface_regex: args.iface_regex.clone(),
             can_reach: None,
             current: PerFamily::default(),
+            partial: false,
             public: PerFamily { v4: stored.v4.or(args.public_ip), v6: stored.v6.or(args.public_ipv6) },
         };
         Ok(Facts { wanted, can_reach: args.iface_can_reach, publishes_by_flags: stored.is_empty() })
     }
 
-    /// This host as it is now. `current` are the addresses that are in use, if any are.
+    /// Whether the default route alone says which interface is the external one.
+    pub fn follows_default_route(&self) -> bool {
+        let Wanted { iface, iface_regex, can_reach: _, current: _, partial: _, public } = &self.wanted;
+        iface.is_empty() && iface_regex.is_empty() && self.can_reach.is_none() && public.is_empty()
+    }
+
+    /// This host as it is now. `current` are the addresses that are in use, if any are. With `partial` a family without an address is left
+    /// out.
     ///
     /// # Errors
     /// When the kernel cannot be read, no interface is as it is wanted, or no address family can work on it.
-    pub async fn node(&self, host: &impl Host, config: &Config, current: PerFamily<IpAddr>) -> Result<Node, FactsError> {
+    pub async fn node(&self, host: &impl Host, config: &Config, current: PerFamily<IpAddr>, partial: bool) -> Result<Node, FactsError> {
         let network = host.network(self.can_reach).await;
         let network = network.map_err(|error| FactsError::Passing(format!("cannot read the kernel's interfaces and routes: {error}")))?;
-        let wanted = Wanted { can_reach: network.reach, current, ..self.wanted.clone() };
+        let wanted = Wanted { can_reach: network.reach, current, partial, ..self.wanted.clone() };
         let node =
             Node::choose(&network.interfaces, &network.routes, &wanted, config).map_err(|error| FactsError::Passing(error.to_string()))?;
         let local = Local { config, node: &node, identity: &Identity::default() };

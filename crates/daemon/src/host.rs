@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use flannel::backend::extension::Command;
+use flannel::check::{Expected, HostFacts};
 use flannel::node::{Interface, Reach, RouteFact};
 use flannel::object::Lane;
 use flannel::object::{EnvFile, Link};
@@ -57,6 +58,9 @@ pub trait Host {
     /// # Errors
     /// When the kernel refuses to be read.
     fn link(&self, name: IfName) -> impl Future<Output = Result<Option<Link>, NetlinkError>>;
+
+    /// Reads the facts for the checks. No repair waits for it.
+    fn inspect(&self, expected: Expected) -> impl Future<Output = HostFacts> + use<Self>;
 
     /// The file for the CNI plugins, if one is there.
     fn env_file(&self, path: &Path) -> Option<EnvFile>;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use flannel::check::Severity;
 use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::{Method, Request, Response, StatusCode, service::service_fn};
@@ -163,10 +164,17 @@ fn readiness(pending: &[String], view: &View, paths: &Paths) -> (StatusCode, &'s
         let text = format!("flanneld is not ready yet: waiting for {}\n", pending.join(", "));
         return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", text);
     }
-    if let Some(condition) = view.conditions.iter().find(|condition| condition.blocks_ready) {
-        return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready: {}\n", condition.text));
+    let of = |severity: Severity| view.findings.iter().filter(move |finding| finding.severity == severity);
+    let errors: Vec<String> = of(Severity::Error).map(ToString::to_string).collect();
+    if !errors.is_empty() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready: {}\n", errors.join("\n")));
     }
-    let mut notes: String = view.conditions.iter().map(|condition| format!("\nnote: {}", condition.text)).collect();
+    let failed = &view.objects.failed;
+    let failed = failed.first().map(|first| {
+        let objects = if failed.len() == 1 { "1 object is".to_owned() } else { format!("{} objects are", failed.len()) };
+        format!("{objects} not applied, see /state: {}: {}", first.object, first.error)
+    });
+    let mut notes: String = of(Severity::Warning).map(ToString::to_string).chain(failed).map(|note| format!("\nnote: {note}")).collect();
     if let broken @ 1.. = paths.broken().count() {
         notes.push_str(&format!("\nnote: {broken} of {} paths to peers are broken; /state names them", paths.reports.len()));
     }
@@ -176,7 +184,7 @@ fn readiness(pending: &[String], view: &View, paths: &Paths) -> (StatusCode, &'s
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::Condition;
+    use flannel::check::Finding;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
@@ -198,16 +206,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_reading_is_answered_and_conditions_are_noted() {
+    async fn only_reading_is_answered_and_findings_are_noted() {
         let (address, publish) = server().await;
         assert!(ask(address, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is running"));
         for method in ["POST", "PUT", "DELETE", "BREW"] {
             assert!(ask(address, &format!("{method} /healthz HTTP/1.1\r\nHost: x\r\n\r\n")).await.starts_with("HTTP/1.1 405 "), "{method}");
         }
         assert!(ask(address, "GET /state HTTP/1.1\r\nHost: x\r\n\r\n").await.starts_with("HTTP/1.1 503 "));
-        let conditions = vec![Condition { code: "x", text: "IPv6 is down".to_owned(), blocks_ready: false }];
-        publish.send_replace(Arc::new(View { conditions, ..View::default() }));
+        let mut findings = vec![Finding::warning("x", "IPv6 is down".to_owned(), "")];
+        publish.send_replace(Arc::new(View { findings: findings.clone(), ..View::default() }));
         assert!(ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await.ends_with("flanneld is ready\nnote: IPv6 is down"));
+        let failed = crate::view::Failed { object: "route 10.244.2.0/24 metric 2".to_owned(), error: "no".to_owned(), attempts: 1 };
+        let objects = crate::view::Objects { failed: vec![failed], ..Default::default() };
+        publish.send_replace(Arc::new(View { objects, ..View::default() }));
+        let answer = ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert!(answer.ends_with("\nnote: 1 object is not applied, see /state: route 10.244.2.0/24 metric 2: no"), "{answer}");
+        findings.push(Finding::error("y", "a route hides all pods".to_owned(), "delete it"));
+        publish.send_replace(Arc::new(View { findings, ..View::default() }));
+        let answer = ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("not ready: a route hides all pods; fix: delete it\n"), "{answer}");
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! The threads that speak to the kernel. The fast one writes and reads all that the kernel answers at once, and never waits for a lock or a
 //! child process; the slow one does the rest ([`Lane`]), so that a command that hangs delays no repair. Each owns its sockets; a queue
-//! leads in, an answer comes out of each job. A third thread listens to the kernel's notifications.
+//! leads in, an answer comes out of each job. A third thread reads the facts for the checks, which may take long on a host with many
+//! routes and rules; a fourth listens to the kernel's notifications.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use flannel::backend::extension::Command;
+use flannel::check::{Expected, HostFacts};
 use flannel::object::{EnvFile, Lane, Link};
 use flannel::scope::Scope;
 use flannel::{IfName, Observed, Op, Outcome};
@@ -25,6 +27,7 @@ type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
 pub struct KernelThread {
     fast: Sender<Job>,
     slow: Sender<Job>,
+    checks: Sender<Job>,
     /// The netlink port of the fast thread's socket.
     port: u32,
     drops: Drops,
@@ -41,7 +44,8 @@ impl KernelThread {
         let kernel = Kernel::open()?;
         let (port, drops) = (kernel.port(), kernel.drops());
         let (fast, slow) = (spawn("kernel", kernel)?, spawn("kernel-slow", Kernel::open()?)?);
-        Ok(KernelThread { fast, slow, port, drops, unreadable: Arc::default() })
+        let checks = spawn("kernel-checks", Kernel::open()?)?;
+        Ok(KernelThread { fast, slow, checks, port, drops, unreadable: Arc::default() })
     }
 
     /// Waits until the jobs that are queued now are done, up to a limit: a batch that has begun is finished.
@@ -57,21 +61,31 @@ impl KernelThread {
     where
         F: FnOnce(&mut Kernel) -> T + Send + 'static,
     {
-        let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |kernel| {
-            // The caller may have stopped waiting; the job is done all the same.
-            let _ = reply.send(f(kernel));
-        });
-        let alive = "a kernel thread ends with its last handle, and its panic ends the process";
-        let jobs = match lane {
-            Lane::Fast => &self.fast,
-            Lane::Slow => &self.slow,
-        };
-        if jobs.send(job).is_err() {
-            unreachable!("{alive}");
-        }
-        async move { answer.await.expect(alive) }
+        ask(
+            match lane {
+                Lane::Fast => &self.fast,
+                Lane::Slow => &self.slow,
+            },
+            f,
+        )
     }
+}
+
+/// Puts a job into the queue of a thread.
+fn ask<T: Send + 'static, F>(jobs: &Sender<Job>, f: F) -> impl Future<Output = T> + use<T, F>
+where
+    F: FnOnce(&mut Kernel) -> T + Send + 'static,
+{
+    let (reply, answer) = oneshot::channel();
+    let job: Job = Box::new(move |kernel| {
+        // The caller may have stopped waiting; the job is done all the same.
+        let _ = reply.send(f(kernel));
+    });
+    let alive = "a kernel thread ends with its last handle, and its panic ends the process";
+    if jobs.send(job).is_err() {
+        unreachable!("{alive}");
+    }
+    async move { answer.await.expect(alive) }
 }
 
 fn spawn(name: &str, mut kernel: Kernel) -> Result<Sender<Job>, NetlinkError> {
@@ -119,6 +133,10 @@ impl Host for KernelThread {
 
     async fn link(&self, name: IfName) -> Result<Option<Link>, NetlinkError> {
         self.call(Lane::Fast, move |kernel| kernel.link(name)).await
+    }
+
+    fn inspect(&self, expected: Expected) -> impl Future<Output = HostFacts> + use<> {
+        ask(&self.checks, move |kernel| kernel.inspect(&expected))
     }
 
     fn env_file(&self, path: &Path) -> Option<EnvFile> {

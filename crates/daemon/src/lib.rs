@@ -4,6 +4,7 @@
 pub mod app;
 pub mod cleanup;
 pub mod docker_opts;
+pub mod doctor;
 pub mod embedded;
 pub mod etcd;
 pub mod facts;

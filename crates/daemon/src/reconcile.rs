@@ -2,6 +2,7 @@
 //! follows what changed. Read this file first; each step has a file of its own.
 
 mod audit;
+mod checks;
 mod conflict;
 mod execute;
 mod failures;
@@ -68,6 +69,8 @@ enum SlowDone {
     Applied(Vec<(Op, Outcome)>),
     /// What was read at these keys.
     Observed(Vec<Key>, Result<Observed, NetlinkError>),
+    /// The facts for the checks.
+    Inspected(Box<checks::Inspected>),
 }
 
 type SlowWork = Pin<Box<dyn Future<Output = SlowDone>>>;
@@ -127,6 +130,7 @@ pub struct Reconciler<H> {
     slow: FuturesUnordered<SlowWork>,
     busy: BTreeSet<Key>,
     audit: audit::Schedule,
+    checks: checks::Checks,
     /// The clock's zero for [`StoreTrust`].
     epoch: Instant,
     trust: StoreTrust,
@@ -170,6 +174,7 @@ impl<H: Host + 'static> Reconciler<H> {
             kernel_first: false,
             failures: Failures::default(),
             repairs: Repairs::default(),
+            checks: checks::Checks::new(facts.follows_default_route()),
             interface: ExternalInterface::new(facts),
             slow: FuturesUnordered::new(),
             busy: BTreeSet::new(),
@@ -225,7 +230,7 @@ impl<H: Host + 'static> Reconciler<H> {
     async fn wake(&mut self, inputs: &mut Inputs) -> anyhow::Result<Wake> {
         let trust = self.trust.deadline().map(|at| self.epoch + at);
         let others = [self.failures.next(&self.busy), self.audit.resync_at(), self.interface.due(), self.own.check_at, trust, self.tidy];
-        let others = others.into_iter().chain([self.publisher.due(), self.recheck, self.repairs.settles_at()]);
+        let others = others.into_iter().chain([self.publisher.due(), self.recheck, self.repairs.settles_at(), self.checks.due()]);
         let timer = others.flatten().fold(self.audit.at, Instant::min);
         // Store and kernel are served in turn, so that a flood of the one does not keep the other waiting.
         self.kernel_first = !self.kernel_first;
@@ -267,6 +272,7 @@ impl<H: Host + 'static> Reconciler<H> {
                 now.iter().for_each(|(_, object)| self.observed.insert(object.clone()));
                 (keys.into_iter().chain(now.iter().map(|(key, _)| key.clone())).collect(), Some(execute::Drift::Notified))
             }
+            SlowDone::Inspected(inspected) => return self.on_inspected(*inspected),
             SlowDone::Observed(_, Err(error)) => return tracing::warn!(%error, "cannot read object; the next audit reads it again"),
         };
         // It may be wanted otherwise by now.

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use flannel::check::{Finding, Severity};
 use flannel::probe::{Report, Verdict};
 use flannel::{Family, PerFamily};
 use serde::Serialize;
 
 use crate::probe::Paths;
-use crate::view::{Condition, Conflicted, Failed, Node, PeerState, View};
+use crate::view::{Conflicted, Failed, Node, PeerState, View};
 
 /// The whole document.
 #[derive(Debug, Serialize)]
@@ -25,8 +26,8 @@ pub struct State<'a> {
     public_ip: Option<String>,
     /// MTU for pods, in bytes.
     mtu: u32,
-    /// What is wrong with this node.
-    conditions: &'a [Condition],
+    /// Problems of this node, the severe ones first.
+    findings: &'a [Finding],
     /// What the store said.
     store: Store,
     /// The other hosts.
@@ -170,7 +171,7 @@ impl State<'_> {
             interface: interface.to_string(),
             public_ip: first(&published),
             mtu,
-            conditions: &view.conditions,
+            findings: &view.findings,
             store: Store {
                 connected: view.store.connected,
                 leases: view.store.leases,
@@ -209,7 +210,11 @@ pub fn metrics(view: &View, paths: &Paths, ready: bool) -> Option<String> {
     let info = format!("{{version=\"{version}\",backend=\"{backend}\",subnet=\"{subnet}\"}}");
     put("info", "gauge", "This node.", &[(&info, "1".to_owned())]);
     put("ready", "gauge", "1 if /readyz reports ready.", &[("", u8::from(ready).to_string())]);
-    put("conditions", "gauge", "Problems of this node, listed in /state.", &[("", number(view.conditions.len()))]);
+    let severe = |severity: Severity| number(view.findings.iter().filter(|finding| finding.severity == severity).count());
+    let severities =
+        [Severity::Error, Severity::Warning, Severity::Info].map(|severity| (format!("{{severity=\"{severity}\"}}"), severe(severity)));
+    let findings: Vec<(&str, String)> = severities.iter().map(|(label, count)| (label.as_str(), count.clone())).collect();
+    put("findings", "gauge", "Problems of this node, listed in /state.", &findings);
     put("store_connected", "gauge", "1 if the store is being followed.", &[("", u8::from(view.store.connected).to_string())]);
     put("leases", "gauge", "Leases in the store, this node's included.", &[("", number(view.store.leases))]);
     put("leases_doubtful", "gauge", "Leases that a store which lost data does not know.", &[("", number(view.store.doubtful))]);
@@ -272,7 +277,7 @@ mod tests {
             ],
             objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, conflicts: Vec::new() },
             drops: None,
-            conditions: vec![Condition { code: "family-down", text: "IPv6 does not work on this node: x".to_owned(), blocks_ready: false }],
+            findings: vec![Finding::warning("family-down", "IPv6 does not work on this node: x".to_owned(), "")],
         }
     }
 
@@ -304,7 +309,7 @@ mod tests {
                 r#"[{"paths":[{"daemon":{"failures":2,"mtu":1450,"ready":true,"version":"0.1.0"},"family":"ipv4","lost":20,"probes":20,"reason":"the path carries packets of 1400 bytes, pods send up to 1450: lower the MTU by 50 bytes","rtt_ms":1.234,"since_s":60,"verdict":"mtu-too-large"}],"public_ip":"192.0.2.2","state":"programmed","subnet":"10.244.2.0/24"},{"public_ip":"192.0.2.3","reasons":["it publishes no IPv4 address"],"state":"refused","subnet":"10.244.3.0/24"},{"object":"route 10.244.4.0/24 metric 4","public_ip":"192.0.2.4","state":"failed","subnet":"10.244.4.0/24"},{"public_ip":"192.0.2.5","state":"doubtful","subnet":"10.244.5.0/24"}]"#
             ]],
         );
-        assert_eq!((&state["peers"]["programmed"], &state["conditions"][0]["code"]), (&2.into(), &"family-down".into()));
+        assert_eq!((&state["peers"]["programmed"], &state["findings"][0]["code"]), (&2.into(), &"family-down".into()));
         assert_eq!((&state["peers"]["reachable"], &state["peers"]["broken"]), (&0.into(), &1.into()));
         assert!(State::new(&View::default(), &paths()).is_none());
     }
@@ -312,12 +317,12 @@ mod tests {
     #[test]
     fn drops_of_the_udp_backend_are_shown_by_reason() {
         let view = View { drops: Some(kernel::Drops::default()), ..view() };
-        let state = serde_json::to_value(State::new(&view).unwrap()).unwrap();
+        let state = serde_json::to_value(State::new(&view, &paths()).unwrap()).unwrap();
         check(
             &state["udp_dropped"].to_string(),
             expect![[r#"{"expired":0,"foreign-destination":0,"foreign-source":0,"malformed":0,"no-route":0,"unknown-sender":0}"#]],
         );
-        assert!(metrics(&view, true).unwrap().contains("flannel_udp_dropped_total{reason=\"unknown-sender\"} 0\n"));
+        assert!(metrics(&view, &paths(), true).unwrap().contains("flannel_udp_dropped_total{reason=\"unknown-sender\"} 0\n"));
     }
 
     #[test]
@@ -328,7 +333,9 @@ mod tests {
             expect![[r#"
                 flannel_info{version="0.1.0",backend="vxlan",subnet="10.244.1.0/24"} 1
                 flannel_ready 0
-                flannel_conditions 1
+                flannel_findings{severity="error"} 0
+                flannel_findings{severity="warning"} 1
+                flannel_findings{severity="info"} 0
                 flannel_store_connected 1
                 flannel_leases 5
                 flannel_leases_doubtful 1

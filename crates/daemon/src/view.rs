@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 
+use flannel::check::Finding;
 use flannel::object::Key;
 use flannel::probe::Point;
 use flannel::{IfName, LeaseKey, PerFamily};
@@ -21,8 +22,8 @@ pub struct View {
     pub objects: Objects,
     /// With the udp backend, the packets that it dropped: counters, which show the present number.
     pub drops: Option<Drops>,
-    /// What is wrong with this node, though it may be ready.
-    pub conditions: Vec<Condition>,
+    /// Problems of this node, the severe ones first.
+    pub findings: Vec<Finding>,
 }
 
 /// This node.
@@ -130,16 +131,4 @@ pub struct Conflicted {
     pub by: Option<String>,
     /// Repairs.
     pub times: u32,
-}
-
-/// Something that is wrong with this node.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Condition {
-    /// What kind of thing, for machines.
-    pub code: &'static str,
-    /// What is wrong and what would help.
-    pub text: String,
-    /// Does it keep the node's own pods from being reached? Then `/readyz` says so.
-    #[serde(skip)]
-    pub blocks_ready: bool,
 }

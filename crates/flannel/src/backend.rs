@@ -313,6 +313,10 @@ impl Backend {
 
     /// The reason why a family cannot work on this host at present, with the fix.
     pub fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
+        if local.node.addrs.get(family).is_none() {
+            let text = format!("{} has no usable {family} address", local.node.ext);
+            return Some(Problem { text, is_published_address: false });
+        }
         self.driver().problem(local, family)
     }
 
@@ -396,7 +400,9 @@ fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl 
     let mut part = Part::default();
     for (family, subnet) in key.subnets().iter() {
         // A family that this host does not use is no reason to refuse the peer.
-        let Some(network) = context.local.config.network(family) else { continue };
+        let Some(network) = context.local.config.network(family).filter(|_| context.local.node.addrs.get(family).is_some()) else {
+            continue;
+        };
         let admitted = admit(context, network, *subnet, peer);
         match admitted.and_then(|admitted| Ok((admitted.public, objects(admitted)?))) {
             Ok((public, objects)) => {

@@ -8,6 +8,7 @@
 pub mod alloc;
 pub mod annotations;
 pub mod backend;
+pub mod check;
 pub mod config;
 pub mod desired;
 pub mod diff;

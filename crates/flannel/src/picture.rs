@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::backend::{Context, Identity, Local, Part, Refusal};
+use crate::check::Expected;
 use crate::config::Config;
 use crate::desired::{Changes, Claims, Desired, Lost, Owner};
 use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
@@ -368,6 +369,30 @@ impl Picture {
 
     fn context(&self) -> Context<'_> {
         Context { local: self.local(), own: self.own }
+    }
+
+    /// The state that checks compare this host with.
+    pub fn expected(&self) -> Expected {
+        let (mut networks, mut devices) = (PerFamily::default(), PerFamily::default());
+        for (family, network) in self.config.networks.iter() {
+            networks.set(family, Some(network.network));
+            devices.set(family, self.config.backend.device(family));
+        }
+        let links = self.desired.part(&Owner::Node).iter().filter_map(|object| match object {
+            Object::Link(link) => Some((**link).clone()),
+            _ => None,
+        });
+        Expected {
+            networks,
+            own: *self.own.subnets(),
+            external: Some(self.node.ext),
+            addresses: self.node.addrs,
+            devices,
+            links: links.collect(),
+            retired: self.retired.clone(),
+            bridge: self.scope().bridge,
+            chosen_by_default_route: false,
+        }
     }
 
     /// The network configuration.

@@ -113,7 +113,7 @@ pub enum Flavour {
 }
 
 /// The mark of packets that kube-proxy masquerades itself, which need no second translation.
-const KUBE_MASQUERADE_MARK: u32 = 0x4000;
+pub(crate) const KUBE_MASQUERADE_MARK: u32 = 0x4000;
 
 /// The rules for these pod networks and this host's subnets as objects of the configured flavour.
 pub fn objects(config: TrafficConfig, networks: &PerFamily<Subnet>, mine: &PerFamily<Subnet>) -> Vec<Object> {

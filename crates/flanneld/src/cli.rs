@@ -3,6 +3,7 @@
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use daemon::cleanup::CleanupArgs;
 use daemon::docker_opts::DockerOptsArgs;
+use daemon::doctor::DoctorArgs;
 use daemon::embedded::StoreArgs;
 use daemon::install_cni::InstallCniArgs;
 use daemon::settings::{self, RunArgs};
@@ -73,6 +74,11 @@ pub(crate) enum Command {
     ///
     /// Stop the daemon and delete this host's pods first. Sysctls (ip_forward) and the plugins in /opt/cni/bin stay.
     Cleanup(CleanupArgs),
+    /// Look for problems of this host that lose pods' packets; exit code 1 if there are any
+    ///
+    /// Each problem is printed with its reason and its fix. Nothing is changed, and the daemon need not run; a running one
+    /// does the same checks and shows the findings at /state.
+    Doctor(DoctorArgs),
     /// Print the version
     Version,
 }

@@ -6,7 +6,7 @@ mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, cleanup, docker_opts, embedded, install_cni, output, settings};
+use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, output, settings};
 use kernel::process::Capabilities;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
@@ -48,21 +48,21 @@ fn main() -> ExitCode {
             if !cli.run.allow_commands {
                 keep_capabilities(Capabilities::NET_ADMIN | Capabilities::NET_RAW, cli.run.healthz_port);
             }
-            run(async { app::run(&cli.run, stop()).await })
+            return finish_logged(run(async { app::run(&cli.run, stop()).await }));
         }
         Some(Command::Store(args)) => {
             log(0);
             kernel::process::one_arena();
             // Its folder may belong to the unit's user.
             keep_capabilities(Capabilities::DAC_OVERRIDE, args.listen.port());
-            run(async {
+            return finish_logged(run(async {
                 let bound = embedded::bind(&args).await?;
                 tracing::info!(
                     listen = %bound.address(), tls = bound.is_tls(), data = %args.data_dir.display(),
                     "embedded store serving etcd's v3 API"
                 );
                 bound.serve(stop()).await
-            })
+            }));
         }
         // The lab makes its namespaces before there is a second thread, so it starts no runtime here.
         Some(Command::Lab(args)) => return lab::cli::main(args),
@@ -71,6 +71,11 @@ fn main() -> ExitCode {
         Some(Command::Completions(args)) => pages::completions(&args),
         Some(Command::Man) => pages::man(),
         Some(Command::Cleanup(args)) => cleanup::run(&args),
+        Some(Command::Doctor(args)) => match doctor::run(&args) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
         Some(Command::Version) => {
             output::line(version());
             Ok(())
@@ -95,6 +100,17 @@ fn finish(outcome: anyhow::Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::error_line(format_args!("flanneld: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// As [`finish`], for programs with a log: the last line has a time and a level as every other.
+fn finish_logged(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "flanneld ends");
             ExitCode::FAILURE
         }
     }

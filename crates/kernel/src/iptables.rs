@@ -1,7 +1,7 @@
 //! Reads and writes iptables rules with the iptables programs. They run only if there is something to read or write: a fingerprint,
 //! which is read from the kernel without a child process, shows whether the chains have changed.
 
-mod legacy;
+pub(crate) mod legacy;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -96,10 +96,14 @@ fn saved(netfilter: Option<&mut Socket>, cache: &mut Cache, family: Family, vari
     }
     let mut saved: Chains = Place::ALL.map(|place| (place, Saved::default())).into();
     if now != Fingerprint::default() {
-        saved = ["nat", "filter"].iter().map(|table| save(family, variant, table)).collect::<Result<Vec<_>, _>>()?.concat();
+        saved = save_all(family, variant)?;
     }
     cache.0.insert((family, variant), (now, saved.clone()));
     Ok(saved)
+}
+
+fn save_all(family: Family, variant: Variant) -> Result<Chains, NetlinkError> {
+    Ok(["nat", "filter"].iter().map(|table| save(family, variant, table)).collect::<Result<Vec<_>, _>>()?.concat())
 }
 
 /// Sets the daemon's chains; without chains, deletes them.
@@ -107,7 +111,12 @@ pub(crate) fn set(netfilter: Option<&mut Socket>, cache: &mut Cache, wanted: &Ip
     let (family, variant) = (wanted.family, wanted.variant);
     // Another flanneld on this host, or a plugin, may change the same chains.
     let _lock = crate::lock::lock().map_err(|error| NetlinkError::Socket("lock the namespace", error))?;
-    let saved = saved(netfilter, cache, family, variant)?;
+    let mut saved = saved(netfilter, cache, family, variant)?;
+    if !wanted.chains.is_empty() && saved.iter().all(|(_, saved)| *saved == Saved::default()) {
+        // Nothing of the daemon's: the tables were not read, but the place of the jump depends on the other rules. Where they cannot be
+        // read, the jump is appended.
+        saved = save_all(family, variant).unwrap_or(saved);
+    }
     let text = restore(wanted, &saved, networks);
     if text.is_empty() {
         return Ok(());
@@ -192,16 +201,19 @@ fn run(command: &mut Command, input: &str) -> Result<String, NetlinkError> {
     }
 }
 
-/// Reads the nf_tables form of the daemon's chains: all their rules, and those rules of the base chains that jump to them.
+/// Reads the nf_tables form of the daemon's chains: all their rules, and those rules of the base chains that jump to them. If the daemon has
+/// a chain for FORWARD, all rules of FORWARD count: one that stops every packet makes a jump behind it void.
 fn fingerprint(socket: &mut Socket, family: Family) -> Result<Fingerprint, NetlinkError> {
     let mut bytes = Vec::new();
     for place in Place::ALL {
+        let before = bytes.len();
         for (chain, whole) in [(place.chain(), true), (place.base(), false)] {
             if whole && nft::has_chain(socket, family, place.table(), chain)? {
                 bytes.extend(chain.as_bytes());
             }
+            let is_all = whole || (place == Place::Forward && bytes.len() > before);
             for expressions in nft::raw_rules(socket, family, place.table(), chain)? {
-                if whole || contains_name(&expressions, place.chain()) {
+                if is_all || contains_name(&expressions, place.chain()) {
                     nft::without_counters(&expressions, &mut bytes);
                 }
             }

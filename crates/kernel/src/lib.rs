@@ -12,6 +12,7 @@ pub mod command;
 pub mod conntrack;
 mod facts;
 pub mod file;
+mod inspect;
 pub mod iptables;
 pub mod link;
 pub mod lock;
@@ -58,6 +59,8 @@ pub struct Kernel {
     extension: BTreeMap<flannel::LeaseKey, flannel::backend::extension::ExtensionPeer>,
     /// The error of a read that did not fail as a whole.
     read_error: Option<String>,
+    /// What the last inspections found.
+    inspection: inspect::Memory,
     /// Interface indexes, valid during one call: they change when another program recreates a link.
     indexes: BTreeMap<IfName, u32>,
 }
@@ -77,6 +80,7 @@ impl Kernel {
             drops: Drops::default(),
             extension: BTreeMap::new(),
             read_error: None,
+            inspection: inspect::Memory::default(),
             indexes: BTreeMap::new(),
         })
     }

@@ -8,8 +8,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use flannel::object::bridge::Port;
-use flannel::object::{Key, Object};
+use flannel::object::{Key, Object, ROUTE_PROTOCOL};
+use flannel::pod::Table;
 use flannel::scope::Scope;
+use flannel::traffic::table_name;
 use flannel::{Family, IfName};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
@@ -22,18 +24,24 @@ const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_NEIGH: u32 = 3;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV4_ROUTE: u32 = 7;
+const RTNLGRP_IPV4_RULE: u32 = 8;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
 const RTNLGRP_IPV6_ROUTE: u32 = 11;
+const RTNLGRP_IPV6_RULE: u32 = 19;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
 const RTNLGRP_IPV6_NETCONF: u32 = 25;
 /// The multicast groups to join.
-const GROUPS: [u32; 8] = [
+const GROUPS: [u32; 10] = [
     RTNLGRP_LINK,
     RTNLGRP_NEIGH,
     RTNLGRP_IPV4_IFADDR,
     RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV4_RULE,
     RTNLGRP_IPV6_IFADDR,
     RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_IPV6_RULE,
     RTNLGRP_IPV4_NETCONF,
     RTNLGRP_IPV6_NETCONF,
 ];
@@ -63,6 +71,8 @@ pub enum Changed {
     PodRules,
     /// The file for the CNI plugins changed.
     File,
+    /// Another program changed a route, a policy rule or a packet filter that may concern pods' packets: the checks look at it.
+    Foreign,
     /// Notifications were lost: anything may have changed.
     Everything,
 }
@@ -182,6 +192,7 @@ impl Monitor {
         // Successive changes usually have one author.
         let mut author: (u32, Option<Author>) = (0, None);
         let mut lost = false;
+        let mut foreign = false;
         // One bridge event, after all others, is enough.
         let mut bridge: Option<KernelEvent> = None;
         loop {
@@ -191,6 +202,7 @@ impl Monitor {
                 if lost {
                     // Everything will be read again: only empty the queue.
                 } else if message.port != *own_port || message.port == 0 {
+                    foreign |= is_foreign(&message, scope);
                     if let Some(change) = decode(&message, &watched, names, bridges) {
                         if author.0 != message.port {
                             author = (message.port, Author::of(message.port));
@@ -223,14 +235,20 @@ impl Monitor {
         let mut rules: Vec<KernelEvent> = Vec::new();
         while let Some(socket) = &mut self.netfilter {
             // A transaction has a message for each of its rules, of which one is enough; its last message names the author.
-            let more = socket.notifications(false, |message| match decode_rules(&message) {
-                // For pods' rules the author matters: report each transaction.
-                Some(change) if rules.iter().any(|known| known.change == change && (known.by.is_none() || change != Changed::PodRules)) => {
-                }
-                Some(change) => rules.push(KernelEvent { change, by: None }),
-                None => {
-                    let author = decode_generation(&message);
-                    rules.iter_mut().filter(|known| known.by.is_none()).for_each(|known| known.by.clone_from(&author));
+            // A transaction has a message for each of its rules, of which one is enough; its last message names the author.
+            let more = socket.notifications(false, |message| {
+                foreign |= is_foreign_filter(&message);
+                let is_known = |known: &KernelEvent, change: &Changed| {
+                    // For pods' rules the author matters: report each transaction.
+                    known.change == *change && (known.by.is_none() || *change != Changed::PodRules)
+                };
+                match decode_rules(&message) {
+                    Some(change) if rules.iter().any(|known| is_known(known, &change)) => {}
+                    Some(change) => rules.push(KernelEvent { change, by: None }),
+                    None => {
+                        let author = decode_generation(&message);
+                        rules.iter_mut().filter(|known| known.by.is_none()).for_each(|known| known.by.clone_from(&author));
+                    }
                 }
             });
             if !go_on(more, &mut lost)? {
@@ -238,6 +256,7 @@ impl Monitor {
             }
         }
         events.extend(rules);
+        events.extend(foreign.then_some(KernelEvent { change: Changed::Foreign, by: None }));
         events.extend(lost.then_some(KernelEvent { change: Changed::Everything, by: None }));
         if self.file.as_mut().is_some_and(WatchedFile::has_changed) {
             events.push(KernelEvent { change: Changed::File, by: None });
@@ -383,6 +402,29 @@ fn decode(message: &Received<'_>, watched: &Watched<'_>, names: &mut BTreeMap<u3
         }
         _ => None,
     }
+}
+
+/// Whether a message is about a route or a rule of another program that packets between pods may meet. Default routes count: there may be
+/// two.
+fn is_foreign(message: &Received<'_>, scope: &Scope) -> bool {
+    const LOCAL: u32 = 255;
+    match message.kind {
+        RTM_NEWRULE | RTM_DELRULE => true,
+        route::RTM_NEWROUTE | route::RTM_DELROUTE => route::decode_any(message.body).is_some_and(|found| {
+            let is_ours = found.protocol == ROUTE_PROTOCOL || found.table == LOCAL;
+            !is_ours && scope.networks.iter().any(|network| network.overlaps(found.dst))
+        }),
+        _ => false,
+    }
+}
+
+/// Whether a message is about a chain or a rule of another program that may see forwarded packets. Tables for address translation do
+/// not drop, and kube-proxy changes them all the time.
+fn is_foreign_filter(message: &Received<'_>) -> bool {
+    let kinds = [nft::DELTABLE, nft::NEWCHAIN, nft::DELCHAIN, nft::NEWRULE, nft::DELRULE];
+    let table = || attrs(message.body.get(4..)?).find(|(kind, _)| *kind == nft::TABLE).and_then(|(_, name)| str_in(name));
+    let is_ours = |table: &str| Family::ALL.iter().any(|family| table_name(*family) == table) || Table::is_noted(table);
+    kinds.iter().any(|kind| message.kind == nft::kind(*kind)) && table().is_some_and(|table| table != "nat" && !is_ours(table))
 }
 
 fn decode_rules(message: &Received<'_>) -> Option<Changed> {

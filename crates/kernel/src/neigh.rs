@@ -84,6 +84,22 @@ fn list_family(socket: &mut Socket, family: u8, index: u32) -> Result<Vec<NeighI
     )
 }
 
+/// Counts the entries of a family that are not permanent.
+///
+/// # Errors
+/// The error that the kernel returns.
+pub(crate) fn count_transient(socket: &mut Socket, family: Family) -> Result<usize, NetlinkError> {
+    let header = [family_number(family), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let found = socket.dump(
+        RTM_GETNEIGH,
+        |body| {
+            body.bytes(&header);
+        },
+        |body| (u16_at(body, 8)? & NUD_PERMANENT == 0).then_some(()),
+    )?;
+    Ok(found.len())
+}
+
 fn ndmsg(family: u8, index: u32, flags: u8) -> [u8; 12] {
     let [a, b, c, d] = index.to_ne_bytes();
     let [s0, s1] = NUD_PERMANENT.to_ne_bytes();

@@ -20,7 +20,7 @@ pub(crate) const SUBSYSTEM: u16 = 10;
 pub(crate) const NEWTABLE: u16 = 0;
 const GETTABLE: u16 = 1;
 pub(crate) const DELTABLE: u16 = 2;
-const NEWCHAIN: u16 = 3;
+pub(crate) const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 pub(crate) const DELCHAIN: u16 = 5;
 pub(crate) const NEWRULE: u16 = 6;
@@ -31,11 +31,11 @@ pub(crate) const DELRULE: u16 = 8;
 pub(crate) const TABLE: u16 = 1;
 pub(crate) const TABLE_USERDATA: u16 = 6;
 pub(crate) const CHAIN_NAME: u16 = 3;
-const CHAIN_HOOK: u16 = 4;
-const CHAIN_POLICY: u16 = 5;
-const CHAIN_TYPE: u16 = 7;
+pub(crate) const CHAIN_HOOK: u16 = 4;
+pub(crate) const CHAIN_POLICY: u16 = 5;
+pub(crate) const CHAIN_TYPE: u16 = 7;
 const CHAIN_USERDATA: u16 = 12;
-const HOOK_NUM: u16 = 1;
+pub(crate) const HOOK_NUM: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
 pub(crate) const RULE_CHAIN: u16 = 2;
 pub(crate) const RULE_HANDLE: u16 = 3;
@@ -45,8 +45,8 @@ const LIST_ELEM: u16 = 1;
 pub(crate) const EXPR_NAME: u16 = 1;
 pub(crate) const EXPR_DATA: u16 = 2;
 pub(crate) const DATA_VALUE: u16 = 1;
-const DATA_VERDICT: u16 = 2;
-const VERDICT_CODE: u16 = 1;
+pub(crate) const DATA_VERDICT: u16 = 2;
+pub(crate) const VERDICT_CODE: u16 = 1;
 
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
@@ -55,7 +55,7 @@ pub(crate) const NF_DROP: u32 = 0;
 pub(crate) const NFT_RETURN: u32 = (-5i32).cast_unsigned();
 const META_MARK: u32 = 3;
 const META_NFPROTO: u32 = 15;
-const VERDICT_CHAIN: u16 = 2;
+pub(crate) const VERDICT_CHAIN: u16 = 2;
 const NETWORK_HEADER: u32 = 1;
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
@@ -330,7 +330,7 @@ pub(crate) fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attrs(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
-fn be_in(bytes: &[u8], wanted: u16) -> Option<u32> {
+pub(crate) fn be_in(bytes: &[u8], wanted: u16) -> Option<u32> {
     find(bytes, wanted)?.try_into().ok().map(u32::from_be_bytes)
 }
 

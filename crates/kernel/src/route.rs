@@ -143,6 +143,63 @@ pub fn list(socket: &mut Socket, family: Family, filter: Filter) -> Result<Vec<R
     }
 }
 
+/// A route of any table, kind and program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AnyRoute {
+    pub(crate) dst: Subnet,
+    /// `rtm_type`
+    pub(crate) kind: u8,
+    pub(crate) table: u32,
+    pub(crate) metric: u32,
+    pub(crate) via: Option<IpAddr>,
+    /// Index of the output interface; of a multipath route that of its first usable next hop.
+    pub(crate) oif: u32,
+    pub(crate) protocol: u8,
+}
+
+/// Decodes a route message of any table and kind.
+pub(crate) fn decode_any(body: &[u8]) -> Option<AnyRoute> {
+    let [family, dst_len, _, _, table, protocol, _, kind] = *body.first_chunk::<8>()?;
+    let family = Family::ALL.into_iter().find(|known| family_number(*known) == family)?;
+    let mut dst = family.unspecified();
+    let mut found = AnyRoute { dst: Subnet::new(dst, 0).ok()?, kind, table: table.into(), metric: 0, via: None, oif: 0, protocol };
+    for (kind, value) in attrs(body.get(12..)?) {
+        match kind {
+            RTA_DST => dst = ip_in(value)?,
+            RTA_OIF => found.oif = u32_at(value, 0)?,
+            RTA_GATEWAY => found.via = ip_in(value),
+            RTA_PRIORITY => found.metric = u32_at(value, 0)?,
+            RTA_TABLE => found.table = u32_at(value, 0)?,
+            RTA_MULTIPATH => found.oif = first_usable_hop(value),
+            _ => {}
+        }
+    }
+    found.dst = Subnet::new(dst, dst_len).ok().filter(|dst| dst.family() == family)?;
+    Some(found)
+}
+
+/// Reads a table, with routes of every kind and program.
+pub(crate) fn dump_table<T>(
+    socket: &mut Socket,
+    family: Family,
+    table: u32,
+    read: impl FnMut(&[u8]) -> Option<T>,
+) -> Result<Vec<T>, NetlinkError> {
+    let header = [family_number(family), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let dump = socket.dump(
+        RTM_GETROUTE,
+        |body| {
+            body.bytes(&header).attr_u32(RTA_TABLE, table);
+        },
+        read,
+    );
+    match dump {
+        // A table or family that does not exist in the kernel (yet) holds no routes.
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
 /// Reads the routes that the choice of the external interface needs.
 ///
 /// # Errors

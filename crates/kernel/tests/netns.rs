@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "netns/inspect.rs"]
+mod inspect;
 #[path = "netns/monitor.rs"]
 mod monitor;
 #[path = "netns/pod_rules.rs"]
@@ -29,7 +31,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 20] = [
+    let tests: [(&str, fn()); 25] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -47,6 +49,11 @@ fn main() {
         ("disabled_forwarding_is_reported", monitor::disabled_forwarding_is_reported),
         ("monitor_reports_changes_of_others_only", monitor::monitor_reports_changes_of_others_only),
         ("a_file_is_watched_also_when_its_folder_goes", monitor::a_file_is_watched_also_when_its_folder_goes),
+        ("chains_that_drop_forwarded_packets_are_read", inspect::chains_that_drop),
+        ("chains_that_accept_pods_are_no_finding", inspect::chains_that_accept),
+        ("foreign_routes_and_rules_are_read", inspect::foreign_routes_and_rules),
+        ("moved_and_renamed_devices_are_found", inspect::moved_and_renamed_devices),
+        ("links_and_addresses_are_read", inspect::links_and_addresses),
         ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
         ("answers_of_other_programs_are_ignored", answers_of_other_programs_are_ignored),
         ("only_network_namespaces_can_be_opened", only_network_namespaces_can_be_opened),

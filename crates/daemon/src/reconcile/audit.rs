@@ -70,6 +70,9 @@ impl<H: Host + 'static> Reconciler<H> {
             // Objects of leases that no host wrote again are deleted.
             self.audit.at = now;
         }
+        if self.checks.due().is_some_and(|at| at <= now) {
+            self.inspect(now);
+        }
         if self.interface.due().is_some_and(|at| at <= now) {
             self.look_at_interface(&inputs.claim).await;
         }
@@ -124,6 +127,7 @@ impl<H: Host + 'static> Reconciler<H> {
         if !self.picture.refusals().is_empty() {
             self.interface.look_soon(now);
         }
+        self.checks.soon(now);
         self.audit.at = now + (now.elapsed() * AUDIT_PAUSE).clamp(AUDIT.0, AUDIT.1);
         self.repair(ops, Drift::Audited, &BTreeMap::new()).await;
         if self.observed.len() > leases::MANY {

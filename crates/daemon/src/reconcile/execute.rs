@@ -106,6 +106,7 @@ impl<H: Host + 'static> Reconciler<H> {
                     if matches!(op, Op::Set(Object::Link(_))) {
                         // What failed because there was no link may succeed now.
                         self.failures.hurry(now, |_| true);
+                        self.checks.soon(now);
                     }
                     done.push(op);
                     if self.failures.succeeded(&key) {

@@ -65,7 +65,9 @@ impl<H: Host + 'static> Reconciler<H> {
     /// would be chosen now, changes nothing.
     pub(super) async fn look_at_interface(&mut self, claim: &watch::Sender<Claim>) {
         let current = self.picture.node().clone();
-        let problem = match self.interface.facts.node(&self.host, self.picture.config(), current.addrs).await {
+        // A family that this node began without is added when it has an address; one that it has is not given up for a moment's loss.
+        let partial = self.picture.config().networks.iter().any(|(family, _)| current.addrs.get(family).is_none());
+        let problem = match self.interface.facts.node(&self.host, self.picture.config(), current.addrs, partial).await {
             Ok(node) if node == current => String::new(),
             Ok(node) if node.ext == current.ext => {
                 tracing::info!(

@@ -106,6 +106,10 @@ impl<H: Host + 'static> Reconciler<H> {
                 self.links_changed();
                 BTreeSet::new()
             }
+            Changed::Foreign => {
+                self.checks.soon(Instant::now());
+                BTreeSet::new()
+            }
             Changed::Everything => {
                 self.overruns += 1;
                 self.interface.changed();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flannel::backend::Refusal;
+use flannel::check::Finding;
 use flannel::desired::Owner;
 use flannel::object::Key;
 use tokio::sync::watch;
@@ -11,7 +12,7 @@ use tokio::time::Instant;
 
 use super::Reconciler;
 use crate::host::Host;
-use crate::view::{Condition, Conflicted, Failed, Node, Objects, PeerState, PeerView, Store, View};
+use crate::view::{Conflicted, Failed, Node, Objects, PeerState, PeerView, Store, View};
 
 /// A view is built no more often than this: its cost follows the cluster, that of a change must not.
 const EVERY: Duration = Duration::from_millis(50);
@@ -80,7 +81,7 @@ impl<H: Host + 'static> Reconciler<H> {
                 conflicts: self.repairs.conflicts().map(|(key, times, by)| Conflicted { object: key.to_string(), by, times }).collect(),
             },
             drops: matches!(picture.config().backend, flannel::Backend::Udp(_)).then(|| self.host.drops()),
-            conditions: self.conditions(),
+            findings: self.findings(),
         }
     }
 
@@ -104,20 +105,26 @@ impl<H: Host + 'static> Reconciler<H> {
         peers.map(|(key, peer)| PeerView { subnet: *key, public: peer.public, state: state(*key) }).collect()
     }
 
-    fn conditions(&self) -> Vec<Condition> {
-        let note = |code, text| Condition { code, text, blocks_ready: false };
+    /// The problems that the loop knows itself, and those that the checks found.
+    fn findings(&self) -> Vec<Finding> {
+        let note = |code, text| Finding::warning(code, text, "");
+        // With one family that works the node works.
+        let all_down = self.families_down().count() == self.picture.config().networks.iter().count();
+        let family = if all_down { Finding::error } else { Finding::warning };
         let down =
-            self.families_down().map(|(family, reason)| note("family-down", format!("{family} does not work on this node: {reason}")));
+            self.families_down().map(|(name, reason)| family("family-down", format!("{name} does not work on this node: {reason}"), ""));
         let problem = Some(self.interface.problem()).filter(|problem| !problem.is_empty());
         let interface = problem.map(|problem| note("interface", format!("{}: {problem}", self.picture.node().ext)));
-        let contested =
-            self.own.is_contested().then(|| Condition { code: "address-conflict", text: self.contested_text(), blocks_ready: true });
+        let contested = self.own.is_contested().then(|| Finding::error("address-conflict", self.contested_text(), ""));
         // It may be a lease that this host had before, which ends by itself: so the node is ready all the same.
         let is_double = |refusal: &Refusal| matches!(refusal, Refusal::OwnPublicIp(_));
         let double =
             self.picture.refusals().iter().find_map(|(peer, refusals)| Some((peer, refusals.iter().find(|refusal| is_double(refusal))?)));
         let double = double.map(|(peer, refusal)| note("address-twice", format!("lease {peer}: {refusal}")));
-        down.chain(interface).chain(contested).chain(double).collect()
+        let found = self.checks.findings().iter().cloned();
+        let mut all: Vec<Finding> = down.chain(interface).chain(contested).chain(double).chain(found).collect();
+        all.sort();
+        all
     }
 }
 

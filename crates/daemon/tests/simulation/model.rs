@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use daemon::host::{Host, HostNetwork, Notifications};
 use flannel::backend::extension::Command;
+use flannel::check::{Expected, HostFacts};
 use flannel::net::Cidr;
 use flannel::node::{Interface, InterfaceAddr, RouteFact};
 use flannel::object::{Addr, EnvFile, Key, Lane, Link, LinkKind, Object, ROUTE_PROTOCOL, Sysctl};
@@ -359,6 +360,10 @@ impl Host for ModelHost {
             Some(Object::Link(link)) => Ok(Some((**link).clone())),
             _ => Ok(None),
         }
+    }
+
+    fn inspect(&self, _: Expected) -> impl Future<Output = HostFacts> + use<> {
+        std::future::ready(HostFacts::default())
     }
 
     fn env_file(&self, _: &Path) -> Option<EnvFile> {

@@ -25,6 +25,8 @@ pub struct Wanted {
     /// The addresses in use. As long as they exist, an address that is added later (such as a virtual one that moves between hosts)
     /// does not replace them.
     pub current: PerFamily<IpAddr>,
+    /// Whether a family without an address or a default route is left out, as long as another family has them.
+    pub partial: bool,
 }
 
 /// The result of a route lookup for an address.
@@ -205,7 +207,12 @@ impl<'a> Choice<'a> {
         for &family in &self.families {
             let default = |route: &&RouteFact| route.dst.family() == family && route.dst.prefix_len() == 0;
             let interface = |route: &RouteFact| self.interfaces.iter().find(|i| i.index == route.oif && !self.is_own(i));
-            let interface = self.routes.iter().filter(default).find_map(interface).ok_or(NodeError::NoDefaultRoute(family))?;
+            let Some(interface) = self.routes.iter().filter(default).find_map(interface) else {
+                if self.wanted.partial {
+                    continue;
+                }
+                return Err(NodeError::NoDefaultRoute(family));
+            };
             match chosen {
                 Some(first) if first.index != interface.index => return Err(NodeError::TwoDefaultRoutes(first.name, interface.name)),
                 _ => chosen = Some(interface),
@@ -221,7 +228,12 @@ impl<'a> Choice<'a> {
         let (mut addrs, mut public) = (PerFamily::default(), PerFamily::default());
         for &family in &self.families {
             let addr = fixed.get(family).copied().or_else(|| self.usable(interface, family).first().copied());
-            let addr = addr.ok_or(NodeError::NoAddress(interface.name, family))?;
+            let Some(addr) = addr else {
+                if self.wanted.partial && (!addrs.is_empty() || Some(&family) != self.families.last()) {
+                    continue;
+                }
+                return Err(NodeError::NoAddress(interface.name, family));
+            };
             if let Some(network) = self.config.network(family).filter(|network| network.contains(addr)) {
                 return Err(NodeError::Overlap(network, addr, interface.name));
             }
@@ -438,6 +450,26 @@ mod tests {
                 format!("network config: {field} on eth0: choose a network that the hosts do not use")
             );
         }
+    }
+
+    #[test]
+    fn family_without_address_is_left_out_if_partial() {
+        let config = Config::parse(DUAL).unwrap();
+        let route = |dst: &str| RouteFact { dst: dst.parse().unwrap(), oif: 2, gateway: true };
+        let choose = |addrs: &[&str], routes: &[RouteFact], partial| {
+            let wanted = Wanted { partial, ..Wanted::default() };
+            Node::choose(&[interface(2, "eth0", addrs)], routes, &wanted, &config)
+                .map(|node| (node.addrs.v4.is_some(), node.addrs.v6.is_some()))
+        };
+        let (v4, v6) = (route("0.0.0.0/0"), route("::/0"));
+        assert_eq!(choose(&["192.0.2.1/24"], &[v4, v6], false), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V6)));
+        assert_eq!(choose(&["192.0.2.1/24"], &[v4], false), Err(NodeError::NoDefaultRoute(Family::V6)));
+        assert_eq!(choose(&["192.0.2.1/24"], &[v4], true), Ok((true, false)));
+        assert_eq!(choose(&["2001:db8::1/64"], &[v6], true), Ok((false, true)));
+        // An address alone is enough: peers may be on the link.
+        assert_eq!(choose(&["192.0.2.1/24", "2001:db8::1/64"], &[v4], true), Ok((true, true)));
+        assert_eq!(choose(&[], &[v4, v6], true), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V6)));
+        assert_eq!(choose(&[], &[], true), Err(NodeError::NoDefaultRoute(Family::V4)));
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub struct Iptables {
 pub struct UserChain {
     /// Which of the daemon's chains it is.
     pub place: Place,
-    /// The rules of the base chain that jump to it.
+    /// The rules of the base chain that jump to it, without those that a rule makes void ([`Saved::void_from`]).
     pub jumps: Vec<String>,
     /// Its rules.
     pub rules: Vec<String>,
@@ -115,7 +115,8 @@ impl Iptables {
             let foreign_only =
                 rules.iter().all(|rule| named(rule).next().is_none()) && saved.rules.iter().any(|rule| !is_ours(rule, networks));
             if (saved.exists || !saved.jumps.is_empty()) && !foreign_only {
-                chains.push(UserChain { place: *place, jumps: saved.jumps.clone(), rules });
+                let jumps = if saved.is_jump_void() { Vec::new() } else { saved.jumps.clone() };
+                chains.push(UserChain { place: *place, jumps, rules });
             }
         }
         chains.sort_by_key(|chain| chain.place);
@@ -132,26 +133,67 @@ pub struct Saved {
     pub jumps: Vec<String>,
     /// Its rules.
     pub rules: Vec<String>,
+    /// The number of the first rule of the base chain, before any jump, that drops or rejects every packet: a jump behind it is void.
+    pub void_from: Option<usize>,
+}
+
+impl Saved {
+    /// Whether there is a jump, but no packet reaches it.
+    fn is_jump_void(&self) -> bool {
+        !self.jumps.is_empty() && self.void_from.is_some()
+    }
 }
 
 /// Parses the output of `iptables-save -t TABLE`.
 pub fn parse_save(table: &str, text: &str) -> Vec<(Place, Saved)> {
     let mut found: Vec<(Place, Saved)> =
         Place::ALL.into_iter().filter(|place| place.table() == table).map(|place| (place, Saved::default())).collect();
+    let mut numbers = vec![0; found.len()];
     for line in text.lines() {
-        for (place, saved) in &mut found {
+        for ((place, saved), number) in found.iter_mut().zip(&mut numbers) {
             if let Some(rest) = line.strip_prefix(':') {
                 saved.exists |= rest.split(' ').next() == Some(place.chain());
             }
             let Some((chain, rule)) = line.strip_prefix("-A ").map(|rest| rest.split_once(' ').unwrap_or((rest, ""))) else { continue };
             if chain == place.chain() {
                 saved.rules.push(rule.to_owned());
-            } else if chain == place.base() && jumps_to(rule, place.chain()) {
-                saved.jumps.push(rule.to_owned());
+            } else if chain == place.base() {
+                *number += 1;
+                if jumps_to(rule, place.chain()) {
+                    saved.jumps.push(rule.to_owned());
+                } else if saved.jumps.is_empty() && saved.void_from.is_none() && stops_all(rule, text) {
+                    saved.void_from = Some(*number);
+                }
             }
         }
     }
     found
+}
+
+/// Whether a rule drops or rejects every packet, itself or by a chain that does nothing else.
+fn stops_all(rule: &str, text: &str) -> bool {
+    let Some(target) = unconditional_target(rule) else { return false };
+    let chain = format!("-A {target} ");
+    matches!(target, "DROP" | "REJECT")
+        || text
+            .lines()
+            .find_map(|line| line.strip_prefix(&chain))
+            .and_then(unconditional_target)
+            .is_some_and(|target| matches!(target, "DROP" | "REJECT"))
+}
+
+/// The target of a rule without conditions, where a comment is none.
+fn unconditional_target(rule: &str) -> Option<&str> {
+    let rest = match rule.strip_prefix("-m comment --comment ") {
+        // A comment of several words is quoted.
+        Some(rest) => match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split_once("\" ")?.1,
+            None => rest.split_once(' ')?.1,
+        },
+        None => rule,
+    };
+    let target = rest.strip_prefix("-j ").or_else(|| rest.strip_prefix("-g "))?;
+    target.split(' ').next()
 }
 
 fn jumps_to(rule: &str, chain: &str) -> bool {
@@ -169,7 +211,8 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
             let want = wanted.chains.iter().find(|chain| chain.place == *place);
             let foreign: Vec<&String> = saved.rules.iter().filter(|rule| !is_ours(rule, networks)).collect();
             match want {
-                Some(want) if saved.exists && saved.jumps == want.jumps && own_rules(saved, networks) == want.rules => {}
+                Some(want)
+                    if saved.exists && saved.jumps == want.jumps && !saved.is_jump_void() && own_rules(saved, networks) == want.rules => {}
                 Some(want) => {
                     // Declaring a chain creates or flushes it.
                     lines.push_str(&format!(":{chain} - [0:0]\n"));
@@ -178,8 +221,9 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
                     for rule in common.into_iter().chain(foreign.iter().copied()).chain(named) {
                         lines.push_str(&format!("-A {chain} {rule}\n"));
                     }
-                    // One correct jump is kept in place: the operator decides its position among other rules.
-                    let keep = want.jumps.first().filter(|jump| saved.jumps.contains(jump));
+                    // One correct jump is kept in place: the operator decides its position among other rules, and network policies go
+                    // before it. Only behind a rule that stops every packet it would be void.
+                    let keep = want.jumps.first().filter(|jump| saved.jumps.contains(jump) && !saved.is_jump_void());
                     let mut kept = false;
                     for jump in &saved.jumps {
                         if Some(jump) == keep && !std::mem::replace(&mut kept, true) {
@@ -188,7 +232,12 @@ pub fn restore(wanted: &Iptables, saved: &[(Place, Saved)], networks: &[Subnet])
                         lines.push_str(&format!("-D {} {jump}\n", place.base()));
                     }
                     if keep.is_none() {
-                        want.jumps.iter().for_each(|jump| lines.push_str(&format!("-A {} {jump}\n", place.base())));
+                        // Jumps that were just deleted came after that rule, so its number is the same.
+                        let add = match saved.void_from {
+                            Some(number) => format!("-I {} {number}", place.base()),
+                            None => format!("-A {}", place.base()),
+                        };
+                        want.jumps.iter().for_each(|jump| lines.push_str(&format!("{add} {jump}\n")));
                     }
                 }
                 None if !foreign.is_empty() => {
@@ -381,6 +430,45 @@ COMMIT
             COMMIT
         "#]]
         .assert_eq(&restore(&none, &saved, &networks()));
+    }
+
+    #[test]
+    fn jump_goes_before_the_rule_that_stops_every_packet() {
+        let want = wanted(TrafficConfig { masquerade: false, ..ALL });
+        let restored = |base: &str| {
+            let chain = "-A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n-A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n";
+            let text = format!(
+                ":FORWARD ACCEPT [0:0]\n:FLANNEL-FWD - [0:0]\n:STOP - [0:0]\n:SOME - [0:0]\n{base}{chain}-A STOP -j REJECT --reject-with icmp-port-unreachable\n-A SOME -i eth9 -j DROP\n-A SOME -j DROP\n"
+            );
+            let saved = [parse_save("nat", ""), parse_save("filter", &text)].concat();
+            let read = Iptables::read(Family::V4, Variant::Nft, &saved, &networks()).unwrap();
+            let text = restore(&want, &saved, &networks());
+            assert_eq!(text.is_empty(), read == want, "what differs is written, and nothing else: {base}");
+            text.lines().filter(|line| line.contains(" FORWARD ")).map(|line| format!("{line}\n")).collect::<String>()
+        };
+        let jump = "-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n";
+        // CentOS: connections that exist pass, all others are rejected.
+        let established = "-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n";
+        let reject = "-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n";
+        expect![[r#"
+            -D FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+            -I FORWARD 2 -m comment --comment "flanneld forward" -j FLANNEL-FWD
+        "#]]
+        .assert_eq(&restored(&format!("{established}{reject}{jump}")));
+        expect![[r#"
+            -I FORWARD 1 -m comment --comment "flanneld forward" -j FLANNEL-FWD
+        "#]]
+        .assert_eq(&restored("-A FORWARD -m comment --comment \"all gone\" -j STOP\n"));
+        // The jump is where it works. Network policies of other programs stay before it.
+        for before in [
+            "",
+            established,
+            "-A FORWARD -m comment --comment cali:x -j cali-FORWARD\n",
+            "-A FORWARD -i eth9 -j DROP\n",
+            "-A FORWARD -j SOME\n",
+        ] {
+            assert_eq!(restored(&format!("{before}{jump}{reject}")), "", "{before}");
+        }
     }
 
     #[test]

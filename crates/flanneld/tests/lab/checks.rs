@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lab::{Lab, Plan, StoreKind};
-use serde_json::json;
+use lab::{Lab, Plan, PodFamily, StoreKind};
+use serde_json::{Value, json};
 
 use crate::cluster::{PROGRAM, eventually};
 use crate::{ping_all_from, plan};
@@ -144,4 +144,274 @@ pub(crate) fn hanging_commands_delay_no_repair(root: &Path) {
     }
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     eventually("the repairs are counted", || lab.hosts[0].state().is_ok_and(|state| state["objects"]["repaired"].as_u64() >= Some(3)));
+}
+
+/// The findings of a host with this code.
+fn found(lab: &Lab, host: usize, code: &str) -> Vec<Value> {
+    let state = lab.hosts[host].state().unwrap_or_default();
+    state["findings"].as_array().into_iter().flatten().filter(|finding| finding["code"] == code).cloned().collect()
+}
+
+/// Waits until a finding has this code and text, and returns its fix. A change that the kernel announces is named within five seconds.
+#[track_caller]
+fn named(lab: &Lab, code: &str, text: &str) -> String {
+    let (began, mut fix) = (Instant::now(), String::new());
+    eventually(&format!("{code}: {text}"), || {
+        let findings = found(lab, 0, code);
+        let finding = findings.iter().find(|finding| finding["text"].as_str().is_some_and(|found| found.contains(text)));
+        fix = finding.and_then(|finding| finding["fix"].as_str()).unwrap_or_default().to_owned();
+        finding.is_some()
+    });
+    assert!(began.elapsed() < Duration::from_secs(5), "{code} after {:?}", began.elapsed());
+    fix
+}
+
+#[track_caller]
+fn gone(lab: &Lab, code: &str) {
+    let began = Instant::now();
+    eventually(&format!("no {code} any more"), || found(lab, 0, code).is_empty() && lab.hosts[0].state().is_ok());
+    assert!(began.elapsed() < Duration::from_secs(5), "{code} goes after {:?}", began.elapsed());
+}
+
+/// Two hosts with a pod each, in a network with this configuration.
+fn two_pods(root: &Path, config: &str) -> (Lab, [lab::Pod; 2]) {
+    let mut lab = Lab::wire(plan(2, "vxlan", StoreKind::Embedded), root).unwrap();
+    lab.start_store().unwrap();
+    lab.with_store(async |store| store.put_config(config).await).unwrap();
+    (0..2).for_each(|host| lab.start_daemon(host, &[]).unwrap());
+    (0..2).for_each(|host| eventually("the host is ready", || is_ready(&lab, host)));
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    (lab, pods)
+}
+
+/// Routes and policy rules of other programs that take pods' packets are named, each with the command that mends it.
+pub(crate) fn foreign_routes_and_rules_are_named(root: &Path) {
+    let (lab, pods) = two_pods(root, VXLAN);
+    let table = "ip route add default via 10.0.0.254 table 77; ip rule add pref 77 to 10.244.0.0/16 lookup 77";
+    for (break_it, code, text, ready) in [
+        ("ip route add blackhole 10.244.2.0/24 proto bird", "route-hides-peer", "hides peer 10.244.2.0/24", true),
+        ("ip route add 10.244.2.0/25 via 10.0.0.99 proto static", "route-hides-peer", "hides a part of peer 10.244.2.0/24", true),
+        ("ip route add unreachable 10.244.1.128/25", "route-hides-pods", "hides a part of this node's own pods 10.244.1.0/24", true),
+        (table, "rule-diverts-pods", "to table 77", false),
+    ] {
+        shell(&lab, 0, break_it);
+        let fix = named(&lab, code, text);
+        let (status, answer) = readyz(&lab, 0);
+        assert_eq!(status == 200, ready, "{answer}");
+        assert!(answer.contains(text), "{answer}");
+        let (status, answer) = doctor(&lab, 0);
+        assert!(status == Some(1) && answer.contains(text) && answer.contains("\n  fix: "), "{answer}");
+        shell(&lab, 0, fix.split(", or ").next().unwrap());
+        gone(&lab, code);
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
+    }
+    assert!(is_ready(&lab, 0));
+    let (status, answer) = doctor(&lab, 0);
+    assert!(status == Some(0) && answer.starts_with("no problem found"), "{answer}");
+}
+
+/// `flanneld doctor` on a host: its exit code, and what it prints.
+fn doctor(lab: &Lab, host: usize) -> (Option<i32>, String) {
+    let output = lab.hosts[host].run(|| Command::new(PROGRAM).arg("doctor").output()).unwrap().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}
+
+/// Beside rules of nftables, a chain of another table that drops pods' packets is named, each with the command that mends it.
+pub(crate) fn forward_chains_that_drop_are_named(root: &Path) {
+    let (lab, pods) = two_pods(root, VXLAN);
+    for (break_it, text) in [
+        ("iptables-nft -A FORWARD -j REJECT", "chain FORWARD of iptables-nft table filter rejects"),
+        (
+            "nft 'add table inet fw; add chain inet fw forward { type filter hook forward priority 5; policy drop; }'",
+            "nftables table inet fw drops",
+        ),
+    ] {
+        shell(&lab, 0, break_it);
+        let fix = named(&lab, "forward-drop", text);
+        assert_eq!(readyz(&lab, 0).0, 503);
+        shell(&lab, 0, &fix);
+        gone(&lab, "forward-drop");
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
+    }
+}
+
+/// In iptables the daemon's jump goes before a rule that rejects every packet, also when that comes later; a policy of another program that
+/// lets pods' packets pass stays before it.
+pub(crate) fn iptables_jump_goes_before_a_rejecting_rule(root: &Path) {
+    for variant in ["nft", "legacy"] {
+        let root = root.join(variant);
+        let tools = root.join("tools");
+        std::fs::create_dir_all(&tools).unwrap();
+        for (name, target) in [("", ""), ("-save", "-save"), ("-restore", "-restore")] {
+            std::os::unix::fs::symlink(format!("/usr/sbin/iptables-{variant}{target}"), tools.join(format!("iptables{name}"))).unwrap();
+        }
+        let mut plan = plan(2, "vxlan", StoreKind::Embedded);
+        plan.env.push(("PATH".to_owned(), format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", tools.display())));
+        let mut lab = Lab::wire(plan, &root).unwrap();
+        lab.start_store().unwrap();
+        lab.with_store(async |store| store.put_config(&VXLAN.replace("true", "false")).await).unwrap();
+        let iptables = format!("iptables-{variant}");
+        for host in 0..2 {
+            shell(
+                &lab,
+                host,
+                &format!(
+                    "{iptables} -N policy; {iptables} -A FORWARD -j policy; {iptables} -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; {iptables} -A FORWARD -j REJECT --reject-with icmp-host-prohibited"
+                ),
+            );
+            lab.start_daemon(host, &[]).unwrap();
+        }
+        (0..2).for_each(|host| eventually("the host is ready", || is_ready(&lab, host)));
+        let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
+        let places = |lab: &Lab| {
+            let rules = shell(lab, 0, &format!("{iptables} -S FORWARD"));
+            let place = |target: &str| rules.lines().position(|line| line.contains(&format!("-j {target}")));
+            (place("policy"), place("FLANNEL-FWD"), place("REJECT"))
+        };
+        let (policy, jump, reject) = places(&lab);
+        assert!(policy < jump && jump < reject, "{policy:?} {jump:?} {reject:?}");
+        (0..2).for_each(|host| drop(shell(&lab, host, &format!("{iptables} -I FORWARD 1 -j REJECT"))));
+        eventually("the jump is before it", || places(&lab).1 < places(&lab).2);
+        (0..2).for_each(|host| eventually("the host is ready", || is_ready(&lab, host)));
+        ping_all_from(&pods[0].netns, &[pods[1].address]);
+        assert_eq!(found(&lab, 0, "forward-drop"), [] as [Value; 0]);
+    }
+}
+
+/// After a change of the pod network the bridge of before is named when the daemon starts; with the advised command pods can be added.
+pub(crate) fn bridge_of_a_former_network_is_named(root: &Path) {
+    let (mut lab, pods) = two_pods(root, VXLAN);
+    lab.stop_daemon(0, true).unwrap();
+    lab.with_store(async |store| store.put_config(&VXLAN.replace("10.244.", "10.99.")).await).unwrap();
+    lab.start_daemon(0, &[]).unwrap();
+    let fix = named(&lab, "bridge-address", "bridge cni0 has address 10.244.1.1/24");
+    assert_eq!(readyz(&lab, 0).0, 503);
+    assert!(lab.add_pod(0).is_err(), "the plugin refuses");
+    shell(&lab, 0, fix.split(", then").next().unwrap());
+    gone(&lab, "bridge-address");
+    lab.add_pod(0).unwrap();
+    drop(pods);
+}
+
+/// A device that was renamed, or moved to another network namespace, is found.
+pub(crate) fn renamed_and_moved_devices_are_named(root: &Path) {
+    let (lab, pods) = two_pods(root, VXLAN);
+    shell(&lab, 0, "ip link set flannel.1 down; ip link set flannel.1 name old9");
+    let fix = named(&lab, "device-moved", "old9 has its VNI 1 and UDP port 8472");
+    assert_eq!(readyz(&lab, 0).0, 503);
+    shell(&lab, 0, fix.split(" (").next().unwrap());
+    gone(&lab, "device-moved");
+    eventually("the node is ready", || is_ready(&lab, 0));
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    // To the namespace of a pod, which is a process of its own.
+    let mut sleeper = pods[0].netns.run(|| Command::new("sleep").arg("60").spawn()).unwrap().unwrap();
+    shell(&lab, 0, &format!("ip link set flannel.1 netns {}", sleeper.id()));
+    named(&lab, "device-moved", "was moved to the network namespace of process");
+    let delete = pods[0].netns.run(|| Command::new("ip").args(["link", "del", "flannel.1"]).status()).unwrap().unwrap();
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    assert!(delete.success());
+    eventually("the device is back", || is_ready(&lab, 0));
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+}
+
+/// Settings of the host that the kernel does not announce are seen at the next look.
+pub(crate) fn settings_that_lose_packets_are_named(root: &Path) {
+    let dual =
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#;
+    let mut lab = Lab::wire(plan(2, "vxlan", StoreKind::Embedded).family(PodFamily::Dual), root).unwrap();
+    lab.start_store().unwrap();
+    lab.with_store(async |store| store.put_config(dual).await).unwrap();
+    (0..2).for_each(|host| lab.start_daemon(host, &[]).unwrap());
+    eventually("the host is ready", || is_ready(&lab, 0));
+    lab.add_pod(0).unwrap();
+    // A policy rule that changes nothing makes the daemon look before the next audit.
+    let look = |lab: &Lab| drop(shell(lab, 0, "ip rule add pref 32000 lookup main; ip rule del pref 32000"));
+    let index = |lab: &Lab, name: &str| {
+        shell(lab, 0, &format!("cat /sys/class/net/{name}/ifindex 2>/dev/null || ip -o link show {name} | cut -d: -f1"))
+    };
+    let file = |lab: &Lab, path: &str, text: &str| {
+        let path = Path::new(path);
+        lab.hosts[0]
+            .run(|| {
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, text).unwrap();
+            })
+            .unwrap();
+    };
+    let managed = format!("/run/NetworkManager/devices/{}", index(&lab, "flannel.1").trim());
+    file(&lab, &managed, "[device]\nmanaged=true\n");
+    look(&lab);
+    named(&lab, "managed-device", "NetworkManager manages flannel.1");
+    file(&lab, &managed, "[device]\nmanaged=false\n");
+    look(&lab);
+    gone(&lab, "managed-device");
+    for (break_it, mend, code, text) in [
+        (
+            "iptables-nft -t nat -N KUBE-SERVICES; echo 0 > /proc/sys/net/bridge/bridge-nf-call-iptables 2>/dev/null || true",
+            "iptables-nft -t nat -X KUBE-SERVICES",
+            "br-netfilter",
+            "kube-proxy's rules do not apply to IPv4 packets",
+        ),
+        (
+            "ip link add eth1 type bridge; ip addr add 198.51.100.1/24 dev eth1; ip link set eth1 up; ip route append default via 198.51.100.254",
+            "ip link del eth1",
+            "default-routes",
+            "lead through eth0 and eth1",
+        ),
+        (
+            "ip -6 addr add 2001:db8::99/64 dev eth0; echo 1 > /proc/sys/net/ipv6/conf/flannel-v6.1/disable_ipv6",
+            "echo 0 > /proc/sys/net/ipv6/conf/flannel-v6.1/disable_ipv6",
+            "ipv6-disabled",
+            "IPv6 is disabled on flannel-v6.1",
+        ),
+    ] {
+        shell(&lab, 0, break_it);
+        look(&lab);
+        named(&lab, code, text);
+        shell(&lab, 0, mend);
+        look(&lab);
+        gone(&lab, code);
+    }
+}
+
+/// Where IPv6 is switched off, a dual-stack network goes on with IPv4, and the finding names the setting; when it is on again, IPv6 follows.
+pub(crate) fn ipv4_goes_on_where_ipv6_is_disabled(root: &Path) {
+    let dual =
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:244::/48","EnableNFTables":true,"Backend":{"Type":"vxlan"}}"#;
+    let mut lab = Lab::wire(plan(2, "vxlan", StoreKind::Embedded).family(PodFamily::Dual), root).unwrap();
+    lab.start_store().unwrap();
+    lab.with_store(async |store| store.put_config(dual).await).unwrap();
+    let switch = |lab: &Lab, value: u8| drop(shell(lab, 0, &format!("echo {value} > /proc/sys/net/ipv6/conf/all/disable_ipv6")));
+    switch(&lab, 1);
+    (0..2).for_each(|host| lab.start_daemon(host, &[]).unwrap());
+    (0..2).for_each(|host| eventually("the host is ready", || is_ready(&lab, host)));
+    named(&lab, "ipv6-disabled", "IPv6 is disabled on eth0");
+    named(&lab, "family-down", "IPv6 does not work on this node: eth0 has no usable IPv6 address");
+    let file = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
+    assert!(!file(&lab).contains("IPV6"), "{}", file(&lab));
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
+    let v4 = |pod: &lab::Pod| pod.addresses.iter().copied().find(std::net::IpAddr::is_ipv4).unwrap();
+    ping_all_from(&pods[0].netns, &[v4(&pods[1])]);
+    let address = lab.hosts[0].address6.unwrap();
+    let netns = kernel::netns::Netns::open(&pods[0].path).unwrap();
+    let (_, lost) = crate::ping_during(&netns, v4(&pods[1]), || {
+        switch(&lab, 0);
+        shell(&lab, 0, &format!("ip addr add {address}/64 dev eth0 nodad; ip -6 route add default via fd00:10::fe"));
+        eventually("IPv6 is offered", || file(&lab).contains("FLANNEL_IPV6_SUBNET="));
+    });
+    assert_eq!(lost, 0);
+    let late = lab.add_pod(0).unwrap();
+    eventually("a new pod reaches the other by IPv6", || {
+        late.netns
+            .run(|| lab::ping::ping_all(&pods[1].addresses, Duration::from_millis(300)))
+            .unwrap()
+            .is_ok_and(|answered| answered.len() == 2)
+    });
+    // Switched off again, IPv4 goes on.
+    switch(&lab, 1);
+    named(&lab, "ipv6-disabled", "IPv6 is disabled on");
+    ping_all_from(&pods[0].netns, &[v4(&pods[1])]);
 }

@@ -123,10 +123,22 @@ impl Case {
             let silent: Vec<&IpAddr> = targets.iter().filter(|ip| !answered.contains_key(ip)).collect();
             assert!(silent.is_empty(), "{self}: {} gets no answer from {silent:?}", pod.name);
         }
+        self.assert_no_finding(&mut lab);
         for target in &pods[1].addresses {
             let mtu = self.mtu(target);
             assert!(ping_unfragmented(&pods[0].netns, target, mtu), "{self}: {mtu} bytes to {target}");
             assert!(!ping_unfragmented(&pods[0].netns, target, mtu + 1), "{self}: {} bytes to {target}", mtu + 1);
+        }
+    }
+
+    /// A healthy host has no finding, also while pods come and go.
+    fn assert_no_finding(&self, lab: &mut Lab) {
+        let more: Vec<Pod> = (0..3).map(|host| lab.add_pod(host).unwrap()).collect();
+        more.iter().for_each(|pod| drop(lab.cni(pod.host, "flannel", "DEL", &pod.name, &pod.path, "eth0").unwrap()));
+        for host in &lab.hosts {
+            assert_eq!(host.state().unwrap()["findings"], json!([]), "{self}: {}", host.name);
+            let log = std::fs::read_to_string(host.log()).unwrap();
+            assert!(!log.contains("check found a problem"), "{self}: {}\n{log}", host.name);
         }
     }
 

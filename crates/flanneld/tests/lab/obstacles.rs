@@ -121,8 +121,8 @@ pub(crate) fn failing_family_leaves_the_other_alone(root: &Path) {
         eventually("IPv4 is ready without IPv6", || lab.hosts[host].get("/readyz").is_ok_and(|(status, _)| status == 200));
         let (_, text) = lab.hosts[host].get("/readyz").unwrap();
         assert!(text.contains("note: IPv6 does not work on this node: the MTU of eth0 is 1300"), "{text}");
-        let state = lab.wait_state(host, "the peer", |state| state["conditions"][0]["code"] == "family-down").unwrap();
-        assert!(state["conditions"][0]["text"].as_str().unwrap().contains("set it to 1350 or more"), "{state}");
+        let state = lab.wait_state(host, "the peer", |state| state["findings"][0]["code"] == "family-down").unwrap();
+        assert!(state["findings"][0]["text"].as_str().unwrap().contains("set it to 1350 or more"), "{state}");
     }
     let file = |lab: &Lab| std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
     assert!(!file(&lab).contains("IPV6"), "pods are not offered IPv6: {}", file(&lab));
@@ -135,7 +135,7 @@ pub(crate) fn failing_family_leaves_the_other_alone(root: &Path) {
         eventually("IPv6 is offered", || file(&lab).contains("FLANNEL_IPV6_SUBNET="));
     });
     assert_eq!(lost, 0);
-    eventually("no condition is left", || lab.hosts[0].state().is_ok_and(|state| state["conditions"] == json!([])));
+    eventually("no finding is left", || lab.hosts[0].state().is_ok_and(|state| state["findings"] == json!([])));
 }
 
 fn set_mtu(lab: &Lab, mtu: u32) {

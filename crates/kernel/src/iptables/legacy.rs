@@ -31,10 +31,13 @@ struct Layout {
     size: usize,
 }
 
-fn layout(family: Family) -> Layout {
+static V4: Layout = Layout { target_offset: 88, next_offset: 90, size: 112 };
+static V6: Layout = Layout { target_offset: 140, next_offset: 142, size: 168 };
+
+fn layout(family: Family) -> &'static Layout {
     match family {
-        Family::V4 => Layout { target_offset: 88, next_offset: 90, size: 112 },
-        Family::V6 => Layout { target_offset: 140, next_offset: 142, size: 168 },
+        Family::V4 => &V4,
+        Family::V6 => &V6,
     }
 }
 
@@ -52,15 +55,24 @@ pub(super) fn fingerprint(family: Family) -> Result<Vec<u8>, NetlinkError> {
     let tables = tables(family);
     let mut bytes = Vec::new();
     for table in ["nat", "filter"].into_iter().filter(|table| tables.iter().any(|name| name == table)) {
-        let entries = entries(family, table).map_err(|error| NetlinkError::Socket("read a table of ip_tables", error))?;
+        let (info, entries) = read(family, table).map_err(|error| NetlinkError::Socket("read a table of ip_tables", error))?;
+        let before = bytes.len();
         for place in Place::ALL.into_iter().filter(|place| place.table() == table) {
-            print(&entries, &layout(family), place.chain(), &mut bytes);
+            print(&entries, layout(family), place.chain(), &mut bytes);
+        }
+        if table == "filter" && bytes.len() > before {
+            print_forward(&FilterTable { family, info, entries }, &mut bytes);
         }
     }
     Ok(bytes)
 }
 
 fn entries(family: Family, table: &str) -> std::io::Result<Vec<u8>> {
+    read(family, table).map(|(_, entries)| entries)
+}
+
+/// Reads the description of a table, and its entries.
+fn read(family: Family, table: &str) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
     let (domain, level) = match family {
         Family::V4 => (libc::AF_INET, libc::IPPROTO_IP),
         Family::V6 => (libc::AF_INET6, libc::IPPROTO_IPV6),
@@ -76,7 +88,7 @@ fn entries(family: Family, table: &str) -> std::io::Result<Vec<u8>> {
         blob[..table.len()].copy_from_slice(table.as_bytes());
         blob[32..36].copy_from_slice(&size.to_ne_bytes());
         match sys::get_option(socket.as_fd(), level, GET_ENTRIES, &mut blob) {
-            Ok(()) => return Ok(blob.split_off(ENTRIES)),
+            Ok(()) => return Ok((info, blob.split_off(ENTRIES))),
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
             Err(error) => return Err(error),
         }
@@ -99,6 +111,23 @@ fn print(entries: &[u8], layout: &Layout, chain: &str, bytes: &mut Vec<u8>) {
         bytes.extend(b"jump");
         bytes.extend(&entry.bytes[..layout.target_offset - 4]);
         bytes.extend(&entry.bytes[layout.size..entry.target]);
+    }
+}
+
+/// Appends the rules of FORWARD, with the names of the chains that they lead to: one that stops every packet makes a jump behind it void.
+fn print_forward(table: &FilterTable, bytes: &mut Vec<u8>) {
+    for rule in table.chains().forward {
+        bytes.extend(rule.header);
+        for (name, revision, info) in rule.matches {
+            bytes.extend(name.as_bytes());
+            bytes.push(revision);
+            bytes.extend(info);
+        }
+        bytes.extend(rule.target.as_bytes());
+        match rule.jump {
+            Some(chain) => bytes.extend(chain.as_bytes()),
+            None => bytes.extend(rule.standard.filter(|verdict| *verdict < 0).unwrap_or(0).to_ne_bytes()),
+        }
     }
 }
 
@@ -135,9 +164,118 @@ impl<'a> Entry<'a> {
         if self.target_name()?.is_empty() { u32_at(self.bytes, self.target + TARGET).map(u32::cast_signed) } else { None }
     }
 
+    /// Its parts; `chain_at` names the chain at an offset.
+    fn rule(&self, layout: &Layout, chain_at: impl Fn(i32) -> Option<String>) -> Rule<'a> {
+        let bytes: &'a [u8] = self.bytes;
+        let (mut matches, mut rest) = (Vec::new(), bytes.get(layout.size..self.target).unwrap_or_default());
+        // struct xt_entry_match: size, name and revision; its data follows.
+        while let Some(size) = u16_at(rest, 0).map(usize::from).filter(|size| *size >= TARGET)
+            && let Some(one) = rest.get(..size)
+        {
+            matches.push((str_in(&one[2..31]).unwrap_or_default(), one[31], &one[TARGET..]));
+            rest = &rest[size..];
+        }
+        let standard = self.verdict();
+        Rule {
+            header: &bytes[..layout.target_offset - 4],
+            matches,
+            target: self.target_name().unwrap_or_default(),
+            standard,
+            jump: standard.and_then(chain_at),
+        }
+    }
+
     fn print(&self, layout: &Layout, bytes: &mut Vec<u8>) {
         bytes.extend(&self.bytes[..layout.target_offset - 4]);
         bytes.extend(&self.bytes[layout.size..]);
+    }
+}
+
+/// Whether a table has this chain. A table that does not exist is not created.
+pub(crate) fn has_chain(family: Family, table: &str, chain: &str) -> bool {
+    let is_there = tables(family).iter().any(|name| name == table);
+    let entries = if is_there { entries(family, table).unwrap_or_default() } else { Vec::new() };
+    walk(&entries, layout(family)).any(|(_, entry)| entry.error() == Some(chain))
+}
+
+/// Table filter, as the kernel returns it.
+#[derive(Debug)]
+pub(crate) struct FilterTable {
+    family: Family,
+    info: Vec<u8>,
+    entries: Vec<u8>,
+}
+
+/// The chains of table filter that forwarded packets may pass.
+#[derive(Debug, Default)]
+pub(crate) struct Chains<'a> {
+    /// The rules of FORWARD.
+    pub(crate) forward: Vec<Rule<'a>>,
+    pub(crate) drops_by_policy: bool,
+    /// The rules of the other chains, by name.
+    pub(crate) called: Vec<(String, Vec<Rule<'a>>)>,
+}
+
+/// A rule of ip_tables.
+#[derive(Debug)]
+pub(crate) struct Rule<'a> {
+    /// `struct ipt_ip` or `struct ip6t_ip6`
+    pub(crate) header: &'a [u8],
+    /// Name, revision and data of each match extension.
+    pub(crate) matches: Vec<(&'a str, u8, &'a [u8])>,
+    /// The name of the target extension; empty for a standard target.
+    pub(crate) target: &'a str,
+    /// The verdict of a standard target.
+    pub(crate) standard: Option<i32>,
+    /// The chain that a standard target leads to.
+    pub(crate) jump: Option<String>,
+}
+
+impl Rule<'_> {
+    /// Whether evaluation does not come back from the chain.
+    pub(crate) fn is_goto(&self, family: Family) -> bool {
+        let (at, flag) = match family {
+            Family::V4 => (82, 2),
+            Family::V6 => (131, 4),
+        };
+        self.header.get(at).is_some_and(|flags| flags & flag != 0)
+    }
+}
+
+/// Reads table filter; `None` if ip_tables does not have it.
+pub(crate) fn filter_table(family: Family) -> Result<Option<FilterTable>, NetlinkError> {
+    if !tables(family).iter().any(|name| name == "filter") {
+        return Ok(None);
+    }
+    let (info, entries) = read(family, "filter").map_err(|error| NetlinkError::Socket("read a table of ip_tables", error))?;
+    Ok(Some(FilterTable { family, info, entries }))
+}
+
+impl FilterTable {
+    /// Its chains.
+    pub(crate) fn chains(&self) -> Chains<'_> {
+        const DROP: i32 = -1;
+        let layout = layout(self.family);
+        let all: Vec<(usize, Entry<'_>)> = walk(&self.entries, layout).collect();
+        // struct ipt_getinfo: name, valid_hooks, hook_entry[5], underflow[5]; FORWARD is hook 2.
+        let offset = |at| u32_at(&self.info, at).and_then(|offset| usize::try_from(offset).ok());
+        let (Some(first), Some(policy)) = (offset(32 + 4 + 8), offset(32 + 4 + 20 + 8)) else { return Chains::default() };
+        let heads: Vec<(usize, &str)> = all.iter().enumerate().filter_map(|(place, (_, entry))| Some((place, entry.error()?))).collect();
+        // A jump leads to the entry behind the head of a chain.
+        let chain_at = |to: i32| {
+            let to = usize::try_from(to).ok()?;
+            heads.iter().find(|(place, _)| all.get(place + 1).is_some_and(|(at, _)| *at == to)).map(|(_, name)| (*name).to_owned())
+        };
+        let rule = |place: usize| all[place].1.rule(layout, chain_at);
+        let forward = (0..all.len()).filter(|place| (first..policy).contains(&all[*place].0)).map(rule).collect();
+        let mut called = Vec::new();
+        for (nth, (place, name)) in heads.iter().enumerate() {
+            let end = heads.get(nth + 1).map_or(all.len(), |(next, _)| *next);
+            // The last entry of a chain returns to the caller.
+            called.push(((*name).to_owned(), (place + 1..end).map(rule).collect()));
+        }
+        let drops_by_policy = all.iter().find(|(at, _)| *at == policy).is_some_and(|(_, entry)| entry.verdict() == Some(DROP));
+        Chains { forward, drops_by_policy, called }
     }
 }
 
@@ -148,8 +286,8 @@ mod tests {
     #[test]
     fn truncated_entries_end_the_walk() {
         let layout = layout(Family::V4);
-        assert_eq!(walk(&[0; 300], &layout).count(), 0);
-        assert_eq!(walk(&[0xff; 300], &layout).count(), 0);
-        assert_eq!(walk(&[0; 8], &layout).count(), 0);
+        assert_eq!(walk(&[0; 300], layout).count(), 0);
+        assert_eq!(walk(&[0xff; 300], layout).count(), 0);
+        assert_eq!(walk(&[0; 8], layout).count(), 0);
     }
 }

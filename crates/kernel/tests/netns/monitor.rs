@@ -49,10 +49,21 @@ pub(crate) fn monitor_reports_changes_of_others_only() {
         apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
         drain();
         ip(&format!("route replace {route} metric 2"));
-        assert_eq!(changes(drain()), std::slice::from_ref(&gone), "{route}");
+        assert_eq!(changes(drain()), [gone.clone(), Changed::Foreign], "{route}");
     }
     ip("route add 198.51.100.0/24 dev other");
     assert_eq!(drain(), [], "foreign routes there are not reported");
+    for change in
+        ["route add blackhole 10.128.7.0/24 proto bird", "route del blackhole 10.128.7.0/24", "rule add pref 7 to 10.128.0.0/16 lookup 7"]
+    {
+        ip(change);
+        assert!(changes(drain()).contains(&Changed::Foreign), "{change}");
+    }
+    let nft = |script: &str| assert!(std::process::Command::new("nft").arg(script).status().unwrap().success(), "{script}");
+    nft("add table inet fw; add chain inet fw forward { type filter hook forward priority 0; }");
+    assert_eq!(changes(drain()), [Changed::Foreign]);
+    nft("add table ip nat; add chain ip nat KUBE-SVC");
+    assert_eq!(changes(drain()), [Changed::Iptables(Family::V4)], "kube-proxy's tables change all the time");
     apply(&mut kernel, &[Op::Set(peer_route(2, "192.0.2.3"))]);
     ip("link del other");
     drain();
