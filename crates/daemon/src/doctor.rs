@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use flannel::check::{Check, Expected, Facts, Finding, HostFacts, run_all};
 use flannel::subnet_env::{previous_networks, previous_subnets};
-use flannel::{Family, IfName, Subnet};
+use flannel::{Family, IfName, PerFamily, Subnet};
 use kernel::Kernel;
 use kernel::link::LinkInfo;
 use kernel::netlink::{Protocol, Socket};
@@ -59,7 +59,9 @@ fn gather(args: &DoctorArgs) -> anyhow::Result<(Expected, HostFacts)> {
         links.iter().any(|link| link.name == *name && link.kind == "bridge") && Family::ALL.iter().any(|family| holds(gateways(family)))
     };
     let bridge = interfaces.iter().map(|interface| interface.name).find(is_bridge);
-    let expected = Expected { external: external.map(|interface| interface.name), bridge, ..expected };
+    let address = |family: Family| external?.addrs.iter().map(|addr| addr.cidr.addr).find(|ip| Family::of(*ip) == family);
+    let addresses = PerFamily { v4: address(Family::V4), v6: address(Family::V6) };
+    let expected = Expected { external: external.map(|interface| interface.name), addresses, bridge, ..expected };
     let host = kernel.inspect(&expected);
     Ok((expected, host))
 }

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use flannel::backend::extension::Command;
 use flannel::check::{Expected, HostFacts};
@@ -59,8 +60,8 @@ pub trait Host {
     /// When the kernel refuses to be read.
     fn link(&self, name: IfName) -> impl Future<Output = Result<Option<Link>, NetlinkError>>;
 
-    /// Reads the facts for the checks. No repair waits for it.
-    fn inspect(&self, expected: Expected) -> impl Future<Output = HostFacts> + use<Self>;
+    /// Reads the facts for the checks, and returns the processor time that it took. No repair waits for it.
+    fn inspect(&self, expected: Expected) -> impl Future<Output = (HostFacts, Duration)> + use<Self>;
 
     /// The file for the CNI plugins, if one is there.
     fn env_file(&self, path: &Path) -> Option<EnvFile>;

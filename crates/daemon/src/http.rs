@@ -170,7 +170,9 @@ fn readiness(pending: &[String], view: &View, paths: &Paths) -> (StatusCode, &'s
         return (StatusCode::SERVICE_UNAVAILABLE, "text/plain", format!("flanneld is not ready: {}\n", errors.join("\n")));
     }
     let failed = &view.objects.failed;
-    let failed = failed.first().map(|first| {
+    // Where a family is down its objects fail, which says nothing more.
+    let is_explained = view.findings.iter().any(|finding| finding.code == "family-down");
+    let failed = failed.first().filter(|_| !is_explained).map(|first| {
         let objects = if failed.len() == 1 { "1 object is".to_owned() } else { format!("{} objects are", failed.len()) };
         format!("{objects} not applied, see /state: {}: {}", first.object, first.error)
     });

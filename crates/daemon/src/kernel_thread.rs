@@ -135,8 +135,12 @@ impl Host for KernelThread {
         self.call(Lane::Fast, move |kernel| kernel.link(name)).await
     }
 
-    fn inspect(&self, expected: Expected) -> impl Future<Output = HostFacts> + use<> {
-        ask(&self.checks, move |kernel| kernel.inspect(&expected))
+    fn inspect(&self, expected: Expected) -> impl Future<Output = (HostFacts, Duration)> + use<> {
+        ask(&self.checks, move |kernel| {
+            let began = kernel::process::thread_cpu_time();
+            let facts = kernel.inspect(&expected);
+            (facts, kernel::process::thread_cpu_time().saturating_sub(began))
+        })
     }
 
     fn env_file(&self, path: &Path) -> Option<EnvFile> {

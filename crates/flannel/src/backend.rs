@@ -343,6 +343,11 @@ impl Backend {
         driver.peer_part(context, key, peer)
     }
 
+    /// Whether this host forwards packets between pods by this backend. `alloc` leases subnets and leaves the rest to others.
+    pub fn carries_packets(&self) -> bool {
+        !matches!(self, Backend::Alloc(_))
+    }
+
     /// The device by which packets of a family reach peers, if the backend has one.
     pub fn device(&self, family: Family) -> Option<IfName> {
         self.driver().device(family)

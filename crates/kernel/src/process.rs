@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::Command;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::thread::{
@@ -9,6 +10,12 @@ use rustix::thread::{
 };
 
 use crate::sys;
+
+/// The processor time that the calling thread has used.
+pub fn thread_cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
 
 /// Makes the kernel kill the command's process when the thread that spawned it ends, even by a crash.
 pub fn die_with_parent(command: &mut Command) {

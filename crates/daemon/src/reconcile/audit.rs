@@ -71,7 +71,7 @@ impl<H: Host + 'static> Reconciler<H> {
             self.audit.at = now;
         }
         if self.checks.due().is_some_and(|at| at <= now) {
-            self.inspect(now);
+            self.inspect();
         }
         if self.interface.due().is_some_and(|at| at <= now) {
             self.look_at_interface(&inputs.claim).await;

@@ -1,5 +1,5 @@
 //! The checks: when the host is looked at, and what was found. A look never delays a repair, and all looks together take at most a
-//! two-hundredth of a processor.
+//! fiftieth of a processor.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use super::{Reconciler, SlowDone};
 use crate::host::Host;
 
 /// After a change the host is looked at so much later: what follows comes in a burst, and the loop may be repairing it.
-const SETTLE: Duration = Duration::from_secs(1);
-/// Looks have this distance at least, and so many times the length of the last one.
+const SETTLE: Duration = Duration::from_millis(500);
+/// Looks have this distance at least, and so many times the processor time that the last one took.
 const DISTANCE: Duration = Duration::from_secs(1);
-const PAUSE: u32 = 200;
+const PAUSE: u32 = 50;
 
 /// The state of the checks.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub(super) struct Checks {
 
 /// The outcome of a look.
 pub(super) struct Inspected {
-    began: Instant,
+    took: Duration,
     expected: Expected,
     host: HostFacts,
 }
@@ -59,20 +59,23 @@ impl Checks {
 
 impl<H: Host + 'static> Reconciler<H> {
     /// Begins to look at the host; the facts come as [`super::Wake::Slow`].
-    pub(super) fn inspect(&mut self, now: Instant) {
+    pub(super) fn inspect(&mut self) {
         self.checks.due = None;
         self.checks.is_running = true;
         let expected = Expected { chosen_by_default_route: self.checks.chosen_by_default_route, ..self.picture.expected() };
         let read = self.host.inspect(expected.clone());
-        self.slow.push(Box::pin(async move { SlowDone::Inspected(Box::new(Inspected { began: now, expected, host: read.await })) }));
+        self.slow.push(Box::pin(async move {
+            let (host, took) = read.await;
+            SlowDone::Inspected(Box::new(Inspected { took, expected, host }))
+        }));
     }
 
     /// Runs the checks, and reports what is new and what has gone.
     pub(super) fn on_inspected(&mut self, inspected: Inspected) {
-        let Inspected { began, expected, host } = inspected;
+        let Inspected { took, expected, host } = inspected;
         let now = Instant::now();
         self.checks.is_running = false;
-        self.checks.not_before = now + (now.duration_since(began) * PAUSE).max(DISTANCE);
+        self.checks.not_before = now + (took * PAUSE).max(DISTANCE);
         if let Some(due) = &mut self.checks.due {
             *due = (*due).max(self.checks.not_before);
         }
@@ -85,7 +88,9 @@ impl<H: Host + 'static> Reconciler<H> {
             tracing::warn!(code = new.code, severity = %new.severity, problem = new.text, fix = new.fix, "check found a problem");
             self.notices.warn("CheckFailed", new.to_string());
         }
-        for gone in before.iter().filter(|finding| !self.checks.findings.contains(finding)) {
+        // A problem of the same kind may hide the former one, such as another rule before the one that dropped.
+        let is_gone = |finding: &&Finding| !self.checks.findings.iter().any(|now| now.code == finding.code);
+        for gone in before.iter().filter(is_gone) {
             tracing::info!(code = gone.code, problem = gone.text, "problem is gone");
         }
     }

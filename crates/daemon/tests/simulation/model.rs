@@ -362,8 +362,8 @@ impl Host for ModelHost {
         }
     }
 
-    fn inspect(&self, _: Expected) -> impl Future<Output = HostFacts> + use<> {
-        std::future::ready(HostFacts::default())
+    fn inspect(&self, _: Expected) -> impl Future<Output = (HostFacts, Duration)> + use<> {
+        std::future::ready(<(HostFacts, Duration)>::default())
     }
 
     fn env_file(&self, _: &Path) -> Option<EnvFile> {

@@ -22,7 +22,7 @@ pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
                     "device {name} is missing; {} has its VNI {vni} and UDP port {port}: it was renamed, or belongs to another program",
                     renamed.name
                 ),
-                format!("ip link del {} (flanneld creates {name} again), or set Backend.VNI of the network config", renamed.name),
+                format!("ip link del {} (if it is flanneld's own), or set Backend.VNI or Backend.Port of the network config", renamed.name),
             ));
         } else if let Some(moved) = facts.host.elsewhere.iter().find(|moved| is_it(moved.vxlan)) {
             let enter = match &moved.place {
@@ -71,7 +71,7 @@ mod tests {
             &[("eth0", None), ("vx9", Some((1, 8472)))],
             vec![],
             expect![[r#"
-                device flannel.1 is missing; vx9 has its VNI 1 and UDP port 8472: it was renamed, or belongs to another program; fix: ip link del vx9 (flanneld creates flannel.1 again), or set Backend.VNI of the network config
+                device flannel.1 is missing; vx9 has its VNI 1 and UDP port 8472: it was renamed, or belongs to another program; fix: ip link del vx9 (if it is flanneld's own), or set Backend.VNI or Backend.Port of the network config
             "#]],
         );
     }

@@ -37,6 +37,12 @@ impl Expected {
         self.devices.get(family).copied().or(self.external)
     }
 
+    /// The pod network and this node's subnet of a family that works here: one without an address has no packets to lose.
+    pub(super) fn subnets_in_use(&self, family: Family) -> Option<(Subnet, Subnet)> {
+        self.addresses.get(family)?;
+        Some((*self.networks.get(family)?, *self.own.get(family)?))
+    }
+
     /// The names of all interfaces that pods' packets pass.
     pub(super) fn interfaces(&self) -> Vec<IfName> {
         let devices = self.devices.iter().map(|(_, device)| *device);

@@ -12,11 +12,11 @@ pub(super) const REASON: &str =
 pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for family in Family::ALL {
-        let (Some(network), Some(own)) = (facts.expected.networks.get(family), facts.expected.own.get(family)) else { continue };
+        let Some((network, own)) = facts.expected.subnets_in_use(family) else { continue };
         let chains = facts.host.filter.get(family).map(|filter| filter.chains.as_slice()).unwrap_or_default();
         let (bridge, outside) = (facts.expected.bridge, facts.expected.outgoing(family));
-        let leaving = PodPacket { family, from: *own, to: *network, input: bridge, output: outside };
-        let arriving = PodPacket { family, from: *network, to: *own, input: outside, output: bridge };
+        let leaving = PodPacket { family, from: own, to: network, input: bridge, output: outside };
+        let arriving = PodPacket { family, from: network, to: own, input: outside, output: bridge };
         for chain in chains {
             let Some(place) = [leaving, arriving].iter().find_map(|packet| chain.drops(packet)) else { continue };
             let text = match place {
@@ -30,7 +30,7 @@ pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
                     format!("{chain} {verb} forwarded packets of {family} pods: by {rule} {number}{called}")
                 }
             };
-            findings.push(Finding::error(CODE, text, fix(chain, *network)));
+            findings.push(Finding::error(CODE, text, fix(chain, network)));
         }
     }
     findings

@@ -12,7 +12,9 @@ pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for family in Family::ALL {
         let Some(network) = facts.expected.networks.get(family) else { continue };
-        let inside = |route: &&SeenRoute| network.covers(route.dst);
+        // Routes to this node's own pods are another check's.
+        let is_own = |dst: Subnet| facts.expected.own.get(family).is_some_and(|own| own.covers(dst));
+        let inside = |route: &&SeenRoute| network.covers(route.dst) && !is_own(route.dst);
         let routes: Vec<&SeenRoute> = facts.host.routes.iter().filter(inside).collect();
         let first = first_routes(&routes);
         for (at, route) in routes.iter().enumerate().filter(|(_, route)| is_foreign(route, &facts)) {
@@ -25,9 +27,11 @@ pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
             });
             let Some(peer) = hidden.flatten() else { continue };
             let part = if route.dst == peer { "" } else { "a part of " };
+            // The udp backend has one route for all peers.
+            let whom = if peer == *network { format!("the pod network {peer}") } else { format!("peer {peer}") };
             findings.push(Finding::warning(
                 CODE,
-                format!("route \"{route}\" of another program hides {part}peer {peer}: packets for its pods do not get there"),
+                format!("route \"{route}\" of another program hides {part}{whom}: packets for its pods do not get there"),
                 route.removal(None),
             ));
         }
@@ -118,6 +122,16 @@ mod tests {
             ],
             expect![""],
         );
+    }
+
+    #[test]
+    fn one_route_for_all_peers_is_hidden_by_foreign_routes_only() {
+        let all = route("10.244.0.0/16", RouteKind::Unicast, "", "flannel0", 241, 0);
+        let bridge = route("10.244.1.0/24", RouteKind::Unicast, "", "cni0", 2, 0);
+        let foreign = route("10.244.9.0/24", RouteKind::Blackhole, "", "", 12, 0);
+        let findings = |routes: &[SeenRoute]| findings(Check::HiddenPeer, &HostFacts { routes: routes.to_vec(), ..HostFacts::default() });
+        assert_eq!(findings(&[all, bridge]), "");
+        assert!(findings(&[all, bridge, foreign]).contains("hides a part of the pod network 10.244.0.0/16"));
     }
 
     #[test]

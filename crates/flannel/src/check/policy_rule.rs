@@ -12,17 +12,17 @@ const MAIN: u32 = 254;
 pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
     for family in Family::ALL {
-        let (Some(network), Some(own)) = (facts.expected.networks.get(family), facts.expected.own.get(family)) else { continue };
+        let Some((network, own)) = facts.expected.subnets_in_use(family) else { continue };
         let rules = facts.host.rules.get(family).map(Vec::as_slice).unwrap_or_default();
-        for rule in rules.iter().filter(|rule| concerns(rule, *network, *own, &facts)) {
+        for rule in rules.iter().filter(|rule| concerns(rule, network, own, &facts)) {
             let lookup = |table: u32, suppressed: Option<u8>| {
                 let routes = facts.host.tables.get(&(family, table)).map(Vec::as_slice).unwrap_or_default();
-                routes.iter().find(|route| takes_peers(route, suppressed, rule, *network, *own, &facts))
+                routes.iter().find(|route| takes_peers(route, suppressed, rule, network, own, &facts))
             };
             match rule.action {
                 // From here on the main table decides.
                 PolicyAction::Lookup(MAIN, suppressed)
-                    if suppressed.is_none_or(|len| len < own.prefix_len()) && is_general(rule, *network) =>
+                    if suppressed.is_none_or(|len| len < own.prefix_len()) && is_general(rule, network) =>
                 {
                     break;
                 }

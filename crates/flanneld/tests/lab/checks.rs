@@ -367,14 +367,52 @@ pub(crate) fn settings_that_lose_packets_are_named(root: &Path) {
             "ipv6-disabled",
             "IPv6 is disabled on flannel-v6.1",
         ),
+        // The kernel reaches that source by another interface than the packets come by.
+        (
+            "echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter; ip route add 203.0.113.0/24 dev cni0",
+            "echo 0 > /proc/sys/net/ipv4/conf/eth0/rp_filter; ip route del 203.0.113.0/24",
+            "rp-filter",
+            "strict rp_filter is on for eth0",
+        ),
     ] {
         shell(&lab, 0, break_it);
+        shell(&lab, 1, "ip addr replace 203.0.113.5/32 dev lo; ping -c 3 -i 0.1 -W 1 -I 203.0.113.5 10.0.0.1 >/dev/null || true");
         look(&lab);
         named(&lab, code, text);
         shell(&lab, 0, mend);
         look(&lab);
         gone(&lab, code);
     }
+    conntrack_table_that_fills_is_named(&lab, look);
+    address_of_another_host_is_named(&lab, look);
+}
+
+/// The number of connections is read from a file, which the host sees replaced.
+fn conntrack_table_that_fills_is_named(lab: &Lab, look: impl Fn(&Lab)) {
+    let sysctl = "/proc/sys/net/netfilter/nf_conntrack_count";
+    let script = format!(
+        "iptables-nft -A INPUT -m conntrack --ctstate NEW; n=$(cat /proc/sys/net/netfilter/nf_conntrack_max); echo $((n * 19 / 20)) > /run/count; mount --bind /run/count {sysctl}"
+    );
+    lab.hosts[0].shell(&script).unwrap();
+    look(lab);
+    named(lab, "conntrack-full", "connections are tracked");
+    lab.hosts[0].shell(&format!("umount {sysctl}")).unwrap();
+    look(lab);
+    gone(lab, "conntrack-full");
+}
+
+/// Duplicate address detection finds that another host has this host's IPv6 address.
+fn address_of_another_host_is_named(lab: &Lab, look: impl Fn(&Lab)) {
+    let address = lab.hosts[0].address6.unwrap();
+    shell(lab, 1, &format!("ip addr add {address}/64 dev eth0 nodad"));
+    let again = format!("ip addr del {address}/64 dev eth0; ip addr add {address}/64 dev eth0");
+    shell(lab, 0, &format!("echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_dad; {again}; sleep 3"));
+    look(lab);
+    named(lab, "address-duplicate", "is in use by another host on the link");
+    shell(lab, 1, &format!("ip addr del {address}/64 dev eth0"));
+    shell(lab, 0, &format!("echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad; {again}"));
+    look(lab);
+    gone(lab, "address-duplicate");
 }
 
 /// Where IPv6 is switched off, a dual-stack network goes on with IPv4, and the finding names the setting; when it is on again, IPv6 follows.

@@ -30,7 +30,7 @@ fn expected() -> Expected {
         networks: PerFamily { v4: "10.244.0.0/16".parse().ok(), v6: "fd00:244::/48".parse().ok() },
         own: PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: "fd00:244:0:1::/64".parse().ok() },
         external: Some(name("eth0")),
-        addresses: PerFamily { v4: "192.0.2.1".parse().ok(), v6: None },
+        addresses: PerFamily { v4: "192.0.2.1".parse().ok(), v6: "2001:db8::1".parse().ok() },
         devices: PerFamily { v4: Some(name("flannel.1")), v6: None },
         bridge: Some(name("cni0")),
         links: vec![Link { name: name("flannel.1"), kind, mac: Mac([2; 6]), mtu: 1450, up: true }],
