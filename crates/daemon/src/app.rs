@@ -36,7 +36,7 @@ const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 const LAST_BATCH: Duration = Duration::from_secs(5);
 /// The start timeout of a service manager is extended to this, from each attempt on.
 const START_EXTENSION: Duration = Duration::from_secs(60);
-/// How long an address of one family is waited for while the other has one: pods that are added meanwhile would lack the family for life.
+/// How long an IPv6 address is waited for while there is an IPv4 one: pods that are added meanwhile would lack the family for life.
 const FAMILY_PATIENCE: Duration = Duration::from_secs(10);
 /// Name of the guard that is held until this node is set up.
 const STARTING: &str = "this node's lease and devices";

@@ -45,8 +45,8 @@ impl Facts {
         iface.is_empty() && iface_regex.is_empty() && self.can_reach.is_none() && public.is_empty()
     }
 
-    /// This host as it is now. `current` are the addresses that are in use, if any are. With `partial` a family without an address is left
-    /// out.
+    /// This host as it is now. `current` are the addresses that are in use, if any are. With `partial` IPv6 is left out if
+    /// it has no address.
     ///
     /// # Errors
     /// When the kernel cannot be read, no interface is as it is wanted, or no address family can work on it.

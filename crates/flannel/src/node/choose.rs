@@ -25,7 +25,8 @@ pub struct Wanted {
     /// The addresses in use. As long as they exist, an address that is added later (such as a virtual one that moves between hosts)
     /// does not replace them.
     pub current: PerFamily<IpAddr>,
-    /// Whether a family without an address or a default route is left out, as long as another family has them.
+    /// Whether IPv6 is left out if it has no address or default route, but IPv4 has. IPv4 identifies the host in etcd, so it is never left
+    /// out.
     pub partial: bool,
 }
 
@@ -208,7 +209,7 @@ impl<'a> Choice<'a> {
             let default = |route: &&RouteFact| route.dst.family() == family && route.dst.prefix_len() == 0;
             let interface = |route: &RouteFact| self.interfaces.iter().find(|i| i.index == route.oif && !self.is_own(i));
             let Some(interface) = self.routes.iter().filter(default).find_map(interface) else {
-                if self.wanted.partial {
+                if self.wanted.partial && chosen.is_some() {
                     continue;
                 }
                 return Err(NodeError::NoDefaultRoute(family));
@@ -229,7 +230,7 @@ impl<'a> Choice<'a> {
         for &family in &self.families {
             let addr = fixed.get(family).copied().or_else(|| self.usable(interface, family).first().copied());
             let Some(addr) = addr else {
-                if self.wanted.partial && (!addrs.is_empty() || Some(&family) != self.families.last()) {
+                if self.wanted.partial && !addrs.is_empty() {
                     continue;
                 }
                 return Err(NodeError::NoAddress(interface.name, family));
@@ -453,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn family_without_address_is_left_out_if_partial() {
+    fn ipv6_without_address_is_left_out_if_partial() {
         let config = Config::parse(DUAL).unwrap();
         let route = |dst: &str| RouteFact { dst: dst.parse().unwrap(), oif: 2, gateway: true };
         let choose = |addrs: &[&str], routes: &[RouteFact], partial| {
@@ -465,10 +466,11 @@ mod tests {
         assert_eq!(choose(&["192.0.2.1/24"], &[v4, v6], false), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V6)));
         assert_eq!(choose(&["192.0.2.1/24"], &[v4], false), Err(NodeError::NoDefaultRoute(Family::V6)));
         assert_eq!(choose(&["192.0.2.1/24"], &[v4], true), Ok((true, false)));
-        assert_eq!(choose(&["2001:db8::1/64"], &[v6], true), Ok((false, true)));
+        assert_eq!(choose(&["2001:db8::1/64"], &[v6], true), Err(NodeError::NoDefaultRoute(Family::V4)));
+        assert_eq!(choose(&["2001:db8::1/64"], &[v4, v6], true), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V4)));
         // An address alone is enough: peers may be on the link.
         assert_eq!(choose(&["192.0.2.1/24", "2001:db8::1/64"], &[v4], true), Ok((true, true)));
-        assert_eq!(choose(&[], &[v4, v6], true), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V6)));
+        assert_eq!(choose(&[], &[v4, v6], true), Err(NodeError::NoAddress("eth0".parse().unwrap(), Family::V4)));
         assert_eq!(choose(&[], &[], true), Err(NodeError::NoDefaultRoute(Family::V4)));
     }
 
