@@ -141,11 +141,13 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
             }
             None => bridge.clone(),
         };
-        for (gateway, len) in &gateways {
-            set_gateway(&mut host, &holder, config, Cidr { addr: *gateway, len: *len })?;
-            let family = Family::of(*gateway);
+        for family in Family::ALL {
+            let of_family: Vec<_> = gateways.iter().filter(|(gateway, _)| Family::of(*gateway) == family).collect();
+            for (gateway, len) in &of_family {
+                set_gateway(&mut host, &holder, config, Cidr { addr: *gateway, len: *len })?;
+            }
             // A kernel that does not answer is asked in the other way.
-            if !sysctl::forwards(&mut host, family).unwrap_or(false) {
+            if !of_family.is_empty() && !sysctl::forwards(&mut host, family).unwrap_or(false) {
                 write_sysctl(family.forwarding(), "1")?;
             }
         }
@@ -296,7 +298,9 @@ fn complete(result: &mut CniResult, config: &Config) -> Vec<(IpAddr, u8)> {
         }
     }
     if config.is_default_gateway {
-        for family in Family::ALL {
+        // In the order of the addresses; a family has one.
+        for ip in &result.ips {
+            let family = Family::of(ip.address.addr);
             let gateway = gateways.iter().find(|(gateway, _)| Family::of(*gateway) == family).map(|(gateway, _)| *gateway);
             let has_default =
                 result.routes.iter().any(|route| route.dst.family() == family && route.dst.prefix_len() == 0 && route.gw.is_some());

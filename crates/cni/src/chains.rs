@@ -89,7 +89,9 @@ impl Own {
             addresses.iter().any(|ip| [format!("{ip}/"), format!("{ip}:"), format!("[{ip}]")].iter().any(|text| rule.contains(text)))
         };
         let is_known = chain == self.own || self.is_usual || addresses.is_empty() || self.has_marker(&table, base);
-        if is_known || self.rules(&table, base).iter().any(named) {
+        let rules = self.rules(&table, base);
+        // A chain without rules is what a flush leaves; whose it was does not matter.
+        if is_known || rules.is_empty() || rules.iter().any(named) {
             table.remove_chain(chain, &[base]);
         }
         table.write()

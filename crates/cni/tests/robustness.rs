@@ -33,9 +33,10 @@ fn main() {
         // Default folders of plugins are below it.
         run("mount -t tmpfs tmpfs /var/lib");
     }
-    let tests: [(&str, Test); 22] = [
+    let tests: [(&str, Test); 23] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
+        ("del_removes_a_chain_that_was_flushed", ports::del_removes_a_chain_that_was_flushed),
         ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
         ("untagged_port_rules_are_removed_by_address", ports::untagged_port_rules_are_removed_by_address),
         ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),

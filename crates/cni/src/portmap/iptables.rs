@@ -69,7 +69,8 @@ pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappi
     let text = own.comment("dnat ");
     let extra = config.conditions_of(family).join(" ");
     let extra = if extra.is_empty() { extra } else { format!(" {extra}") };
-    for protocol in [6, 17, 132] {
+    // In the order of their names, as the reference plugin has them.
+    for protocol in [132, 6, 17] {
         let mut ports: Vec<String> = mappings.iter().filter(|m| m.protocol == protocol).map(|m| m.host_port.to_string()).collect();
         ports.dedup();
         for ports in ports.chunks(MULTIPORT) {

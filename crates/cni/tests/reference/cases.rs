@@ -67,8 +67,11 @@ fn bridge_and_loopback() -> Vec<Case> {
             cases.push(life(&format!("loopback {version}"), &[json!({ "cniVersion": version, "name": "lo", "type": "loopback" })]));
         }
     }
+    let mut v6_first = dual.clone();
+    v6_first["ranges"].as_array_mut().unwrap().reverse();
     for (name, more) in [
         ("dual", json!({ "ipam": dual })),
+        ("dual, IPv6 first", json!({ "ipam": v6_first })),
         ("without a gateway", json!({ "isDefaultGateway": false })),
         ("hairpin", json!({ "hairpinMode": true })),
         ("promiscuous", json!({ "promiscMode": true })),
@@ -192,6 +195,7 @@ fn portmap() -> Vec<Case> {
         { "hostPort": 8080, "containerPort": 80, "protocol": "tcp" },
         { "hostPort": 8081, "containerPort": 80, "protocol": "tcp", "hostIP": "127.0.0.2" },
         { "hostPort": 5353, "containerPort": 53, "protocol": "udp" },
+        { "hostPort": 9999, "containerPort": 99, "protocol": "sctp" },
     ] });
     for (name, more) in [
         ("iptables", json!({ "backend": "iptables" })),

@@ -72,6 +72,19 @@ pub(super) fn iptables_chains_of_two_interfaces_are_separate(host: &Host) {
     drop(pod);
 }
 
+pub(super) fn del_removes_a_chain_that_was_flushed(host: &Host) {
+    let _pod = host.pod("c1");
+    let mut conf = network(host, 5);
+    conf["ipMasq"] = true.into();
+    conf["ipMasqBackend"] = "iptables".into();
+    let chains = || shell(&host.netns, "iptables-save -t nat").lines().filter(|line| line.starts_with(":CNI-")).count();
+    conf["prevResult"] = parse(&call(host, "bridge", "ADD", "c1", "net1", &conf).unwrap());
+    assert_eq!(chains(), 1);
+    shell(&host.netns, "iptables -t nat -F");
+    call(host, "bridge", "DEL", "c1", "net1", &conf).unwrap();
+    assert_eq!(chains(), 0, "no rule says whose the chain was");
+}
+
 pub(super) fn failed_add_keeps_the_ports_of_another_attachment(host: &Host) {
     let _pod = host.pod("c1");
     let [_, second] = two_networks(host, "c1");
