@@ -19,6 +19,8 @@ pub(crate) enum Need {
     Etcd,
     /// The reference CNI plugins.
     ReferencePlugins,
+    /// libcni as a program, with cnitool.
+    Libcni,
     /// A Kubernetes cluster of the current minor version.
     Kubernetes,
     /// The control plane of the oldest Kubernetes that is tested.
@@ -31,14 +33,15 @@ pub(crate) enum Need {
 
 impl Need {
     /// All that any test needs.
-    pub(crate) const ALL: [Need; 7] =
-        [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
+    pub(crate) const ALL: [Need; 8] =
+        [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Libcni, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
 
     /// The need that a test names in its kind (`[kubernetes image]`).
     pub(crate) fn named(name: &str) -> Option<Need> {
         Some(match name {
             "etcd" => Need::Etcd,
             "reference-plugins" => Need::ReferencePlugins,
+            "libcni" => Need::Libcni,
             "kubernetes" => Need::Kubernetes,
             "kubernetes-1.28" => Need::OldKubernetes,
             "helm" => Need::Helm,
@@ -67,6 +70,7 @@ impl Need {
                 ]
             }
             Need::ReferencePlugins => vec![("FLANNEL_REFERENCE_PLUGINS", reference_plugins()?.into())],
+            Need::Libcni => vec![("FLANNEL_LIBCNI", go_program("libcni", "github.com/containernetworking/cni", ".")?.into())],
             Need::Kubernetes => vec![("FLANNEL_KUBERNETES", kubernetes()?.into())],
             Need::OldKubernetes => vec![("FLANNEL_KUBERNETES_1_28", go_program("kubernetes-1.28", "k8s.io/kubernetes", ".")?.into())],
             Need::Helm => vec![("FLANNEL_HELM", go_program("helm", "helm.sh/helm/v4", "helm.sh/helm/v4/cmd/helm")?.into())],

@@ -95,7 +95,8 @@ impl Program {
             ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults" | "robustness") | ("daemon", "etcd_obstacles") => {
                 &[Need::Debian]
             }
-            ("cni", "reference") => &[Need::Debian, Need::ReferencePlugins],
+            ("cni", "reference" | "differential") => &[Need::Debian, Need::ReferencePlugins],
+            ("cni", "runtimes") => &[Need::Debian, Need::Libcni],
             ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],
             // A test program that is not known here gets everything.
             _ => &Need::ALL,
