@@ -33,7 +33,7 @@ fn main() {
         // Default folders of plugins are below it.
         run("mount -t tmpfs tmpfs /var/lib");
     }
-    let tests: [(&str, Test); 23] = [
+    let tests: [(&str, Test); 24] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
         ("del_removes_a_chain_that_was_flushed", ports::del_removes_a_chain_that_was_flushed),
@@ -42,6 +42,7 @@ fn main() {
         ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),
         ("bridge_mac_never_follows_its_ports", bridge_mac_never_follows_its_ports),
         ("zero_bridge_mac_is_replaced", zero_bridge_mac_is_replaced),
+        ("check_fails_where_the_gateway_is_out_of_reach", check_fails_where_the_gateway_is_out_of_reach),
         ("gc_takes_null_and_continues_after_an_error", gc_takes_null_and_continues_after_an_error),
         ("route_of_another_attachment_stays_and_is_not_reported", route_of_another_attachment_stays),
         ("read_only_proc_sys_with_right_values_is_enough", read_only_proc_sys_with_right_values_is_enough),
@@ -205,6 +206,20 @@ fn zero_bridge_mac_is_replaced(host: &Host) {
     assert_ne!(mac, "00:00:00:00:00:00");
     host.call("bridge", "DEL", "c1", &conf).unwrap();
     assert_eq!(mac_of(host, "br5"), mac);
+}
+
+fn check_fails_where_the_gateway_is_out_of_reach(host: &Host) {
+    let pod = host.pod("c1");
+    let mut conf = network(host, 5);
+    conf["isDefaultGateway"] = false.into();
+    conf["isGateway"] = true.into();
+    conf["prevResult"] = parse(&call(host, "bridge", "ADD", "c1", "eth0", &conf).unwrap());
+    let check = || call(host, "bridge", "CHECK", "c1", "eth0", &conf);
+    check().unwrap();
+    shell(&pod, "ip route delete 10.5.0.0/24");
+    assert_eq!(check().unwrap_err()["msg"], "the route to 10.5.0.0/24 is missing in the container");
+    shell(&pod, "ip link set eth0 down");
+    assert_eq!(check().unwrap_err()["msg"], "eth0 is down in the container");
 }
 
 fn gc_takes_null_and_continues_after_an_error(host: &Host) {

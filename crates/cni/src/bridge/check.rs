@@ -51,9 +51,18 @@ pub(super) fn check(request: &Request<'_>, config: &Config) -> Result<(), CniErr
     if let Some(named) = named.filter(|named| container.mac.map(|mac| mac.to_string()).as_deref() != Some(&named.mac)) {
         return Err(CniError::failed(format!("MAC address mismatch: {ifname} does not have {}", named.mac)));
     }
+    if !container.up && !config.leave_down {
+        return Err(CniError::failed(format!("{ifname} is down in the container")));
+    }
     for ip in &want.ips {
         if !addrs.iter().any(|a| a.index == container.index && a.addr.cidr == ip.address) {
             return Err(CniError::failed(format!("{} is missing on {ifname} in the container", ip.address)));
+        }
+        // Without the route to its subnet the gateway cannot be reached. A whole address has none.
+        let subnet = ip.address.subnet();
+        let is_single = ip.address.len == subnet.family().bits();
+        if ip.gateway.is_some() && !is_single && !routes.iter().any(|have| have.dst == subnet) {
+            return Err(CniError::failed(format!("the route to {subnet} is missing in the container")));
         }
     }
     // Routes of other tables than the main one were not read.
