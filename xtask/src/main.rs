@@ -41,7 +41,7 @@ Build
   kubernetes              the Kubernetes control plane of the tests and of `flanneld lab --kube` (ten minutes, once)
 
 Measure
-  bench [quick|etcd|kubernetes|idle|LEASES]
+  bench [quick|pods|etcd|kubernetes|idle|LEASES]
                           measure beside the kernel's own cost and print tables (docs/performance.md);
                           writes docs/bench/ unless `quick`
 

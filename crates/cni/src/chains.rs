@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use ::flannel::Family;
+use ::flannel::pod::Attachment;
 use kernel::iptables;
 use kernel::lock::Lock;
 use sha2::{Digest, Sha512};
@@ -40,6 +41,12 @@ impl Own {
         let named = if is_usual { String::new() } else { format!(" if: \"{ifname}\"") };
         let comment = format!("name: \"{network}\" id: \"{id}\"{named}");
         Own { shared: name(prefix, network, id), own: name(prefix, network, &format!("{id} {ifname}")), comment, marker, is_usual }
+    }
+
+    /// The names that the chain of an attachment may have.
+    pub(crate) fn names_of(prefix: &str, attachment: &Attachment) -> Vec<String> {
+        let Attachment { network, container, ifname } = attachment;
+        vec![name(prefix, network, container), name(prefix, network, &format!("{container} {ifname}"))]
     }
 
     /// The comment of its rules, after a prefix.

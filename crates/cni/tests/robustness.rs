@@ -9,6 +9,8 @@ mod bandwidth;
 mod firewalld;
 #[path = "support/host.rs"]
 mod host;
+#[path = "robustness/masquerade.rs"]
+mod masquerade;
 #[path = "robustness/ports.rs"]
 mod ports;
 
@@ -32,11 +34,15 @@ fn main() {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
         // Default folders of plugins are below it.
         run("mount -t tmpfs tmpfs /var/lib");
+        // Notes and requests of plugins are there, and without root it is another user's.
+        run("mount -t tmpfs tmpfs /run");
     }
-    let tests: [(&str, Test); 24] = [
+    let tests: [(&str, Test); 26] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
         ("del_removes_a_chain_that_was_flushed", ports::del_removes_a_chain_that_was_flushed),
+        ("one_del_removes_the_rules_of_all_that_wait", masquerade::one_del_removes_the_rules_of_all_that_wait),
+        ("parallel_dels_leave_no_rules", masquerade::parallel_dels_leave_no_rules),
         ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
         ("untagged_port_rules_are_removed_by_address", ports::untagged_port_rules_are_removed_by_address),
         ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),

@@ -154,6 +154,13 @@ pub fn may_have_chain(family: Family, table: &str, chain: &str) -> bool {
     in_nf_tables.unwrap_or(true) || legacy::tables(family).iter().any(|name| name == table)
 }
 
+/// The same for several chains, in either family, with an open socket.
+pub(crate) fn may_have_chains(socket: &mut Socket, table: &str, chains: &[String]) -> bool {
+    let in_nf_tables =
+        |socket: &mut Socket, family| chains.iter().any(|chain| nft::has_chain(socket, family, table, chain).unwrap_or(true));
+    Family::ALL.into_iter().any(|family| in_nf_tables(socket, family) || legacy::tables(family).iter().any(|name| name == table))
+}
+
 /// Whether the iptables programs of a family are installed.
 pub fn has_programs(family: Family) -> bool {
     plain(family, "save").is_ok() && plain(family, "restore").is_ok()

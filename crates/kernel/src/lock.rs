@@ -22,11 +22,19 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// # Errors
 /// `TimedOut` when another process holds it all the time; what the kernel answers otherwise.
 pub fn acquire(file: impl AsFd, patience: Duration) -> io::Result<()> {
+    acquire_unless(file, patience, || false).map(drop)
+}
+
+/// The same, unless what the lock is wanted for is done before: then it returns false.
+pub(crate) fn acquire_unless(file: impl AsFd, patience: Duration, is_done: impl Fn() -> bool) -> io::Result<bool> {
     let end = Instant::now() + patience;
     let mut pause = PAUSE / 16;
     loop {
+        if is_done() {
+            return Ok(false);
+        }
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(true),
             Err(rustix::io::Errno::INTR) => {}
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => {
                 std::thread::sleep(pause);

@@ -4,24 +4,26 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flannel::pod::note::{self, Note, Repair, Rules};
-use flannel::pod::{Attachment, Table};
+use flannel::pod::{Attachment, Table, masquerade};
 
 use crate::file::{self, Existing, How};
 use crate::lock::{self, PATIENCE};
 use crate::netlink::{NetlinkError, Socket};
 use crate::netns::Netns;
-use crate::pod_table::{self, Handle};
-use crate::{Kernel, conntrack, link};
+use crate::pod_table::{self, Handle, Removal};
+use crate::{Kernel, conntrack, iptables, link, nft};
 
 /// Where the notes are, a file for each group of rules.
 pub const FOLDER: &str = "/run/flannel/pods";
 /// Groups of rules that are written in one transaction: a request has to fit the socket's buffer.
 const PART: usize = 64;
+/// How the name of a [`RemovalRequest`] begins.
+const REQUEST: &str = "remove-";
 /// How long the daemon waits for a plugin: it has other work.
 const PATIENCE_OF_DAEMON: Duration = Duration::from_millis(50);
 
@@ -43,14 +45,23 @@ impl Notes {
     /// # Errors
     /// `TimedOut` when another process holds it for ten seconds: a note that is left behind would restore what is deleted now.
     pub fn hold() -> io::Result<Notes> {
+        Notes::hold_unless(|| false).map(|held| held.unwrap_or(Notes(None)))
+    }
+
+    /// The same, or `None` as soon as what the folder is wanted for is done.
+    ///
+    /// # Errors
+    /// As [`Notes::hold`].
+    pub fn hold_unless(is_done: impl Fn() -> bool) -> io::Result<Option<Notes>> {
         let _ = DirBuilder::new().recursive(true).mode(0o755).create(Path::new(FOLDER).parent().expect("it has one"));
         // Only root can enter: otherwise any user could stop all work by holding it.
         let _ = DirBuilder::new().mode(0o700).create(FOLDER);
-        match hold(PATIENCE) {
+        match hold(PATIENCE, is_done) {
             Err(error) if error.kind() == io::ErrorKind::TimedOut && is_private() => {
                 Err(io::Error::new(error.kind(), format!("cannot lock {FOLDER}: {error}")))
             }
-            held => Ok(Notes(held.ok())),
+            Ok(None) => Ok(None),
+            held => Ok(Some(Notes(held.ok().flatten()))),
         }
     }
 
@@ -89,12 +100,98 @@ impl Notes {
         }
     }
 
+    /// Removes the masquerading in nftables of an attachment and of all others whose processes wait for that
+    /// ([`RemovalRequest`]): one transaction and one socket for all of them. `chains` names the chains that an attachment may
+    /// have in table nat of iptables; one that may have any is left to its own process, which learns that from the result.
+    ///
+    /// # Errors
+    /// What the kernel answers; then each process tries again.
+    pub fn remove_masquerades(
+        &self,
+        own: &Attachment,
+        chains: impl Fn(&Attachment) -> Vec<String>,
+    ) -> Result<(Removal, bool), NetlinkError> {
+        let mut ending = self.0.as_ref().map_or_else(Vec::new, |folder| requested(folder.namespace));
+        if !ending.contains(own) {
+            ending.push(own.clone());
+        }
+        let Some(mut socket) = nft::open()? else { return Ok((Removal::default(), true)) };
+        let mut with_chains = Vec::new();
+        for attachment in &ending {
+            // Before the rules: a note without its rules means that another program deleted them.
+            self.forget_masquerade(attachment);
+            if iptables::may_have_chains(&mut socket, "nat", &chains(attachment)) {
+                with_chains.push(attachment);
+            }
+        }
+        let is_ending = |rule: &flannel::pod::Found| ending.iter().any(|attachment| masquerade::is_of(rule, attachment));
+        pod_table::remove_with(&mut socket, &[Table::Masquerade], is_ending)?;
+        for attachment in ending.iter().filter(|attachment| *attachment == own || !with_chains.contains(attachment)) {
+            self.withdraw(attachment);
+        }
+        let own_has_chains = with_chains.contains(&own);
+        // The others go on now. While this process waits for the kernel with the folder in hand, the next requests gather, and
+        // none of their processes waits for the tables. A process that is alone does other work first.
+        let removal = if ending.len() > 1 { Removal::default() } else { Removal::of(socket) };
+        Ok((removal, own_has_chains))
+    }
+
+    /// Removes the request to remove an attachment's masquerading: it was done, or the attachment is added again.
+    pub fn withdraw(&self, attachment: &Attachment) {
+        self.forget(&request_file(attachment));
+    }
+
     fn forget(&self, name: &str) {
         if let Some(Folder { namespace, .. }) = &self.0 {
             // As a rule there is none.
             let _ = std::fs::remove_file(path(*namespace, name));
         }
     }
+}
+
+/// A request to remove an attachment's masquerading, made before the folder is waited for. The process that gets the folder
+/// next does it for all that wait: closing a netfilter socket waits for an RCU grace period (10 ms) while the namespace has
+/// anything to free, and keeps the others from the tables meanwhile, so that processes which each do their own work take turns.
+#[derive(Debug)]
+pub struct RemovalRequest(Option<PathBuf>);
+
+impl RemovalRequest {
+    /// Makes the request. Where there is no folder, the process does the work itself.
+    pub fn new(attachment: &Attachment) -> RemovalRequest {
+        let Some(namespace) = namespace().filter(|_| is_private()) else { return RemovalRequest(None) };
+        let Attachment { network, container, ifname } = attachment;
+        let path = path(namespace, &request_file(attachment));
+        // A symbolic link appears with its content in one step. None of the names has a slash.
+        match symlink(format!("{network}/{container}/{ifname}"), &path) {
+            // Another DEL of the attachment asks for the same.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => RemovalRequest(None),
+            _ => RemovalRequest(Some(path)),
+        }
+    }
+
+    /// Has another process done it?
+    pub fn is_done(&self) -> bool {
+        self.0.as_ref().is_some_and(|path| std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound))
+    }
+}
+
+/// The name of the request to remove an attachment's masquerading.
+fn request_file(attachment: &Attachment) -> String {
+    format!("{REQUEST}{}", note::masquerade_file(attachment))
+}
+
+/// The attachments whose masquerading is to be removed. A request that a killed process left is one of them: its DEL began.
+fn requested(namespace: u64) -> Vec<Attachment> {
+    let prefix = format!("{namespace}-{REQUEST}");
+    let names = std::fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    let requests = names.filter(|file| file.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)));
+    let read = |file: std::fs::DirEntry| {
+        let target = std::fs::read_link(file.path()).ok()?;
+        let names: Vec<&str> = target.to_str()?.split('/').collect();
+        let [network, container, ifname] = names.as_slice() else { return None };
+        Some(Attachment { network: (*network).to_owned(), container: (*container).to_owned(), ifname: (*ifname).to_owned() })
+    };
+    requests.filter_map(read).collect()
 }
 
 /// Reads all notes of the calling thread's network namespace, with their files.
@@ -109,13 +206,14 @@ pub fn notes() -> io::Result<Vec<(PathBuf, Rules)>> {
 /// Removes all notes of the calling thread's network namespace, which is about to end: a test's.
 pub fn clear() {
     let Some(namespace) = namespace() else { return };
-    for (name, _) in read(namespace).unwrap_or_default() {
+    let names = read(namespace).unwrap_or_default().into_iter().map(|(name, _)| name);
+    for name in names.chain(requested(namespace).iter().map(request_file)) {
         let _ = std::fs::remove_file(path(namespace, &name));
     }
 }
 
-/// Locks the folder.
-fn hold(patience: Duration) -> io::Result<Folder> {
+/// Locks the folder, unless something is done before.
+fn hold(patience: Duration, is_done: impl Fn() -> bool) -> io::Result<Option<Folder>> {
     let unusable = || io::Error::from(io::ErrorKind::Unsupported);
     let namespace = namespace().ok_or_else(unusable)?;
     if !is_private() {
@@ -124,8 +222,8 @@ fn hold(patience: Duration) -> io::Result<Folder> {
     // Other users could lock what they can open.
     lock::private_folder(Path::new(FOLDER))?;
     let folder = File::open(FOLDER)?;
-    lock::acquire(&folder, patience)?;
-    Ok(Folder { _lock: folder, namespace })
+    let is_held = lock::acquire_unless(&folder, patience, is_done)?;
+    Ok(is_held.then_some(Folder { _lock: folder, namespace }))
 }
 
 /// Does the folder exist, and is it this user's?
@@ -230,7 +328,7 @@ impl Kernel {
 
     /// Writes missing rules, and deletes those of pods that are gone.
     pub(crate) fn restore_pod_rules(&mut self) -> Result<(), NetlinkError> {
-        let Ok(Folder { _lock, namespace }) = hold(PATIENCE_OF_DAEMON) else {
+        let Ok(Some(Folder { _lock, namespace })) = hold(PATIENCE_OF_DAEMON, || false) else {
             let busy = || NetlinkError::Refused { errno: libc::EBUSY, message: format!("a plugin holds {FOLDER}") };
             return if is_ours() { Err(busy()) } else { Ok(()) };
         };

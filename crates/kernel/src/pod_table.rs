@@ -29,6 +29,12 @@ pub(crate) struct Handle {
 #[must_use = "dropped at once it waits"]
 pub struct Removal(#[expect(dead_code, reason = "held open")] Option<Socket>);
 
+impl Removal {
+    pub(crate) fn of(socket: Socket) -> Removal {
+        Removal(Some(socket))
+    }
+}
+
 /// Adds rules to a table.
 ///
 /// # Errors
@@ -56,12 +62,18 @@ pub fn add_with_chains(table: Table, chains: &[Chain], rules: &[Rule]) -> Result
 /// What the kernel answers.
 pub fn remove(tables: &[Table], wanted: impl Fn(&Found) -> bool) -> Result<Removal, NetlinkError> {
     let Some(mut socket) = nft::open()? else { return Ok(Removal::default()) };
+    remove_with(&mut socket, tables, wanted)?;
+    Ok(Removal::of(socket))
+}
+
+/// The same with an open socket.
+pub(crate) fn remove_with(socket: &mut Socket, tables: &[Table], wanted: impl Fn(&Found) -> bool) -> Result<(), NetlinkError> {
     for table in tables {
-        let mut rules = read(&mut socket, *table)?;
+        let mut rules = read(socket, *table)?;
         rules.retain(|rule| wanted(&rule.found));
-        delete(&mut socket, *table, &rules)?;
+        delete(socket, *table, &rules)?;
     }
-    Ok(Removal(Some(socket)))
+    Ok(())
 }
 
 /// Removes chains, which must be empty. That one does not exist is success.

@@ -2,9 +2,10 @@
 //! the configuration.
 
 use ::flannel::pod;
-use ::flannel::pod::masquerade::{self, Masquerade};
+use ::flannel::pod::masquerade::Masquerade;
 use ::flannel::pod::note::Rules;
 use ::flannel::{Cidr, Family};
+use kernel::pod_rules::{Notes, RemovalRequest};
 use kernel::pod_table::{self, Removal};
 
 use super::config::MasqBackend;
@@ -14,8 +15,11 @@ use crate::chains::{Own, Table};
 use crate::lock;
 use crate::protocol::{CniError, Request};
 
+/// How the names of a container's chains begin.
+const CHAIN: &str = "CNI-";
+
 fn own(request: &Request<'_>) -> Own {
-    Own::of("CNI-", request)
+    Own::of(CHAIN, request)
 }
 
 /// `end` is the index of the host's end of the container's link.
@@ -24,6 +28,7 @@ pub(super) fn add(request: &Request<'_>, backend: MasqBackend, addresses: &[Cidr
         // The first one creates the chains, and the rules that all share.
         let _lock = lock::host()?;
         let notes = lock::notes()?;
+        notes.withdraw(&request.attachment());
         let masquerade = Masquerade { attachment: request.attachment(), addresses: addresses.to_vec() };
         pod_table::add(pod::Table::Masquerade, &masquerade.rules()).map_err(failed("masquerade the container's addresses"))?;
         note(&notes, end, request, Rules::Masquerade(masquerade));
@@ -50,14 +55,16 @@ pub(super) fn add(request: &Request<'_>, backend: MasqBackend, addresses: &[Cidr
     Ok(())
 }
 
-/// The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
+/// The rules in nftables first: another DEL that runs at the same time may remove them too.
 pub(super) fn remove(request: &Request<'_>) -> Result<Removal, CniError> {
-    let chains = remove_chains(request);
-    let notes = lock::notes()?;
     let attachment = request.attachment();
-    notes.forget_masquerade(&attachment);
-    let removal = pod_table::remove(&[pod::Table::Masquerade], |rule| masquerade::is_of(rule, &attachment));
-    let removal = removal.map_err(failed("remove the container's masquerading"));
+    let wanted = RemovalRequest::new(&attachment);
+    let Some(notes) = Notes::hold_unless(|| wanted.is_done()).map_err(lock::busy)? else { return Ok(Removal::default()) };
+    let removed = notes.remove_masquerades(&attachment, |attachment| Own::names_of(CHAIN, attachment));
+    // An ADD locks the namespace first, which the removal of chains does too.
+    drop(notes);
+    let chains = if removed.as_ref().is_ok_and(|(_, has_chains)| !has_chains) { Ok(()) } else { remove_chains(request) };
+    let removal = removed.map(|(removal, _)| removal).map_err(failed("remove the container's masquerading"));
     chains.and(removal)
 }
 

@@ -103,7 +103,7 @@ pub(crate) fn run(root: &Path, plugin: &Path) {
     let chain = flannel(false);
     let plain = chain.one_by_one(few);
     let masqueraded = flannel(true).one_by_one(few);
-    let rates = ["ADD", "DEL"].map(|verb| chain.parallel(verb, &pods[..PARALLEL]));
+    let rates = [&chain, &flannel(true)].map(|chain| ["ADD", "DEL"].map(|verb| chain.parallel(verb, &pods[..PARALLEL])));
     let full: Vec<Duration> = pods.iter().map(|pod| chain.call("ADD", pod)).collect();
     let raw_add = |pods: &[Pod]| -> Vec<Duration> {
         let add = |(i, (_, _, pod)): (usize, &Pod)| {
@@ -184,8 +184,11 @@ fn print_times(lab: &Lab, pods: &[Pod], peer: Option<&Path>, times: Times) {
 }
 
 /// Prints the rates of pods that are added and deleted eight at a time, and those of other plugins.
-fn print_rates(lab: &Lab, pods: &[Pod], peer: Option<&Path>, rates: [f64; 2]) {
-    println!("\n| {PARALLEL} pods, 8 in parallel | ADD/s | DEL/s |\n|---|--:|--:|\n| ours | {:.0} | {:.0} |", rates[0], rates[1]);
+fn print_rates(lab: &Lab, pods: &[Pod], peer: Option<&Path>, rates: [[f64; 2]; 2]) {
+    println!("\n| {PARALLEL} pods, 8 in parallel | ADD/s | DEL/s |\n|---|--:|--:|");
+    for (what, [add, del]) in ["ours", "ours, ipMasq"].iter().zip(rates) {
+        println!("| {what} | {add:.0} | {del:.0} |");
+    }
     if let Some(folder) = peer {
         for masquerade in [false, true] {
             let peer = other(lab, folder, masquerade);
