@@ -220,6 +220,7 @@ impl Cleanup {
         if self.dry_run {
             return;
         }
+        pod_rules::forget_requests();
         let locks = subnet_file.with_file_name(app::LOCKS);
         for folder in
             [Some(Path::new(pod_rules::FOLDER)), Some(&*locks), subnet_file.parent(), Some(Path::new(LOCKS))].into_iter().flatten()

@@ -206,9 +206,17 @@ pub fn notes() -> io::Result<Vec<(PathBuf, Rules)>> {
 /// Removes all notes of the calling thread's network namespace, which is about to end: a test's.
 pub fn clear() {
     let Some(namespace) = namespace() else { return };
-    let names = read(namespace).unwrap_or_default().into_iter().map(|(name, _)| name);
-    for name in names.chain(requested(namespace).iter().map(request_file)) {
+    for (name, _) in read(namespace).unwrap_or_default() {
         let _ = std::fs::remove_file(path(namespace, &name));
+    }
+    forget_requests();
+}
+
+/// Removes the requests that killed processes left in the calling thread's network namespace.
+pub fn forget_requests() {
+    let Some(namespace) = namespace() else { return };
+    for attachment in requested(namespace) {
+        let _ = std::fs::remove_file(path(namespace, &request_file(&attachment)));
     }
 }
 
