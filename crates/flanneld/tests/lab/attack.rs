@@ -90,7 +90,8 @@ pub(crate) fn hostile_clients_lose_no_ping(root: &Path) {
     }
     let pods = [lab.add_pod(0).unwrap(), lab.add_pod(1).unwrap()];
     ping_all_from(&pods[0].netns, &[pods[1].address]);
-    let target = Target { health: "10.0.0.1:8081".parse().unwrap(), secure, stop: AtomicBool::new(false) };
+    let mac = lab.hosts[1].shell("ip -o link show flannel.1 | sed 's/.*ether //; s/ .*//'").unwrap().trim().to_owned();
+    let target = Target { health: "10.0.0.1:8081".parse().unwrap(), secure, mac, stop: AtomicBool::new(false) };
     with_store(&lab, &target, async |kv| {
         drop(kv.put(PutRequest { key: PEER.1.into(), value: PEER.2.into(), ..PutRequest::default() }).await.unwrap())
     });

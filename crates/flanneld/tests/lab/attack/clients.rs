@@ -18,6 +18,8 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 pub(super) struct Target {
     pub(super) health: SocketAddr,
     pub(super) secure: Secure,
+    /// The VTEP MAC of the host that the pings go to.
+    pub(super) mac: String,
     pub(super) stop: AtomicBool,
 }
 
@@ -242,8 +244,12 @@ fn hostile_leases(target: &Target) {
         "x".repeat(1_400_000),
         "\0\u{1b}[31m".to_owned(),
     ];
+    // The key of the other host's tunnel, under a subnet that sorts before its own.
+    let theft = vxlan("10.0.0.3", &target.mac);
     target.with_store(true, async |channel| {
         let mut kv = KvClient::new(channel);
+        let key = b"/coreos.com/network/subnets/10.244.0.0-24".to_vec();
+        let _ = kv.put(PutRequest { key, value: theft.clone().into_bytes(), ..PutRequest::default() }).await;
         for (i, value) in values.iter().enumerate() {
             for key in [
                 format!("10.244.{}.0-24", 200 + i),
