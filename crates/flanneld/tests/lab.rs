@@ -286,17 +286,18 @@ fn conflict_is_reported_and_rate_limited(root: &Path) {
     let lab = start(root, 2, "host-gw", StoreKind::Embedded);
     let netns = &lab.hosts[0].netns;
     let whole = observe(netns);
-    let conflicts = || lab.hosts[0].state().unwrap()["objects"]["conflicts"].to_string();
+    let objects = || lab.hosts[0].state().unwrap()["objects"].clone();
     eventually("the conflict is reported with the other program", || {
         // It may be deleted already.
         let _ = netns.run(|| Command::new("nft").args(["delete", "table", "ip", "flannel-ipv4"]).output()).unwrap().unwrap();
-        conflicts().contains(r#""by":"nft, process "#)
+        let objects = objects();
+        let (_, metrics) = lab.hosts[0].get("/metrics").unwrap();
+        objects["conflicts"].to_string().contains(r#""by":"nft, process "#)
+            && objects["failed"].to_string().contains("conflicting changes by nft, process ")
+            && metrics.contains("\nflannel_conflicts 1\n")
     });
-    assert!(lab.hosts[0].state().unwrap()["objects"]["failed"].to_string().contains("conflicting changes by nft, process "));
-    let (status, metrics) = lab.hosts[0].get("/metrics").unwrap();
-    assert!(status == 200 && metrics.contains("\nflannel_conflicts 1\n"), "{metrics}");
     eventually("the rules are back", || observe(netns) == whole);
-    eventually("its end is reported", || conflicts() == "[]");
+    eventually("its end is reported", || objects()["conflicts"] == json!([]));
 }
 
 fn a_full_mtu_packet_crosses_vxlan(root: &Path) {
