@@ -110,7 +110,7 @@ fn finish_logged(outcome: anyhow::Result<()>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "flanneld ends");
+            tracing::error!(error = %format_args!("{error:#}"), "flanneld ends");
             ExitCode::FAILURE
         }
     }
