@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use flannel::check::{Check, Expected, Facts, Finding, HostFacts, run_all};
+use flannel::object::{Link, LinkKind};
 use flannel::subnet_env::{previous_networks, previous_subnets};
-use flannel::{Family, IfName, PerFamily, Subnet};
+use flannel::{Family, IfName, Mac, PerFamily, Subnet, Vni};
 use kernel::Kernel;
 use kernel::link::LinkInfo;
 use kernel::netlink::{Protocol, Socket};
@@ -74,7 +75,18 @@ fn expected(networks: &[Subnet], file: &str, links: &[LinkInfo]) -> Expected {
         let device = links.iter().find(|link| link.name.as_str().starts_with(prefix) && link.kind == "vxlan");
         expected.devices.set(family, device.map(|link| link.name));
     }
+    if expected.devices.is_empty() {
+        // It may be elsewhere. Without the network config its VNI and port are those of the default.
+        expected.links.extend(default_device());
+    }
     expected
+}
+
+/// The VXLAN device of a network config without VNI and port.
+fn default_device() -> Option<Link> {
+    let (name, lower) = ("flannel.1".parse().ok()?, "eth0".parse().ok()?);
+    let kind = LinkKind::Vxlan { vni: Vni::new(1)?, port: 8472, local: Family::V4.unspecified(), lower, gbp: false, learning: false };
+    Some(Link { name, kind, mac: Mac([0; 6]), mtu: 0, up: true })
 }
 
 fn text(findings: &[Finding], host: &HostFacts) -> String {

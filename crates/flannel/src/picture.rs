@@ -392,6 +392,7 @@ impl Picture {
             addresses: self.node.addrs,
             devices,
             links: links.collect(),
+            refused: Vec::new(),
             retired: self.retired.clone(),
             bridge: self.scope().bridge,
             chosen_by_default_route: false,

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use flannel::check::{self, Expected, Facts, Finding, HostFacts};
+use flannel::object::Key;
 use tokio::time::Instant;
 
 use super::{Reconciler, SlowDone};
@@ -14,6 +15,8 @@ const SETTLE: Duration = Duration::from_millis(500);
 /// Looks have this distance at least, and so many times the processor time that the last one took.
 const DISTANCE: Duration = Duration::from_secs(1);
 const PAUSE: u32 = 50;
+
+const EEXIST: i32 = 17;
 
 /// The state of the checks.
 #[derive(Debug)]
@@ -62,7 +65,9 @@ impl<H: Host + 'static> Reconciler<H> {
     pub(super) fn inspect(&mut self) {
         self.checks.due = None;
         self.checks.is_running = true;
-        let expected = Expected { chosen_by_default_route: self.checks.chosen_by_default_route, ..self.picture.expected() };
+        let mut expected = Expected { chosen_by_default_route: self.checks.chosen_by_default_route, ..self.picture.expected() };
+        let exists = |name| self.failures.get(&Key::Link(name)).is_some_and(|failure| failure.error.errno == EEXIST);
+        expected.refused = expected.links.iter().map(|link| link.name).filter(|name| exists(*name)).collect();
         let read = self.host.inspect(expected.clone());
         self.slow.push(Box::pin(async move {
             let (host, took) = read.await;

@@ -34,6 +34,13 @@ pub(super) fn run(facts: Facts<'_>) -> Vec<Finding> {
                 format!("device {name} was moved to {}, where its name is {}", moved.place, moved.name),
                 format!("{enter} link del {} (flanneld creates {name} again)", moved.name),
             ));
+        } else if facts.expected.refused.contains(&name) {
+            // The daemon gives up the right to enter other namespaces.
+            findings.push(Finding::error(
+                CODE,
+                format!("device {name} is missing, and the kernel refuses a new one: its VNI {vni} and UDP port {port} are used in another network namespace"),
+                "run flanneld doctor as root, which names the namespace, and delete the device there",
+            ));
         }
     }
     findings
@@ -93,6 +100,27 @@ mod tests {
                 device flannel.1 was moved to the network namespace of process 7 (sleep), where its name is flannel.1; fix: nsenter -t 7 -n ip link del flannel.1 (flanneld creates flannel.1 again)
             "#]],
         );
+    }
+
+    #[test]
+    fn device_in_an_unseen_namespace_is_known_by_the_refusal() {
+        let kind = LinkKind::Vxlan {
+            vni: Vni::new(1).unwrap(),
+            port: 8472,
+            local: "192.0.2.1".parse().unwrap(),
+            lower: "eth0".parse().unwrap(),
+            gbp: false,
+            learning: false,
+        };
+        let name = "flannel.1".parse().unwrap();
+        let links = vec![Link { name, kind, mac: Mac([2; 6]), mtu: 1450, up: true }];
+        let seen = SeenLink { name: "eth0".parse().unwrap(), kind: String::new(), vxlan: None, has_pods: false };
+        let host = HostFacts { links: vec![seen], ..HostFacts::default() };
+        let mut expected = Expected { links, ..fixture::expected() };
+        assert_eq!(run(Facts { expected: &expected, host: &host }), [], "it may be about to be created");
+        expected.refused.push(name);
+        let found = run(Facts { expected: &expected, host: &host });
+        assert!(found[0].text.contains("are used in another network namespace"), "{found:?}");
     }
 
     #[test]

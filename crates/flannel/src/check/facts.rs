@@ -23,6 +23,8 @@ pub struct Expected {
     pub devices: PerFamily<IfName>,
     /// The daemon's own links.
     pub links: Vec<Link>,
+    /// Those links that the kernel refuses to create because they exist.
+    pub refused: Vec<IfName>,
     /// Pod networks of earlier runs on this host.
     pub retired: Vec<Subnet>,
     /// The pods' bridge, once it is known.
