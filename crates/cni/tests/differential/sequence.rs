@@ -370,7 +370,7 @@ fn portmap(rng: &mut Rng, conf: &mut Value) {
 
 fn bandwidth(rng: &mut Rng) -> Value {
     let mut limits = json!({});
-    // A burst holds a frame of any interface here: a smaller one is refused on purpose.
+    // A burst holds a frame of any interface here: with less no full packet passes.
     for (rate, burst) in [("ingressRate", "ingressBurst"), ("egressRate", "egressBurst")] {
         if percent(rng, 70) {
             limits[rate] = rng.u64(1_000..10_000_000_000).into();
