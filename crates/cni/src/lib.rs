@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn configuration_without_an_end_is_refused() {
-        let environment = Environment::from(|name| (name == "CNI_COMMAND").then(|| "ADD".to_owned()));
+        let environment = Environment::from(|name| Some(if name == "CNI_COMMAND" { "ADD" } else { "c" }.to_owned()));
         let error = answer(Plugin::Loopback, &environment, &mut std::io::repeat(b' ')).unwrap_err();
         assert_eq!(error.code, 6, "{}", error.msg);
     }
