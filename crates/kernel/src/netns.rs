@@ -72,8 +72,10 @@ impl Netns {
                 self.0.enter_or_abort();
             }
         }
-        let home = Home(Netns::current()?);
+        let home = Netns::current()?;
         rustix::thread::move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+        // From here on: a thread that may not enter a namespace has not left its own, and could not enter that one either.
+        let home = Home(home);
         let result = f();
         drop(home);
         Ok(result)
