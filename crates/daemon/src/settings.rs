@@ -99,7 +99,7 @@ pub struct RunArgs {
     /// Port of the health server; 0 turns it off
     #[arg(long, default_value_t = 0, value_name = "PORT", value_parser = port, allow_negative_numbers = true, help_heading = "Health")]
     pub healthz_port: u16,
-    /// Measure the paths to all peers: at most ten small probes a second, whatever their number
+    /// Measure the paths to all peers, by at most ten probes a second in all
     #[arg(long, default_value = "on", value_name = "on|off", value_parser = switch, action = ArgAction::Set, help_heading = "Health")]
     pub probe: bool,
     /// UDP port of the probes between daemons, the same on all hosts; 0: peers' probes are not answered, and only their kernels are asked
