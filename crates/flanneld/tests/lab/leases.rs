@@ -166,7 +166,7 @@ pub(crate) fn store_restart_loses_no_packet(root: &Path, store: StoreKind) {
         lab.wait_state(0, "to notice", |state| state["store"]["connected"] == false).unwrap();
         lab.start_store().unwrap();
         // What changes before the daemons are back is seen in their fresh snapshots: one host gone, one new.
-        let new = many_leases("vxlan").remove(1);
+        let new = lease(901, "vxlan");
         lab.with_store(async |store| {
             let snapshot = store.snapshot().await?;
             if let Some(entry) = snapshot.entries.iter().find(|entry| entry.key == gone.key) {
