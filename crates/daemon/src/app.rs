@@ -149,7 +149,7 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     })
     .await?;
     for note in config.backend.notes(&node) {
-        tracing::warn!(note, "setting not followed as it is");
+        tracing::warn!(note, "network config adjusted");
     }
     tracing::info!(
         interface = %node.ext, address = %list(&node.addrs), published = %list(&node.public), mtu = node.mtu,

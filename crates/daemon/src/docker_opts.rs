@@ -39,19 +39,25 @@ pub const SCRIPT: &str = "mk-docker-opts.sh";
 /// Writes the file with the options.
 ///
 /// # Errors
-/// When a file cannot be read or written, a value is invalid, or the subnet is routed through a gateway.
+/// When a file cannot be read or written, a value is invalid, or the subnet is routed through a gateway. Nothing is written
+/// then.
 pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&args.env).with_context(|| format!("-f: cannot read {}", args.env.display()))?;
     let rendered = render(&text, args, |name| std::env::var(name).ok()).with_context(|| args.env.display().to_string())?;
-    kernel::file::write(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))?;
-    let subnet: Option<Subnet> = variables(&text).get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok());
+    if let Some(subnet) = variables(&text).get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok()) {
+        refuse_routed_subnet(subnet, &args.env)?;
+    }
+    kernel::file::write(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))
+}
+
+/// Refuses a subnet that this host reaches through a gateway: Docker would assign another host's addresses.
+fn refuse_routed_subnet(subnet: Subnet, env: &Path) -> anyhow::Result<()> {
     let mut socket = Socket::open(Protocol::Route)?;
     let routes = route::list(&mut socket, Family::V4, route::Filter::All).context("cannot read the routes")?;
-    let elsewhere = routes.iter().find(|route| Some(route.dst) == subnet && route.gateway);
     ensure!(
-        elsewhere.is_none(),
-        "{}: this host has a route to this subnet through a gateway, so another host may own it",
-        subnet.map_or(String::new(), |s| s.to_string())
+        !routes.iter().any(|route| route.dst == subnet && route.gateway),
+        "FLANNEL_SUBNET {subnet} is routed through a gateway: another host owns it; is {} stale? restart flanneld",
+        env.display()
     );
     Ok(())
 }

@@ -205,7 +205,7 @@ fn ipv6(text: &str) -> Result<IpAddr, String> {
     text.parse().map(IpAddr::V6).map_err(|_| "it must be an IPv6 address".to_owned())
 }
 
-/// A port; Go flannel takes a negative one for none.
+/// Parses `on` or `off`.
 fn switch(text: &str) -> Result<bool, String> {
     match text {
         "on" | "true" => Ok(true),
@@ -214,6 +214,7 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
+/// Parses a port. As in Go flannel, a negative number means none.
 fn port(text: &str) -> Result<u16, String> {
     let number: i64 = text.parse().map_err(|_| "it must be a port, or 0 for none".to_owned())?;
     u16::try_from(number.max(0)).map_err(|_| "a port is at most 65535".to_owned())

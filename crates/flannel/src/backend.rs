@@ -231,7 +231,7 @@ pub enum Refusal {
     #[error("its BackendData cannot be used: {0}")]
     BadData(String),
     /// It uses another VNI, so that both hosts drop each other's VXLAN packets.
-    #[error("its VNI is {0}, this host's is {1}: one of the two was started with another network config; restart that one")]
+    #[error("its VNI is {0}, this host's is {1}: restart flanneld on the host whose VNI differs from Backend.VNI in the store")]
     OtherVni(u32, Vni),
     /// Its VTEP has the MAC address of this host's VTEP.
     #[error("its VTEP MAC {0} is this host's own: a cloned machine?")]

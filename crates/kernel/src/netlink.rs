@@ -250,8 +250,7 @@ impl Socket {
                 batch.ask_for_ack(start);
             }
         }
-        let (begin, end) = batch.bytes(from, to);
-        self.send(&batch.buffer[begin..end])?;
+        self.send(&batch.buffer[batch.byte_range(from..to)])?;
 
         let base = outcomes.len();
         outcomes.resize_with(base + (to - from), || Ok(()));

@@ -418,7 +418,7 @@ fn request_add(socket: &mut Socket, dst: Subnet, via: Option<IpAddr>, oif: u32, 
     const RTAX_ADVMSS: u16 = 8;
     socket.request(RTM_NEWROUTE, CREATE | EXCL, |body| {
         let scope = options.scope.unwrap_or(if via.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK });
-        let start = body.len();
+        let start = body.offset();
         write(body, dst, RTPROT_BOOT, scope, RTN_UNICAST, 0);
         body.attr_u32(RTA_OIF, oif);
         if let Some(via) = via {

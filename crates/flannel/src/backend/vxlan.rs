@@ -56,7 +56,8 @@ fn device_name(family: Family, vni: Vni) -> IfName {
         Family::V4 => "flannel",
         Family::V6 => "flannel-v6",
     };
-    // Long names are truncated: the kernel limits interface names to 15 bytes, which flannel-v6.16777215 exceeds.
+    // The kernel limits interface names to 15 bytes, which long VNIs exceed: flannel-v6.16777215 is truncated. The truncated
+    // names of different VNIs can collide.
     let mut name = format!("{stem}.{vni}");
     name.truncate(15);
     name.parse().expect("the name has 9 to 15 bytes and no special characters")
@@ -265,7 +266,7 @@ mod tests {
                   neigh 10.244.3.0 lladdr 0e:00:00:00:00:03 dev flannel.1
                   route 10.244.3.0/24 via 10.244.3.0 dev flannel.1 metric 3 onlink
                 10.244.4.0-24:
-                  refused: its VNI is 7, this host's is 1: one of the two was started with another network config; restart that one
+                  refused: its VNI is 7, this host's is 1: restart flanneld on the host whose VNI differs from Backend.VNI in the store
             "#]],
         );
     }

@@ -125,7 +125,7 @@ pub(crate) fn foreign_settings_of_our_device_are_seen_through(root: &Path) {
     for host in 0..2 {
         let state = lab.wait_state(host, "the refusal", |state| state["peers"]["list"][0]["state"] == "refused").unwrap();
         let reason = state["peers"]["list"][0]["reasons"][0].as_str().unwrap_or_default().to_owned();
-        assert!(reason.contains("its VNI is") && reason.contains("restart that one"), "{reason}");
+        assert!(reason.contains("its VNI is") && reason.contains("differs from Backend.VNI in the store"), "{reason}");
     }
 }
 

@@ -1,5 +1,7 @@
 //! Netlink messages as bytes: building them in one buffer, and reading attributes out of them (`linux/netlink.h`).
 
+use std::ops::Range;
+
 use super::{NLM_F_ACK, NLM_F_REQUEST};
 
 pub(super) const HEADER: usize = 16;
@@ -60,8 +62,9 @@ impl Batch {
         self.buffer[start + 6..start + 8].copy_from_slice(&flags.to_ne_bytes());
     }
 
-    pub(super) fn bytes(&self, from: usize, to: usize) -> (usize, usize) {
-        (self.starts[from], self.starts.get(to).copied().unwrap_or(self.buffer.len()))
+    /// The range of bytes that a range of messages has in the buffer.
+    pub(super) fn byte_range(&self, messages: Range<usize>) -> Range<usize> {
+        self.starts[messages.start]..self.starts.get(messages.end).copied().unwrap_or(self.buffer.len())
     }
 }
 
@@ -83,19 +86,14 @@ impl Body<'_> {
         self
     }
 
-    /// The number of bytes written so far into the whole buffer.
-    pub fn len(&self) -> usize {
+    /// The offset in the batch at which the next byte is written, for [`Body::set`].
+    pub fn offset(&self) -> usize {
         self.buffer.len()
     }
 
-    /// Whether no byte is written.
-    pub fn is_empty(&self) -> bool {
-        self.buffer.is_empty()
-    }
-
-    /// Overwrites a byte.
-    pub fn set(&mut self, at: usize, byte: u8) {
-        self.buffer[at] = byte;
+    /// Overwrites the byte at an offset in the batch.
+    pub fn set(&mut self, offset: usize, byte: u8) {
+        self.buffer[offset] = byte;
     }
 
     /// Appends an attribute.
@@ -147,7 +145,7 @@ impl Body<'_> {
     }
 }
 
-/// The attributes in `bytes`: kind without flags, and value. Ends at the first truncated one.
+/// The attributes in `bytes`: kind without flags, and value. The iterator ends at the first truncated attribute.
 pub fn attrs(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(bytes, 0)?);
@@ -192,13 +190,13 @@ pub struct Received<'a> {
     pub flags: u16,
     /// `nlmsg_seq`
     pub seq: u32,
-    /// `nlmsg_pid`: for a notification, the port that caused it, if the kernel names it.
+    /// `nlmsg_pid`: in a notification, the port ID of the process that caused the change, or 0.
     pub port: u32,
     /// The content after the header.
     pub body: &'a [u8],
 }
 
-/// The messages in a datagram. Ends at the first truncated one.
+/// The messages in a datagram. The iterator ends at the first truncated message.
 pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Received<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
