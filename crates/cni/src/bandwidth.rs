@@ -1,5 +1,5 @@
-//! `bandwidth`: limits what an attachment receives and sends by token buckets: on the host's end of its veth pair, and on
-//! an intermediate link for what that end receives (specification, section 7.6).
+//! `bandwidth`: limits the traffic of an attachment with token buckets. Traffic to the container is limited on the host's end
+//! of its veth pair, traffic from it on an intermediate link (specification, section 7.6).
 
 use ::flannel::IfName;
 use kernel::link::{self, LinkInfo};
@@ -16,10 +16,10 @@ use crate::result::{CniResult, Interface};
 
 /// How long a packet may wait to be sent.
 const LATENCY_MS: u64 = 25;
-/// Bytes that a frame has beside the packet: its Ethernet header.
+/// Bytes of a frame's Ethernet header.
 const FRAME_HEADER: u64 = 14;
 
-/// Bits a second and bits of a burst.
+/// A rate in bits a second and a burst in bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Limit {
     rate: u64,
@@ -34,7 +34,7 @@ impl Limit {
     }
 }
 
-/// What the container receives, and what it sends.
+/// The limits on traffic to the container (ingress) and from it (egress).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Limits {
     ingress: Option<Limit>,
@@ -42,7 +42,7 @@ struct Limits {
 }
 
 impl Limits {
-    /// What is wrong with bursts below one frame. Such a bucket never lets a full packet pass, and connections stall.
+    /// Warnings about bursts below one frame. Such a bucket never lets a full packet pass, and connections stall.
     fn warnings(&self, mtu: u32) -> Vec<String> {
         let needed = (u64::from(mtu) + FRAME_HEADER) * 8;
         let limits = [(self.ingress, "ingressBurst"), (self.egress, "egressBurst")].into_iter();
@@ -62,17 +62,17 @@ fn limits(request: &Request<'_>) -> Result<Limits, CniError> {
     let of = |map: &Map<String, Value>| {
         let number = |name: &str| match field(map, name) {
             None => Ok(0),
-            Some(value) => value.as_u64().ok_or_else(|| CniError::decode(format!("{name}: it must be a whole number of at least 0"))),
+            Some(value) => value.as_u64().ok_or_else(|| CniError::decode(format!("{name} must be a whole number of at least 0"))),
         };
         let limit = |rate: &str, burst: &str| match (number(rate)?, number(burst)?) {
             (0, 0) => Ok(None),
             (_, 0) => Err(CniError::config(format!("{burst}: if rate is set, burst must also be set: {rate} is"))),
             (0, _) => Err(CniError::config(format!("{rate}: if burst is set, rate must also be set: {burst} is"))),
             (_, burst_bits) if burst_bits / 8 >= u64::from(u32::MAX) => {
-                Err(CniError::config(format!("{burst}: it must be less than 34359738360 bits (4 GiB)")))
+                Err(CniError::config(format!("{burst} must be less than 34359738360 bits (4 GiB)")))
             }
             (rate_bits, burst) if rate_bits >= 8 => Ok(Some(Limit { rate: rate_bits, burst })),
-            _ => Err(CniError::config(format!("{rate}: it must be at least 8 bits a second"))),
+            _ => Err(CniError::config(format!("{rate} must be at least 8 bits a second"))),
         };
         Ok(Limits { ingress: limit("ingressRate", "ingressBurst")?, egress: limit("egressRate", "egressBurst")? })
     };
@@ -85,8 +85,8 @@ fn limits(request: &Request<'_>) -> Result<Limits, CniError> {
     runtime.map_or(Ok(Limits::default()), of)
 }
 
-/// The names that the attachment's intermediate link may have: the reference plugin's, which all interfaces of the container
-/// in this network would share, and one of its own for those that come second.
+/// The possible names of the attachment's intermediate link: the reference plugin's, which all interfaces of the container
+/// in this network would share, and a name of its own for further interfaces.
 fn ifb_names(request: &Request<'_>) -> [IfName; 2] {
     let name = |ifname: &str| {
         let digest = Sha512::digest(format!("{}{}{ifname}", request.name, request.container_id));
@@ -97,7 +97,7 @@ fn ifb_names(request: &Request<'_>) -> [IfName; 2] {
     [name(""), name(request.ifname)]
 }
 
-/// What the alias of an intermediate link says: whose it is. Those of the reference plugin have none.
+/// The alias of an intermediate link, which names its owner. Links of the reference plugin have no alias.
 fn alias(request: &Request<'_>) -> String {
     let tag = request.attachment().tag().0;
     format!("cni:{}", tag.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
@@ -113,7 +113,7 @@ fn create_ifb(host: &mut Socket, request: &Request<'_>, mtu: u32) -> Result<IfNa
             Err(error) => return Err(failed(format!("create {name}"))(error)),
         }
         let holder = link::alias(host, name).map_err(failed(format!("read {name}")))?.unwrap_or_default();
-        // One without an alias is of another implementation, and of the usual interface.
+        // A link without an alias was created by another implementation, which knows only one interface per container.
         if name == own || holder == alias(request) || holder.is_empty() && request.ifname == "eth0" {
             return Ok(name);
         }

@@ -1,5 +1,5 @@
-//! `bridge`: a veth pair between the container and a bridge of the host (specification, section 7.3). What an ADD did is
-//! undone when a later step fails; the bridge itself is never deleted.
+//! `bridge`: connects the container to a bridge of the host by a veth pair (specification, section 7.3). If a step of ADD
+//! fails, the earlier steps are undone; the bridge itself is never deleted.
 
 mod check;
 mod config;
@@ -28,6 +28,7 @@ use vlan::Vlans;
 
 /// How long the host's end may take to become operational.
 const OPERATIONAL: Duration = Duration::from_secs(3);
+
 pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     match request.command {
         Command::Add => add(request, &Config::new(request)?).map(Some),
@@ -44,7 +45,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
 
 fn gc(request: &Request<'_>) -> Result<(), CniError> {
     let valid = request.valid_attachments()?;
-    // Both are tried, as for a DEL.
+    // As in DEL, an error of the IPAM plugin must not keep stale rules.
     let addresses = ipam(request, Command::Gc);
     if Config::new(request)?.ip_masq.is_some() {
         let notes = lock::notes()?;
@@ -58,18 +59,18 @@ fn gc(request: &Request<'_>) -> Result<(), CniError> {
 /// Calls the IPAM plugin of the configuration, if there is one, with the whole configuration.
 fn ipam(request: &Request<'_>, command: Command) -> Result<Option<CniResult>, CniError> {
     let kind = object(request.conf, "ipam").and_then(|ipam| ipam.map_or(Ok(None), |ipam| string(ipam, "type")));
-    // A DEL does not fail on what ADD would refuse.
+    // DEL ignores an invalid field, which ADD rejects.
     let kind = if command == Command::Del { kind.ok().flatten() } else { kind? };
     let Some(kind) = kind else { return Ok(None) };
     delegate::call_as(kind, request, command, request.conf, "ipam.type")
 }
 
-/// Names the act and the object of a kernel error.
+/// Adds the act and the object to a kernel error.
 fn failed(act: impl std::fmt::Display) -> impl FnOnce(NetlinkError) -> CniError {
     move |error| CniError::failed(format!("cannot {act}: {error}"))
 }
 
-/// What an ADD has to undo, last first, unless it succeeds.
+/// Undoes the steps of an ADD in reverse order, unless the ADD succeeds.
 struct Undo<'a> {
     request: &'a Request<'a>,
     veth: Option<IfName>,
@@ -80,7 +81,7 @@ struct Undo<'a> {
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        // The error that led here is the one to report; what cannot be undone now is undone by the container's DEL.
+        // The error of the ADD is reported. If a step cannot be undone now, DEL of the container does.
         if self.masquerade {
             let _ = masq::remove(self.request);
         }
@@ -122,7 +123,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     let mut result = CniResult::default();
     if config.ipam.is_some() {
         result = ipam(request, Command::Add)?.unwrap_or_default();
-        // Not before: a refusal may be about an address that an earlier ADD of this container holds.
+        // Set only after success: the plugin may have failed because an earlier ADD of this container holds an address.
         undo.ipam = true;
         if result.ips.is_empty() {
             return Err(CniError::failed("the IPAM plugin returned no address"));
@@ -132,7 +133,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     let container = container::configure(&netns, ifname, &mut result, &gateways, config)?;
     let mut more = Vec::new();
     if config.is_gateway && !gateways.is_empty() {
-        // With a VLAN the gateway is on a link of its own, which is a port of that VLAN.
+        // With a VLAN, the gateway's address is on a separate link, which is a port of that VLAN.
         let holder = match config.vlans.as_ref().and_then(Vlans::own) {
             Some(vlan) => {
                 let (gateway, port) = vlan::gateway(&mut host, &bridge, vlan, config.mtu)?;
@@ -146,7 +147,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
             for (gateway, len) in &of_family {
                 set_gateway(&mut host, &holder, config, Cidr { addr: *gateway, len: *len })?;
             }
-            // A kernel that does not answer is asked in the other way.
+            // If the kernel does not report the setting, write it.
             if !of_family.is_empty() && !sysctl::forwards(&mut host, family).unwrap_or(false) {
                 write_sysctl(family.forwarding(), "1")?;
             }
@@ -157,7 +158,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
         let addresses: Vec<Cidr> = result.ips.iter().map(|ip| ip.address).collect();
         masq::add(request, backend, &addresses, veth.index)?;
     }
-    // A container's end that stays down keeps the host's end from becoming operational.
+    // While the container's end is down, the host's end cannot become operational.
     if !config.leave_down {
         await_operational(&mut host, &veth)?;
     }
@@ -188,7 +189,7 @@ fn write_sysctl(name: &str, value: &str) -> Result<(), CniError> {
     sysctl::write(name, value).map_err(|error| CniError::failed(error.to_string()))
 }
 
-/// Sets a sysctl that is an improvement and not a condition: where `/proc/sys` is read-only the kernel's default has to do.
+/// Sets an optional sysctl. If `/proc/sys` is read-only, the kernel's default stays.
 fn prefer_sysctl(name: &str, value: &str) {
     if let Err(error) = sysctl::write(name, value) {
         eprintln!("bridge: {error}");
@@ -197,7 +198,7 @@ fn prefer_sysctl(name: &str, value: &str) {
 
 fn remove_spoofcheck(request: &Request<'_>) -> Result<(), NetlinkError> {
     let attachment = request.attachment();
-    // Jumps go before the chains that they lead to.
+    // Jumps are removed before the chains that they lead to.
     drop(pod_table::remove(&[Table::Spoofcheck], |rule| spoofcheck::is_of(rule, &attachment))?);
     pod_table::remove_chains(Table::Spoofcheck, &spoofcheck::chains(&attachment))
 }
@@ -209,12 +210,12 @@ fn ensure_bridge(host: &mut Socket, config: &Config) -> Result<LinkInfo, CniErro
         Some(found) => (found, false),
         None => {
             match link::create_bridge(host, name, config.mtu, Some(random_mac())) {
-                // Another ADD was faster.
+                // Another ADD created it at the same time.
                 Err(error) if !error.is_exists() => return Err(failed(format!("create the bridge {name}"))(error)),
                 _ => {}
             }
             prefer_sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0");
-            // Duplicate address detection of its link-local address takes two seconds, in which the bridge resolves no pod.
+            // Duplicate address detection of the link-local address takes two seconds, during which the bridge cannot resolve pods.
             prefer_sysctl(&format!("net/ipv6/conf/{name}/accept_dad"), "0");
             (look(host)?.ok_or_else(|| CniError::failed(format!("the bridge {name} was deleted at once")))?, true)
         }
@@ -238,7 +239,7 @@ fn ensure_bridge(host: &mut Socket, config: &Config) -> Result<LinkInfo, CniErro
     Ok(found)
 }
 
-/// A MAC as the kernel draws one: unicast, locally administered.
+/// A random MAC like those of the kernel: unicast, locally administered.
 fn random_mac() -> Mac {
     let mut mac = [0; 6];
     mac.fill_with(|| fastrand::u8(..));
@@ -246,21 +247,21 @@ fn random_mac() -> Mac {
     Mac(mac)
 }
 
-/// Was the bridge's MAC set, so that it does not follow its ports? (`NET_ADDR_SET`) Where sysfs does not show the bridge it
-/// counts as not set; setting it once more only makes the kernel resolve neighbours again.
+/// Was the bridge's MAC set (`NET_ADDR_SET`), so that it does not follow its ports? Without sysfs it counts as not set;
+/// setting it again only makes the kernel resolve neighbours again.
 fn has_own_mac(bridge: IfName) -> bool {
     std::fs::read_to_string(format!("/sys/class/net/{bridge}/addr_assign_type")).is_ok_and(|text| text.trim() == "3")
 }
 
-/// Sets the MAC that a bridge has, before it gets a port. Otherwise it has the lowest MAC of its ports, which changes as pods
-/// come and go, and each change cuts the other pods off until they resolve their gateway again.
+/// Pins the present MAC of a bridge before a port is added. Otherwise the bridge has the lowest MAC of its ports, which changes
+/// with its pods, and each change cuts the other pods off until they resolve their gateway again.
 fn pin_mac(host: &mut Socket, bridge: &LinkInfo) -> Result<(), CniError> {
-    // The kernel leaves a zero MAC when the last port goes.
+    // The kernel zeroes the MAC when the last port is removed.
     let mac = bridge.mac.filter(|mac| mac.0 != [0; 6]).unwrap_or_else(random_mac);
     link::set_mac(host, bridge.index, mac).map_err(failed(format!("pin the MAC of {}", bridge.name)))
 }
 
-/// Creates the pair with its ends in their namespaces, and returns the host's end.
+/// Creates the veth pair with each end in its namespace, and returns the host's end.
 fn create_veth(host: &mut Socket, config: &Config, netns: &Netns, ifname: IfName) -> Result<LinkInfo, CniError> {
     use std::os::fd::AsFd;
     for _ in 0..10 {
@@ -274,7 +275,7 @@ fn create_veth(host: &mut Socket, config: &Config, netns: &Netns, ifname: IfName
                     .ok_or_else(|| CniError::failed(format!("{name} was deleted at once")));
             }
             Err(error) if error.is_exists() => {
-                // Which of the two names is taken? The container's is final.
+                // Either of the two names may be taken. Only the host's can be replaced by another one.
                 let taken = netns.run(|| Socket::open(Protocol::Route).and_then(|mut socket| link::get(&mut socket, ifname)));
                 if matches!(taken, Ok(Ok(Some(_)))) {
                     return Err(CniError::failed(format!("container veth name ({ifname:?}) already exists")));
@@ -298,7 +299,7 @@ fn complete(result: &mut CniResult, config: &Config) -> Vec<(IpAddr, u8)> {
         }
     }
     if config.is_default_gateway {
-        // In the order of the addresses; a family has one.
+        // The first gateway of each family, in the order of the addresses.
         for ip in &result.ips {
             let family = Family::of(ip.address.addr);
             let gateway = gateways.iter().find(|(gateway, _)| Family::of(*gateway) == family).map(|(gateway, _)| *gateway);
@@ -317,13 +318,13 @@ fn complete(result: &mut CniResult, config: &Config) -> Vec<(IpAddr, u8)> {
 fn set_gateway(host: &mut Socket, bridge: &LinkInfo, config: &Config, gateway: Cidr) -> Result<(), CniError> {
     let name = bridge.name;
     let addrs = addr::list(host, bridge.index).map_err(failed(format!("read the addresses of {name}")))?;
-    // Other addresses beside it do no harm.
+    // Further addresses are harmless.
     if addrs.iter().any(|a| a.addr.cidr == gateway) {
         return Ok(());
     }
     let same_family = addrs.iter().map(|a| a.addr.cidr).filter(|have| Family::of(have.addr) == Family::of(gateway.addr));
     for have in same_family {
-        // Several IPv6 networks may share a bridge; of IPv4 there is one.
+        // Several IPv6 networks may share a bridge, but only one IPv4 network.
         if have.addr.is_ipv6() && !have.subnet().overlaps(gateway.subnet()) {
             continue;
         }
@@ -336,14 +337,14 @@ fn set_gateway(host: &mut Socket, bridge: &LinkInfo, config: &Config, gateway: C
         addr::delete(host, bridge.index, have).map_err(failed(format!("remove {have} from {name}")))?;
     }
     match addr::add(host, bridge.index, gateway) {
-        // Another ADD was faster.
+        // Another ADD added it at the same time.
         Err(error) if !error.is_exists() => Err(failed(format!("add {gateway} to {name}"))(error)),
         _ => Ok(()),
     }
 }
 
-/// Waits until the host's end forwards: the bridge lets a port in when its operational state says so, which comes
-/// from a kernel worker a moment after it was set up.
+/// Waits until the host's end forwards. The bridge enables a port when it becomes operational, which a kernel worker sets a
+/// moment after the link was set up.
 fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError> {
     use std::os::fd::AsFd;
     let end = Instant::now() + OPERATIONAL;
@@ -351,7 +352,7 @@ fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError>
         Some(link) => Ok(matches!(link.operstate, OPER_UP | OPER_UNKNOWN)),
         None => Err(CniError::failed(format!("{} was deleted by another program", veth.name))),
     };
-    // As a rule it is by now, and no notification is needed.
+    // Usually it is operational by now, and no notification is needed.
     if is_up()? {
         return Ok(());
     }
@@ -368,19 +369,19 @@ fn await_operational(host: &mut Socket, veth: &LinkInfo) -> Result<(), CniError>
         if left.is_zero() || rustix::event::poll(&mut poll, Some(&timeout)).is_ok_and(|ready| ready == 0) {
             return Err(CniError::failed(format!("{} did not become operational within {} s", veth.name, OPERATIONAL.as_secs())));
         }
-        // The state is read from the link itself; lost events do no harm.
+        // The state is read from the link itself, so lost events are harmless.
         while events.notifications(false, |_| {}).is_ok() {}
     }
 }
 
-/// Removes everything that it finds. It reads no more of the configuration than it needs, and does not fail on what ADD would refuse.
+/// Removes all state of the attachment. Ignores errors in the configuration, which ADD rejects.
 fn del(request: &Request<'_>) -> Result<(), CniError> {
     let flag = |name: &str| boolean(request.conf, name).ok().flatten() == Some(true);
-    // First, because the kernel is done with it by the time that the link is deleted. What the container still sends meanwhile
-    // gets no answer in any case.
+    // Rules are removed first, because the kernel then frees them while the link is deleted. Packets that the container still
+    // sends get no answer in any case.
     let rules = if flag("ipMasq") { masq::remove(request).map(Some) } else { Ok(None) };
     delete_link(request)?;
-    // All are tried: an error of one must not keep the others.
+    // Continues after an error, so that one failed step does not prevent the others.
     let addresses = ipam(request, Command::Del);
     if flag("macspoofchk")
         && let Err(error) = remove_spoofcheck(request)
@@ -391,7 +392,7 @@ fn del(request: &Request<'_>) -> Result<(), CniError> {
     rules.map(drop)
 }
 
-/// Deletes the container's end, if there is one: it ends with its namespace.
+/// Deletes the container's end, unless it was deleted with its namespace.
 fn delete_link(request: &Request<'_>) -> Result<(), CniError> {
     let netns = request.netns.and_then(|path| Netns::open(path).ok());
     if let (Some(netns), Ok(ifname)) = (netns, request.ifname.parse::<IfName>()) {

@@ -1,4 +1,4 @@
-//! Functions for plugins that follow another one in a list: the result so far, and the attachment's interfaces in it.
+//! Functions for chained plugins: the previous result, and the attachment's interfaces in it.
 
 use std::net::IpAddr;
 
@@ -12,14 +12,14 @@ use kernel::pod_rules::Notes;
 use crate::protocol::{CniError, Request, field};
 use crate::result::CniResult;
 
-/// The result of the plugins before this one.
+/// The result of the previous plugins.
 pub(crate) fn previous(request: &Request<'_>) -> Result<CniResult, CniError> {
     let previous = field(request.conf, "prevResult")
         .ok_or_else(|| CniError::config("prevResult: missing: this plugin must be called as chained plugin"))?;
     CniResult::parse(previous)
 }
 
-/// The result of the plugins before this one as far as it can be read: what a DEL needs to find what ADD made.
+/// The valid entries of the result of the previous plugins. DEL finds by them what ADD created.
 pub(crate) fn previous_leniently(request: &Request<'_>) -> CniResult {
     field(request.conf, "prevResult").map(CniResult::parse_leniently).unwrap_or_default()
 }
@@ -28,7 +28,7 @@ pub(crate) fn previous_leniently(request: &Request<'_>) -> CniResult {
 pub(crate) fn container_address(result: &CniResult, request: &Request<'_>, family: Family) -> Option<Cidr> {
     let is_container = |index: Option<usize>| match index.and_then(|index| result.interfaces.get(index)) {
         Some(interface) => interface.name == request.ifname && !interface.sandbox.is_empty(),
-        // Results of old versions do not name it.
+        // Results of old versions do not name the interface.
         None => index.is_none(),
     };
     result.ips.iter().find(|ip| Family::of(ip.address.addr) == family && is_container(ip.interface)).map(|ip| ip.address)
@@ -63,14 +63,14 @@ pub(crate) fn host_end(result: &CniResult) -> Option<u32> {
     links.find(|link| link.kind == "veth").map(|link| link.index)
 }
 
-/// Notes rules that were written, so that the daemon restores them. Without the note they are in effect all the same.
+/// Keeps a note of the written rules, so that the daemon can restore them. The rules are in effect even if this fails.
 pub(crate) fn note(notes: &Notes, end: u32, request: &Request<'_>, rules: Rules) {
     if let Err(error) = notes.keep(end, request.ifname, rules) {
         eprintln!("flanneld will not restore the container's rules when they are flushed: {error}");
     }
 }
 
-/// Names the act and the object of a kernel error.
+/// Adds the act and the object to a kernel error.
 pub(crate) fn failed(act: impl std::fmt::Display) -> impl FnOnce(NetlinkError) -> CniError {
     move |error| CniError::failed(format!("cannot {act}: {error}"))
 }

@@ -1,5 +1,5 @@
-//! Chains of iptables, as the reference plugins keep them: some shared by all containers, one a container. A table is
-//! changed by one `iptables-restore`.
+//! iptables chains with the layout of the reference plugins: some shared by all containers, and one per container. Each change
+//! of a table is one run of `iptables-restore`.
 
 use std::net::IpAddr;
 
@@ -12,18 +12,18 @@ use sha2::{Digest, Sha512};
 use crate::lock;
 use crate::protocol::{CniError, Request};
 
-/// The longest name of a chain in iptables.
-const NAME: usize = 28;
+/// The maximum length of an iptables chain's name.
+const MAX_NAME: usize = 28;
 
 fn name(prefix: &str, network: &str, id: &str) -> String {
     let digest: String = Sha512::digest(format!("{network}{id}")).iter().map(|byte| format!("{byte:02x}")).collect();
     let mut name = format!("{prefix}{digest}");
-    name.truncate(NAME);
+    name.truncate(MAX_NAME);
     name
 }
 
-/// The chains and comments of one attachment. All interfaces of a container in a network would share the reference plugin's
-/// chain; so one that comes second has a chain of its own, and comments name any interface but the usual one.
+/// The chains and comments of one attachment. In the reference plugin, all interfaces of a container in a network share one
+/// chain. Here further interfaces have their own chain, and comments name every interface but `eth0`.
 pub(crate) struct Own {
     shared: String,
     own: String,
@@ -33,7 +33,7 @@ pub(crate) struct Own {
 }
 
 impl Own {
-    /// Those of the attachment of a request.
+    /// The chains and comments of the attachment of a request.
     pub(crate) fn of(prefix: &str, request: &Request<'_>) -> Own {
         let (network, id, ifname) = (request.name, request.container_id, request.ifname);
         let is_usual = ifname == "eth0";
@@ -43,13 +43,13 @@ impl Own {
         Own { shared: name(prefix, network, id), own: name(prefix, network, &format!("{id} {ifname}")), comment, marker, is_usual }
     }
 
-    /// The names that the chain of an attachment may have.
+    /// The possible names of an attachment's chain.
     pub(crate) fn names_of(prefix: &str, attachment: &Attachment) -> Vec<String> {
         let Attachment { network, container, ifname } = attachment;
         vec![name(prefix, network, container), name(prefix, network, &format!("{container} {ifname}"))]
     }
 
-    /// The comment of its rules, after a prefix.
+    /// The comment of the attachment's rules, with a prefix.
     pub(crate) fn comment(&self, prefix: &str) -> String {
         comment(&format!("{prefix}{}", self.comment))
     }
@@ -58,22 +58,23 @@ impl Own {
         [&self.own, &self.shared]
     }
 
-    /// Its chain, if it has one already.
+    /// The attachment's chain, if it exists.
     pub(crate) fn find(&self, table: &Table, base: &str) -> Option<&str> {
         if table.has_chain(&self.own) {
             return Some(&self.own);
         }
-        (table.has_chain(&self.shared) && !self.is_anothers(table, base)).then_some(self.shared.as_str())
+        (table.has_chain(&self.shared) && !self.is_of_another_interface(table, base)).then_some(self.shared.as_str())
     }
 
-    /// The chain that an ADD writes.
+    /// The name of the chain that an ADD writes.
     pub(crate) fn to_write(&self, table: &Table, base: &str) -> &str {
-        let is_free = !table.has_chain(&self.shared) || !self.is_anothers(table, base) && (self.is_usual || self.has_marker(table, base));
+        let is_free =
+            !table.has_chain(&self.shared) || !self.is_of_another_interface(table, base) && (self.is_usual || self.has_marker(table, base));
         if is_free { &self.shared } else { &self.own }
     }
 
-    /// Do rules of the shared chain, or those that lead to it, name another interface of the container?
-    fn is_anothers(&self, table: &Table, base: &str) -> bool {
+    /// Do rules of the shared chain, or rules that jump to it, name another interface of the container?
+    fn is_of_another_interface(&self, table: &Table, base: &str) -> bool {
         self.rules(table, base).iter().any(|rule| rule.contains("if: \\\"") && !rule.contains(&self.marker))
     }
 
@@ -87,8 +88,8 @@ impl Own {
         table.rules(&self.shared).into_iter().chain(leading).collect()
     }
 
-    /// Removes its chain, and whatever in `base` jumps to it. `addresses` are its addresses as far as they are known: a chain
-    /// that names no interface may be that of another one, with another address.
+    /// Removes the attachment's chain, and the rules of `base` that jump to it. `addresses` are the attachment's known addresses:
+    /// a chain whose rules name no interface is removed only if they name one of these addresses.
     pub(crate) fn remove(&self, family: Family, table: &'static str, base: &str, addresses: &[IpAddr]) -> Result<(), CniError> {
         let Some(mut table) = Table::read_if_chain(family, table, &self.names())? else { return Ok(()) };
         let Some(chain) = self.find(&table, base) else { return Ok(()) };
@@ -97,43 +98,43 @@ impl Own {
         };
         let is_known = chain == self.own || self.is_usual || addresses.is_empty() || self.has_marker(&table, base);
         let rules = self.rules(&table, base);
-        // A chain without rules is what a flush leaves; whose it was does not matter.
+        // A flush leaves a chain without rules, which any attachment may remove.
         if is_known || rules.is_empty() || rules.iter().any(named) {
             table.remove_chain(chain, &[base]);
         }
         table.write()
     }
 
-    /// The table if the attachment may have a chain in it.
+    /// Reads the table if it may have a chain of the attachment.
     pub(crate) fn read(&self, family: Family, table: &'static str) -> Result<Option<Table>, CniError> {
         Table::read_if_chain(family, table, &self.names())
     }
 }
 
-/// A comment, quoted for `iptables-restore`; it takes 255 bytes.
+/// A comment of at most 255 bytes, quoted for `iptables-restore`.
 pub(crate) fn comment(text: &str) -> String {
     let mut text = text.to_owned();
     text.truncate(255);
     format!("-m comment --comment \"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// A chain's name that the configuration gives.
-pub(crate) fn given_name<'a>(field: &str, name: &'a str) -> Result<&'a str, CniError> {
+/// Validates a chain name of the configuration.
+pub(crate) fn validated_name<'a>(field: &str, name: &'a str) -> Result<&'a str, CniError> {
     let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-')) && !name.starts_with('-');
     let taken = ["INPUT", "OUTPUT", "FORWARD", "PREROUTING", "POSTROUTING", "ACCEPT", "DROP", "RETURN"].contains(&name);
-    if name.is_empty() || name.len() > NAME || !plain || taken {
-        return Err(CniError::config(format!("{field}: {name:?} is not a name for a chain: use 1 to {NAME} letters, digits, _ and -")));
+    if name.is_empty() || name.len() > MAX_NAME || !plain || taken {
+        return Err(CniError::config(format!("{field}: {name:?} is not a name for a chain: use 1 to {MAX_NAME} letters, digits, _ and -")));
     }
     Ok(name)
 }
 
-/// A table as `iptables-save` prints it.
+/// A table in the format of `iptables-save`, and its pending changes.
 pub(crate) struct Table {
     family: Family,
     table: &'static str,
     lines: Vec<String>,
     changes: String,
-    /// Held so that what was read stays true until it is changed.
+    /// Held until the changes are written, so that no other plugin changes the table in between.
     _lock: Lock,
 }
 
@@ -146,13 +147,13 @@ impl Table {
         Ok(Table { family, table, lines: text.lines().map(ToOwned::to_owned).collect(), changes: String::new(), _lock: lock })
     }
 
-    /// The same if one of these chains exists; most containers have none, and then no process is started.
+    /// Reads a table if one of these chains exists. Most containers have none, and then no process is started.
     pub(crate) fn read_if_chain(family: Family, table: &'static str, chains: &[&str]) -> Result<Option<Table>, CniError> {
         if !chains.iter().any(|chain| iptables::may_have_chain(family, table, chain)) {
             return Ok(None);
         }
         if !iptables::has_programs(family) {
-            // Without the programs no plugin made a chain: other tables are in use.
+            // Without the programs no plugin can have created a chain.
             return Ok(None);
         }
         Table::read(family, table).map(|found| chains.iter().any(|chain| found.has_chain(chain)).then_some(found))
@@ -172,7 +173,7 @@ impl Table {
     /// Creates a shared chain with these rules if it does not exist.
     pub(crate) fn ensure_chain(&mut self, chain: &str, rules: &[String]) {
         if !self.has_chain(chain) {
-            // Declaring it, as a container's own, would empty one that another program has created meanwhile.
+            // A declaration (`:CHAIN`) would empty a chain that another program has created in the meantime.
             self.changes.push_str(&format!("-N {chain}\n"));
             rules.iter().for_each(|rule| self.append(chain, rule));
             return;
@@ -182,23 +183,23 @@ impl Table {
         rules.iter().filter(|rule| !have.contains(rule)).for_each(|rule| self.append(chain, rule));
     }
 
-    /// Makes a container's chain have these rules.
+    /// Replaces the rules of a container's chain, and creates it if it does not exist.
     pub(crate) fn replace_chain(&mut self, chain: &str, rules: &[String]) {
         self.changes.push_str(&format!(":{chain} - [0:0]\n"));
         rules.iter().for_each(|rule| self.append(chain, rule));
     }
 
-    /// Adds a rule at a chain's end.
+    /// Appends a rule to a chain.
     pub(crate) fn append(&mut self, chain: &str, rule: &str) {
         self.changes.push_str(&format!("-A {chain} {rule}\n"));
     }
 
-    /// Adds a rule at a chain's beginning.
+    /// Inserts a rule at the beginning of a chain.
     pub(crate) fn insert(&mut self, chain: &str, rule: &str) {
         self.changes.push_str(&format!("-I {chain} 1 {rule}\n"));
     }
 
-    /// Adds a jump to a shared chain if there is none, at the beginning or the end.
+    /// Adds a jump to a shared chain at the beginning or the end, if there is none.
     pub(crate) fn ensure_jump(&mut self, chain: &str, rule: &str, first: bool) {
         let target = rule.rsplit(' ').next().unwrap_or_default();
         if self.rules(chain).iter().any(|have| have.ends_with(&format!("-j {target}"))) {
@@ -207,7 +208,7 @@ impl Table {
         self.changes.push_str(&if first { format!("-I {chain} 1 {rule}\n") } else { format!("-A {chain} {rule}\n") });
     }
 
-    /// Removes a container's chain and whatever in `from` jumps to it.
+    /// Removes a container's chain and the rules of the chains `from` that jump to it.
     pub(crate) fn remove_chain(&mut self, chain: &str, from: &[&str]) {
         let jump = format!("-j {chain}");
         for base in from {
@@ -218,7 +219,7 @@ impl Table {
         }
     }
 
-    /// Removes the rules of a chain that `wanted` picks.
+    /// Removes the rules of a chain that `wanted` selects.
     pub(crate) fn remove_rules(&mut self, chain: &str, wanted: impl Fn(&str) -> bool) {
         for rule in self.rules(chain).iter().filter(|rule| wanted(rule)) {
             self.changes.push_str(&format!("-D {chain} {rule}\n"));

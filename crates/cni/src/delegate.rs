@@ -1,4 +1,4 @@
-//! Calls of another plugin: in this process if `CNI_PATH` leads to this program, in a process of its own otherwise.
+//! Calls of another plugin: in this process if the plugin in `CNI_PATH` is this program, else in a new process.
 
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -12,18 +12,19 @@ use crate::Plugin;
 use crate::protocol::{CniError, Command, DEPTH, Request, string};
 use crate::result::CniResult;
 
-/// How often a plugin whose file is being written is tried, a second apart.
+/// The number of attempts, one second apart, to start a plugin whose file is being written.
 const BUSY_TRIES: u32 = 6;
-/// How many plugins may call each other: `flannel`, its delegate and that one's IPAM plugin are three.
+/// The maximum depth of delegation. `flannel`, its delegate and the IPAM plugin are three.
 const MAX_DEPTH: u32 = 8;
 
-/// Runs the plugin of a configuration for the attachment of `request`. `field` is where the configuration names it.
+/// Runs the plugin that a configuration names in `type` for the attachment of `request`. `field` is the path of that field, for
+/// errors.
 pub(crate) fn call(request: &Request<'_>, command: Command, conf: &Map<String, Value>, field: &str) -> Result<Option<CniResult>, CniError> {
     let kind = string(conf, "type").ok().flatten().unwrap_or_default();
     call_as(kind, request, command, conf, field)
 }
 
-/// The same for a plugin whose name is elsewhere: an IPAM plugin gets the whole configuration of its caller.
+/// Runs the plugin `kind`. An IPAM plugin gets the whole configuration of its caller, whose `type` is the caller's.
 pub(crate) fn call_as(
     kind: &str,
     request: &Request<'_>,
@@ -34,7 +35,7 @@ pub(crate) fn call_as(
     if request.depth + 1 >= MAX_DEPTH {
         let text = format!("{field}: {kind:?}: {MAX_DEPTH} plugins called each other: does one delegate to itself?");
         if command == Command::Del {
-            // ADD refuses this, so there is nothing to undo.
+            // ADD rejects this, so there is nothing to undo.
             eprintln!("{text}");
             return Ok(None);
         }
@@ -85,7 +86,7 @@ fn execute(file: &Path, request: &Request<'_>, command: Command, conf: &Map<Stri
         }
     };
     if let Some(mut stdin) = child.stdin.take() {
-        // A plugin that reads nothing may still succeed.
+        // A plugin that does not read its input may still succeed.
         let _ = stdin.write_all(&serde_json::to_vec(conf).unwrap_or_default());
     }
     let output = child.wait_with_output().map_err(|error| failed("wait for", &error))?;

@@ -1,5 +1,5 @@
-//! `firewall`: lets a container's traffic pass, whatever the host's policy is: in firewalld where that runs, in iptables
-//! otherwise. It isolates containers of different bridges from each other on request (specification, section 7.6).
+//! `firewall`: accepts a container's traffic even if the host's policy drops it, in firewalld if it runs, else in iptables. On
+//! request it isolates bridges or containers from each other (specification, section 7.6).
 
 mod dbus;
 mod firewalld;
@@ -12,7 +12,7 @@ use kernel::netlink::{Protocol, Socket};
 
 use self::firewalld::Firewalld;
 use crate::chained::{addresses, failed, previous, previous_leniently};
-use crate::chains::{Table, comment, given_name};
+use crate::chains::{Table, comment, validated_name};
 use crate::protocol::{CniError, Command, Request, string};
 use crate::result::CniResult;
 
@@ -20,18 +20,18 @@ const FORWARD: &str = "CNI-FORWARD";
 const STAGE_1: &str = "CNI-ISOLATION-STAGE-1";
 const STAGE_2: &str = "CNI-ISOLATION-STAGE-2";
 
-/// Which packets a bridge lets in.
+/// The packets that are accepted to a bridge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Policy {
-    /// All.
+    /// All packets.
     Open,
-    /// None of other bridges that have a policy.
+    /// No packets from other bridges that have a policy.
     SameBridge,
-    /// None of other containers on the same bridge either.
+    /// As `SameBridge`, and no packets from other containers on the same bridge.
     Isolated,
 }
 
-/// What accepts the container's traffic.
+/// The firewall that accepts the container's traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backend {
     /// firewalld if it runs, iptables otherwise.
@@ -41,7 +41,7 @@ enum Backend {
 }
 
 impl Backend {
-    /// The firewalld to use; `None` for iptables.
+    /// Connects to firewalld; `None` if iptables is to be used.
     fn firewalld(self) -> Result<Option<Firewalld>, CniError> {
         match (self, (self != Backend::Iptables).then(Firewalld::connect)) {
             (_, Some(Ok(firewalld))) => Ok(Some(firewalld)),
@@ -70,9 +70,9 @@ impl Config {
         };
         string(conf, "firewalldZone")?;
         let admin_chain = string(conf, "iptablesAdminChainName")?.unwrap_or("CNI-ADMIN");
-        let admin_chain = given_name("iptablesAdminChainName", admin_chain)?;
+        let admin_chain = validated_name("iptablesAdminChainName", admin_chain)?;
         if [FORWARD, STAGE_1, STAGE_2].contains(&admin_chain) {
-            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is another chain of this plugin")));
+            return Err(CniError::config(format!("iptablesAdminChainName: {admin_chain:?} is the name of another chain of this plugin")));
         }
         let policy = match string(conf, "ingressPolicy")?.unwrap_or_default() {
             "" | "open" => Policy::Open,
@@ -86,7 +86,7 @@ impl Config {
     }
 }
 
-/// The zone of firewalld that the container's addresses belong to. Not what ADD would refuse: a DEL asks too.
+/// The firewalld zone of the container's addresses. Ignores an invalid value, because DEL must accept it; ADD rejects it.
 fn zone<'a>(request: &Request<'a>) -> &'a str {
     string(request.conf, "firewalldZone").ok().flatten().unwrap_or("trusted")
 }
@@ -108,8 +108,8 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             added.map(|()| Some(result))
         }
         Command::Del => {
-            // Nothing of the configuration is needed: what ADD would refuse now may have been valid, or another plugin's.
-            // Without a result it is not known whose rules would go.
+            // DEL does not validate the configuration, which may have changed since ADD. Without a previous result the
+            // container's addresses are unknown, and no rule is removed.
             remove(request, &previous_leniently(request)).map(|()| None)
         }
         Command::Check => {
@@ -135,13 +135,13 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
     }
 }
 
-/// The two rules of an address, as `iptables-save` prints them.
+/// The two rules of an address, in the format of `iptables-save`.
 fn rules(ip: IpAddr) -> [String; 2] {
     let net = format!("{ip}/{}", Family::of(ip).bits());
     [format!("-d {net} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"), format!("-s {net} -j ACCEPT")]
 }
 
-/// Removes what accepts the addresses, in iptables and in firewalld: the container may be older than the configuration.
+/// Removes the addresses from firewalld and their rules from iptables: the backend may have changed since ADD.
 fn remove(request: &Request<'_>, result: &CniResult) -> Result<(), CniError> {
     let addresses = addresses(result);
     if !addresses.is_empty()
@@ -177,7 +177,7 @@ fn add(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), CniError> 
     table.write()
 }
 
-/// Isolates the container's bridge as the policy says, where firewalld accepts its traffic.
+/// Isolates the container's bridge by the policy, if firewalld accepts its traffic.
 fn add_policy(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), CniError> {
     if config.policy == Policy::Open {
         return Ok(());
@@ -187,9 +187,10 @@ fn add_policy(config: &Config, result: &CniResult, ip: IpAddr) -> Result<(), Cni
     table.write()
 }
 
-/// Two stages, as Docker has them: what leaves a bridge goes to the second, which drops what enters another one.
+/// Adds the rules of a policy, in two stages as in Docker: the first sends packets that leave a bridge to the second, which
+/// drops those that enter another bridge.
 fn isolate(table: &mut Table, policy: Policy, result: &CniResult) -> Result<(), CniError> {
-    let missing = || CniError::config("ingressPolicy: it needs a result whose first interface is the bridge");
+    let missing = || CniError::config("ingressPolicy: needs a prevResult whose first interface is the bridge");
     let bridge: IfName =
         result.interfaces.first().filter(|first| first.sandbox.is_empty()).and_then(|first| first.name.parse().ok()).ok_or_else(missing)?;
     let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
@@ -207,7 +208,7 @@ fn isolate(table: &mut Table, policy: Policy, result: &CniResult) -> Result<(), 
         wanted.push((STAGE_1, format!("-i {bridge} -o {bridge} {own} -j DROP")));
     }
     for (chain, rule) in wanted {
-        // Before the RETURN at the end.
+        // Inserted before the RETURN at the end.
         if !table.rules(chain).contains(&rule) {
             table.insert(chain, &rule);
         }

@@ -15,21 +15,28 @@ use crate::result::CniResult;
 
 pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> {
     let configured = string(request.conf, "dataDir");
-    // A DEL does not fail on a value that ADD would refuse.
+    // DEL ignores an invalid dataDir, which ADD rejects.
     let configured = if request.command == Command::Del { configured.ok().flatten() } else { configured? };
     let stored = Stored { directory: PathBuf::from(configured.unwrap_or("/var/lib/cni/flannel")) };
     let name = stored_name(request.container_id, request.ifname);
     match request.command {
         Command::Add => {
             let conf = delegate_conf(request.conf, &subnet_env(request)?)?;
-            // Stored before the delegate is called: whatever happens to this process now, a DEL can undo it.
+            // Stored before the delegate is called, so that a DEL can undo the ADD even if this process is killed.
             stored.write(&name, &conf)?;
             delegate::call(request, Command::Add, &conf, "delegate.type")
         }
         Command::Del => del(request, &stored, &name).map(|()| None),
         Command::Check => {
-            let Some(mut conf) = stored.read(&name)? else {
-                return Err(CniError::failed(format!("container {} was not added by this plugin", request.container_id)));
+            let mut conf = match stored.read(&name)? {
+                StoredConf::Valid(conf) => conf,
+                StoredConf::Missing => {
+                    return Err(CniError::failed(format!("container {} was not added by this plugin", request.container_id)));
+                }
+                StoredConf::Corrupt => {
+                    let text = format!("{}; delete the pod and create it again", stored.describe_corrupt(&name));
+                    return Err(CniError::failed(text));
+                }
             };
             if let Some(previous) = request.conf.get("prevResult") {
                 conf.insert("prevResult".to_owned(), previous.clone());
@@ -40,7 +47,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             let valid = request.valid_attachments()?;
             let mut conf = delegate_conf(request.conf, &subnet_env(request)?)?;
             conf.insert(VALID_ATTACHMENTS.to_owned(), request.conf[VALID_ATTACHMENTS].clone());
-            // Both are tried: an error of one must not keep what the other would collect.
+            // An error of the delegate must not keep stale files, nor the reverse.
             let collected = delegate::call(request, Command::Gc, &conf, "delegate.type");
             let keep = |file: &str| valid.iter().any(|valid| stored_name(&valid.container, &valid.ifname) == file);
             stored.retain(request.name, keep)?;
@@ -48,7 +55,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
         }
         Command::Status => match subnet_env(request) {
             Ok(env) => delegate::call(request, Command::Status, &delegate_conf(request.conf, &env)?, "delegate.type"),
-            // Code 50: the plugin cannot serve an ADD.
+            // Code 50: the plugin cannot serve ADD requests.
             Err(error) => Err(CniError { code: 50, ..error }),
         },
         Command::Version => Ok(None),
@@ -56,22 +63,28 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
 }
 
 fn del(request: &Request<'_>, stored: &Stored, name: &str) -> Result<(), CniError> {
-    if let Some(conf) = stored.read(name)? {
-        // Kept until the delegate has succeeded, so that a failed DEL can be repeated.
+    let found = stored.read(name)?;
+    if let StoredConf::Valid(conf) = found {
+        // The file is kept until the delegate has succeeded, so that a failed DEL can be repeated.
         delegate::call(request, Command::Del, &conf, "delegate.type")?;
         return stored.remove(name);
     }
-    // An ADD that was killed before it stored anything may have left this much.
+    // An ADD that was killed while it stored the configuration may have left its temporary file.
     remove_file(&stored.temporary(name))?;
-    // A file without content is what a power cut may leave of a stored configuration. If the present one cannot be used, ADD
-    // would have refused it.
-    if stored.file(name).exists()
-        && let Ok(conf) = subnet_env(request).and_then(|env| delegate_conf(request.conf, &env))
-    {
-        delegate::call(request, Command::Del, &conf, "delegate.type")?;
-        stored.remove(name)?;
-    } else if let Some(conf) = stored.read(request.container_id)? {
-        // Stored by the container alone, as the reference plugin does; it may be another attachment's too.
+    // A power cut can leave an empty file. DEL must not fail for ever because of it.
+    if matches!(found, StoredConf::Corrupt) {
+        let text = stored.describe_corrupt(name);
+        match subnet_env(request).and_then(|env| delegate_conf(request.conf, &env)) {
+            Ok(conf) => {
+                eprintln!("flannel: {text}; using the present configuration instead");
+                delegate::call(request, Command::Del, &conf, "delegate.type")?;
+                return stored.remove(name);
+            }
+            Err(error) => eprintln!("flannel: {text}, and the present configuration cannot be used: {error}"),
+        }
+    }
+    // The reference plugin names the file by the container alone. The file may belong to another attachment too, so it stays.
+    if let StoredConf::Valid(conf) = stored.read(request.container_id)? {
         delegate::call(request, Command::Del, &conf, "delegate.type")?;
     }
     Ok(())
@@ -84,21 +97,21 @@ fn subnet_env(request: &Request<'_>) -> Result<SubnetEnv, CniError> {
             "subnetFile: cannot read {file}: {error}. flanneld writes it once it has a lease: is it running on this host? See its log"
         ))
     })?;
-    // Editors of other systems put a byte-order mark before the text.
+    // Some editors put a byte-order mark before the text.
     SubnetEnv::parse(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|error| CniError::failed(format!("{file} {error}")))
 }
 
-/// The delegate's configuration. Fields that are `null` or empty count as missing.
+/// Builds the delegate's configuration. Fields that are `null` or empty count as missing.
 fn delegate_conf(conf: &Map<String, Value>, env: &SubnetEnv) -> Result<Map<String, Value>, CniError> {
     let is_set = |_: &String, value: &mut Value| !value.is_null() && value.as_str() != Some("");
     let mut delegate = object(conf, "delegate")?.cloned().unwrap_or_default();
     delegate.retain(is_set);
     if delegate.get("type").is_some_and(|kind| !kind.is_string()) {
-        return Err(CniError::config("delegate: type: it must be a string"));
+        return Err(CniError::config("delegate.type must be a string"));
     }
-    for field in ["name", "ipam"] {
+    for (field, reason) in [("name", "the network's name is used"), ("ipam", "it is built from subnet.env")] {
         if delegate.contains_key(field) {
-            return Err(CniError::config(format!("delegate: it must not have {field:?}: that is filled in from subnet.env")));
+            return Err(CniError::config(format!("delegate.{field}: remove it; {reason}")));
         }
     }
     if let Some(runtime) = object(conf, "runtimeConfig")? {
@@ -126,14 +139,22 @@ fn delegate_conf(conf: &Map<String, Value>, env: &SubnetEnv) -> Result<Map<Strin
     Ok(delegate)
 }
 
-/// The name of an attachment's file. The usual interface has the reference plugin's name, the container alone, so that
-/// each plugin can undo what the other did; further interfaces of a container have files of their own, which the reference
-/// plugin does not write. No container's name has a colon.
+/// The name of an attachment's file. For `eth0` it is the container ID alone, as in the reference plugin, so that each
+/// plugin can delete an attachment that the other one added. Further interfaces of a container have their own files, which
+/// the reference plugin does not write. A container ID never contains a colon.
 fn stored_name(container: &str, ifname: &str) -> String {
     if ifname == "eth0" { container.to_owned() } else { format!("{container}:{ifname}") }
 }
 
-/// The delegates' configurations, one file an attachment.
+/// A stored delegate configuration.
+enum StoredConf {
+    Missing,
+    /// The file exists, but is not a JSON object.
+    Corrupt,
+    Valid(Map<String, Value>),
+}
+
+/// The directory of the delegates' configurations, one file per attachment.
 struct Stored {
     directory: PathBuf,
 }
@@ -143,7 +164,7 @@ impl Stored {
         self.directory.join(name)
     }
 
-    /// Where the file is while it is written. A runtime calls for one container once at a time.
+    /// The temporary file of a write. Its name needs no random part: a runtime runs one call per container at a time.
     fn temporary(&self, name: &str) -> PathBuf {
         self.directory.join(format!(".{name}"))
     }
@@ -155,28 +176,29 @@ impl Stored {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.directory).map_err(failed)?;
         let put = |existing| file::put(&file, &text, How { mode: 0o600, durable: true, existing }, |_| Ok(()));
         let written = match put(Existing::Keep) {
-            // Of an ADD that failed before.
+            // An earlier ADD that failed left it.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => put(Existing::ReplaceAlone),
             other => other,
         };
         written.map_err(failed)
     }
 
-    fn read(&self, name: &str) -> Result<Option<Map<String, Value>>, CniError> {
+    fn read(&self, name: &str) -> Result<StoredConf, CniError> {
         let file = self.file(name);
         let text = match fs::read(&file) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(StoredConf::Missing),
             Err(error) => return Err(CniError::new(5, format!("dataDir: cannot read {}: {error}", file.display()))),
         };
-        match serde_json::from_slice(&text) {
-            Ok(Value::Object(conf)) => Ok(Some(conf)),
-            // A DEL must not fail for ever because of it.
-            _ => {
-                eprintln!("flannel: {} is not a configuration; using the present one instead", file.display());
-                Ok(None)
-            }
-        }
+        Ok(match serde_json::from_slice(&text) {
+            Ok(Value::Object(conf)) => StoredConf::Valid(conf),
+            _ => StoredConf::Corrupt,
+        })
+    }
+
+    /// The error about a corrupt file.
+    fn describe_corrupt(&self, name: &str) -> String {
+        format!("dataDir: {} is not valid JSON", self.file(name).display())
     }
 
     fn remove(&self, name: &str) -> Result<(), CniError> {
@@ -184,8 +206,8 @@ impl Stored {
         remove_file(&self.file(name))
     }
 
-    /// Removes the configurations of one network's containers for which `keep` is false. One that cannot be read or removed
-    /// does not keep the others; the first error is reported at the end.
+    /// Removes the configurations of one network's attachments for which `keep` is false. Continues after an error and
+    /// returns the first. A corrupt file does not name its network, so it stays until DEL.
     fn retain(&self, network: &str, keep: impl Fn(&str) -> bool) -> Result<(), CniError> {
         let Ok(entries) = fs::read_dir(&self.directory) else { return Ok(()) };
         let mut done = Ok(());
@@ -194,7 +216,11 @@ impl Stored {
             let Some(id) = name.to_str().filter(|id| !id.starts_with('.') && !keep(id)) else { continue };
             let is_ours = |conf: &Map<String, Value>| field(conf, "name").and_then(Value::as_str) == Some(network);
             let removed = match self.read(id) {
-                Ok(conf) if conf.as_ref().is_some_and(is_ours) => remove_file(&entry.path()),
+                Ok(StoredConf::Valid(conf)) if is_ours(&conf) => remove_file(&entry.path()),
+                Ok(StoredConf::Corrupt) => {
+                    eprintln!("flannel: {}; it is kept until its container is deleted", self.describe_corrupt(id));
+                    Ok(())
+                }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error),
             };
@@ -204,7 +230,7 @@ impl Stored {
     }
 }
 
-/// Removes a file. That it does not exist is success.
+/// Removes a file, if it exists.
 pub(crate) fn remove_file(path: &Path) -> Result<(), CniError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -217,6 +243,7 @@ pub(crate) fn remove_file(path: &Path) -> Result<(), CniError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::{Environment, Invocation};
 
     const ENV: &str = "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.17.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n";
 
@@ -256,7 +283,29 @@ mod tests {
 
     #[test]
     fn forbidden_fields_of_the_delegate_are_refused() {
-        assert_eq!(conf(r#"{"name":"n","delegate":{"type":7}}"#).unwrap_err(), "delegate: type: it must be a string");
-        assert!(conf(r#"{"name":"n","delegate":{"ipam":{}}}"#).unwrap_err().contains("\"ipam\""));
+        assert_eq!(conf(r#"{"name":"n","delegate":{"type":7}}"#).unwrap_err(), "delegate.type must be a string");
+        let error = |delegate: &str| conf(&format!(r#"{{"name":"n","delegate":{delegate}}}"#)).unwrap_err();
+        assert_eq!(error(r#"{"ipam":{}}"#), "delegate.ipam: remove it; it is built from subnet.env");
+        assert_eq!(error(r#"{"name":"x"}"#), "delegate.name: remove it; the network's name is used");
+    }
+
+    #[test]
+    fn check_names_a_corrupt_stored_configuration() {
+        let directory = std::env::temp_dir().join(format!("flannel-corrupt-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let check = |text: &str| {
+            fs::write(directory.join("c1"), text).unwrap();
+            let conf = json!({ "cniVersion": "1.0.0", "name": "n", "dataDir": directory });
+            let environment = Environment::from(|name: &str| {
+                let values = [("CNI_CONTAINERID", "c1"), ("CNI_NETNS", "/ns"), ("CNI_IFNAME", "eth0"), ("CNI_PATH", "/absent")];
+                values.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned())
+            });
+            let invocation = Invocation::new(Command::Check, &environment, &conf.to_string()).unwrap();
+            run(&invocation.request()).unwrap_err().msg
+        };
+        let wanted = format!("dataDir: {}/c1 is not valid JSON; delete the pod and create it again", directory.display());
+        assert_eq!((check(""), check("[]")), (wanted.clone(), wanted));
+        assert!(check(r#"{"type":"bridge"}"#).starts_with("delegate.type: failed to find plugin"));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -1,5 +1,5 @@
-//! `host-local`: addresses of a range, recorded as files of this host (specification, section 7.4). A reservation appears
-//! with its content in one step, so each file names its owner, whatever kills this process.
+//! `host-local`: allocates addresses of a range and records them in files of this host (specification, section 7.4). A
+//! reservation appears with its content in one step, so each file names its owner even if this process is killed.
 
 mod index;
 mod ranges;
@@ -33,7 +33,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             add(request, ipam, &directory(request, string(ipam, "dataDir")?)).map(Some)
         }
         Command::Del => {
-            // Whatever else is wrong with the configuration: ADD would have refused it.
+            // DEL ignores other errors in the configuration; ADD rejects them.
             let ipam = object(request.conf, "ipam").ok().flatten();
             let configured = ipam.and_then(|ipam| string(ipam, "dataDir").ok().flatten());
             match Store::open_existing(&directory(request, configured))? {
@@ -82,12 +82,12 @@ fn add(request: &Request<'_>, ipam: &Map<String, Value>, directory: &Path) -> Re
     let store = Store::open(directory)?;
     store.forget_earlier_boots()?;
 
-    let mut taken = Taken { store: &store, addresses: Vec::new() };
+    let mut rollback = RollbackGuard { store: &store, addresses: Vec::new() };
     let mut ips = Vec::new();
     for (index, set) in sets.iter().enumerate() {
         let wanted = requested.iter().position(|ip| set.iter().any(|range| range.admits(*ip))).map(|at| requested.remove(at));
         let (address, range) = store.allocate(set, index, wanted, &owner)?;
-        taken.addresses.push(address);
+        rollback.addresses.push(address);
         let gateway = Some(range.gateway).filter(|gateway| *gateway != address);
         ips.push(Ip { interface: None, address: Cidr { addr: address, len: range.subnet.prefix_len() }, gateway });
     }
@@ -95,27 +95,27 @@ fn add(request: &Request<'_>, ipam: &Map<String, Value>, directory: &Path) -> Re
         let list: Vec<String> = requested.iter().map(ToString::to_string).collect();
         return Err(CniError::failed(format!("failed to allocate all requested IPs: {}", list.join(" "))));
     }
-    taken.addresses.clear();
-    store.note();
+    rollback.addresses.clear();
+    store.mark_index_current();
     Ok(CniResult { interfaces: Vec::new(), ips, routes, dns })
 }
 
-/// Addresses that are returned unless the ADD succeeds.
-struct Taken<'a> {
+/// Releases the addresses that an ADD reserved, unless the ADD succeeds.
+struct RollbackGuard<'a> {
     store: &'a Store,
     addresses: Vec<IpAddr>,
 }
 
-impl Drop for Taken<'_> {
+impl Drop for RollbackGuard<'_> {
     fn drop(&mut self) {
         for address in &self.addresses {
-            // What cannot be removed now is returned by the container's DEL.
+            // If a file cannot be removed now, the container's DEL removes it.
             let _ = fs::remove_file(self.store.directory.join(address.to_string()));
         }
     }
 }
 
-/// Addresses that the runtime asked for, in any of the places that it may; one that is in several counts once.
+/// The addresses that the runtime requests in `CNI_ARGS`, `args.cni` and `runtimeConfig`, without duplicates.
 fn requested(request: &Request<'_>) -> Result<Vec<IpAddr>, CniError> {
     let list = |object: Option<&Map<String, Value>>| -> Result<Vec<String>, CniError> {
         let list = object.map(|object| array(object, "ips")).transpose()?.flatten();
@@ -135,6 +135,7 @@ fn requested(request: &Request<'_>) -> Result<Vec<IpAddr>, CniError> {
     Ok(requested)
 }
 
+/// Reads a file in the format of resolv.conf(5) as the `dns` of a result.
 fn resolv_conf(path: &str) -> Result<Map<String, Value>, CniError> {
     let text = fs::read_to_string(path).map_err(|error| CniError::failed(format!("resolvConf: cannot read {path}: {error}")))?;
     let mut dns = Map::new();
@@ -160,11 +161,11 @@ fn resolv_conf(path: &str) -> Result<Map<String, Value>, CniError> {
     Ok(dns)
 }
 
-/// Who holds an address.
+/// The attachment that holds an address.
 struct Owner {
-    /// What its address files contain: container and interface.
+    /// The content of its address files: container and interface.
     content: String,
-    /// What files of old versions contain: the container alone.
+    /// The content of files that old versions wrote: the container alone.
     container: String,
 }
 
@@ -193,11 +194,12 @@ struct Store {
     directory: PathBuf,
     lock: File,
     index: Index,
-    /// Is the index complete: has no other program changed the folder since it was?
-    current: Cell<bool>,
+    /// Is the index complete? It is until another program changes the directory.
+    index_is_current: Cell<bool>,
 }
 
 impl Store {
+    /// Opens and locks the store, and creates its directory if it does not exist.
     fn open(directory: &Path) -> Result<Store, CniError> {
         let opened = (|| {
             fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
@@ -211,15 +213,16 @@ impl Store {
             _ => CniError::new(5, format!("ipam.dataDir: cannot open {}: {error}", directory.display())),
         })?;
         let index = Index::of(directory);
-        let current = Cell::new(index.is_current(directory, &lock));
-        Ok(Store { directory: directory.to_owned(), lock, index, current })
+        let index_is_current = Cell::new(index.is_current(directory, &lock));
+        Ok(Store { directory: directory.to_owned(), lock, index, index_is_current })
     }
 
-    /// The store, if anything was ever reserved in it.
+    /// Opens the store if its directory exists.
     fn open_existing(directory: &Path) -> Result<Option<Store>, CniError> {
         if directory.is_dir() { Store::open(directory).map(Some) } else { Ok(None) }
     }
 
+    /// Scans the directory for reserved addresses.
     fn entries(&self) -> Result<Vec<Entry>, CniError> {
         let failed = |error: std::io::Error| CniError::new(5, format!("ipam.dataDir: cannot read {}: {error}", self.directory.display()));
         let directory = File::open(&self.directory).map_err(failed)?;
@@ -227,61 +230,62 @@ impl Store {
         for file in fs::read_dir(&self.directory).map_err(failed)? {
             let file = file.map_err(failed)?;
             let Some(address) = file.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            // A file that is removed meanwhile, without our lock, is another program's.
+            // A program that does not take the lock can remove a file during the scan.
             let Some(content) = read_owner(&directory, file.file_name().as_os_str()) else { continue };
             entries.push(Entry { address, content });
         }
         Ok(entries)
     }
 
-    /// Frees addresses that were reserved before this host was booted: no container of then is alive, and many a runtime
-    /// never calls DEL for it. Each reservation of ours names its boot; those of other implementations do not, and stay. Done
-    /// once a boot.
+    /// Frees addresses that were reserved before this host was booted. Containers do not survive a reboot, and many runtimes
+    /// never call DEL for them. Reservations of this program name their boot; those of other implementations do not, and
+    /// stay. Runs once per boot.
     fn forget_earlier_boots(&self) -> Result<(), CniError> {
         let Some(boot) = boot_id() else { return Ok(()) };
-        if boot_of(&self.lock).is_some_and(|seen| seen == boot) {
+        if read_boot_id(&self.lock).is_some_and(|seen| seen == boot) {
             return Ok(());
         }
         for entry in self.entries()? {
             let file = self.directory.join(entry.address.to_string());
-            if File::open(&file).ok().and_then(|file| boot_of(&file)).is_some_and(|of| of != boot) {
+            if File::open(&file).ok().and_then(|file| read_boot_id(&file)).is_some_and(|reserved_in| reserved_in != boot) {
                 remove_file(&file)?;
             }
         }
-        name_boot(&self.lock);
+        write_boot_id(&self.lock);
         Ok(())
     }
 
-    /// Notes that the index is complete for the folder as it is now, if it was before.
-    fn note(&self) {
-        if self.current.get() {
-            Index::note(&self.directory, &self.lock);
+    /// Records that the index matches the directory after this program's own changes, if it matched before them.
+    fn mark_index_current(&self) {
+        if self.index_is_current.get() {
+            Index::mark_current(&self.directory, &self.lock);
         }
     }
 
-    /// The addresses of an owner. The folder is read only if another program changed it.
+    /// The addresses that an owner holds. Scans the directory only after another program has changed it.
     fn held_by(&self, owner: &Owner) -> Result<Vec<IpAddr>, CniError> {
-        if !self.current.get() {
+        if !self.index_is_current.get() {
             let entries = self.entries()?;
             if self.index.rebuild(entries.iter().map(|entry| (entry.content.as_str(), entry.address))) {
-                Index::note(&self.directory, &self.lock);
-                self.current.set(true);
+                Index::mark_current(&self.directory, &self.lock);
+                self.index_is_current.set(true);
             }
             return Ok(entries.into_iter().filter(|entry| owner.holds(&entry.content)).map(|entry| entry.address).collect());
         }
-        let mut named = self.index.get(&owner.content);
-        named.extend(self.index.get(&owner.container));
-        Ok(named.into_iter().filter(|address| self.owner_of(*address).is_some_and(|content| owner.holds(&content))).collect())
+        let mut indexed = self.index.get(&owner.content);
+        indexed.extend(self.index.get(&owner.container));
+        Ok(indexed.into_iter().filter(|address| self.owner_of(*address).is_some_and(|content| owner.holds(&content))).collect())
     }
 
+    /// The content of an address's file.
     fn owner_of(&self, address: IpAddr) -> Option<String> {
         read_owner(&File::open(&self.directory).ok()?, address.to_string().as_ref())
     }
 
-    /// Reserves an address of a set: the wanted one, else the next after the last one that was allocated.
-    fn allocate(&self, set: &[Range], index: usize, wanted: Option<IpAddr>, owner: &Owner) -> Result<(IpAddr, Range), CniError> {
-        let of = |ip: IpAddr| set.iter().find(|range| range.admits(ip)).copied();
-        if let Some((ip, range)) = wanted.and_then(|ip| Some((ip, of(ip)?))) {
+    /// Reserves an address of a range set: the requested one, else the next free one after the address allocated last.
+    fn allocate(&self, set: &[Range], index: usize, requested: Option<IpAddr>, owner: &Owner) -> Result<(IpAddr, Range), CniError> {
+        let range_of = |ip: IpAddr| set.iter().find(|range| range.admits(ip)).copied();
+        if let Some((ip, range)) = requested.and_then(|ip| Some((ip, range_of(ip)?))) {
             if range.gateway == ip {
                 return Err(CniError::failed(format!("requested IP {ip} is the subnet's gateway")));
             }
@@ -291,11 +295,11 @@ impl Store {
             self.remember_last(index, ip);
             return Ok((ip, range));
         }
-        if let Some(address) = self.held_by(owner)?.into_iter().find(|address| of(*address).is_some()) {
+        if let Some(address) = self.held_by(owner)?.into_iter().find(|address| range_of(*address).is_some()) {
             let holder = owner.content.replace("\r\n", " ");
             return Err(CniError::failed(format!("{address} has been allocated to {holder}, duplicate allocation is not allowed")));
         }
-        let last: Option<IpAddr> = fs::read_to_string(self.last(index)).ok().and_then(|text| text.trim().parse().ok());
+        let last: Option<IpAddr> = fs::read_to_string(self.last_reserved_file(index)).ok().and_then(|text| text.trim().parse().ok());
         for (ip, range) in candidates(set, last) {
             if range.gateway != ip && self.reserve(ip, owner)? {
                 self.remember_last(index, ip);
@@ -305,41 +309,41 @@ impl Store {
         Err(CniError::failed(format!("no IP addresses available in range set: {}", describe(set))))
     }
 
-    /// The file that has the address of a set that was allocated last.
-    fn last(&self, index: usize) -> PathBuf {
+    /// The file with the address that was allocated last from a range set.
+    fn last_reserved_file(&self, index: usize) -> PathBuf {
         self.directory.join(format!("last_reserved_ip.{index}"))
     }
 
-    /// Only a hint where to continue: half of it is as good as none, so it is written in place and leaves no temporary file
-    /// when the process is killed; and without it the address is reserved all the same.
+    /// Records the address that was allocated last. A hint only; a torn write is harmless, so the file is written in place and
+    /// leaves no temporary file if the process is killed.
     fn remember_last(&self, index: usize, ip: IpAddr) {
-        let _ = fs::write(self.last(index), ip.to_string());
+        let _ = fs::write(self.last_reserved_file(index), ip.to_string());
     }
 
-    /// Creates the address's file with its owner in it, in one step; false if it is taken.
+    /// Creates the address's file with its owner in it, in one step. Returns false if the address is taken.
     fn reserve(&self, ip: IpAddr, owner: &Owner) -> Result<bool, CniError> {
         let name = self.directory.join(ip.to_string());
         let failed = |error: std::io::Error| CniError::new(5, format!("ipam.dataDir: cannot write {}: {error}", name.display()));
         match fs::read(&name) {
-            // No plugin of ours writes an empty file, and others hold the lock while they write: its writer died before it
-            // wrote whose the address is.
+            // This program never writes an empty file, and other implementations hold the lock while they write. So the writer
+            // died before it wrote the owner.
             Ok(content) if content.is_empty() => fs::remove_file(&name).map_err(failed)?,
-            // A folder of that name reserves the address as well.
+            // A directory with that name blocks the address too.
             Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => return Ok(false),
             Ok(_) => return Ok(false),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        // Addresses of another set stay in the index; one that is not held any more does no harm there.
-        let mut named = self.index.get(&owner.content);
-        named.retain(|other| *other != ip);
-        named.push(ip);
-        if !self.index.set(&owner.content, &named) {
-            self.current.set(false);
+        // Addresses of other range sets stay in the index. An address that the owner no longer holds is harmless there.
+        let mut indexed = self.index.get(&owner.content);
+        indexed.retain(|other| *other != ip);
+        indexed.push(ip);
+        if !self.index.set(&owner.content, &indexed) {
+            self.index_is_current.set(false);
         }
         let how = How { mode: 0o600, durable: false, existing: Existing::Keep };
         let written = file::put(&name, owner.content.as_bytes(), how, |file| {
-            name_boot(file);
+            write_boot_id(file);
             Ok(())
         });
         match written {
@@ -349,22 +353,23 @@ impl Store {
         }
     }
 
+    /// Releases the addresses of an attachment.
     fn release(&self, id: &str, ifname: &str) -> Result<(), CniError> {
         let owner = Owner::new(id, ifname);
         let exact = |content: &str| content == owner.content;
-        let held = if self.current.get() { self.held_by(&owner)? } else { Vec::new() };
+        let held = if self.index_is_current.get() { self.held_by(&owner)? } else { Vec::new() };
         if held.iter().any(|address| self.owner_of(*address).as_deref().is_some_and(exact)) {
             let own = held.iter().filter(|address| self.owner_of(**address).as_deref().is_some_and(exact));
             remove_all(own.map(|address| self.directory.join(address.to_string())))?;
             self.index.set(&owner.content, &[]);
-            self.note();
+            self.mark_index_current();
             return Ok(());
         }
-        // Not in the index: it holds nothing, or another program wrote what it holds.
+        // The index has no address: the owner holds none, or another program reserved it.
         self.index.set(&owner.content, &[]);
         let entries = self.entries()?;
         let own: Vec<&Entry> = entries.iter().filter(|entry| exact(&entry.content)).collect();
-        // Old files name the container only.
+        // Files of old versions name the container only.
         let found = if own.is_empty() { entries.iter().filter(|entry| entry.content == id).collect() } else { own };
         remove_all(found.iter().map(|entry| self.directory.join(entry.address.to_string())))
     }
@@ -375,13 +380,13 @@ impl Store {
         let is_live = |entry: &Entry| owners.iter().any(|owner| owner.holds(&entry.content));
         let (live, dead): (Vec<Entry>, Vec<Entry>) = self.entries()?.into_iter().partition(is_live);
         let removed = remove_all(dead.iter().map(|entry| self.directory.join(entry.address.to_string())));
-        self.current.set(self.index.rebuild(live.iter().map(|entry| (entry.content.as_str(), entry.address))));
-        self.note();
+        self.index_is_current.set(self.index.rebuild(live.iter().map(|entry| (entry.content.as_str(), entry.address))));
+        self.mark_index_current();
         removed
     }
 }
 
-/// Removes files. One that cannot be removed does not keep the others; its error is reported at the end.
+/// Removes files. Continues after an error and returns the first.
 fn remove_all(files: impl Iterator<Item = PathBuf>) -> Result<(), CniError> {
     let mut done = Ok(());
     for file in files {
@@ -391,25 +396,26 @@ fn remove_all(files: impl Iterator<Item = PathBuf>) -> Result<(), CniError> {
     done
 }
 
-/// The extended attribute of an address file that names its boot; on the lock's file, the boot in which the reservations of
-/// earlier ones were freed.
+/// The extended attribute with a boot ID. An address file has that of the boot in which the address was reserved, the lock
+/// file that of the last boot in which the reservations of earlier boots were freed.
 const BOOT_ATTRIBUTE: &str = "user.flannel.boot_id";
 
-/// The id of this boot (`random(4)`).
+/// The ID of this boot (`random(4)`).
 fn boot_id() -> Option<&'static str> {
     static READ: OnceLock<Option<String>> = OnceLock::new();
     let read = || fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|text| text.trim().to_owned());
     READ.get_or_init(read).as_deref()
 }
 
-/// The boot that a file names, if it does.
-fn boot_of(file: &File) -> Option<String> {
+/// Reads the boot ID of a file, if it has one.
+fn read_boot_id(file: &File) -> Option<String> {
     let mut buffer = [0; 64];
     let length = rustix::fs::fgetxattr(file, BOOT_ATTRIBUTE, &mut buffer[..]).ok()?;
     String::from_utf8(buffer.get(..length)?.to_vec()).ok()
 }
 
-/// Who an address file names. An ADD may read all files, so this makes three system calls where the names are not long.
+/// Reads the owner that an address file names. An ADD may read all files, so this makes only three system calls unless the
+/// content is long.
 fn read_owner(directory: &File, name: &std::ffi::OsStr) -> Option<String> {
     let mut file: File = rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?.into();
     let mut buffer = [0; 512];
@@ -421,9 +427,9 @@ fn read_owner(directory: &File, name: &std::ffi::OsStr) -> Option<String> {
     Some(String::from_utf8(content).ok()?.trim().to_owned())
 }
 
-/// Writes this boot's id to a file. On a file system without extended attributes reservations stay until the runtime
-/// returns them.
-fn name_boot(file: &File) {
+/// Writes this boot's ID to a file. On a file system without extended attributes, reservations stay until the runtime calls
+/// DEL.
+fn write_boot_id(file: &File) {
     if let Some(boot) = boot_id() {
         let _ = rustix::fs::fsetxattr(file, BOOT_ATTRIBUTE, boot.as_bytes(), rustix::fs::XattrFlags::empty());
     }

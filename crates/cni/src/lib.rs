@@ -1,5 +1,5 @@
-//! The CNI plugins of [`NAMES`] in one program that has several names. Synchronous, without an async runtime: a plugin runs
-//! for milliseconds.
+//! The CNI plugins of [`NAMES`] in one program with several names. The program is synchronous, without an async runtime: a
+//! plugin runs for milliseconds.
 //!
 //! A plugin is a function from a [`Request`] to a [`CniResult`]. Delegation stays in this process if the delegate that
 //! `CNI_PATH` leads to is this program, and starts a process otherwise.
@@ -81,7 +81,7 @@ impl Plugin {
         }
     }
 
-    /// The first version of the specification that the plugin supports: results of older ones lack what it needs.
+    /// The first version of the specification that the plugin supports. Results of older versions lack fields that it needs.
     fn since(self) -> &'static str {
         match self {
             Plugin::Bandwidth => "0.3.0",
@@ -103,7 +103,7 @@ pub fn main(plugin: Plugin) -> ExitCode {
         Ok(text) => (text, ExitCode::SUCCESS),
         Err(error) => (error.to_json(), ExitCode::FAILURE),
     };
-    // One write, where standard output would split it at lines. If the reader is gone the error cannot be reported.
+    // One write: Rust's standard output would split the text at lines. If the reader is gone, the error cannot be reported.
     let mut rest = text.as_bytes();
     while let Ok(written @ 1..) = rustix::io::retry_on_intr(|| rustix::io::write(std::io::stdout(), rest)) {
         rest = &rest[written..];
@@ -111,7 +111,7 @@ pub fn main(plugin: Plugin) -> ExitCode {
     code
 }
 
-/// The largest configuration that is read, in bytes: a GC lists every attachment of a host.
+/// The maximum length of a configuration, in bytes. A GC lists every attachment of a host.
 const MAX_CONFIG: u64 = 16 << 20;
 
 fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> Result<String, CniError> {
@@ -141,8 +141,7 @@ fn answer(plugin: Plugin, environment: &Environment, stdin: &mut impl Read) -> R
     Ok(result.map_or(String::new(), |result| result.render(request.version)))
 }
 
-/// Code 8: a plugin that was given the namespace that it runs in would change the host's own interfaces. Checked before the
-/// work.
+/// Refuses the plugin's own namespace with code 8: the plugin would change the host's interfaces.
 fn refuse_own_namespace(request: &Request<'_>) -> Result<(), CniError> {
     use kernel::netns::Netns;
     let id = |netns: std::io::Result<Netns>| netns.and_then(|netns| netns.id()).ok();

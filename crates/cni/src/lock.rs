@@ -1,22 +1,22 @@
-//! Locks between plugins that read and then change what others read and change as well: tables of iptables and nftables, the
-//! link of a VLAN.
+//! Locks between plugins that read and change shared state: tables of iptables and nftables, and the links of a VLAN.
 
 use kernel::lock::{self, Lock};
 use kernel::pod_rules::Notes;
 
 use crate::protocol::CniError;
 
-/// Waits for the notes of pods' rules. A process must not ask for them twice.
+/// Waits for the lock of the notes of pods' rules. A process that holds it must not take it again.
 pub(crate) fn notes() -> Result<Notes, CniError> {
     Notes::hold().map_err(busy)
 }
 
-/// Waits for the lock of the host's namespace, in which the calling thread is. A process must not ask for it twice.
+/// Waits for the lock of the host's network namespace, in which the calling thread runs. A process that holds it must not take
+/// it again.
 pub(crate) fn host() -> Result<Lock, CniError> {
     lock::lock().map_err(busy)
 }
 
-/// Code 11: the runtime tries again later.
+/// An error with code 11: the runtime should try again later.
 pub(crate) fn busy(error: std::io::Error) -> CniError {
     CniError::new(11, format!("{error}; try again later"))
 }

@@ -15,7 +15,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             result(request).map(Some)
         }
         Command::Del => {
-            // A namespace that ended has no lo to set down.
+            // If the namespace is gone, there is no lo to set down.
             if request.netns.is_some_and(|path| Netns::open(path).is_ok()) {
                 set(request, false)?;
             }

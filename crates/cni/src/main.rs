@@ -9,7 +9,7 @@ fn main() -> ExitCode {
     match plugin {
         Some(plugin) => cni::main(plugin),
         None => {
-            eprintln!("flannel-cni: call it by the name of a plugin, or with one as the first argument: {}", cni::NAMES.join(", "));
+            eprintln!("flannel-cni: call it by the name of a plugin, or with that name as the first argument: {}", cni::NAMES.join(", "));
             ExitCode::from(2)
         }
     }

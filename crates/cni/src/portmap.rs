@@ -1,5 +1,5 @@
-//! `portmap`: ports of the host that lead to ports of the container (specification, section 7.5). In nftables unless the
-//! configuration says iptables; a DEL looks in both.
+//! `portmap`: forwards ports of the host to ports of the container (specification, section 7.5), in nftables unless the
+//! configuration selects iptables. DEL removes rules of both.
 
 mod conditions;
 mod config;
@@ -29,7 +29,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
             }
             let added = Family::ALL.into_iter().try_for_each(|family| add(request, &config, &result, family));
             if added.is_err() {
-                // The error that led here is the one to report.
+                // The error of the ADD is reported.
                 let _ = remove(request, &[]);
             }
             added.map(|()| Some(result))
@@ -46,7 +46,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
     }
 }
 
-/// The mappings that concern a family.
+/// The mappings that apply to a family.
 fn of_family(mappings: &[Mapping], family: Family) -> Vec<Mapping> {
     mappings.iter().filter(|mapping| mapping.host_ip.is_none_or(|ip| Family::of(ip) == family)).copied().collect()
 }
@@ -71,7 +71,7 @@ fn add(request: &Request<'_>, config: &Config, result: &CniResult, family: Famil
 
 fn add_nftables(request: &Request<'_>, config: &Config, result: &CniResult, container: Cidr, mappings: &[Mapping]) -> Result<(), CniError> {
     let family = Family::of(container.addr);
-    // The first one creates the chains, and the rules that all share.
+    // The first ADD creates the chains and the shared rules.
     let _lock = lock::host()?;
     let notes = lock::notes()?;
     let ports =
@@ -87,8 +87,8 @@ fn add_nftables(request: &Request<'_>, config: &Config, result: &CniResult, cont
     Ok(())
 }
 
-/// Lets packets from 127.0.0.1 leave by the interface that leads to the container: the kernel drops them otherwise. A
-/// container that the host has no route to cannot be reached from there in any case.
+/// Allows packets from 127.0.0.1 on the interface that leads to the container; by default the kernel drops them. Without a
+/// route to the container there is nothing to allow.
 fn route_localnet(container: Cidr) -> Result<(), CniError> {
     let mut socket = Socket::open(Protocol::Route).map_err(failed("open netlink"))?;
     let Ok(reach) = route::reach(&mut socket, container.addr) else { return Ok(()) };
@@ -100,7 +100,7 @@ fn route_localnet(container: Cidr) -> Result<(), CniError> {
     }
 }
 
-/// Removes tracked UDP connections to the host's ports, which would go on to where they went before.
+/// Removes tracked UDP connections to the host's ports, which would otherwise keep their old destination.
 fn forget_udp(family: Family, mappings: &[Mapping]) {
     let udp = ports::udp_ports(mappings);
     if let Err(error) = conntrack::forget_udp(family, &udp) {
@@ -108,19 +108,19 @@ fn forget_udp(family: Family, mappings: &[Mapping]) {
     }
 }
 
-/// Removes the attachment's rules, whatever the configuration says now.
+/// Removes the attachment's rules in nftables and iptables, because the backend may have changed since ADD.
 fn remove(request: &Request<'_>, mappings: &[Mapping]) -> Result<(), CniError> {
     let attachment = request.attachment();
     let addresses = container_addresses(&previous_leniently(request), request);
-    // The nftables rules last: each socket that is closed after they were deleted waits for the kernel.
+    // nftables rules are removed last: after that, closing a netlink socket waits until the kernel has freed them.
     let chains = iptables::remove(request, &addresses);
     let notes = lock::notes()?;
     notes.forget_ports(&attachment);
     let removal = pod_table::remove(&PORTS, |rule| ports::is_of(rule, &attachment, &addresses));
     let _removal = removal.map_err(failed("remove the container's port mappings"))?;
-    // Others need not wait for what the kernel does then.
+    // Released early: other plugins need not wait until the kernel has freed the rules.
     drop(notes);
-    // Only now: a packet that arrives before would be tracked again.
+    // Done after the rules are removed: until then, a packet would create a tracked connection again.
     Family::ALL.iter().for_each(|family| forget_udp(*family, &of_family(mappings, *family)));
     chains
 }

@@ -1,5 +1,5 @@
-//! The protocol that all plugins share: environment, configuration, versions, errors (CNI specification 1.1.0; ours,
-//! section 7.1).
+//! The protocol that all plugins share: environment, configuration, versions, errors (CNI specification 1.1.0; this
+//! project's specification, section 7.1).
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 /// Supported versions of the specification.
 pub const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
-/// An error as the runtime reads it.
+/// An error that the runtime reads from standard output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CniError {
     /// The specification's code; 999 for an internal error.
@@ -32,7 +32,7 @@ impl CniError {
         CniError::new(2, msg)
     }
 
-    /// Code 4: the environment lacks something or has something unusable.
+    /// Code 4: a variable of the environment is missing or invalid.
     pub fn environment(msg: impl Into<String>) -> CniError {
         CniError::new(4, msg)
     }
@@ -47,7 +47,7 @@ impl CniError {
         CniError::new(7, msg)
     }
 
-    /// Code 999: the work failed.
+    /// Code 999: the operation failed.
     pub fn failed(msg: impl Into<String>) -> CniError {
         CniError::new(999, msg)
     }
@@ -76,7 +76,7 @@ pub fn pretty(value: &Value) -> String {
     String::from_utf8(bytes).expect("JSON is UTF-8")
 }
 
-/// What the runtime asks for.
+/// The command of the runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// Attach.
@@ -85,7 +85,7 @@ pub enum Command {
     Del,
     /// Verify that the attachment is as ADD left it.
     Check,
-    /// Remove what belongs to no valid attachment.
+    /// Remove the state of all attachments but the valid ones.
     Gc,
     /// Report whether an ADD could succeed.
     Status,
@@ -106,11 +106,11 @@ pub struct Environment {
     depth: u32,
 }
 
-/// The variable by which a plugin tells the plugins that it starts how many called each other before.
+/// The variable with the depth of delegation: how many plugins called each other before this one.
 pub const DEPTH: &str = "FLANNEL_CNI_DEPTH";
 
 impl Environment {
-    /// Reads the variables from a function that knows them.
+    /// Reads the variables with a function that returns the value of a variable.
     pub fn from(var: impl Fn(&str) -> Option<String>) -> Environment {
         let get = |name: &str| var(name).filter(|value| !value.is_empty());
         Environment {
@@ -125,7 +125,7 @@ impl Environment {
         }
     }
 
-    /// The command; `None` when this was not called by a runtime at all.
+    /// The command; `None` if no runtime called the program.
     ///
     /// # Errors
     /// Code 4 for a command that does not exist.
@@ -159,7 +159,7 @@ impl Environment {
     }
 }
 
-/// One call of a plugin as it came: what a [`Request`] borrows from.
+/// One call of a plugin, which owns the data that a [`Request`] borrows.
 #[derive(Debug)]
 pub struct Invocation {
     command: Command,
@@ -190,7 +190,7 @@ pub struct Request<'a> {
     pub netns_override: bool,
     /// The interface in it; empty for GC and STATUS.
     pub ifname: &'a str,
-    /// `CNI_ARGS`, as it came.
+    /// `CNI_ARGS`, unparsed.
     pub args: &'a str,
     /// The directories of `CNI_PATH`.
     pub path: &'a [PathBuf],
@@ -224,7 +224,7 @@ impl Invocation {
             let parsed = if command == Command::Add { new_interface(&ifname) } else { ifname.parse().map_err(|error| format!("{error}")) };
             parsed.map_err(|error| CniError::environment(format!("invalid CNI_IFNAME: {error}")))?;
         }
-        // Editors of other systems put a byte-order mark before the text.
+        // Some editors put a byte-order mark before the text.
         let conf: Value = serde_json::from_str(stdin.strip_prefix('\u{feff}').unwrap_or(stdin))
             .map_err(|error| CniError::decode(format!("the configuration on standard input is not JSON: {error}")))?;
         let Value::Object(conf) = conf else {
@@ -273,7 +273,7 @@ impl Invocation {
     }
 }
 
-/// The version of a configuration that names none.
+/// The version of a configuration without `cniVersion`.
 const OLDEST: &str = "0.1.0";
 
 /// Does the configuration's version exist, and does it have the command?
@@ -294,8 +294,8 @@ fn check_version(command: Command, version: &str) -> Result<(), CniError> {
 }
 
 impl<'a> Request<'a> {
-    /// The same call with another configuration: what a delegate in this process gets. The configuration is one that this
-    /// program wrote, or the caller's own, so it is not validated again.
+    /// The same call with another configuration, for a delegate in this process. This program built the configuration, or it
+    /// is the caller's own, so it is not validated again.
     pub fn delegated<'b>(&self, command: Command, conf: &'b Map<String, Value>) -> Request<'b>
     where
         'a: 'b,
@@ -323,7 +323,7 @@ impl<'a> Request<'a> {
         place(self.version) >= place(since)
     }
 
-    /// Refuses a configuration whose version is earlier.
+    /// Refuses a configuration with an earlier version.
     ///
     /// # Errors
     /// Code 1.
@@ -335,7 +335,7 @@ impl<'a> Request<'a> {
         Err(CniError { code: 1, msg: "incompatible CNI versions".to_owned(), details })
     }
 
-    /// A value of `CNI_ARGS`; an empty one is missing.
+    /// A value of `CNI_ARGS`; an empty value counts as missing.
     ///
     /// # Errors
     /// When `CNI_ARGS` is malformed, or has unknown keys and `IgnoreUnknown` is not set.
@@ -379,10 +379,10 @@ impl<'a> Request<'a> {
         object(self.conf, "runtimeConfig")
     }
 
-    /// The valid attachments of a GC. `null` is an empty list: libcni writes a Go slice without elements so.
+    /// The valid attachments of a GC. `null` is an empty list: that is how libcni writes a nil slice of Go.
     ///
     /// # Errors
-    /// When the list is missing or malformed: nothing may be collected then.
+    /// When the list is missing or malformed; then nothing may be removed.
     pub fn valid_attachments(&self) -> Result<Vec<Attachment>, CniError> {
         let list = match self.conf.get(VALID_ATTACHMENTS) {
             Some(Value::Array(list)) => list.as_slice(),
@@ -403,24 +403,27 @@ impl<'a> Request<'a> {
 /// The field of a GC that lists the attachments to keep.
 pub const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
 
-/// A boolean of the environment, as the reference implementation reads it.
+/// Parses a boolean of the environment as the reference implementation does.
 fn is_true(text: &str) -> bool {
     text == "1" || text.eq_ignore_ascii_case("true")
 }
 
-/// A name for an interface that is to be created. The kernel replaces `%d` by a number, and has sysctls named `all` and
-/// `default` for all interfaces.
+/// Validates a name for a new interface. The kernel replaces `%d` by a number, and uses `all` and `default` as the names of
+/// sysctl directories for all interfaces.
 ///
 /// # Errors
 /// The reason why the kernel would refuse it.
 pub fn new_interface(name: &str) -> Result<IfName, String> {
-    if matches!(name, "all" | "default") || name.contains('%') {
+    if matches!(name, "all" | "default") {
         return Err(format!("{name:?} is reserved by the kernel: choose another name"));
+    }
+    if name.contains('%') {
+        return Err(format!("{name:?} contains %, which the kernel replaces by a number: choose another name"));
     }
     name.parse().map_err(|error| format!("{error}"))
 }
 
-/// A MAC address for an interface.
+/// Parses a MAC address for an interface.
 ///
 /// # Errors
 /// Code 7, naming the field.
@@ -437,13 +440,13 @@ fn is_identifier(text: &str) -> bool {
     bytes.next().is_some_and(|b| b.is_ascii_alphanumeric()) && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
-/// A field by its name, case-insensitively as Go reads it; the exact spelling wins, `null` is missing.
+/// Looks up a field by its name, case-insensitively as Go does. The exact spelling wins; `null` counts as missing.
 pub fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     let found = object.get(name).or_else(|| object.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value));
     found.filter(|value| !value.is_null())
 }
 
-/// A field that must be a string. An empty one is missing: Go programs write fields so that were never set.
+/// A field that must be a string. An empty string counts as missing: Go programs write unset fields that way.
 ///
 /// # Errors
 /// Code 6, naming the field.
@@ -490,7 +493,7 @@ fn typed<'a, T>(
     read: impl Fn(&'a Value) -> Option<T>,
 ) -> Result<Option<T>, CniError> {
     let Some(value) = field(object, name) else { return Ok(None) };
-    read(value).map(Some).ok_or_else(|| CniError::decode(format!("{name}: it must be {what}")))
+    read(value).map(Some).ok_or_else(|| CniError::decode(format!("{name} must be {what}")))
 }
 
 /// The answer to VERSION of a plugin that supports `since` and later.
@@ -538,7 +541,7 @@ mod tests {
         check(&[("CNI_COMMAND", "FROB")], "{}", expect!["4: unknown CNI_COMMAND: FROB "]);
         check(&ADD, "garbage", expect!["6: the configuration on standard input is not JSON: expected value at line 1 column 1 "]);
         check(&ADD, "[]", expect!["6: the configuration on standard input is not a JSON object "]);
-        check(&ADD, r#"{"name":7}"#, expect!["6: name: it must be a string "]);
+        check(&ADD, r#"{"name":7}"#, expect!["6: name must be a string "]);
         check(
             &ADD,
             r#"{"name":"../x"}"#,

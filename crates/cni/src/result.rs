@@ -1,4 +1,4 @@
-//! The result of an ADD: read from any version of the specification, written in the configuration's.
+//! The result of an ADD: read in any version of the specification, written in the version of the configuration.
 
 use std::net::IpAddr;
 
@@ -7,14 +7,14 @@ use serde_json::{Map, Value, json};
 
 use crate::protocol::{CniError, pretty};
 
-/// An interface that the attachment made or uses.
+/// An interface that the attachment created or uses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Interface {
     /// Its name.
     pub name: String,
     /// Its link-layer address.
     pub mac: String,
-    /// Its MTU in bytes, 0 where it is not known.
+    /// Its MTU in bytes; 0 if unknown.
     pub mtu: u32,
     /// The path of the network namespace that it is in; empty for the host's.
     pub sandbox: String,
@@ -25,7 +25,7 @@ pub struct Interface {
 /// An address of the attachment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ip {
-    /// The place in the list of interfaces.
+    /// The index in the list of interfaces.
     pub interface: Option<usize>,
     /// The address with its prefix length.
     pub address: Cidr,
@@ -38,7 +38,7 @@ pub struct Ip {
 pub struct Route {
     /// Destination.
     pub dst: Subnet,
-    /// Gateway; that of the family's first address where there is none.
+    /// Gateway; without one, the gateway of the family's first address is used.
     pub gw: Option<IpAddr>,
     /// Further fields of the configuration (`mtu`, `priority`, …), unchanged.
     pub more: Map<String, Value>,
@@ -53,7 +53,7 @@ pub struct CniResult {
     pub ips: Vec<Ip>,
     /// Routes.
     pub routes: Vec<Route>,
-    /// Name servers and the like, unchanged.
+    /// DNS settings, unchanged.
     pub dns: Map<String, Value>,
 }
 
@@ -101,7 +101,7 @@ impl CniResult {
                 result.insert(key.to_owned(), list.into());
             }
         }
-        // Before 1.0.0 the field was always there.
+        // Before 1.0.0 the field was mandatory.
         if !self.dns.is_empty() || !new {
             result.insert("dns".to_owned(), self.dns.clone().into());
         }
@@ -139,24 +139,24 @@ impl CniResult {
         first.map(|()| result)
     }
 
-    /// The same without what cannot be read.
+    /// Reads a result of any version, and skips invalid entries.
     pub fn parse_leniently(value: &Value) -> CniResult {
         CniResult::read(value, drop)
     }
 
-    /// Reads what can be read, and reports the rest.
+    /// Reads the valid entries, and reports an error for each invalid one.
     fn read(value: &Value, mut report: impl FnMut(CniError)) -> CniResult {
-        let bad = |what: &str| CniError::decode(format!("result: {what}"));
+        let decode_error = |what: &str| CniError::decode(format!("result: {what}"));
         let mut result = CniResult::default();
         let Value::Object(object) = value else {
-            report(bad("it is not a JSON object"));
+            report(decode_error("it is not a JSON object"));
             return result;
         };
         let list = |key: &str| object.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let gateway = |value: &Value, key: &str| match value.get(key).and_then(Value::as_str) {
             None | Some("") => Ok(None),
-            Some(ip) => ip.parse().map(Some).map_err(|_| bad(&format!("{key}: {ip:?} is not an address"))),
+            Some(ip) => ip.parse().map(Some).map_err(|_| decode_error(&format!("{key}: {ip:?} is not an address"))),
         };
         for i in list("interfaces") {
             let mtu = i.get("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok()).unwrap_or(0);
@@ -167,7 +167,7 @@ impl CniResult {
         let old = ["ip4", "ip6"].iter().filter_map(|key| object.get(*key)).map(|old| (old, "ip"));
         for (ip, key) in list("ips").iter().map(|ip| (ip, "address")).chain(old.clone()) {
             let interface = ip.get("interface").and_then(Value::as_u64).and_then(|index| usize::try_from(index).ok());
-            let address = text(ip, key).parse().map_err(|error| bad(&format!("{key}: {error}")));
+            let address = text(ip, key).parse().map_err(|error| decode_error(&format!("{key}: {error}")));
             match address.and_then(|address| Ok(Ip { interface, address, gateway: gateway(ip, "gateway")? })) {
                 Ok(ip) => result.ips.push(ip),
                 Err(error) => report(error),
@@ -193,13 +193,13 @@ impl Route {
     /// # Errors
     /// Code 6, naming the field.
     pub fn parse(value: &Value) -> Result<Route, CniError> {
-        let Value::Object(object) = value else { return Err(CniError::decode("routes: each must be an object with dst")) };
+        let Value::Object(object) = value else { return Err(CniError::decode("routes: each entry must be an object with dst")) };
         let mut more = object.clone();
         let dst = more.remove("dst").as_ref().and_then(Value::as_str).unwrap_or_default().parse();
-        let dst = dst.map_err(|error| CniError::decode(format!("routes: dst: {error}")))?;
+        let dst = dst.map_err(|error| CniError::decode(format!("routes.dst: {error}")))?;
         let gw = match more.remove("gw").as_ref().and_then(Value::as_str) {
             None | Some("") => None,
-            Some(gw) => Some(gw.parse().map_err(|_| CniError::decode(format!("routes: gw: {gw:?} is not an address")))?),
+            Some(gw) => Some(gw.parse().map_err(|_| CniError::decode(format!("routes.gw: {gw:?} is not an address")))?),
         };
         Ok(Route { dst, gw, more })
     }
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn lenient_parsing_skips_what_cannot_be_read() {
+    fn lenient_parsing_skips_invalid_entries() {
         let value = json!({ "ips": [{ "address": "10.1.17.2/24" }, { "address": "x" }, 7], "routes": [{ "dst": "y" }] });
         assert!(CniResult::parse(&value).is_err());
         assert_eq!(CniResult::parse_leniently(&value).ips.len(), 1);

@@ -1,5 +1,5 @@
-//! `tuning`: sysctls and attributes of the attachment's interface in the container (specification, section 7.6). The values
-//! before are kept in a file, and restored by DEL.
+//! `tuning`: sets sysctls and attributes of the attachment's interface in the container (specification, section 7.6). The
+//! previous values of the attributes are kept in a file, and DEL restores them.
 
 mod duplicates;
 
@@ -21,7 +21,7 @@ use crate::loopback::open_netns;
 use crate::protocol::{CniError, Command, Request, boolean, number, object, string, unicast_mac};
 use crate::result::CniResult;
 
-/// Patterns of sysctls that may be set, one a line; without the file all may be set.
+/// Patterns of sysctls that may be set, one per line. Without the file, all may be set.
 const ALLOW_LIST: &str = "/etc/cni/tuning/allowlist.conf";
 
 /// The validated configuration.
@@ -37,8 +37,8 @@ struct Config {
 }
 
 impl Config {
-    /// Reads the configuration. What `args.cni` says takes precedence, as in the reference plugin; for the MAC the runtime
-    /// comes second, `CNI_ARGS` third and the configuration last.
+    /// Reads the configuration. `args.cni` takes precedence, as in the reference plugin. For the MAC, `runtimeConfig` comes
+    /// second, `CNI_ARGS` third and the configuration last.
     fn new(request: &Request<'_>) -> Result<Config, CniError> {
         let conf = request.conf;
         let none = Map::new();
@@ -94,8 +94,8 @@ fn sysctls(request: &Request<'_>, args: &Map<String, Value>) -> Result<Vec<(Stri
     Ok(found)
 }
 
-/// The path of a sysctl. As in sysctl(8) the first separator decides: with dots, a slash stands for a dot in the name of an
-/// interface; with slashes, both are as they are.
+/// The path of a sysctl. As in sysctl(8), the first separator decides. In a name with dots, a slash stands for a dot of an
+/// interface's name; a name with slashes is the path itself.
 fn sysctl_path(name: &str) -> String {
     let swapped = |char| match char {
         '.' => '/',
@@ -123,7 +123,7 @@ pub(crate) fn run(request: &Request<'_>) -> Result<Option<CniResult>, CniError> 
     match request.command {
         Command::Add => add(request, &Config::new(request)?).map(Some),
         Command::Del => {
-            // The interface ends with the container: a value that is not restored harms no other.
+            // An error is only printed: the interface is usually deleted with the container.
             if let Err(error) = restore(request) {
                 eprintln!("tuning: {error}");
             }
@@ -152,7 +152,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     }
     let changed = change(&netns, name, config);
     if changed.is_err() {
-        // The error that led here is the one to report.
+        // The error of the ADD is reported.
         let _ = restore(request);
     }
     let Some(now) = changed? else { return Ok(result) };
@@ -167,7 +167,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     Ok(result)
 }
 
-/// Keeps the values of an interface that are going to be changed. An earlier file has the values before the first change.
+/// Saves the values that are about to be changed. A file of an earlier ADD is kept, because it has the original values.
 fn keep(file: &Path, before: &LinkInfo, config: &Config) -> Result<(), CniError> {
     let mut object = Map::new();
     if config.mac.is_some() {
@@ -194,11 +194,11 @@ fn keep(file: &Path, before: &LinkInfo, config: &Config) -> Result<(), CniError>
     }
 }
 
-/// Changes the sysctls, and the interface if any of its attributes is configured: sysctls alone need none.
+/// Sets the sysctls, and the configured attributes of the interface. Sysctls alone do not need the interface.
 fn change(netns: &Netns, name: IfName, config: &Config) -> Result<Option<LinkInfo>, CniError> {
     in_container(netns, |socket| {
         for (path, value) in &config.sysctls {
-            // Some can be written and not read.
+            // Some sysctls are write-only.
             if matches!(sysctl::read(path), Ok(None)) {
                 return Err(CniError::failed(format!("sysctl: the kernel has no {path}")));
             }
@@ -209,7 +209,7 @@ fn change(netns: &Netns, name: IfName, config: &Config) -> Result<Option<LinkInf
         }
         let before = read(socket, name)?;
         if let Some(mac) = config.mac {
-            // Some drivers change it only while the link is down.
+            // Some drivers can change the MAC only while the link is down.
             let changed = link::set_mac(socket, before.index, mac).or_else(|_| {
                 link::set_up(socket, before.index, false)?;
                 link::set_mac(socket, before.index, mac)?;
@@ -237,7 +237,7 @@ fn change(netns: &Netns, name: IfName, config: &Config) -> Result<Option<LinkInf
 fn restore(request: &Request<'_>) -> Result<(), CniError> {
     let file = backup(&directory(string(request.conf, "dataDir").ok().flatten()), request);
     let Ok(text) = fs::read_to_string(&file) else { return Ok(()) };
-    // Whatever becomes of it: an interface that ended needs nothing.
+    // Removed first: if the interface is gone, there is nothing to restore.
     remove_file(&file)?;
     if let (Some(path), Ok(Value::Object(before))) = (request.netns, serde_json::from_str(&text))
         && let Ok(netns) = Netns::open(path)
@@ -268,7 +268,7 @@ fn check(request: &Request<'_>, config: &Config) -> Result<(), CniError> {
     in_container(&netns, |socket| {
         for (path, value) in &config.sysctls {
             let have = match sysctl::read(path) {
-                // What can only be written has no value to compare.
+                // A write-only sysctl cannot be compared.
                 Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => continue,
                 have => have.ok().flatten().unwrap_or_default(),
             };

@@ -1,5 +1,5 @@
-//! Configurations, hosts and sequences of calls as users reported them: several attachments of a container, unset fields,
-//! a read-only `/proc/sys`, values that ADD refuses and DEL must not.
+//! Configurations, hosts and sequences of calls that users reported: several attachments of a container, unset fields, a
+//! read-only `/proc/sys`, values that ADD rejects and DEL must accept.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -32,31 +32,31 @@ fn main() {
     let arguments = Arguments::from_args();
     if !arguments.list {
         netns::isolate(Path::new("/mnt")).expect("these tests need namespaces");
-        // Default folders of plugins are below it.
+        // The plugins' default directories are below it.
         run("mount -t tmpfs tmpfs /var/lib");
-        // Notes and requests of plugins are there, and without root it is another user's.
+        // Plugins keep notes and requests there. Without root the directory belongs to another user.
         run("mount -t tmpfs tmpfs /run");
     }
     let tests: [(&str, Test); 26] = [
         ("del_of_an_attachment_keeps_the_ports_of_another", ports::del_of_an_attachment_keeps_the_ports_of_another),
         ("iptables_chains_of_two_interfaces_are_separate", ports::iptables_chains_of_two_interfaces_are_separate),
         ("del_removes_a_chain_that_was_flushed", ports::del_removes_a_chain_that_was_flushed),
-        ("one_del_removes_the_rules_of_all_that_wait", masquerade::one_del_removes_the_rules_of_all_that_wait),
+        ("one_del_serves_all_waiting_dels", masquerade::one_del_serves_all_waiting_dels),
         ("parallel_dels_leave_no_rules", masquerade::parallel_dels_leave_no_rules),
         ("failed_add_keeps_the_ports_of_another_attachment", ports::failed_add_keeps_the_ports_of_another_attachment),
         ("untagged_port_rules_are_removed_by_address", ports::untagged_port_rules_are_removed_by_address),
         ("empty_and_null_fields_are_unset", empty_and_null_fields_are_unset),
         ("bridge_mac_never_follows_its_ports", bridge_mac_never_follows_its_ports),
         ("zero_bridge_mac_is_replaced", zero_bridge_mac_is_replaced),
-        ("check_fails_where_the_gateway_is_out_of_reach", check_fails_where_the_gateway_is_out_of_reach),
-        ("gc_takes_null_and_continues_after_an_error", gc_takes_null_and_continues_after_an_error),
-        ("route_of_another_attachment_stays_and_is_not_reported", route_of_another_attachment_stays),
-        ("read_only_proc_sys_with_right_values_is_enough", read_only_proc_sys_with_right_values_is_enough),
-        ("del_accepts_what_add_refuses", del_accepts_what_add_refuses),
+        ("check_fails_when_the_gateway_is_unreachable", check_fails_when_the_gateway_is_unreachable),
+        ("gc_accepts_null_and_continues_after_an_error", gc_accepts_null_and_continues_after_an_error),
+        ("route_of_another_attachment_is_kept_and_not_reported", route_of_another_attachment_is_kept_and_not_reported),
+        ("read_only_proc_sys_with_required_values_is_accepted", read_only_proc_sys_with_required_values_is_accepted),
+        ("del_accepts_configurations_that_add_rejects", del_accepts_configurations_that_add_rejects),
         ("portmap_needs_no_route_to_the_container", ports::portmap_needs_no_route_to_the_container),
         ("tuning_follows_args_and_sysctl_names", tuning_follows_args_and_sysctl_names),
-        ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth::bandwidth_links_have_the_reference_name),
-        ("bandwidth_limits_at_their_edges", bandwidth::bandwidth_limits_at_their_edges),
+        ("bandwidth_links_have_the_reference_name_and_an_owner", bandwidth::bandwidth_links_have_the_reference_name_and_an_owner),
+        ("bandwidth_limits_are_validated", bandwidth::bandwidth_limits_are_validated),
         ("firewalld_is_used_where_it_runs", firewalld::firewalld_is_used_where_it_runs),
         ("host_local_validates_requests_and_ranges", host_local_validates_requests_and_ranges),
         ("conditions_for_nftables_are_applied", ports::conditions_for_nftables_are_applied),
@@ -92,13 +92,14 @@ fn parse(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
-/// A network of a bridge of its own, with gateway.
+/// The configuration of a network with its own bridge and gateway.
 fn network(host: &Host, number: u8) -> Value {
     let ipam = json!({ "type": "host-local", "dataDir": host.root.join("networks"), "subnet": format!("10.{number}.0.0/24") });
     json!({ "cniVersion": "1.0.0", "name": format!("net{number}"), "type": "bridge", "bridge": format!("br{number}"),
             "isDefaultGateway": true, "ipam": ipam })
 }
 
+/// The configuration of portmap in that network, with one mapping.
 fn portmap(number: u8, previous: &Value, more: &Value) -> Value {
     let mapping = json!({ "hostPort": 8000 + u32::from(number), "containerPort": 80, "protocol": "tcp" });
     let mut conf = json!({ "cniVersion": "1.0.0", "name": format!("net{number}"), "type": "portmap", "prevResult": previous,
@@ -112,6 +113,7 @@ fn call(host: &Host, plugin: &str, verb: &str, id: &str, ifname: &str, conf: &Va
     host.call_with(plugin, verb, id, &conf.to_string(), &[("CNI_IFNAME", ifname)])
 }
 
+/// The number of rules that translate to an address.
 fn translations(host: &Host, address: &str) -> usize {
     host.nft().matches(&format!("dnat to {address}:")).count()
 }
@@ -156,7 +158,7 @@ fn empty_and_null_fields_are_unset(host: &Host) {
         host.call("bridge", "DEL", id, &conf(&json!({}))).unwrap();
     }
     assert!(!folder.join("10.9.0.2").exists() && !folder.join("10.9.0.3").exists());
-    // The meta plugin fills in what is empty.
+    // The meta plugin fills in empty fields.
     let mut meta = host.conf("1.0.0");
     meta["delegate"] = json!({ "type": "", "mtu": null, "bridge": "cni1", "isDefaultGateway": true });
     meta["ipam"]["type"] = "".into();
@@ -188,7 +190,7 @@ fn bridge_mac_never_follows_its_ports(host: &Host) {
     seen.dedup();
     assert_eq!(seen.len(), 1, "{seen:?}");
     assert!(seen[0] != "00:00:00:00:00:00" && !host.nft().contains("br5"));
-    // A bridge of another program, whose gateway address exists already: its MAC would follow its ports.
+    // A bridge of another program that has the gateway's address already: its MAC would follow its ports.
     shell(&host.netns, "ip link add br6 type bridge; ip addr add 10.6.0.1/24 dev br6; ip link set br6 up");
     let before = mac_of(host, "br6");
     let other = network(host, 6);
@@ -205,7 +207,7 @@ fn zero_bridge_mac_is_replaced(host: &Host) {
         &host.netns,
         "ip link add br5 type bridge; ip link add d0 type veth peer name d1; ip link set d0 master br5; ip link del d0; ip addr add 10.5.0.1/24 dev br5",
     );
-    assert_eq!(mac_of(host, "br5"), "00:00:00:00:00:00", "the kernel takes the MAC along with the last port");
+    assert_eq!(mac_of(host, "br5"), "00:00:00:00:00:00", "the kernel zeroes the MAC when the last port is removed");
     let conf = network(host, 5);
     let _pod = host.pod("c1");
     let mac = parse(&host.call("bridge", "ADD", "c1", &conf).unwrap())["interfaces"][0]["mac"].as_str().unwrap().to_owned();
@@ -214,7 +216,7 @@ fn zero_bridge_mac_is_replaced(host: &Host) {
     assert_eq!(mac_of(host, "br5"), mac);
 }
 
-fn check_fails_where_the_gateway_is_out_of_reach(host: &Host) {
+fn check_fails_when_the_gateway_is_unreachable(host: &Host) {
     let pod = host.pod("c1");
     let mut conf = network(host, 5);
     conf["isDefaultGateway"] = false.into();
@@ -228,7 +230,7 @@ fn check_fails_where_the_gateway_is_out_of_reach(host: &Host) {
     assert_eq!(check().unwrap_err()["msg"], "eth0 is down in the container");
 }
 
-fn gc_takes_null_and_continues_after_an_error(host: &Host) {
+fn gc_accepts_null_and_continues_after_an_error(host: &Host) {
     let mut conf = host.conf("1.1.0");
     for id in ["c1", "c2"] {
         host.pod(id);
@@ -249,7 +251,7 @@ fn gc_takes_null_and_continues_after_an_error(host: &Host) {
     assert!(!stuck.exists());
 }
 
-fn route_of_another_attachment_stays(host: &Host) {
+fn route_of_another_attachment_is_kept_and_not_reported(host: &Host) {
     let pod = host.pod("c1");
     let conf = |number| {
         let mut conf = network(host, number);
@@ -258,7 +260,7 @@ fn route_of_another_attachment_stays(host: &Host) {
     };
     call(host, "bridge", "ADD", "c1", "eth0", &conf(5)).unwrap();
     let result = parse(&call(host, "bridge", "ADD", "c1", "net1", &conf(6)).unwrap());
-    assert_eq!(result["routes"], json!([{ "dst": "10.106.0.0/16" }]), "the result lists what was made");
+    assert_eq!(result["routes"], json!([{ "dst": "10.106.0.0/16" }]), "the result lists only the routes that were added");
     let routes = shell(&pod, "ip route");
     assert!(routes.contains("default via 10.5.0.1 dev eth0") && routes.contains("198.51.100.0/24 via 10.5.0.1 dev eth0"), "{routes}");
     assert!(routes.contains("10.106.0.0/16 via 10.6.0.1 dev net1") && !routes.contains("default via 10.6.0.1"), "{routes}");
@@ -267,7 +269,7 @@ fn route_of_another_attachment_stays(host: &Host) {
     call(host, "bridge", "CHECK", "c1", "net1", &check).unwrap();
 }
 
-fn read_only_proc_sys_with_right_values_is_enough(host: &Host) {
+fn read_only_proc_sys_with_required_values_is_accepted(host: &Host) {
     let script = "#!/bin/sh\nmount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys && exec \"$CNI_PATH/$1\"\n";
     let inner = host.root.join("read-only");
     std::fs::write(&inner, script).unwrap();
@@ -289,11 +291,11 @@ fn read_only_proc_sys_with_right_values_is_enough(host: &Host) {
     assert_eq!(shell(&host.netns, "cat /proc/sys/net/ipv4/conf/br5/route_localnet").trim(), "1");
 }
 
-fn del_accepts_what_add_refuses(host: &Host) {
+fn del_accepts_configurations_that_add_rejects(host: &Host) {
     let _pod = host.pod("c1");
     let previous = parse(&host.call("bridge", "ADD", "c1", &network(host, 5)).unwrap());
-    let refuse = |plugin: &str, conf: &Value| {
-        host.call(plugin, "ADD", "c1", conf).expect_err("ADD refuses it");
+    let only_del_accepts = |plugin: &str, conf: &Value| {
+        host.call(plugin, "ADD", "c1", conf).expect_err("ADD rejects it");
         host.call(plugin, "DEL", "c1", conf).unwrap_or_else(|error| panic!("{plugin} {conf}: {error}"));
     };
     for mapping in [
@@ -303,16 +305,16 @@ fn del_accepts_what_add_refuses(host: &Host) {
         json!({ "hostPort": 80, "containerPort": 80, "hostIP": "192.168.000.001" }),
         json!(7),
     ] {
-        refuse("portmap", &portmap(5, &previous, &json!({ "runtimeConfig": { "portMappings": [mapping] } })));
+        only_del_accepts("portmap", &portmap(5, &previous, &json!({ "runtimeConfig": { "portMappings": [mapping] } })));
     }
     for more in [json!({ "backend": "x" }), json!({ "externalSetMarkChain": "a b" }), json!({ "markMasqBit": 99 }), json!({ "snat": "x" })]
     {
-        refuse("portmap", &portmap(5, &previous, &more));
+        only_del_accepts("portmap", &portmap(5, &previous, &more));
     }
     let chained = |plugin: &str, more: Value| {
         let mut conf = json!({ "cniVersion": "1.0.0", "name": "net5", "type": plugin, "prevResult": previous });
         conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        refuse(plugin, &conf);
+        only_del_accepts(plugin, &conf);
     };
     for more in [
         json!({ "backend": "firewalld" }),
@@ -340,11 +342,11 @@ fn del_accepts_what_add_refuses(host: &Host) {
         let mut conf = network(host, 5);
         conf["name"] = "other".into();
         conf.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        refuse("bridge", &conf);
+        only_del_accepts("bridge", &conf);
     }
     let mut meta = host.conf("1.0.0");
     meta["dataDir"] = 7.into();
-    refuse("flannel", &meta);
+    only_del_accepts("flannel", &meta);
 }
 
 fn tuning_follows_args_and_sysctl_names(host: &Host) {
@@ -371,7 +373,7 @@ fn tuning_follows_args_and_sysctl_names(host: &Host) {
     host.call_with("tuning", "CHECK", "c1", &all.to_string(), &env).unwrap();
     host.call_with("tuning", "DEL", "c1", &all.to_string(), &env).unwrap();
     assert!(!shell(&pod, "ip -d link show eth0").contains("mtu 1400"));
-    // The other sources of a MAC, in their order.
+    // The other sources of a MAC, in order of precedence.
     for (more, env, mac) in [
         (
             json!({ "mac": "02:00:00:00:00:04", "runtimeConfig": { "mac": "02:00:00:00:00:02" } }),
@@ -386,7 +388,8 @@ fn tuning_follows_args_and_sysctl_names(host: &Host) {
         assert_eq!(result["interfaces"][2]["mac"], mac);
         host.call_with("tuning", "DEL", "c1", &text, &[]).unwrap();
     }
-    // Sysctls alone need no interface; a dotted interface, a sysctl that is given twice, and one that can only be written.
+    // Without an interface: sysctls alone do not need one. The sysctl of an interface with a dot, one that is set twice, and a
+    // write-only one.
     shell(&pod, "ip link add eth0.798 type veth peer name other");
     let sysctls = conf(&json!({ "sysctl": {
         "net.ipv4.conf.eth0/798.log_martians": "1",
@@ -398,7 +401,7 @@ fn tuning_follows_args_and_sysctl_names(host: &Host) {
     host.call_with("tuning", "CHECK", "c1", &sysctls.to_string(), &env).unwrap();
     let values = shell(&pod, "cat /proc/sys/net/ipv4/conf/eth0.798/log_martians /proc/sys/net/ipv4/ip_default_ttl");
     assert_eq!(values, "1\n77\n");
-    // JSON keeps the last of two; a name that is written twice is more likely a mistake than a wish.
+    // A JSON parser keeps the last of two equal keys; a duplicate is more likely a mistake.
     let text = conf(&json!({ "sysctl": { "net.ipv4.ip_default_ttl": "70" } })).to_string();
     let twice = text.replace("\"net.ipv4.ip_default_ttl\":\"70\"", "\"net.ipv4.ip_default_ttl\":\"70\",\"net.ipv4.ip_default_ttl\":\"71\"");
     let error = host.call_with("tuning", "ADD", "c1", &twice, &[]).unwrap_err();
@@ -418,7 +421,7 @@ fn host_local_validates_requests_and_ranges(host: &Host) {
     let env = [("CNI_ARGS", "IgnoreUnknown=True;K8S_POD_NAME=x;IP=10.9.0.7")];
     let result = parse(&host.call_with("host-local", "ADD", "a", &both.to_string(), &env).unwrap());
     assert_eq!(result["ips"][0]["address"], "10.9.0.7/24");
-    // A file of an old version names the container alone, and is a reservation all the same.
+    // A file of an old version names the container alone. It is a reservation too.
     std::fs::write(host.root.join("networks/net/10.9.0.99"), "old").unwrap();
     let error = host.call("host-local", "ADD", "old", &conf("1.0.0", &plain, &json!({}))).unwrap_err();
     assert!(error["msg"].as_str().unwrap().starts_with("10.9.0.99 has been allocated to old"), "{error}");
@@ -428,7 +431,7 @@ fn host_local_validates_requests_and_ranges(host: &Host) {
     for gateway in ["10.10.0.1", "fd00::1"] {
         let ipam = json!({ "subnet": "10.9.0.0/24", "gateway": gateway });
         let error = host.call("host-local", "ADD", "b", &conf("1.0.0", &ipam, &json!({}))).unwrap_err();
-        assert_eq!(error["msg"], format!("ipam.ranges: gateway: {gateway} is not in 10.9.0.0/24"));
+        assert_eq!(error["msg"], format!("ipam.ranges.gateway: {gateway} is not in 10.9.0.0/24"));
     }
     let _pod = host.pod("c1");
     let layer2 = json!({ "cniVersion": "0.2.0", "name": "net", "type": "bridge" });
@@ -437,7 +440,7 @@ fn host_local_validates_requests_and_ranges(host: &Host) {
     assert!(host.links().iter().all(|name| !name.starts_with("veth")), "{:?}", host.links());
     let reserved: Vec<String> = host.files("networks/net").into_iter().filter(|name| name.starts_with("10.")).collect();
     assert_eq!(reserved, ["10.9.0.7", "10.9.0.99"], "a refused ADD reserves nothing");
-    // A folder in the place of an address is no reason to fail.
+    // A directory with an address's name is skipped.
     std::fs::create_dir(host.root.join("networks/net/10.9.0.2")).unwrap();
     let result = parse(
         &host
@@ -458,22 +461,26 @@ fn errors_name_the_field(host: &Host) {
         (json!({ "mtu": 70000 }), "mtu: 70000 is out of range 68..=65535"),
         (json!({ "mtu": 10 }), "mtu: 10 is out of range 68..=65535"),
         (json!({ "bridge": "all" }), "bridge: \"all\" is reserved by the kernel"),
-        (json!({ "bridge": "br%d" }), "bridge: \"br%d\" is reserved by the kernel"),
+        (json!({ "bridge": "br%d" }), "bridge: \"br%d\" contains %, which the kernel replaces by a number: choose another name"),
         (json!({ "runtimeConfig": { "mac": "01:00:5e:00:00:01" } }), "mac: 01:00:5e:00:00:01 is a multicast or zero address"),
         (json!({ "runtimeConfig": { "mac": "00:00:00:00:00:00" } }), "mac: 00:00:00:00:00:00 is a multicast or zero address"),
     ] {
         let text = bridge(more);
         assert!(text.starts_with(wanted), "{wanted}: {text}");
     }
-    for ifname in ["all", "default", "eth%d"] {
+    for (ifname, reason) in [
+        ("all", "is reserved by the kernel"),
+        ("default", "is reserved by the kernel"),
+        ("eth%d", "contains %, which the kernel replaces by a number"),
+    ] {
         let error = call(host, "bridge", "ADD", "c1", ifname, &network(host, 5)).unwrap_err();
-        assert_eq!(error["msg"], format!("invalid CNI_IFNAME: {ifname:?} is reserved by the kernel: choose another name"));
+        assert_eq!(error["msg"], format!("invalid CNI_IFNAME: {ifname:?} {reason}: choose another name"));
         call(host, "bridge", "DEL", "c1", ifname, &network(host, 5)).unwrap();
     }
-    assert!(!host.links().contains("br5"), "nothing was made");
+    assert!(!host.links().contains("br5"), "no bridge was created");
     let text = bridge(json!({ "ipam": { "type": "host-local", "subnet": "10.5.0.1/32", "gateway": "10.6.0.1" } }));
-    assert!(text.starts_with("ipam.ranges: subnet: 10.5.0.1/32 is too small"), "{text}");
-    // A byte-order mark is no part of the text.
+    assert!(text.starts_with("ipam.ranges.subnet: 10.5.0.1/32 is too small"), "{text}");
+    // A byte-order mark is ignored.
     let env = std::fs::read_to_string(host.root.join("subnet.env")).unwrap();
     std::fs::write(host.root.join("subnet.env"), format!("\u{feff}{env}")).unwrap();
     host.call_with("flannel", "ADD", "c1", &format!("\u{feff}{}", host.conf("1.0.0")), &[]).unwrap();
@@ -484,7 +491,7 @@ fn long_container_ids_are_compared_whole(host: &Host) {
     let mut conf = network(host, 5);
     conf["macspoofchk"] = true.into();
     conf["ipMasq"] = true.into();
-    // A namespace's file takes no name that long.
+    // The name of a namespace's file cannot be that long.
     let pods = ["one", "two"].map(|name| host.pod(name));
     let paths = ["one", "two"].map(|name| host.path(name).to_string_lossy().into_owned());
     let call = |plugin: &str, verb: &str, at: usize, conf: &Value| {
@@ -501,7 +508,7 @@ fn long_container_ids_are_compared_whole(host: &Host) {
     call("bridge", "DEL", 0, &conf);
     let rules = host.nft();
     assert!(!rules.contains("10.5.0.2 ") && rules.contains("10.5.0.3 ") && rules.matches("-mac {").count() == 1, "{rules}");
-    assert!(!host.files("networks/net5").contains("10.5.0.2"), "the reservation ended");
+    assert!(!host.files("networks/net5").contains("10.5.0.2"), "the address was released");
     call("portmap", "DEL", 1, &portmap(6, &results[1], &json!({})));
     call("bridge", "DEL", 1, &conf);
     assert!(!host.nft().contains("10.5.0.") && !host.nft().contains("-mac {"), "{}", host.nft());
@@ -515,7 +522,7 @@ fn delegation_to_itself_ends(host: &Host) {
     conf["ipam"]["type"] = "bridge".into();
     host.call("bridge", "ADD", "c1", &conf).unwrap_err();
     host.call("bridge", "DEL", "c1", &conf).unwrap();
-    // By processes of its own, too: a script that calls the plugin again.
+    // Also across processes: a script that calls the plugin again.
     let script = "#!/bin/sh\nexec \"${0%/*}/bridge\"\n";
     let path = host.root.join("bin/again");
     std::fs::write(&path, script).unwrap();

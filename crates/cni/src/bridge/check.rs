@@ -1,4 +1,4 @@
-//! CHECK: the attachment is as ADD left it.
+//! CHECK: verifies that the attachment is as ADD left it.
 
 use ::flannel::{Family, IfName};
 use kernel::netlink::{Protocol, Socket};
@@ -58,14 +58,14 @@ pub(super) fn check(request: &Request<'_>, config: &Config) -> Result<(), CniErr
         if !addrs.iter().any(|a| a.index == container.index && a.addr.cidr == ip.address) {
             return Err(CniError::failed(format!("{} is missing on {ifname} in the container", ip.address)));
         }
-        // Without the route to its subnet the gateway cannot be reached. A whole address has none.
+        // Without the route to its subnet the gateway is unreachable. An address with a full prefix has no such route.
         let subnet = ip.address.subnet();
         let is_single = ip.address.len == subnet.family().bits();
         if ip.gateway.is_some() && !is_single && !routes.iter().any(|have| have.dst == subnet) {
             return Err(CniError::failed(format!("the route to {subnet} is missing in the container")));
         }
     }
-    // Routes of other tables than the main one were not read.
+    // Only routes of the main table were read.
     let in_main = |route: &&Route| route.more.get("table").and_then(Value::as_u64).is_none_or(|table| table == 0 || table == 254);
     for wanted in want.routes.iter().filter(in_main) {
         if !routes.iter().any(|have| have.dst == wanted.dst && wanted.gw.is_none_or(|gw| have.via == Some(gw))) {

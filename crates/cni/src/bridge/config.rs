@@ -7,12 +7,12 @@ use serde_json::{Map, Value};
 use super::vlan::Vlans;
 use crate::protocol::{CniError, Request, boolean, new_interface, number, object, string, unicast_mac};
 
-/// How a container is masqueraded.
+/// The firewall that masquerades the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MasqBackend {
-    /// A rule of the reference plugins' nftables table.
+    /// The reference plugins' nftables table.
     Nftables,
-    /// A chain of iptables.
+    /// An iptables chain.
     Iptables,
 }
 
@@ -45,7 +45,7 @@ impl Config {
         let is_default_gateway = flag("isDefaultGateway")?;
         let ipam = object(conf, "ipam")?.map(|ipam| string(ipam, "type")).transpose()?.flatten();
         let ipam = ipam.map(ToOwned::to_owned);
-        // nftables needs no program; the reference plugins take iptables where they have it.
+        // nftables needs no external program. The reference plugins prefer iptables if it is installed.
         let backend = match string(conf, "ipMasqBackend")?.unwrap_or("nftables") {
             "nftables" => MasqBackend::Nftables,
             "iptables" => MasqBackend::Iptables,
@@ -53,7 +53,7 @@ impl Config {
         };
         let (hairpin, promiscuous) = (flag("hairpinMode")?, flag("promiscMode")?);
         if hairpin && promiscuous {
-            return Err(CniError::config("hairpinMode, promiscMode: one of them at most may be true"));
+            return Err(CniError::config("hairpinMode, promiscMode: at most one of them may be true"));
         }
         let leave_down = flag("disableContainerInterface")?;
         if leave_down && ipam.is_some() {
@@ -87,7 +87,7 @@ fn mtu(conf: &Map<String, Value>) -> Result<u32, CniError> {
     }
 }
 
-/// The container's MAC: of the runtime, else of the arguments in the configuration, else of `CNI_ARGS`.
+/// The container's MAC: from `runtimeConfig`, else from `args.cni`, else from `CNI_ARGS`.
 fn mac(request: &Request<'_>) -> Result<Option<Mac>, CniError> {
     let runtime = request.runtime_config()?.map(|runtime| string(runtime, "mac")).transpose()?.flatten();
     let args = request.cni_args()?.map(|cni| string(cni, "mac")).transpose()?.flatten();

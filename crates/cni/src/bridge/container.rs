@@ -19,8 +19,8 @@ use crate::result::{CniResult, Route};
 /// How long duplicate address detection may take.
 const UNIQUE: Duration = Duration::from_secs(5);
 
-/// Sets addresses, state and routes of the container's end. The namespace is entered once. Routes whose destination another
-/// interface has already are left to it, and removed from the result: it lists what was made.
+/// Sets addresses, state and routes of the container's end. Enters the namespace once. A route to a destination that another
+/// interface already has a route to is not added, and removed from the result.
 pub(super) fn configure(
     netns: &Netns,
     ifname: IfName,
@@ -42,7 +42,7 @@ pub(super) fn configure(
             return look(&mut socket);
         }
         let has_v6 = result.ips.iter().any(|ip| Family::of(ip.address.addr) == Family::V6);
-        // The address was allocated to this container alone: no need to wait for duplicates unless that is configured.
+        // The address was allocated to this container alone, so duplicates are detected only if that is configured.
         let dad = if config.dad { "1" } else { "0" };
         let set_dad = |name: &str, value: &str| prefer_sysctl(&format!("net/ipv6/conf/{ifname}/{name}"), value);
         set_dad("accept_dad", dad);
@@ -65,15 +65,15 @@ pub(super) fn configure(
         if config.dad && gateways.iter().any(|(gateway, _)| gateway.is_ipv6()) {
             await_unique(&mut socket, index)?;
         }
-        let mut made = Vec::with_capacity(result.routes.len());
+        let mut added = Vec::with_capacity(result.routes.len());
         for route in result.routes.drain(..) {
             match add_route(&mut socket, index, &route, gateways)? {
-                Added::Existed if made.contains(&route) => {}
-                Added::New | Added::Existed => made.push(route),
-                Added::Taken => eprintln!("bridge: another route to {} exists in the container, and stays", route.dst),
+                Added::Existed if added.contains(&route) => {}
+                Added::New | Added::Existed => added.push(route),
+                Added::Taken => eprintln!("bridge: another route to {} exists in the container and is kept", route.dst),
             }
         }
-        result.routes = made;
+        result.routes = added;
         look(&mut socket)
     };
     netns.run(configure).map_err(|error| CniError::environment(format!("CNI_NETNS: cannot enter it: {error}")))?
@@ -82,7 +82,7 @@ pub(super) fn configure(
 fn add_route(socket: &mut Socket, index: u32, route: &Route, gateways: &[(IpAddr, u8)]) -> Result<Added, CniError> {
     let Route { dst, gw, more } = route;
     let options = route_options(more)?;
-    // A destination on the link has no gateway.
+    // A route with link scope has no gateway.
     let on_link = options.scope == Some(253);
     let default = || gateways.iter().map(|(gateway, _)| *gateway).find(|gateway| Family::of(*gateway) == dst.family());
     let gateway = gw.or_else(|| default().filter(|_| !on_link));
@@ -90,11 +90,10 @@ fn add_route(socket: &mut Socket, index: u32, route: &Route, gateways: &[(IpAddr
     added.map_err(failed(format!("add the route to {dst} in the container")))
 }
 
-/// The fields of a route beside destination and gateway. Unknown ones are ignored, as Go does.
+/// Reads the optional fields of a route. Unknown fields are ignored, as in Go.
 fn route_options(more: &Map<String, Value>) -> Result<kernel::route::Options, CniError> {
     let positive = |name: &str| number(more, name).map(|value| value.filter(|value| *value > 0));
-    let scope =
-        number(more, "scope")?.map(|scope| u8::try_from(scope).map_err(|_| CniError::config("routes: scope: it must be at most 255")));
+    let scope = number(more, "scope")?.map(|scope| u8::try_from(scope).map_err(|_| CniError::config("routes.scope must be at most 255")));
     Ok(kernel::route::Options {
         mtu: positive("mtu")?,
         advmss: positive("advmss")?,
@@ -104,7 +103,7 @@ fn route_options(more: &Map<String, Value>) -> Result<kernel::route::Options, Cn
     })
 }
 
-/// Waits until the kernel has found no duplicate of the interface's IPv6 addresses.
+/// Waits until the kernel has finished duplicate address detection of the interface's IPv6 addresses. Fails on a duplicate.
 fn await_unique(socket: &mut Socket, index: u32) -> Result<(), CniError> {
     let end = Instant::now() + UNIQUE;
     loop {

@@ -1,5 +1,5 @@
-//! Masquerading of one container (`ipMasq`), in nftables and iptables. A DEL looks in both: the container may be older than
-//! the configuration.
+//! Masquerading of one container (`ipMasq`), in nftables or iptables. DEL removes rules of both, because the configuration may
+//! have changed since ADD.
 
 use ::flannel::pod;
 use ::flannel::pod::masquerade::Masquerade;
@@ -15,17 +15,17 @@ use crate::chains::{Own, Table};
 use crate::lock;
 use crate::protocol::{CniError, Request};
 
-/// How the names of a container's chains begin.
+/// The prefix of the names of containers' chains.
 const CHAIN: &str = "CNI-";
 
 fn own(request: &Request<'_>) -> Own {
     Own::of(CHAIN, request)
 }
 
-/// `end` is the index of the host's end of the container's link.
+/// Masquerades the container's addresses. `end` is the index of the host's end of the container's link.
 pub(super) fn add(request: &Request<'_>, backend: MasqBackend, addresses: &[Cidr], end: u32) -> Result<(), CniError> {
     if backend == MasqBackend::Nftables {
-        // The first one creates the chains, and the rules that all share.
+        // The first ADD creates the chains and the shared rules.
         let _lock = lock::host()?;
         let notes = lock::notes()?;
         notes.withdraw(&request.attachment());
@@ -55,13 +55,13 @@ pub(super) fn add(request: &Request<'_>, backend: MasqBackend, addresses: &[Cidr
     Ok(())
 }
 
-/// The rules in nftables first: another DEL that runs at the same time may remove them too.
+/// Removes the rules. Those in nftables come first: another DEL that runs at the same time may remove them too.
 pub(super) fn remove(request: &Request<'_>) -> Result<Removal, CniError> {
     let attachment = request.attachment();
     let wanted = RemovalRequest::new(&attachment);
     let Some(notes) = Notes::hold_unless(|| wanted.is_done()).map_err(lock::busy)? else { return Ok(Removal::default()) };
     let removed = notes.remove_masquerades(&attachment, |attachment| Own::names_of(CHAIN, attachment));
-    // An ADD locks the namespace first, which the removal of chains does too.
+    // The removal of chains locks the namespace. ADD locks the namespace before the notes, so the notes must be released.
     drop(notes);
     let chains = if removed.as_ref().is_ok_and(|(_, has_chains)| !has_chains) { Ok(()) } else { remove_chains(request) };
     let removal = removed.map(|(removal, _)| removal).map_err(failed("remove the container's masquerading"));

@@ -1,4 +1,4 @@
-//! VLANs of a bridge port (IEEE 802.1Q): one whose frames the container sees without a tag, and those of a trunk.
+//! VLANs of a bridge port (IEEE 802.1Q): the untagged VLAN of the container, and those of a trunk.
 
 use ::flannel::object::bridge::Port;
 use kernel::link::{self, LinkInfo, VethEnd};
@@ -33,20 +33,20 @@ impl Vlans {
         };
         let mut trunk = Vec::new();
         for entry in array(conf, "vlanTrunk")?.map(Vec::as_slice).unwrap_or_default() {
-            let map = entry.as_object().ok_or_else(|| CniError::config("vlanTrunk: each must be an object"))?;
+            let map = entry.as_object().ok_or_else(|| CniError::config("vlanTrunk: each entry must be an object"))?;
             match (number(map, "id")?, number(map, "minID")?, number(map, "maxID")?) {
                 (Some(id), None, None) => {
-                    let id = identifier("vlanTrunk: id", id)?;
+                    let id = identifier("vlanTrunk.id", id)?;
                     trunk.push((id, id));
                 }
                 (None, Some(first), Some(last)) => {
-                    let range = (identifier("vlanTrunk: minID", first)?, identifier("vlanTrunk: maxID", last)?);
+                    let range = (identifier("vlanTrunk.minID", first)?, identifier("vlanTrunk.maxID", last)?);
                     if range.0 > range.1 {
                         return Err(CniError::config(format!("vlanTrunk: minID {first} is above maxID {last}")));
                     }
                     trunk.push(range);
                 }
-                _ => return Err(CniError::config("vlanTrunk: each needs id, or minID and maxID")),
+                _ => return Err(CniError::config("vlanTrunk: each entry needs id, or minID and maxID")),
             }
         }
         let keep_default = boolean(conf, "preserveDefaultVlan")?.unwrap_or(true);
@@ -87,9 +87,10 @@ impl Vlans {
 /// the bridge in that VLAN. Returns both.
 pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32) -> Result<(LinkInfo, LinkInfo), CniError> {
     let _lock = lock::host()?;
-    // Cut, the names of two VLANs could be the same.
-    let name =
-        format!("{}.{vlan}", bridge.name).parse().map_err(|error| CniError::config(format!("bridge: with the VLAN's number: {error}")))?;
+    // The name is not truncated: the truncated names of two VLANs could collide.
+    let name = format!("{}.{vlan}", bridge.name)
+        .parse()
+        .map_err(|error| CniError::config(format!("bridge: no name for the gateway's interface of VLAN {vlan}: {error}")))?;
     let read = |host: &mut Socket, index: u32| {
         let found = link::get_index(host, index).map_err(failed("read the VLAN's links"))?;
         found.ok_or_else(|| CniError::failed(format!("a link of {name} was deleted at once")))
@@ -98,7 +99,7 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
         let other = format!("vlan{:08x}", fastrand::u32(..)).parse().expect("it has 12 bytes");
         let end = |name| VethEnd { name, mac: None, netns: None };
         match link::create_veth(host, mtu, end(name), end(other)) {
-            // Another ADD was faster.
+            // Another ADD created it at the same time.
             Err(error) if !error.is_exists() => return Err(failed(format!("create {name}"))(error)),
             _ => {}
         }
@@ -109,7 +110,7 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
     if port.master != bridge.index {
         link::enslave(host, port.index, bridge.index, Port::default()).map_err(failed(format!("make {} a port", port.name)))?;
     }
-    // Also of one that existed: the plugin that created it may have been killed before this.
+    // Done even if the pair existed: the plugin that created it may have been killed before this step.
     Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false }.set_port(host, &port)?;
     if !holder.up {
         link::set_up(host, holder.index, true).map_err(failed(format!("set {name} up")))?;
@@ -136,7 +137,7 @@ mod tests {
         );
         assert_eq!(read(r#"{"vlan":4095}"#), "vlan: a VLAN identifier is 1 to 4094");
         assert_eq!(read(r#"{"vlanTrunk":[{"minID":20,"maxID":10}]}"#), "vlanTrunk: minID 20 is above maxID 10");
-        assert_eq!(read(r#"{"vlanTrunk":[{"minID":20}]}"#), "vlanTrunk: each needs id, or minID and maxID");
-        assert_eq!(read(r#"{"vlanTrunk":[{"id":0}]}"#), "vlanTrunk: id: a VLAN identifier is 1 to 4094");
+        assert_eq!(read(r#"{"vlanTrunk":[{"minID":20}]}"#), "vlanTrunk: each entry needs id, or minID and maxID");
+        assert_eq!(read(r#"{"vlanTrunk":[{"id":0}]}"#), "vlanTrunk.id: a VLAN identifier is 1 to 4094");
     }
 }

@@ -1,4 +1,4 @@
-//! As much of D-Bus as a call of firewalld needs: a connection to the system bus, and method calls with strings (D-Bus
+//! A minimal D-Bus client for calls of firewalld: a connection to the system bus, and method calls with strings (D-Bus
 //! specification 0.43, "Message Protocol").
 
 use std::io::{Error, ErrorKind, Read, Write};
@@ -7,9 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::time::Duration;
 
-/// How long the bus and a service may take to answer: that of D-Bus' own programs.
-const PATIENCE: Duration = Duration::from_secs(25);
-/// The longest message that is read, in bytes.
+/// The timeout of an answer, the same as in D-Bus' own programs.
+const TIMEOUT: Duration = Duration::from_secs(25);
+/// The maximum length of a received message, in bytes.
 const MAX_MESSAGE: usize = 1 << 20;
 const SYSTEM_BUS: &str = "unix:path=/run/dbus/system_bus_socket";
 
@@ -39,12 +39,12 @@ pub(super) struct Method {
     pub(super) name: &'static str,
 }
 
-/// Why a call failed.
+/// The reason why a call failed.
 #[derive(Debug)]
 pub(super) enum CallError {
     /// The bus cannot be reached, or does not speak D-Bus.
     Bus(Error),
-    /// The service's answer: its error's name and text.
+    /// The service answered with an error: its name and text.
     Refused(String),
 }
 
@@ -72,8 +72,8 @@ impl Bus {
     pub(super) fn system() -> Result<Bus, CallError> {
         let address = std::env::var("DBUS_SYSTEM_BUS_ADDRESS").unwrap_or_default();
         let mut bus = Bus { stream: connect(if address.is_empty() { SYSTEM_BUS } else { &address })?, serial: 0 };
-        bus.stream.set_read_timeout(Some(PATIENCE))?;
-        bus.stream.set_write_timeout(Some(PATIENCE))?;
+        bus.stream.set_read_timeout(Some(TIMEOUT))?;
+        bus.stream.set_write_timeout(Some(TIMEOUT))?;
         bus.authenticate()?;
         let hello =
             Method { service: "org.freedesktop.DBus", path: "/org/freedesktop/DBus", interface: "org.freedesktop.DBus", name: "Hello" };
@@ -81,7 +81,7 @@ impl Bus {
         Ok(bus)
     }
 
-    /// Proves by the socket who this process is.
+    /// Authenticates this process by its user ID, which the bus reads from the socket.
     fn authenticate(&mut self) -> Result<(), Error> {
         let user = std::fs::metadata("/proc/self")?.uid().to_string();
         let user: String = user.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -101,13 +101,13 @@ impl Bus {
         self.stream.write_all(b"BEGIN\r\n")
     }
 
-    /// Calls a method with strings, and returns the first value of its answer; false where that is no boolean.
+    /// Calls a method with strings, and returns the first value of its answer; false if that is not a boolean.
     pub(super) fn call(&mut self, method: Method, arguments: &[&str]) -> Result<bool, CallError> {
         self.serial += 1;
         self.stream.write_all(&encode(method, arguments, self.serial))?;
         loop {
             let mut message = self.receive()?;
-            // A signal.
+            // A signal, or the answer to another call.
             if message.reply_serial != Some(self.serial) {
                 continue;
             }
@@ -136,7 +136,7 @@ impl Bus {
         if body > MAX_MESSAGE || fields > MAX_MESSAGE {
             return Err(malformed("a message that is too long"));
         }
-        // The fields begin at 16, a multiple of 8 as in a message of their own.
+        // The fields begin at offset 16, a multiple of 8, so that a reader of its own aligns them as in the whole message.
         let mut bytes = vec![0; fields.next_multiple_of(8) + body];
         self.stream.read_exact(&mut bytes)?;
         let body = bytes.split_off(fields.next_multiple_of(8));
@@ -166,7 +166,7 @@ impl Bus {
     }
 }
 
-/// Connects to the first address of a list that answers.
+/// Connects to the first reachable address of a list.
 fn connect(list: &str) -> Result<UnixStream, Error> {
     let mut failed = Error::new(ErrorKind::InvalidInput, format!("{list:?} has no unix address"));
     for address in list.split(';').filter_map(|address| address.strip_prefix("unix:")) {
@@ -184,7 +184,7 @@ fn connect(list: &str) -> Result<UnixStream, Error> {
     Err(failed)
 }
 
-/// A value of an address: `%` and two digits stand for a byte.
+/// Decodes a value of an address, in which `%` and two hexadecimal digits stand for a byte.
 fn unescape(text: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut rest = text;
@@ -196,7 +196,7 @@ fn unescape(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// A message as far as it matters.
+/// The parts of a received message that a call needs.
 struct Message {
     kind: u8,
     reply_serial: Option<u32>,
@@ -205,7 +205,7 @@ struct Message {
     body: Reader,
 }
 
-/// Reads values, each aligned to its size.
+/// Decodes values, each aligned to its size.
 struct Reader {
     bytes: Vec<u8>,
     at: usize,
@@ -255,7 +255,7 @@ fn put_string(bytes: &mut Vec<u8>, text: &str) {
     bytes.push(0);
 }
 
-/// A method call with strings.
+/// Encodes a method call with strings.
 fn encode(method: Method, arguments: &[&str], serial: u32) -> Vec<u8> {
     let mut body = Vec::new();
     arguments.iter().for_each(|argument| put_string(&mut body, argument));

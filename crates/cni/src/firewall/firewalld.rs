@@ -1,5 +1,4 @@
-//! firewalld: a container's addresses become sources of a zone, by default the trusted one, so that firewalld accepts what
-//! they send and receive.
+//! firewalld: a container's addresses become sources of a zone, by default `trusted`, so that firewalld accepts their traffic.
 
 use std::net::IpAddr;
 
@@ -19,7 +18,7 @@ fn zone(name: &'static str) -> Method {
 pub(super) struct Firewalld(Bus);
 
 impl Firewalld {
-    /// Connects to it; an error if it does not run.
+    /// Connects to firewalld. Fails if it does not run.
     pub(super) fn connect() -> Result<Firewalld, CallError> {
         let mut bus = Bus::system()?;
         let owner = Method {
@@ -35,14 +34,14 @@ impl Firewalld {
     /// Makes an address a source of a zone.
     pub(super) fn add(&mut self, zone_name: &str, ip: IpAddr) -> Result<(), CniError> {
         match self.0.call(zone("addSource"), &[zone_name, &source(ip)]) {
-            // Of an earlier ADD.
+            // An earlier ADD added it.
             Err(CallError::Refused(text)) if text.contains("ZONE_ALREADY_SET") => Ok(()),
             Err(error) => Err(CniError::failed(format!("cannot make {ip} a source of firewalld's zone {zone_name:?}: {error}"))),
             Ok(_) => Ok(()),
         }
     }
 
-    /// Removes an address from a zone. That it is not there is success.
+    /// Removes an address from a zone, if it is a source of it.
     pub(super) fn remove(&mut self, zone_name: &str, ip: IpAddr) {
         match self.0.call(zone("removeSource"), &[zone_name, &source(ip)]) {
             Err(CallError::Refused(text)) if text.contains("UNKNOWN_SOURCE") => {}
@@ -54,7 +53,7 @@ impl Firewalld {
     /// Is an address a source of a zone?
     pub(super) fn has(&mut self, zone_name: &str, ip: IpAddr) -> Result<bool, CniError> {
         let answer = self.0.call(zone("querySource"), &[zone_name, &source(ip)]);
-        answer.map_err(|error| CniError::failed(format!("cannot ask firewalld for the sources of its zone {zone_name:?}: {error}")))
+        answer.map_err(|error| CniError::failed(format!("cannot query the sources of firewalld's zone {zone_name:?}: {error}")))
     }
 }
 

@@ -18,12 +18,13 @@ pub(super) struct Range {
 }
 
 impl Range {
+    /// May the address be allocated from this range?
     pub(super) fn admits(&self, ip: IpAddr) -> bool {
         Family::of(ip) == self.subnet.family() && (self.start..=self.end).contains(&ip)
     }
 }
 
-/// The range sets of a configuration: one address is allocated of each.
+/// Reads the range sets of a configuration. An ADD allocates one address from each.
 pub(super) fn ranges(request: &Request<'_>, ipam: &Map<String, Value>) -> Result<Vec<Vec<Range>>, CniError> {
     let mut sets = Vec::new();
     if let Some(runtime) = request.runtime_config()?
@@ -31,7 +32,7 @@ pub(super) fn ranges(request: &Request<'_>, ipam: &Map<String, Value>) -> Result
     {
         sets.extend(list.iter().map(range_set).collect::<Result<Vec<_>, _>>()?);
     }
-    // The old form, one range at the top, goes first.
+    // The range of the old form, with its fields in `ipam` itself, comes first.
     if string(ipam, "subnet")?.is_some() {
         sets.push(vec![range(ipam)?]);
     }
@@ -68,26 +69,26 @@ fn range_set(value: &Value) -> Result<Vec<Range>, CniError> {
         .map(|value| range(value.as_object().ok_or_else(|| CniError::config("ipam.ranges: a range must be an object"))?))
         .collect::<Result<Vec<_>, _>>()?;
     if set.iter().any(|range| range.subnet.family() != set[0].subnet.family()) {
-        return Err(CniError::config("ipam.ranges: the families of one set must be the same"));
+        return Err(CniError::config("ipam.ranges: the ranges of a set must be of one family"));
     }
     Ok(set)
 }
 
 fn range(object: &Map<String, Value>) -> Result<Range, CniError> {
     let text = string(object, "subnet")?.ok_or_else(|| CniError::config("ipam.ranges: a range needs a subnet"))?;
-    let cidr: Cidr = text.parse().map_err(|error| CniError::config(format!("ipam.ranges: subnet: {error}")))?;
+    let cidr: Cidr = text.parse().map_err(|error| CniError::config(format!("ipam.ranges.subnet: {error}")))?;
     let (subnet, family) = (cidr.subnet(), Family::of(cidr.addr));
     if subnet.network() != cidr.addr {
-        return Err(CniError::config(format!("ipam.ranges: subnet: {cidr} has host bits set: did you mean {subnet}?")));
+        return Err(CniError::config(format!("ipam.ranges.subnet: {cidr} has host bits set: did you mean {subnet}?")));
     }
     if subnet.prefix_len() > family.bits() - 2 {
-        return Err(CniError::config(format!("ipam.ranges: subnet: {subnet} is too small to allocate addresses")));
+        return Err(CniError::config(format!("ipam.ranges.subnet: {subnet} is too small to allocate addresses")));
     }
     let address = |name: &str| -> Result<Option<IpAddr>, CniError> {
         let Some(text) = string(object, name)? else { return Ok(None) };
-        let ip: IpAddr = text.parse().map_err(|_| CniError::config(format!("ipam.ranges: {name}: {text:?} is not an address")))?;
+        let ip: IpAddr = text.parse().map_err(|_| CniError::config(format!("ipam.ranges.{name}: {text:?} is not an address")))?;
         if Family::of(ip) != family || !subnet.contains(ip) {
-            return Err(CniError::config(format!("ipam.ranges: {name}: {ip} is not in {subnet}")));
+            return Err(CniError::config(format!("ipam.ranges.{name}: {ip} is not in {subnet}")));
         }
         Ok(Some(ip))
     };
@@ -103,22 +104,24 @@ fn range(object: &Map<String, Value>) -> Result<Range, CniError> {
     Ok(Range { subnet, start, end, gateway })
 }
 
-/// Every address of a set once, from the one after `last` on, and around to it.
+/// Iterates over every address of a range set once: from the one after `last` to the end, then from the start to `last`.
 pub(super) fn candidates(set: &[Range], last: Option<IpAddr>) -> impl Iterator<Item = (IpAddr, Range)> + '_ {
-    let at = last.and_then(|last| Some((set.iter().position(|range| range.admits(last))?, bits_of(last))));
+    let position = last.and_then(|last| Some((set.iter().position(|range| range.admits(last))?, bits_of(last))));
     let part = move |range: Range, from: u128, to: u128| {
         let family = range.subnet.family();
         (from..=to).map(move |bits| (family.address(bits), range))
     };
     let whole = move |range: Range| part(range, bits_of(range.start), bits_of(range.end));
-    let first = at.map_or(0, |(first, _)| first);
-    // Of the range of `last`: what is above it comes first, the rest at the end. The last address of all has none above it.
-    let above = at.and_then(|(first, last)| Some(part(set[first], last.checked_add(1)?, bits_of(set[first].end))));
-    let others = (usize::from(at.is_some())..set.len()).flat_map(move |i| whole(set[(first + i) % set.len()]));
-    let rest = at.map(|(first, last)| part(set[first], bits_of(set[first].start), last));
+    let first = position.map_or(0, |(first, _)| first);
+    // The addresses above `last` in its range come first, the others of that range at the end. Nothing is above the highest
+    // address of a family.
+    let above = position.and_then(|(first, last)| Some(part(set[first], last.checked_add(1)?, bits_of(set[first].end))));
+    let others = (usize::from(position.is_some())..set.len()).flat_map(move |i| whole(set[(first + i) % set.len()]));
+    let rest = position.map(|(first, last)| part(set[first], bits_of(set[first].start), last));
     above.into_iter().flatten().chain(others).chain(rest.into_iter().flatten())
 }
 
+/// The ranges of a set as text, for errors.
 pub(super) fn describe(set: &[Range]) -> String {
     set.iter().map(|range| format!("{}-{}", range.start, range.end)).collect::<Vec<_>>().join(",")
 }
@@ -158,12 +161,12 @@ mod tests {
     fn invalid_ranges_are_refused() {
         let error = |text: &str| range(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap()).unwrap_err().msg;
         assert_eq!(error("{}"), "ipam.ranges: a range needs a subnet");
-        assert_eq!(error(r#"{"subnet":"10.1.0.7/24"}"#), "ipam.ranges: subnet: 10.1.0.7/24 has host bits set: did you mean 10.1.0.0/24?");
-        assert_eq!(error(r#"{"subnet":"10.1.0.0/31"}"#), "ipam.ranges: subnet: 10.1.0.0/31 is too small to allocate addresses");
-        assert_eq!(error(r#"{"subnet":"10.1.0.0/24","rangeEnd":"10.2.0.1"}"#), "ipam.ranges: rangeEnd: 10.2.0.1 is not in 10.1.0.0/24");
+        assert_eq!(error(r#"{"subnet":"10.1.0.7/24"}"#), "ipam.ranges.subnet: 10.1.0.7/24 has host bits set: did you mean 10.1.0.0/24?");
+        assert_eq!(error(r#"{"subnet":"10.1.0.0/31"}"#), "ipam.ranges.subnet: 10.1.0.0/31 is too small to allocate addresses");
+        assert_eq!(error(r#"{"subnet":"10.1.0.0/24","rangeEnd":"10.2.0.1"}"#), "ipam.ranges.rangeEnd: 10.2.0.1 is not in 10.1.0.0/24");
         for gateway in ["10.2.0.1", "fd00::1"] {
             let text = format!(r#"{{"subnet":"10.1.0.0/24","gateway":"{gateway}"}}"#);
-            assert_eq!(error(&text), format!("ipam.ranges: gateway: {gateway} is not in 10.1.0.0/24"));
+            assert_eq!(error(&text), format!("ipam.ranges.gateway: {gateway} is not in 10.1.0.0/24"));
         }
         assert_eq!(
             error(r#"{"subnet":"10.1.0.0/24","rangeStart":"10.1.0.9","rangeEnd":"10.1.0.5"}"#),

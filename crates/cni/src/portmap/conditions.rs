@@ -1,5 +1,5 @@
-//! Port mappings with conditions in the words of `nft`: that program writes the rules, because only it reads its language. It
-//! writes no tags, and the rules are not noted: a DEL finds them by comment and address.
+//! Port mappings with conditions in the syntax of `nft`. That program adds the rules, because only it parses its syntax. It
+//! cannot write our tags, and no note of the rules is kept, so DEL finds them by comment and address.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -16,10 +16,10 @@ use super::iptables::protocol_name;
 use crate::chained::failed;
 use crate::protocol::CniError;
 
-/// What `nft` may use: it waits for no other process, and prints the lines that it refuses.
+/// The limits of `nft`, which waits for no other process and prints only the lines that it refuses.
 const LIMITS: Limits = Limits { time: Duration::from_secs(10), output: 4096 };
 
-/// Adds a container's mappings for packets that meet the conditions.
+/// Adds a container's mappings for packets that match the conditions.
 pub(super) fn add(ports: &Ports, container: &str, conditions: &[String]) -> Result<(), CniError> {
     let table = Table::Ports(ports.family());
     pod_table::ensure(table).map_err(failed("create the table of port mappings"))?;
@@ -43,7 +43,7 @@ fn script(ports: &Ports, container: &str, conditions: &[String]) -> String {
     ports.mappings.iter().map(line).collect()
 }
 
-/// Gives `nft` a script, which it executes as one transaction.
+/// Runs a script with `nft`, as one transaction.
 fn run(script: &str) -> Result<(), CniError> {
     let failed = |what: String| CniError::failed(format!("conditionsV4, conditionsV6: cannot add the rules with nft: {what}"));
     let path = std::env::var_os("PATH").unwrap_or_default();

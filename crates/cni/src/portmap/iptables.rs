@@ -1,4 +1,4 @@
-//! Port mappings in chains of iptables: some that all containers share, one a container, with the reference plugin's names.
+//! Port mappings in iptables chains with the reference plugin's names: some shared by all containers, and one per container.
 
 use std::net::IpAddr;
 
@@ -12,8 +12,8 @@ use crate::protocol::{CniError, Request};
 const SETMARK: &str = "CNI-HOSTPORT-SETMARK";
 const MASQ: &str = "CNI-HOSTPORT-MASQ";
 const DNAT: &str = "CNI-HOSTPORT-DNAT";
-/// Ports that one `multiport` match takes.
-const MULTIPORT: usize = 15;
+/// The maximum number of ports of a `multiport` match.
+const MAX_MULTIPORT: usize = 15;
 
 pub(super) fn protocol_name(protocol: u8) -> &'static str {
     match protocol {
@@ -63,17 +63,17 @@ pub(super) fn add(request: &Request<'_>, config: &Config, container: Cidr, mappi
         rules.push(format!("{host}{port} -j DNAT --to-destination {to}"));
     }
     table.replace_chain(&chain, &rules);
-    // Those of an earlier ADD of this container are replaced.
+    // Jumps of an earlier ADD of this container are replaced.
     let jump = format!("-j {chain}");
     table.remove_rules(DNAT, |rule| rule.ends_with(&jump));
     let text = own.comment("dnat ");
     let extra = config.conditions_of(family).join(" ");
     let extra = if extra.is_empty() { extra } else { format!(" {extra}") };
-    // In the order of their names, as the reference plugin has them.
+    // In the order of the protocols' names, as in the reference plugin.
     for protocol in [132, 6, 17] {
         let mut ports: Vec<String> = mappings.iter().filter(|m| m.protocol == protocol).map(|m| m.host_port.to_string()).collect();
         ports.dedup();
-        for ports in ports.chunks(MULTIPORT) {
+        for ports in ports.chunks(MAX_MULTIPORT) {
             let list = ports.join(",");
             table.append(DNAT, &format!("-p {} {text} -m multiport --destination-ports {list}{extra} -j {chain}", protocol_name(protocol)));
         }
@@ -86,7 +86,7 @@ pub(super) fn remove(request: &Request<'_>, addresses: &[IpAddr]) -> Result<(), 
     Family::ALL.into_iter().try_for_each(|family| own(request).remove(family, "nat", DNAT, addresses))
 }
 
-/// Does the attachment's chain have a translation for each mapping, and does a rule lead to it?
+/// Does the attachment's chain have a DNAT rule for each mapping, and does a rule jump to it?
 pub(super) fn is_complete(request: &Request<'_>, family: Family, mappings: usize) -> Result<bool, CniError> {
     let own = own(request);
     let Some(table) = own.read(family, "nat")? else { return Ok(false) };

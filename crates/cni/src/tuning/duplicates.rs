@@ -1,18 +1,18 @@
-//! Keys that a JSON object has twice. A parsed object has only the last of them.
+//! Finds duplicate keys of a JSON object. A parsed object has only the last of them.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-/// The first key that the object in a field of a JSON text has a second time.
+/// The first duplicate key of the object in a field of a JSON text.
 pub(super) fn first(text: &str, field: &str) -> Option<String> {
     let mut deserializer = serde_json::Deserializer::from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
-    // A text that is not JSON has been refused before.
+    // Text that is not JSON was refused earlier.
     deserializer.deserialize_map(Parent(field)).ok().flatten()
 }
 
-/// Reads the object that has the field.
+/// Visits the object with the field.
 struct Parent<'a>(&'a str);
 
 impl<'de> Visitor<'de> for Parent<'_> {
@@ -35,7 +35,7 @@ impl<'de> Visitor<'de> for Parent<'_> {
     }
 }
 
-/// The first key that an object has a second time.
+/// The first duplicate key of an object.
 struct Object(Option<String>);
 
 impl<'de> Deserialize<'de> for Object {
@@ -67,7 +67,7 @@ mod tests {
     use super::first;
 
     #[test]
-    fn second_value_of_a_key_is_found() {
+    fn duplicate_key_is_found() {
         assert_eq!(first(r#"{"a":{"x":1,"x":2},"sysctl":{"x":"1","y":"1","x":"0"}}"#, "sysctl").as_deref(), Some("x"));
         assert_eq!(first(r#"{"a":{"x":1,"x":2},"sysctl":{"x":"1","y":{"y":1}}}"#, "sysctl"), None);
         for text in ["", "7", "{}", r#"{"sysctl":null}"#, r#"{"sysctl":[1]}"#] {

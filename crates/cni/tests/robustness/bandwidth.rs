@@ -1,4 +1,4 @@
-//! The bandwidth plugin: the names of its links, and its limits at their edges.
+//! The bandwidth plugin: the names of its links, and the validation of its limits.
 
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ fn limits(previous: &Value) -> Value {
     json!({ "cniVersion": "1.0.0", "name": "net5", "type": "bandwidth", "egressRate": 8_000_000, "egressBurst": 800_000, "prevResult": previous })
 }
 
-pub(super) fn bandwidth_links_have_the_reference_name(host: &Host) {
+pub(super) fn bandwidth_links_have_the_reference_name_and_an_owner(host: &Host) {
     let _pod = host.pod("c1");
     let results = attach(host);
     // `bwp` and the first 12 digits of the SHA-512 of network and container.
@@ -36,13 +36,13 @@ pub(super) fn bandwidth_links_have_the_reference_name(host: &Host) {
     assert_eq!(ifbs(), std::slice::from_ref(&shared), "the other attachment keeps its own");
     call(host, "bandwidth", "DEL", "c1", "net1", &limits(&results[0])).unwrap();
     assert!(ifbs().is_empty());
-    // What the reference plugin made has no owner.
+    // A link of the reference plugin has no owner in its alias.
     shell(&host.netns, &format!("ip link add {shared} type ifb"));
     call(host, "bandwidth", "DEL", "c1", "net1", &limits(&results[0])).unwrap();
     assert!(ifbs().is_empty());
 }
 
-pub(super) fn bandwidth_limits_at_their_edges(host: &Host) {
+pub(super) fn bandwidth_limits_are_validated(host: &Host) {
     let _pod = host.pod("c1");
     let [_, result] = attach(host);
     let limited = |ingress: u64, burst: u64, previous: &Value| {
@@ -51,19 +51,19 @@ pub(super) fn bandwidth_limits_at_their_edges(host: &Host) {
         call(host, "bandwidth", "ADD", "c1", "eth0", &conf)
     };
     for (rate, burst, wanted) in [
-        (8_000_000, 34_359_738_360, "ingressBurst: it must be less than 34359738360 bits"),
+        (8_000_000, 34_359_738_360, "ingressBurst must be less than 34359738360 bits"),
         (8_000_000, 0, "ingressBurst: if rate is set, burst must also be set"),
         (0, 8_000, "ingressRate: if burst is set, rate must also be set"),
     ] {
         let error = limited(rate, burst, &result).unwrap_err();
         assert!(error["msg"].as_str().unwrap().starts_with(wanted), "{error}");
     }
-    // The host's end may be another link of that index, unless the result names it.
+    // Unless the result names the host's end, the index may be that of another link.
     let mut other = result.clone();
     other["interfaces"][1]["name"] = "veth00000000".into();
     let error = limited(8_000_000, 800_000, &other).unwrap_err();
     assert!(error["msg"].as_str().unwrap().starts_with("prevResult: it does not list veth"), "{error}");
-    // A burst below one frame is the operator's mistake to see, and no reason to refuse a pod.
+    // A burst below one frame causes a warning; the pod still starts.
     limited(8_000_000, 8, &result).unwrap();
     assert!(shell(&host.netns, "tc qdisc").contains("qdisc tbf"));
     call(host, "bandwidth", "DEL", "c1", "eth0", &limits(&result)).unwrap();

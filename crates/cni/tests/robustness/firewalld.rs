@@ -1,4 +1,4 @@
-//! The firewall plugin on a host with firewalld, which a thread on a socket stands for.
+//! The firewall plugin on a host with firewalld. A thread that serves a socket stands in for the message bus and firewalld.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,10 +9,26 @@ use serde_json::{Value, json};
 use super::host::Host;
 use super::{network, parse, shell};
 
-/// What was called, each call a method and its arguments.
+// The D-Bus specification's "Message Format": types of messages, and codes of header fields.
+const METHOD_RETURN: u8 = 2;
+const ERROR: u8 = 3;
+const SIGNAL: u8 = 4;
+const ERROR_NAME: u8 = 4;
+const REPLY_SERIAL: u8 = 5;
+const SIGNATURE: u8 = 8;
+const PROTOCOL_VERSION: u8 = 1;
+/// The bytes of a header before its array of fields.
+const FIXED_HEADER: usize = 16;
+/// The client's last line of the authentication.
+const BEGIN: &[u8] = b"BEGIN\r\n";
+/// The serial number of every message of this bus; the plugin ignores it.
+const SERIAL: u32 = 9;
+
+/// The calls that the plugin made, each a method and its arguments.
 type Calls = Arc<Mutex<Vec<String>>>;
 
-/// A message bus with a firewalld that knows the zones `trusted` and `internal`, and one address in the latter.
+/// A bus with a firewalld: adding to `internal` fails as already set, only `trusted` reports the source, zone `unknown` does
+/// not exist.
 fn firewalld(host: &Host) -> Calls {
     let listener = UnixListener::bind(host.root.join("bus")).unwrap();
     let calls = Calls::default();
@@ -29,6 +45,7 @@ fn firewalld(host: &Host) -> Calls {
 
 fn serve(mut stream: UnixStream, calls: &Calls) -> std::io::Result<()> {
     let mut line = Vec::new();
+    // The request to authenticate as user 0, `30` in hexadecimal digits.
     while !line.ends_with(b"\r\n") {
         let mut byte = [0];
         stream.read_exact(&mut byte)?;
@@ -36,9 +53,9 @@ fn serve(mut stream: UnixStream, calls: &Calls) -> std::io::Result<()> {
     }
     assert_eq!(String::from_utf8_lossy(&line), "\0AUTH EXTERNAL 30\r\n");
     stream.write_all(b"OK 0123456789abcdef\r\n")?;
-    stream.read_exact(&mut [0; 7])?;
+    stream.read_exact(&mut [0; BEGIN.len()])?;
     loop {
-        let mut start = [0; 16];
+        let mut start = [0; FIXED_HEADER];
         stream.read_exact(&mut start)?;
         let number = |at: usize| u32::from_le_bytes(start[at..at + 4].try_into().unwrap());
         let (body, serial, fields) = (number(4) as usize, number(8), number(12) as usize);
@@ -52,14 +69,14 @@ fn serve(mut stream: UnixStream, calls: &Calls) -> std::io::Result<()> {
             calls.lock().unwrap().push(format!("{method} {}", arguments.join(" ")));
         }
         // A signal that the caller did not ask for comes first, as on a real bus.
-        stream.write_all(&message(4, 0, "", &[]))?;
+        stream.write_all(&message(SIGNAL, 0, "", &[]))?;
         let zone = arguments.first().map_or("", String::as_str);
         stream.write_all(&match (method, zone) {
-            ("addSource", "internal") => message(3, serial, "s", b"\x10\0\0\0ZONE_ALREADY_SET\0"),
-            ("addSource", "unknown") => message(3, serial, "s", b"\x0c\0\0\0INVALID_ZONE\0"),
-            ("removeSource", "unknown") => message(3, serial, "s", b"\x0e\0\0\0UNKNOWN_SOURCE\0"),
-            ("querySource", _) => message(2, serial, "b", &[u8::from(zone == "trusted"), 0, 0, 0]),
-            _ => message(2, serial, "s", b"\x01\0\0\0x\0"),
+            ("addSource", "internal") => message(ERROR, serial, "s", b"\x10\0\0\0ZONE_ALREADY_SET\0"),
+            ("addSource", "unknown") => message(ERROR, serial, "s", b"\x0c\0\0\0INVALID_ZONE\0"),
+            ("removeSource", "unknown") => message(ERROR, serial, "s", b"\x0e\0\0\0UNKNOWN_SOURCE\0"),
+            ("querySource", _) => message(METHOD_RETURN, serial, "b", &[u8::from(zone == "trusted"), 0, 0, 0]),
+            _ => message(METHOD_RETURN, serial, "s", b"\x01\0\0\0x\0"),
         })?;
     }
 }
@@ -75,20 +92,20 @@ fn strings(mut body: &[u8]) -> Vec<String> {
     found
 }
 
-/// A message of the bus; fields that a caller ignores are left out.
+/// Encodes a message of the bus, without the header fields that a caller ignores.
 fn message(kind: u8, reply_serial: u32, signature: &str, body: &[u8]) -> Vec<u8> {
-    let mut fields = vec![5, 1, b'u', 0];
+    let mut fields = vec![REPLY_SERIAL, 1, b'u', 0];
     fields.extend(reply_serial.to_le_bytes());
-    if kind == 3 {
-        fields.extend([4, 1, b's', 0, 3, 0, 0, 0, b'a', b'.', b'b', 0, 0, 0, 0, 0]);
+    if kind == ERROR {
+        fields.extend([ERROR_NAME, 1, b's', 0, 3, 0, 0, 0, b'a', b'.', b'b', 0, 0, 0, 0, 0]);
     }
-    fields.extend([8, 1, b'g', 0, u8::try_from(signature.len()).unwrap()]);
+    fields.extend([SIGNATURE, 1, b'g', 0, u8::try_from(signature.len()).unwrap()]);
     fields.extend(signature.as_bytes());
     fields.push(0);
     let number = |length: usize| u32::try_from(length).unwrap().to_le_bytes();
-    let mut bytes = vec![b'l', kind, 0, 1];
+    let mut bytes = vec![b'l', kind, 0, PROTOCOL_VERSION];
     bytes.extend(number(body.len()));
-    bytes.extend(9u32.to_le_bytes());
+    bytes.extend(SERIAL.to_le_bytes());
     bytes.extend(number(fields.len()));
     bytes.extend(fields);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
@@ -112,11 +129,11 @@ pub(super) fn firewalld_is_used_where_it_runs(host: &Host) {
     let error = call("ADD", json!({ "backend": "firewalld" })).unwrap_err();
     assert!(error["msg"].as_str().unwrap().starts_with("backend: cannot reach firewalld: "), "{error}");
     call("ADD", json!({})).unwrap();
-    assert_eq!(rules(), 2, "iptables where firewalld does not run");
+    assert_eq!(rules(), 2, "iptables is used when firewalld does not run");
     let calls = firewalld(host);
     let take = || std::mem::take(&mut *calls.lock().unwrap());
     call("DEL", json!({})).unwrap();
-    assert_eq!((rules(), take()), (0, vec![format!("removeSource trusted {address}/32")]), "both are undone");
+    assert_eq!((rules(), take()), (0, vec![format!("removeSource trusted {address}/32")]), "DEL undoes both");
 
     call("ADD", json!({})).unwrap();
     call("CHECK", json!({})).unwrap();

@@ -1,4 +1,4 @@
-//! Masquerading of containers that end at the same time.
+//! Masquerading rules when several DELs run at the same time.
 
 use flannel::pod::Attachment;
 use kernel::pod_rules::RemovalRequest;
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{call, network, parse};
 use crate::host::Host;
 
-/// A network that masquerades its containers in nftables.
+/// The configuration of a network that masquerades its containers in nftables.
 fn masqueraded(host: &Host) -> Value {
     let mut conf = network(host, 5);
     conf["ipMasq"] = true.into();
@@ -24,7 +24,7 @@ fn rules(host: &Host, address: &str) -> usize {
     host.nft().matches(&format!("saddr {address} ")).count()
 }
 
-pub(super) fn one_del_removes_the_rules_of_all_that_wait(host: &Host) {
+pub(super) fn one_del_serves_all_waiting_dels(host: &Host) {
     let _pods = ["c1", "c2", "c3"].map(|id| host.pod(id));
     let conf = masqueraded(host);
     let request = |id: &str| host.netns.run(|| RemovalRequest::new(&attachment(id))).unwrap();
@@ -39,7 +39,7 @@ pub(super) fn one_del_removes_the_rules_of_all_that_wait(host: &Host) {
     assert!(waiting.is_done());
     assert_eq!(["10.5.0.2", "10.5.0.3", "10.5.0.4"].map(|address| rules(host, address)), [0, 0, 1], "{}", host.nft());
     call(host, "bridge", "DEL", "c2", "eth0", &conf).unwrap();
-    // The request of a DEL that was killed, before the container is added again.
+    // A killed DEL left its request; then the container is added again.
     let stale = request("c1");
     let result = parse(&call(host, "bridge", "ADD", "c1", "eth0", &conf).unwrap());
     assert!(stale.is_done());
