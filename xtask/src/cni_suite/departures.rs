@@ -1,20 +1,20 @@
-//! The list of specs that pass with the reference and not with ours, on purpose.
+//! The list of specs that pass with the reference and, on purpose, not with ours.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
 
-/// The list, by suite.
+/// The departures of each suite.
 #[derive(Debug, Default)]
 pub(super) struct Departures(BTreeMap<String, Vec<Entry>>);
 
-/// Specs that fail for one reason.
+/// An entry of the list: specs that fail for one reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     /// A spec's name; `*` stands for any text.
     pub(super) pattern: String,
-    /// Why ours does something else.
+    /// The reason for the departure.
     pub(super) reason: String,
     /// Its line in the file.
     pub(super) line: usize,
@@ -27,13 +27,13 @@ impl Entry {
 }
 
 impl Departures {
-    /// Reads the list; each of its suites must exist.
+    /// Reads the list. Fails if it names an unknown suite.
     pub(super) fn read(file: &Path, suites: &[&str]) -> anyhow::Result<Departures> {
         let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         Departures::parse(&text, suites).with_context(|| file.display().to_string())
     }
 
-    /// `[suite]`, then reasons at the margin, each with its specs indented below it.
+    /// Parses the list: a line `[suite]`, then reasons at the margin, each with its specs indented below it.
     pub(super) fn parse(text: &str, suites: &[&str]) -> anyhow::Result<Departures> {
         let mut list = Departures::default();
         let (mut suite, mut reason, mut has_specs) = (None, String::new(), true);
@@ -42,7 +42,7 @@ impl Departures {
                 continue;
             }
             if let Some(name) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-                ensure!(suites.contains(&name), "line {line}: there is no suite {name:?}");
+                ensure!(suites.contains(&name), "line {line}: unknown suite {name:?}; known: {}", suites.join(", "));
                 ensure!(has_specs, "line {line}: the reason before it has no specs");
                 (suite, reason, has_specs) = (Some(name.to_owned()), String::new(), true);
             } else if let Some(pattern) = text.strip_prefix("    ") {
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn departures_without_suite_or_reason_are_refused() {
         let error = |text: &str| Departures::parse(text, &["bridge"]).unwrap_err().to_string();
-        assert_eq!(error("[brigde]"), "line 1: there is no suite \"brigde\"");
+        assert_eq!(error("[brigde]"), "line 1: unknown suite \"brigde\"; known: bridge");
         assert_eq!(error("    a"), "line 1: no [suite] before it");
         assert_eq!(error("[bridge]\n    a"), "line 2: a departure needs a reason, at the margin above it");
         assert_eq!(error("[bridge]\nReason."), "the last reason has no specs");

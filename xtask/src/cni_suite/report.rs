@@ -1,4 +1,4 @@
-//! Reports of the test suites, and their comparison.
+//! Parses the reports of the test suites and compares them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,9 +15,9 @@ pub(super) struct Specs(BTreeMap<String, Outcome>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Outcome {
     Passed,
-    /// The suite itself leaves it out.
+    /// The suite skips it.
     Skipped,
-    /// With the first line of what failed, and where.
+    /// The beginning of the failure's message, and its location.
     Failed(String),
 }
 
@@ -35,8 +35,8 @@ impl Specs {
             }
             let name = path(spec["ContainerHierarchyTexts"].as_array().into_iter().flatten().chain([&spec["LeafNodeText"]]).map(text));
             // Several specs may share a name.
-            let again = |number: usize| if number == 1 { name.clone() } else { format!("{name} #{number}") };
-            let name = (1..).map(again).find(|name| !specs.0.contains_key(name)).unwrap_or_default();
+            let numbered = |number: usize| if number == 1 { name.clone() } else { format!("{name} #{number}") };
+            let name = (1..).map(numbered).find(|name| !specs.0.contains_key(name)).unwrap_or_default();
             let outcome = match state.as_str() {
                 "passed" => Outcome::Passed,
                 "skipped" | "pending" => Outcome::Skipped,
@@ -48,23 +48,23 @@ impl Specs {
         Ok(specs)
     }
 
-    /// How many there are.
+    /// The number of specs.
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// How many passed.
+    /// The number of specs that passed.
     pub(super) fn passed(&self) -> usize {
         self.0.values().filter(|outcome| **outcome == Outcome::Passed).count()
     }
 }
 
-/// A spec's name: those of its containers and its own.
+/// The full name of a spec: the names of its containers, then its own.
 fn path(texts: impl Iterator<Item = String>) -> String {
     texts.collect::<Vec<_>>().join(" > ")
 }
 
-/// The beginning of a failure's message, and its place.
+/// The beginning of a failure's message, and its location.
 fn failure(failure: &Value) -> String {
     let text = |value: &Value| value.as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
     let message = format!("{} {}", text(&failure["Message"]), text(&failure["ForwardedPanic"]));
@@ -73,14 +73,14 @@ fn failure(failure: &Value) -> String {
     format!("{short} ({}:{})", file.rsplit('/').next().unwrap_or_default(), failure["Location"]["LineNumber"])
 }
 
-/// A spec and the message of its failure.
+/// A failed spec and the message of its failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Named {
+pub(super) struct Failure {
     pub(super) name: String,
     pub(super) message: String,
 }
 
-/// One suite with the reference and with ours.
+/// The comparison of one suite's results with the reference and with ours.
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
     specs: usize,
@@ -93,15 +93,15 @@ pub(super) struct Comparison {
     departures: usize,
     skipped: usize,
     /// Specs that fail with the reference.
-    pub(super) impossible: Vec<Named>,
+    pub(super) impossible: Vec<Failure>,
     /// Specs that pass with the reference only, and are not listed.
-    new: Vec<Named>,
+    new: Vec<Failure>,
     /// Entries of the list whose specs pass.
     stale: Vec<String>,
 }
 
 impl Comparison {
-    /// `calls` has a line for each call of a plugin's function, with the spec's name.
+    /// Compares two runs. `calls` has a line for each call of a plugin's function, with the spec's name.
     pub(super) fn new(suite: &Suite, reference: &Specs, ours: &Specs, calls: &str, departures: &Departures) -> Comparison {
         let calls: BTreeSet<String> =
             calls.lines().filter_map(|line| serde_json::from_str(line).ok()).map(|texts: Vec<String>| path(texts.into_iter())).collect();
@@ -110,15 +110,15 @@ impl Comparison {
         let mut used = BTreeSet::new();
         for (name, theirs) in &reference.0 {
             let plain = name.rsplit_once(" #").map_or(name.as_str(), |(plain, _)| plain);
-            found.running += usize::from(calls.contains(plain) || suite.starts.iter().any(|start| name.starts_with(start)));
+            found.running += usize::from(calls.contains(plain) || suite.process_specs.iter().any(|prefix| name.starts_with(prefix)));
             let entry = entries.iter().find(|entry| entry.covers(name));
             used.extend(entry.map(|entry| entry.line));
             match (theirs, ours.0.get(name)) {
                 (Outcome::Skipped, _) => found.skipped += 1,
-                (Outcome::Failed(message), _) => found.impossible.push(Named { name: name.clone(), message: message.clone() }),
+                (Outcome::Failed(message), _) => found.impossible.push(Failure { name: name.clone(), message: message.clone() }),
                 (Outcome::Passed, Some(Outcome::Passed)) => {
                     (found.reference, found.ours) = (found.reference + 1, found.ours + 1);
-                    found.stale.extend(entry.map(|entry| format!("{name}: passes: take it off (line {})", entry.line)));
+                    found.stale.extend(entry.map(|entry| format!("{name}: passes: remove the entry (line {})", entry.line)));
                 }
                 (Outcome::Passed, outcome) => {
                     found.reference += 1;
@@ -129,23 +129,23 @@ impl Comparison {
                     };
                     match entry {
                         Some(_) => found.departures += 1,
-                        None => found.new.push(Named { name: name.clone(), message }),
+                        None => found.new.push(Failure { name: name.clone(), message }),
                     }
                 }
             }
         }
         let unused = entries.iter().filter(|entry| !used.contains(&entry.line));
-        found.stale.extend(unused.map(|entry| format!("{}: there is no such spec: take it off (line {})", entry.pattern, entry.line)));
+        found.stale.extend(unused.map(|entry| format!("{}: there is no such spec: remove the entry (line {})", entry.pattern, entry.line)));
         found
     }
 
-    /// What is not as listed, a line each.
+    /// The differences that are not listed as departures, one line each.
     pub(super) fn problems(&self, suite: &str) -> Vec<String> {
         let new = self.new.iter().map(|spec| format!("{suite}: {}: passes with the reference only: {}", spec.name, spec.message));
         new.chain(self.stale.iter().map(|text| format!("{suite}: {}: {text}", super::DEPARTURES))).collect()
     }
 
-    /// Its line in the table.
+    /// The suite's line in the table.
     pub(super) fn row(&self, suite: &str) -> Row {
         let numbers = [self.specs, self.running, self.reference, self.ours, self.departures, self.impossible.len(), self.skipped];
         Row { suite: suite.to_owned(), numbers }
@@ -161,7 +161,7 @@ pub(super) struct Row {
 const COLUMNS: [&str; 7] =
     ["specs", "run a plugin", "pass with the reference", "and with ours", "departures", "cannot run here", "skipped"];
 
-/// The table of all suites, with their sum.
+/// Formats the table of all suites, with a total.
 pub(super) fn table(rows: &[Row]) -> String {
     let sum = |at: usize| rows.iter().map(|row| row.numbers[at]).sum();
     let total = Row { suite: "all".to_owned(), numbers: std::array::from_fn(sum) };
@@ -187,7 +187,7 @@ mod tests {
         Specs::parse(&json!([{ "SpecReports": list.iter().map(spec).collect::<Vec<_>>() }]).to_string()).unwrap()
     }
 
-    const SUITE: Suite = Suite { name: "bridge", package: "x/bridge", env: None, starts: &[], least: 0 };
+    const SUITE: Suite = Suite { name: "bridge", package: "x/bridge", env: None, process_specs: &[], min_passed: 0 };
 
     #[test]
     fn new_failure_and_stale_entry_are_problems() {
@@ -200,8 +200,8 @@ mod tests {
             found.problems("bridge"),
             [
                 "bridge: s > a: passes with the reference only: no way (b.go:7)",
-                "bridge: tests/cni-suite/departures.txt: s > c: passes: take it off (line 4)",
-                "bridge: tests/cni-suite/departures.txt: s > x: there is no such spec: take it off (line 5)",
+                "bridge: tests/cni-suite/departures.txt: s > c: passes: remove the entry (line 4)",
+                "bridge: tests/cni-suite/departures.txt: s > x: there is no such spec: remove the entry (line 5)",
             ]
         );
         assert_eq!(found.impossible[0].name, "s > d");
