@@ -186,6 +186,11 @@ fn main() {
             Ok(())
         }));
     };
+    // The longest come first: at the end they would run alone.
+    for stand in lab::verdicts::Stand::ALL {
+        let test = move |root: &Path| paths::each_broken_path_has_its_verdict(root, stand);
+        add(format!("{}: each_broken_path_has_its_verdict", stand.name()), Box::new(test));
+    }
     for (name, store) in stores::all() {
         for (test_name, test) in STORE_TESTS {
             let store = store.clone();
@@ -197,10 +202,6 @@ fn main() {
     }
     for (name, store) in stores::all().into_iter().filter(|(_, store)| matches!(store, StoreKind::Etcd(_))) {
         add(format!("{name}: tls_and_a_password"), Box::new(move |root| secure::tls_and_a_password(root, store, name)));
-    }
-    for stand in lab::verdicts::Stand::ALL {
-        let test = move |root: &Path| paths::each_broken_path_has_its_verdict(root, stand);
-        add(format!("{}: each_broken_path_has_its_verdict", stand.name()), Box::new(test));
     }
     for case in matrix::all() {
         add(format!("matrix: {case}"), Box::new(move |root| case.run(root)));
