@@ -14,7 +14,7 @@ const EARLY: Duration = Duration::from_millis(300);
 const PENDING: &str = "no answer yet";
 /// The reason for no verdict about a host that answers no other probe.
 const TCP_ONLY: &str = "it answers TCP, but neither pings nor probes (UDP, --probe-port): let its firewall accept one of them";
-/// A broken path is diagnosed whole again at each so many lost main probes.
+/// Lost main probes of a broken path between two full diagnoses.
 const DIAGNOSE_EACH: u32 = 4;
 /// The loss and the round-trip time are those of this many buckets of this length.
 const BUCKETS: usize = 6;

@@ -13,7 +13,7 @@ use crate::net::Family;
 const SPACING: Duration = Duration::from_millis(100);
 /// A path is measured no more often than this.
 const OFTEN: Duration = Duration::from_secs(1);
-/// Of so many probes one is a regular turn, also while many paths are being diagnosed.
+/// One probe in this many is a regular turn, even while many paths are being diagnosed.
 const TURN_EACH: u64 = 4;
 /// Requests of one peer that are answered in a second: a diagnosis takes two.
 const ANSWERS: u32 = 20;
@@ -99,23 +99,28 @@ impl Prober {
     /// Measures these paths from now on. Those that are the same as before go on.
     pub fn set_targets(&mut self, targets: impl IntoIterator<Item = Target>, now: Duration) {
         let mut old = std::mem::take(&mut self.paths);
+        let (mut changed, mut new) = (BTreeSet::new(), Vec::new());
         for target in targets {
             let id = (target.key, target.family);
             let path = match old.remove(&id) {
                 Some(path) if path.target == target => path,
                 gone => {
                     if gone.is_some() {
-                        self.forget(id);
+                        changed.insert(id);
                     }
                     let path = Path::new(target, now);
-                    self.ask(id, path.main(), now);
-                    self.turns.insert((now + OFTEN, id));
+                    new.push((id, path.main()));
                     path
                 }
             };
             self.paths.insert(id, path);
         }
-        old.into_keys().for_each(|id| self.forget(id));
+        changed.extend(old.into_keys());
+        self.forget(&changed);
+        for (id, main) in new {
+            self.ask(id, main, now);
+            self.turns.insert((now + OFTEN, id));
+        }
         let addresses = self.paths.iter().flat_map(|(id, path)| [Some(path.target.underlay), path.target.device()].map(|ip| (*id, ip)));
         let mut callers = BTreeMap::new();
         for (id, ip) in addresses.filter_map(|(id, ip)| Some((id, ip?))) {
@@ -125,11 +130,15 @@ impl Prober {
         self.callers = callers;
     }
 
-    fn forget(&mut self, id: PathId) {
-        self.turns.retain(|(_, path)| *path != id);
-        self.urgent.retain(|(_, _, path, _)| *path != id);
-        self.flights.retain(|_, flight| flight.path != id);
-        self.arrived.remove(&id);
+    /// Forgets what was planned and sent for these paths, in one pass for all of them.
+    fn forget(&mut self, gone: &BTreeSet<PathId>) {
+        if gone.is_empty() {
+            return;
+        }
+        self.turns.retain(|(_, path)| !gone.contains(path));
+        self.urgent.retain(|(_, _, path, _)| !gone.contains(path));
+        self.flights.retain(|_, flight| !gone.contains(&flight.path));
+        self.arrived.retain(|path, _| !gone.contains(path));
     }
 
     fn ask(&mut self, path: PathId, measure: Measure, at: Duration) {
