@@ -249,11 +249,13 @@ fn scope(networks: &[Subnet]) -> anyhow::Result<Scope> {
     Ok(Scope { links, rulesets: Family::ALL.to_vec(), iptables: Family::ALL.to_vec(), networks, ..Scope::default() })
 }
 
-/// Is it a VXLAN device with a name that flannel gives? (The udp backend's `flannel0` ends with the daemon.)
+/// Is it a VXLAN or IPIP device with a name that flannel gives? (The udp backend's `flannel0` ends with the daemon.)
 fn is_device(info: &LinkInfo) -> bool {
     let name = info.name.as_str();
     let number = name.strip_prefix("flannel.").or_else(|| name.strip_prefix("flannel-v6."));
-    info.vxlan.is_some() && number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    let is_vxlan =
+        info.vxlan.is_some() && number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()));
+    is_vxlan || (info.kind == "ipip" && name == "flannel.ipip")
 }
 
 /// Does it belong to one of these networks? Another flanneld on this host has a device and a network of its own. A device

@@ -7,6 +7,7 @@
 mod alloc;
 pub mod extension;
 mod host_gw;
+mod ipip;
 pub mod udp;
 mod vxlan;
 
@@ -17,6 +18,7 @@ use thiserror::Error;
 use self::alloc::Alloc;
 use self::extension::{Command, Extension};
 use self::host_gw::HostGw;
+use self::ipip::Ipip;
 use self::udp::Udp;
 use self::vxlan::Vxlan;
 use crate::alloc::is_mine;
@@ -37,6 +39,8 @@ pub enum Backend {
     HostGw(HostGw),
     /// A route, a neighbour entry and an FDB entry per peer.
     Vxlan(Vxlan),
+    /// An IPIP device, and a route through it per peer.
+    Ipip(Ipip),
     /// A TUN device, and an entry per peer in the forwarding table of this process.
     Udp(Udp),
     /// Commands of the operator per peer.
@@ -224,9 +228,9 @@ pub enum Refusal {
     /// host-gw needs all hosts on one L2 network.
     #[error("its address {0} is not on the link of {1} (it is behind a router): host-gw cannot reach it; use vxlan")]
     NotOnLink(IpAddr, IfName),
-    /// The udp backend does not support IPv6.
-    #[error("udp carries IPv4 only")]
-    OnlyIpv4,
+    /// This backend does not support IPv6.
+    #[error("{0} carries IPv4 only")]
+    OnlyIpv4(&'static str),
     /// Its backend data cannot be used.
     #[error("its BackendData cannot be used: {0}")]
     BadData(String),
@@ -250,17 +254,18 @@ impl Backend {
     /// # Errors
     /// [`ConfigError`], which names the field and the fix.
     pub(crate) fn parse(section: Option<&Fields<'_>>) -> Result<Backend, ConfigError> {
-        const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"udp\", \"extension\" or \"alloc\"";
+        const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"ipip\", \"udp\", \"extension\" or \"alloc\"";
         let Some(section) = section else { return Ok(Backend::Udp(Udp::default())) };
         let kind: String = typed(section, "Backend.Type", "type")?.unwrap_or_default();
         match kind.to_lowercase().as_str() {
             "alloc" => Ok(Backend::Alloc(Alloc)),
             "host-gw" => Ok(Backend::HostGw(HostGw)),
             "vxlan" => Vxlan::parse(section).map(Backend::Vxlan),
+            "ipip" => Ipip::parse(section).map(Backend::Ipip),
             "udp" => Udp::parse(section).map(Backend::Udp),
             "extension" => Extension::parse(section).map(Backend::Extension),
             "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
-            known @ ("ipip" | "ipsec" | "wireguard" | "tencent-vpc") => {
+            known @ ("ipsec" | "wireguard" | "tencent-vpc") => {
                 Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
             }
             _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
@@ -272,6 +277,7 @@ impl Backend {
             Backend::Alloc(driver) => driver,
             Backend::HostGw(driver) => driver,
             Backend::Vxlan(driver) => driver,
+            Backend::Ipip(driver) => driver,
             Backend::Udp(driver) => driver,
             Backend::Extension(driver) => driver,
         }
@@ -418,6 +424,11 @@ fn each_family(context: Context<'_>, key: &LeaseKey, peer: &Peer, objects: impl 
         }
     }
     part
+}
+
+/// Refuses a configuration without an IPv4 network, for a backend that carries nothing else.
+fn needs_ipv4(config: &Config, problem: &str) -> Result<(), ConfigError> {
+    if config.networks.v4.is_some() { Ok(()) } else { Err(invalid("Backend.Type", problem.to_owned())) }
 }
 
 /// Applies the checks that every backend needs: the subnet may be routed, and the peer's address can receive packets.

@@ -1,6 +1,6 @@
 //! Reads and writes links: bridges, veth pairs and VXLAN devices (`linux/if_link.h`).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use flannel::object::bridge::Port;
@@ -44,6 +44,14 @@ const IFLA_VXLAN_PORT: u16 = 15;
 const IFLA_VXLAN_LOCAL6: u16 = 17;
 const IFLA_VXLAN_GBP: u16 = 23;
 
+/// Attributes of an IPIP device (`linux/if_tunnel.h`).
+const IFLA_IPTUN_LOCAL: u16 = 2;
+const IFLA_IPTUN_REMOTE: u16 = 3;
+const IFLA_IPTUN_TTL: u16 = 4;
+const IFLA_IPTUN_TOS: u16 = 5;
+const IFLA_IPTUN_PROTO: u16 = 9;
+const IFLA_IPTUN_PMTUDISC: u16 = 10;
+
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_BR_VLAN_FILTERING: u16 = 7;
 
@@ -84,6 +92,8 @@ pub struct LinkInfo {
     pub kind: String,
     /// The attributes of a VXLAN device.
     pub vxlan: Option<VxlanInfo>,
+    /// The source address of an IPIP device that has no remote address.
+    pub ipip: Option<IpAddr>,
     /// Its settings as a bridge port.
     pub port: Port,
     /// Whether its other end, or its lower interface, is in another network namespace.
@@ -135,6 +145,7 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
         master: 0,
         kind: String::new(),
         vxlan: None,
+        ipip: None,
         port: Port::default(),
         reaches_elsewhere: false,
         vlan_filtering: false,
@@ -158,6 +169,7 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
                     match kind {
                         IFLA_INFO_KIND => link.kind = str_in(value)?.to_owned(),
                         IFLA_INFO_DATA if link.kind == "vxlan" => link.vxlan = Some(decode_vxlan(value)?),
+                        IFLA_INFO_DATA if link.kind == "ipip" => link.ipip = decode_ipip(value),
                         IFLA_INFO_DATA if link.kind == "bridge" => {
                             link.vlan_filtering = attrs(value).any(|(kind, on)| kind == IFLA_BR_VLAN_FILTERING && on.first() == Some(&1));
                         }
@@ -191,6 +203,12 @@ fn decode_vxlan(bytes: &[u8]) -> Option<VxlanInfo> {
         }
     }
     Some(vxlan)
+}
+
+fn decode_ipip(bytes: &[u8]) -> Option<IpAddr> {
+    let address = |wanted| attrs(bytes).find(|(kind, _)| *kind == wanted).and_then(|(_, value)| ip_in(value));
+    let is_open = address(IFLA_IPTUN_REMOTE).is_none_or(|remote| remote.is_unspecified());
+    address(IFLA_IPTUN_LOCAL).filter(|_| is_open)
 }
 
 /// Reads one link by name; `None` if it does not exist.
@@ -255,6 +273,9 @@ pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> 
             body.bytes(&ifinfomsg(0, flags, IFF_UP)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
         });
     }
+    if let LinkKind::Ipip { local } = link.kind {
+        return set_ipip(socket, link, local);
+    }
     let LinkKind::Vxlan { vni, port, local, lower, gbp, learning } = &link.kind else {
         return Err(NetlinkError::Garbled("cannot set a link of a foreign kind"));
     };
@@ -293,6 +314,26 @@ pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> 
     })
 }
 
+/// Creates or changes an IPIP device with the attributes of Go flanneld's: any remote, the TTL and TOS of the inner packet, any
+/// protocol, no path MTU discovery of its own.
+fn set_ipip(socket: &mut Socket, link: &Link, local: IpAddr) -> Result<(), NetlinkError> {
+    let flags = if link.up { IFF_UP } else { 0 };
+    let create = if get(socket, link.name)?.is_some() { 0 } else { CREATE | EXCL };
+    socket.request(RTM_NEWLINK, create, |body| {
+        body.bytes(&ifinfomsg(0, flags, IFF_UP)).attr_str(IFLA_IFNAME, link.name.as_str());
+        linkinfo(body, "ipip", |data| {
+            data.attr_ip(IFLA_IPTUN_LOCAL, local).attr_ip(IFLA_IPTUN_REMOTE, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+            for attribute in [IFLA_IPTUN_TTL, IFLA_IPTUN_TOS, IFLA_IPTUN_PROTO, IFLA_IPTUN_PMTUDISC] {
+                data.attr(attribute, &[0]);
+            }
+        });
+    })?;
+    // The kernel overwrites the MTU of a tunnel when it changes its attributes.
+    socket.request(RTM_NEWLINK, 0, |body| {
+        body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
+    })
+}
+
 fn linkinfo(body: &mut Body<'_>, kind: &str, data: impl FnOnce(&mut Body<'_>)) {
     body.nest(IFLA_LINKINFO, |info| {
         info.attr_str(IFLA_INFO_KIND, kind).nest(IFLA_INFO_DATA, data);
@@ -305,7 +346,8 @@ pub(crate) fn to_object(link: &LinkInfo, name_of: impl Fn(u32) -> Option<IfName>
         let (vni, local, lower) = (Vni::new(vxlan.vni)?, vxlan.local?, name_of(vxlan.lower)?);
         Some(LinkKind::Vxlan { vni, port: vxlan.port, local, lower, gbp: vxlan.gbp, learning: vxlan.learning })
     });
-    let kind = vxlan.unwrap_or_else(|| LinkKind::Other(link.kind.clone()));
+    let ipip = link.ipip.map(|local| LinkKind::Ipip { local });
+    let kind = vxlan.or(ipip).unwrap_or_else(|| LinkKind::Other(link.kind.clone()));
     Link { name: link.name, kind, mac: link.mac.unwrap_or(Mac([0; 6])), mtu: link.mtu, up: link.up }
 }
 

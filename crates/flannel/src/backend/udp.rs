@@ -5,8 +5,8 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::{Admitted, Context, Driver, Local, Part, Refusal, each_family};
-use crate::config::{Config, ConfigError, invalid, port};
+use super::{Admitted, Context, Driver, Local, Part, Refusal, each_family, needs_ipv4};
+use crate::config::{Config, ConfigError, port};
 use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
 use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet};
@@ -74,8 +74,7 @@ impl Driver for Udp {
     }
 
     fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
-        let problem = "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw";
-        if config.networks.v4.is_some() { Ok(()) } else { Err(invalid("Backend.Type", problem.to_owned())) }
+        needs_ipv4(config, "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw")
     }
 
     fn probe_point(&self) -> Option<Point> {
@@ -105,7 +104,7 @@ impl Driver for Udp {
     fn peer_part(&self, context: Context<'_>, key: &LeaseKey, peer: &Peer) -> Part {
         each_family(context, key, peer, |Admitted { subnet, public, .. }| match public {
             IpAddr::V4(_) => Ok(vec![Object::Forward(Forward { dst: subnet, host: public })]),
-            IpAddr::V6(_) => Err(Refusal::OnlyIpv4),
+            IpAddr::V6(_) => Err(Refusal::OnlyIpv4(self.name())),
         })
     }
 }

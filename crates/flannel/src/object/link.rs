@@ -39,6 +39,11 @@ pub enum LinkKind {
         /// Whether source-address learning is enabled.
         learning: bool,
     },
+    /// An IPIP device without a remote address (RFC 2003): the gateway of the route is the destination of the outer packet.
+    Ipip {
+        /// Source address of the outer packets.
+        local: IpAddr,
+    },
     /// A TUN device whose packets the daemon carries in UDP.
     Udp {
         /// The address that the socket is bound to.
@@ -59,8 +64,9 @@ impl Link {
                 LinkKind::Vxlan { vni, port, local, gbp, lower: _, learning: _ },
                 LinkKind::Vxlan { vni: vni2, port: port2, local: local2, gbp: gbp2, lower: _, learning: _ },
             ) => (vni, port, local.is_ipv4(), gbp) == (vni2, port2, local2.is_ipv4(), gbp2),
+            (LinkKind::Ipip { .. }, LinkKind::Ipip { .. }) => true,
             (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => self.kind == have.kind,
-            (LinkKind::Vxlan { .. } | LinkKind::Udp { .. } | LinkKind::Other(_), _) => false,
+            (LinkKind::Vxlan { .. } | LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::Other(_), _) => false,
         }
     }
 }
@@ -76,7 +82,7 @@ impl Item for Link {
 
     fn policy(&self) -> Policy {
         let family = match self.kind {
-            LinkKind::Vxlan { local, .. } | LinkKind::Udp { local, .. } => Some(Family::of(local)),
+            LinkKind::Vxlan { local, .. } | LinkKind::Ipip { local } | LinkKind::Udp { local, .. } => Some(Family::of(local)),
             LinkKind::Other(_) => None,
         };
         Policy { family, never_deleted: false, optional: false }
@@ -84,9 +90,16 @@ impl Item for Link {
 
     fn advice(&self, errno: i32) -> Option<&'static str> {
         const EOPNOTSUPP: i32 = 95;
-        (errno == EOPNOTSUPP).then_some(
-            "the kernel lacks this kind of device, or has not loaded its module: run `modprobe vxlan` on the host, or use host-gw",
-        )
+        let advice = match self.kind {
+            LinkKind::Vxlan { .. } => {
+                "the kernel lacks this kind of device, or has not loaded its module: run `modprobe vxlan` on the host, or use host-gw"
+            }
+            LinkKind::Ipip { .. } => {
+                "the kernel lacks this kind of device, or has not loaded its module: run `modprobe ipip` on the host, or use vxlan"
+            }
+            LinkKind::Udp { .. } | LinkKind::Other(_) => return None,
+        };
+        (errno == EOPNOTSUPP).then_some(advice)
     }
 }
 
@@ -96,6 +109,7 @@ impl fmt::Display for Link {
         write!(f, "link {name} {mac} mtu {mtu} {}", if *up { "up" } else { "down" })?;
         match kind {
             LinkKind::Other(kind) => write!(f, " {kind}"),
+            LinkKind::Ipip { local } => write!(f, " ipip local {local}"),
             LinkKind::Udp { local, port } => write!(f, " udp {local}:{port}"),
             LinkKind::Vxlan { vni, port, local, lower, gbp, learning } => {
                 let (gbp, learning) = (if *gbp { " gbp" } else { "" }, if *learning { "learning" } else { "nolearning" });

@@ -251,7 +251,7 @@ fn lists_and_errors(chart: &Chart<'_>) {
     assert_eq!(serde_json::from_str::<Value>(text.as_str().unwrap()).unwrap()["plugins"][0]["type"], "flannel");
     for (set, want) in [
         ("netpol.enabled=true", "this chart has no network policies yet"),
-        ("flannel.backend=wireguard", "is none of vxlan, host-gw, udp and alloc"),
+        ("flannel.backend=wireguard", "is none of vxlan, host-gw, ipip, udp and alloc"),
         ("flannel.image.repository=ghcr.io/flannel-io/flannel", "is upstream's image"),
     ] {
         let (done, text) = chart.render(&[set]);

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use flannel::object::{Link, LinkKind, Object};
 
 use super::{Change, Reading, io_error};
+use crate::link::LinkInfo;
 use crate::netlink::NetlinkError;
 use crate::tunnel::Tunnel;
 use crate::{Kernel, link};
@@ -20,12 +21,18 @@ pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Resul
     link::set(&mut kernel.route, wanted).map_err(|error| explain(kernel, wanted, error))
 }
 
-/// Names what has the VNI or the UDP port already that a VXLAN device was refused for.
+/// Names what has the VNI, the UDP port or the address already that a device was refused for.
 fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkError {
-    let (LinkKind::Vxlan { vni, port, .. }, Some(errno @ (libc::EEXIST | libc::EADDRINUSE))) = (&wanted.kind, error.errno()) else {
-        return error;
-    };
+    let Some(errno @ (libc::EEXIST | libc::EADDRINUSE)) = error.errno() else { return error };
     let links = link::list(&mut kernel.route).unwrap_or_default();
+    if let LinkKind::Ipip { local } = wanted.kind {
+        let rival = links.iter().find(|link| link.name != wanted.name && link.ipip == Some(local));
+        let message = |rival: &LinkInfo| {
+            format!("IPIP device {0} has the local address {local} and no remote address, too: delete it (ip link del {0})", rival.name)
+        };
+        return rival.map_or(error, |rival| NetlinkError::Refused { errno, message: message(rival) });
+    }
+    let LinkKind::Vxlan { vni, port, .. } = &wanted.kind else { return error };
     let others = links.iter().filter(|link| link.name != wanted.name);
     let rivals =
         others.filter_map(|link| Some((link.name, link.vxlan?))).filter(|(_, vxlan)| vxlan.vni == vni.get() || vxlan.port == *port);
