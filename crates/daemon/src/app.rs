@@ -191,17 +191,17 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
 
     let (publish_held, held) = watch::channel(held);
     let (lose, lost) = mpsc::channel(1);
-    let (publish_connected, connected) = watch::channel(false);
+    let (publish_following, following) = watch::channel(store::Following::default());
     let (send, events) = mpsc::channel(16);
     let (publish_claim, claims) = watch::channel(claim);
     let mut tasks = JoinSet::new();
     tasks.spawn(store.clone().keep(claims, publish_held, lost));
-    tasks.spawn(store.follow(config, send, store::Link::new(publish_connected, ready.clone(), notices)));
+    tasks.spawn(store.follow(config, send, store::Link::new(publish_following, ready.clone(), notices)));
     tasks.spawn(async move {
         ready.passed(STARTING).await;
         systemd::notify_ready();
     });
-    reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, connected }).await?;
+    reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, following }).await?;
     bail!("a part of the daemon ended unexpectedly")
 }
 

@@ -39,7 +39,7 @@ use crate::facts::Facts;
 use crate::host::{Host, Notifications};
 use crate::notice::Notices;
 use crate::ready::Guard;
-use crate::store::{Claim, LeaseHandle};
+use crate::store::{Claim, Following, LeaseHandle};
 use crate::view::View;
 
 /// How long the objects that wait for a child process or for a lock may delay a start.
@@ -51,8 +51,8 @@ enum Wake {
     Leases(Vec<StoreEvent>),
     /// This node's lease is another one now, or the same again.
     Own(LeaseHandle),
-    /// The store is followed now, or is not any more: the view says so.
-    Connected,
+    /// The store is followed now, or is not any more; or another host wrote this node's lease.
+    Following,
     /// The kernel sent notifications.
     Kernel(Vec<KernelEvent>),
     /// Work of the slow lane is done.
@@ -86,8 +86,8 @@ pub struct Inputs {
     pub lost: mpsc::Sender<()>,
     /// Tells the keeper what this node publishes now.
     pub claim: watch::Sender<Claim>,
-    /// Whether the store is being followed.
-    pub connected: watch::Receiver<bool>,
+    /// Whether the store is being followed, and who writes this node's lease.
+    pub following: watch::Receiver<Following>,
 }
 
 /// What the loop begins with.
@@ -216,14 +216,14 @@ impl<H: Host + 'static> Reconciler<H> {
             match self.wake(&mut inputs).await? {
                 Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
                 Wake::Own(held) => self.on_own(held).await,
-                Wake::Connected => {}
+                Wake::Following => self.on_following(&mut inputs),
                 Wake::Kernel(events) => self.on_kernel(events).await,
                 Wake::Slow(done) => self.on_slow(done).await,
                 Wake::Timer => self.on_timer(&inputs).await,
                 Wake::Stop => return Ok(()),
             }
             self.offer_families().await;
-            self.publish_view(*inputs.connected.borrow());
+            self.publish_view(inputs.following.borrow().connected);
         }
     }
 
@@ -251,7 +251,7 @@ impl<H: Host + 'static> Reconciler<H> {
                 Ok(()) => Wake::Own(*inputs.held.borrow_and_update()),
                 Err(_) => Wake::Stop,
             },
-            Ok(()) = inputs.connected.changed() => Wake::Connected,
+            Ok(()) = inputs.following.changed() => Wake::Following,
             Some(done) = self.slow.next(), if !self.slow.is_empty() => Wake::Slow(done),
             () = tokio::time::sleep_until(timer) => Wake::Timer,
             wake = input => wake?,

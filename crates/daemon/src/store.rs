@@ -21,7 +21,7 @@ pub use self::connect::{Access, Transport};
 pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
 pub use self::foreign::foreign_text;
 pub use self::kube::Kube;
-pub use self::link::{Link, Outage};
+pub use self::link::{Following, Link, Outage};
 use crate::notice::Notice;
 
 /// Why a store does not give what it was asked for.

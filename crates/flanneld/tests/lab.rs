@@ -142,6 +142,7 @@ const TESTS: &[(&str, Test)] = &[
     ("late_interface_is_waited_for", obstacles::late_interface_is_waited_for),
     ("failing_family_leaves_the_other_alone", obstacles::failing_family_leaves_the_other_alone),
     ("hosts_with_one_address_say_so", checks::hosts_with_one_address_say_so),
+    ("hosts_with_one_address_and_one_mac_say_so", checks::hosts_with_one_address_and_one_mac_say_so),
     ("taken_vni_is_named_and_waited_for", checks::a_taken_vni_is_named_and_waited_for),
     ("hanging_commands_delay_no_repair", checks::hanging_commands_delay_no_repair),
     ("interfaces_that_do_not_forward_are_repaired", checks::interfaces_that_do_not_forward_are_repaired),

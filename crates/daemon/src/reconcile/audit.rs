@@ -62,7 +62,7 @@ impl<H: Host + 'static> Reconciler<H> {
             self.observed.pack();
             kernel::process::release_memory();
         }
-        let due = self.trust.due(now - self.epoch, *inputs.connected.borrow(), self.picture.leases(), self.picture.own());
+        let due = self.trust.due(now - self.epoch, inputs.following.borrow().connected, self.picture.leases(), self.picture.own());
         if due.give_up {
             self.give_up_doubtful().await;
         }

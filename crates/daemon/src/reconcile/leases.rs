@@ -37,6 +37,8 @@ const LOST: &str = "the store lost data (restored from a backup, perhaps): route
 pub(super) struct OwnLease {
     /// When it is checked next whether the lease is still this node's.
     pub(super) check_at: Option<Instant>,
+    /// The foreign writes that were seen, and whether one has not been answered by a write of this node.
+    foreign: (u64, bool),
     /// When a lease with another node's or with old data was last written again.
     corrected: Option<Correction>,
 }
@@ -63,6 +65,7 @@ impl OwnLease {
     }
 
     fn correct(&mut self) {
+        self.foreign.1 = false;
         let (wait, times) = self.corrected.as_ref().map_or((OWN, 0), |last| ((last.wait * 2).min(CORRECT), last.times));
         self.corrected = Some(Correction { at: Instant::now(), wait, times: times + 1 });
     }
@@ -184,10 +187,12 @@ impl<H: Host + 'static> Reconciler<H> {
         match stored {
             _ if !leases.is_complete() => {}
             // A store that is not followed says nothing new; a list comes a moment before the store counts as followed.
-            _ if !*inputs.connected.borrow() => self.own.check_at = Some(Instant::now() + again),
+            _ if !inputs.following.borrow().connected => self.own.check_at = Some(Instant::now() + again),
             // A full channel means that the keeper knows already.
             None => drop(inputs.lost.try_send(())),
-            Some(stored) if (&stored.backend_type, &stored.backend_data) == (&now.backend_type, &now.backend_data) => {
+            Some(stored)
+                if !self.own.foreign.1 && (&stored.backend_type, &stored.backend_data) == (&now.backend_type, &now.backend_data) =>
+            {
                 self.own.is_right();
                 if self.own.is_contested() {
                     self.own.check_at = Some(Instant::now() + OWN);
@@ -216,6 +221,15 @@ impl<H: Host + 'static> Reconciler<H> {
         format!(
             "another host publishes {published} as its address too, and writes to lease {own}: packets for these pods go to one of the two; give each host its own address (--iface or --public-ip)"
         )
+    }
+
+    /// Two hosts with one address may publish the same data: whoever writes next is seen by the etcd lease that the key has then.
+    pub(super) fn on_following(&mut self, inputs: &mut Inputs) {
+        let seen = inputs.following.borrow_and_update().foreign_writes;
+        if seen != self.own.foreign.0 {
+            self.own.foreign = (seen, true);
+            self.check_own(inputs, LISTED);
+        }
     }
 
     pub(super) async fn on_own(&mut self, held: LeaseHandle) {

@@ -7,6 +7,7 @@ mod seen;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,6 +64,8 @@ struct Inner {
     moves: watch::Sender<u32>,
     /// How long a list may take now.
     patience: Mutex<Duration>,
+    /// The lease of this node, and the etcd leases under which this node writes it.
+    own: Mutex<(Option<LeaseKey>, BTreeSet<i64>)>,
 }
 
 #[derive(Debug)]
@@ -129,8 +132,8 @@ impl Etcd {
 
     fn with(endpoints: Endpoints, prefix: String, is_default: bool) -> Etcd {
         let (current, moves) = (AtomicUsize::new(0), watch::channel(0).0);
-        let (cached, config, patience) = (Mutex::default(), Mutex::default(), Mutex::new(TIMEOUT));
-        Etcd(Arc::new(Inner { endpoints, current, prefix, is_default, cached, config, moves, patience }))
+        let (cached, config, patience, own) = (Mutex::default(), Mutex::default(), Mutex::new(TIMEOUT), Mutex::default());
+        Etcd(Arc::new(Inner { endpoints, current, prefix, is_default, cached, config, moves, patience, own }))
     }
 
     /// Keeps a list for the next part of the start.
@@ -310,6 +313,19 @@ impl Etcd {
         };
         let answer = self.call("renew the lease", ask).await?;
         Ok(u64::try_from(answer.ttl).ok().filter(|ttl| *ttl > 0).map(|ttl| Duration::from_secs(ttl.min(limits::LEASE_TTL))))
+    }
+
+    /// Takes note that this node is about to write its lease, with this etcd lease on it.
+    fn note_own(&self, key: LeaseKey, etcd_lease: i64) {
+        let mut own = self.0.own.lock().unwrap_or_else(PoisonError::into_inner);
+        own.0 = Some(key);
+        own.1.insert(etcd_lease);
+    }
+
+    /// Whether an entry is this node's lease, but was written by another host. An operator may make it a reservation, without an etcd lease.
+    fn is_foreign_write(&self, entry: &Entry) -> bool {
+        let own = self.0.own.lock().unwrap_or_else(PoisonError::into_inner);
+        own.0 == Some(entry.key) && entry.lease != 0 && !own.1.contains(&entry.lease)
     }
 
     /// Writes a lease if its key still has this revision (0: if it does not exist); false if another host was faster.

@@ -33,10 +33,19 @@ pub enum Outage {
     Refused(String),
 }
 
+/// What the follower of a store reports beside the leases.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Following {
+    /// Whether the store is being followed.
+    pub connected: bool,
+    /// How often another host wrote this node's lease.
+    pub foreign_writes: u64,
+}
+
 /// Whether a store is being followed, and the pauses between attempts.
 #[derive(Debug)]
 pub struct Link {
-    connected: watch::Sender<bool>,
+    following: watch::Sender<Following>,
     ready: Ready,
     notices: Notices,
     /// How many leases there are, which is how many hosts follow the same store.
@@ -53,9 +62,9 @@ pub struct Link {
 
 impl Link {
     /// A link that is down.
-    pub fn new(connected: watch::Sender<bool>, ready: Ready, notices: Notices) -> Link {
+    pub fn new(following: watch::Sender<Following>, ready: Ready, notices: Notices) -> Link {
         let away = (Instant::now(), String::new());
-        Link { connected, ready, notices, leases: 0, attempts: 0, answered: 0, away, up_at: None, stale: None }
+        Link { following, ready, notices, leases: 0, attempts: 0, answered: 0, away, up_at: None, stale: None }
     }
 
     /// Takes note of how many leases the store has.
@@ -63,10 +72,22 @@ impl Link {
         self.leases = leases;
     }
 
+    /// Another host wrote this node's lease.
+    pub(super) fn foreign_write(&self) {
+        self.following.send_modify(|following| following.foreign_writes += 1);
+    }
+
+    /// Returns what was said before.
+    fn set_connected(&self, connected: bool) -> bool {
+        let before = self.following.borrow().connected;
+        self.following.send_modify(|following| following.connected = connected);
+        before
+    }
+
     /// The store is being followed. True if it was not before.
     pub fn up(&mut self) -> bool {
         self.stale = None;
-        let is_new = !self.connected.send_replace(true);
+        let is_new = !self.set_connected(true);
         if is_new {
             self.up_at = Some(Instant::now());
         }
@@ -75,7 +96,7 @@ impl Link {
 
     /// The store is no longer followed: reports it, and pauses before the next attempt.
     pub async fn down(&mut self, outage: Outage) {
-        let was_connected = self.connected.send_replace(false);
+        let was_connected = self.set_connected(false);
         // A store that breaks off as soon as it is back was as good as away.
         let was_steady = was_connected && self.up_at.is_some_and(|at| at.elapsed() > STEADY);
         if was_steady {
@@ -166,7 +187,7 @@ mod tests {
     async fn one_reason_is_reported_once_and_on_readyz() {
         let (notices, mut put) = Notices::new();
         let ready = Ready::default();
-        let mut link = Link::new(watch::channel(false).0, ready.clone(), notices);
+        let mut link = Link::new(watch::channel(Following::default()).0, ready.clone(), notices);
         for _ in 0..3 {
             link.down(Outage::Refused("permission denied".to_owned())).await;
         }

@@ -190,7 +190,7 @@ impl Cluster {
     /// Watches the store by a separate connection, and records each change of a lease with its time.
     fn record_leases(&self) {
         let (tell, mut events) = mpsc::channel(16);
-        let link = store::Link::new(watch::channel(false).0, Ready::default(), Notices::new().0);
+        let link = store::Link::new(watch::channel(store::Following::default()).0, Ready::default(), Notices::new().0);
         tokio::spawn(self.client().follow(self.config.clone(), tell, link));
         let truth = self.truth.clone();
         tokio::spawn(async move {

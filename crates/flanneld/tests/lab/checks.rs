@@ -68,6 +68,33 @@ pub(crate) fn hosts_with_one_address_say_so(root: &Path) {
     }
 }
 
+/// A second host takes the first one's address and, having no device yet, the VTEP MAC of its lease: both publish the same, and both
+/// say so.
+pub(crate) fn hosts_with_one_address_and_one_mac_say_so(root: &Path) {
+    let mut lab = wire(root, 2);
+    lab.start_daemon(0, &[]).unwrap();
+    eventually("the first host is set up", || is_ready(&lab, 0));
+    lab.start_daemon(1, &["--public-ip=10.0.0.1", "--iface=eth0"]).unwrap();
+    for host in 0..2 {
+        eventually("both hosts name the conflict", || {
+            let (status, text) = readyz(&lab, host);
+            status == 503 && text.contains("another host publishes 10.0.0.1 as its address too")
+        });
+    }
+    let leases = lab.with_store(async |store| store.snapshot().await).unwrap().entries;
+    assert_eq!(leases.len(), 1, "{leases:?}");
+    // A restart alone is no conflict, however soon.
+    lab.stop_daemon(1, true).unwrap();
+    lab.stop_daemon(0, true).unwrap();
+    for _ in 0..3 {
+        lab.start_daemon(0, &[]).unwrap();
+        eventually("the first host is ready", || is_ready(&lab, 0));
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(is_ready(&lab, 0), "{:?}", readyz(&lab, 0));
+        lab.stop_daemon(0, false).unwrap();
+    }
+}
+
 /// Another VXLAN device has our VNI and port: the daemon names it, waits, and goes on when it is gone.
 pub(crate) fn a_taken_vni_is_named_and_waited_for(root: &Path) {
     let mut lab = wire(root, 2);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use daemon::notice::Notices;
 use daemon::ready::Ready;
-use daemon::store::{Link, Store};
+use daemon::store::{Following, Link, Store};
 use flannel::{Age, Config, Lease, LeaseKey, Peer, PerFamily, StoreEvent};
 use tokio::sync::{mpsc, watch};
 
@@ -32,7 +32,7 @@ pub(crate) async fn following_reports_lists_and_changes(store: impl Store, hand:
     hand.spoil(&unreadable).await;
 
     let (tell, mut events) = mpsc::channel(16);
-    let (publish, mut connected) = watch::channel(false);
+    let (publish, mut reports) = watch::channel(Following::default());
     let config = Config::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap();
     let link = Link::new(publish, Ready::default(), Notices::new().0);
     let following = tokio::spawn(store.follow(config, tell, link));
@@ -40,7 +40,7 @@ pub(crate) async fn following_reports_lists_and_changes(store: impl Store, hand:
     let mut next = async || ages.strip(events.recv().await.unwrap());
     let (apply, keep) = (|lease: &Lease| StoreEvent::Apply(lease.clone(), Age::UNKNOWN), |key| StoreEvent::Keep(key, Age::UNKNOWN));
     assert_eq!(next().await, [StoreEvent::Init, apply(&one), keep(unreadable), StoreEvent::InitDone]);
-    connected.wait_for(|connected| *connected).await.unwrap();
+    reports.wait_for(|following| following.connected).await.unwrap();
     hand.put(&two).await;
     assert_eq!(next().await, [apply(&two)]);
     let moved = Lease { key: two.key, peer: lease(2, "192.0.2.22").peer };

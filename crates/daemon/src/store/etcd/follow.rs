@@ -138,6 +138,9 @@ impl Etcd {
             }
             if is_put {
                 seen.report(unreadable.as_slice());
+                if entry.as_ref().is_some_and(|entry| self.is_foreign_write(entry)) {
+                    link.foreign_write();
+                }
                 changes.extend(entry.map(event));
             } else {
                 // A deletion carries no value, so only its key is read.

@@ -116,6 +116,7 @@ impl Keeper {
         };
         let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
         let lease = Lease { key, peer: peer.clone() };
+        self.store.note_own(key, etcd_lease);
         let put = self.store.put_lease(&lease, etcd_lease, expected).await;
         let mut done = matches!(put, Ok(true));
         if !done {
@@ -165,11 +166,14 @@ impl Keeper {
             (0, _) => 0,
             (id, _) if id == current.etcd_lease => id,
             (_, Some(spare)) => spare,
+            // Another host wrote the key: this node's etcd lease lives on.
+            _ if current.etcd_lease != 0 && self.store.keep_alive(current.etcd_lease).await?.is_some() => current.etcd_lease,
             (_, None) => self.store.grant(LEASE_TTL).await?,
         };
         // Until it is on the key, it is kept for the next attempt.
         past.spare = Some(etcd_lease).filter(|id| *id != 0 && *id != own.lease);
         let lease = Lease { key: current.key, peer: self.claim.peer.clone() };
+        self.store.note_own(current.key, etcd_lease);
         if !self.store.put_lease(&lease, etcd_lease, own.mod_revision).await? {
             return Ok(false);
         }

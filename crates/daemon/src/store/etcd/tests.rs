@@ -17,7 +17,7 @@ use crate::etcd::PutRequest;
 use crate::etcd::kv_client::KvClient;
 use crate::notice::{Notice, Notices};
 use crate::ready::Ready;
-use crate::store::{Claim, Link, Store, StoreError, Transport, limits};
+use crate::store::{Claim, Following, Link, Store, StoreError, Transport, limits};
 
 const PREFIX: &str = "/coreos.com/network";
 const CONFIG: &str = r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.1.0","Backend":{"Type":"host-gw"}}"#;
@@ -144,7 +144,7 @@ async fn store_that_is_down_is_waited_for_with_one_text() {
 fn follow(client: Etcd) -> (mpsc::Receiver<Vec<StoreEvent>>, mpsc::Receiver<Notice>) {
     let (send, events) = mpsc::channel(64);
     let (notices, noticed) = Notices::new();
-    let link = Link::new(watch::channel(false).0, Ready::default(), notices);
+    let link = Link::new(watch::channel(Following::default()).0, Ready::default(), notices);
     tokio::spawn(client.follow(Config::parse(CONFIG).unwrap(), send, link));
     (events, noticed)
 }
