@@ -88,6 +88,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("etcd-server", "etcd"),
     ("etcd-client", "etcdctl"),
     ("dbus-daemon", "dbus-daemon"),
+    ("openssl", "openssl"),
     ("nftables", "nft"),
     ("iptables", "iptables"),
     ("iproute2", "ip"),

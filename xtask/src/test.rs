@@ -92,12 +92,10 @@ impl Program {
     fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
             ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits" | "embedded_config") => &[],
-            ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults" | "robustness") | ("daemon", "etcd_obstacles") => {
-                &[Need::Debian]
-            }
+            ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults" | "robustness") => &[Need::Debian],
             ("cni", "reference" | "differential") => &[Need::Debian, Need::ReferencePlugins],
             ("cni", "runtimes") => &[Need::Debian, Need::Libcni],
-            ("flanneld", "lab" | "store_contract") => &[Need::Debian, Need::Etcd],
+            ("flanneld", "lab" | "store_contract") | ("daemon", "etcd_obstacles") => &[Need::Debian, Need::Etcd],
             // An unlisted test program gets all requirements.
             _ => &Need::ALL,
         };

@@ -10,6 +10,8 @@ use flannel::{Family, Subnet};
 use kernel::netlink::{Protocol, Socket};
 use kernel::route;
 
+use crate::output;
+
 /// The arguments of `docker-opts`.
 #[derive(Debug, Clone, Args)]
 pub struct DockerOptsArgs {
@@ -31,20 +33,33 @@ pub struct DockerOptsArgs {
     /// Omit --ip-masq
     #[arg(short = 'm')]
     pub no_ip_masq: bool,
+    /// Ignored, as everything behind the first word that is no option.
+    #[arg(hide = true, trailing_var_arg = true)]
+    pub rest: Vec<String>,
 }
 
 /// The name of upstream's script.
 pub const SCRIPT: &str = "mk-docker-opts.sh";
 
-/// Writes the file with the options.
+/// Writes the file with the options. The script sources the subnet file, so a variable may also come from the environment, and a
+/// missing file is no error.
 ///
 /// # Errors
 /// When a file cannot be read or written, a value is invalid, or the subnet is routed through a gateway. Nothing is written
 /// then.
 pub fn run(args: &DockerOptsArgs) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string(&args.env).with_context(|| format!("-f: cannot read {}", args.env.display()))?;
-    let rendered = render(&text, args, |name| std::env::var(name).ok()).with_context(|| args.env.display().to_string())?;
-    if let Some(subnet) = variables(&text).get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok()) {
+    let shown = args.env.display();
+    let text = match std::fs::read_to_string(&args.env) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            output::error_line(format_args!("-f: {shown} does not exist: using the variables of the environment"));
+            String::new()
+        }
+        read => read.with_context(|| format!("-f: cannot read {shown}"))?,
+    };
+    let environment = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let variables: Variables = environment.chain(assignments(&text)).collect();
+    let rendered = render(&variables, args).with_context(|| shown.to_string())?;
+    if let Some(subnet) = variables.get("FLANNEL_SUBNET").and_then(|subnet| subnet.parse().ok()) {
         refuse_routed_subnet(subnet, &args.env)?;
     }
     kernel::file::write(&args.output, &rendered).with_context(|| format!("-d: cannot write {}", args.output.display()))
@@ -62,36 +77,66 @@ fn refuse_routed_subnet(subnet: Subnet, env: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn variables(text: &str) -> BTreeMap<&str, &str> {
-    text.lines().filter_map(|line| line.split_once('=')).map(|(name, value)| (name.trim(), value.trim().trim_matches('"'))).collect()
+type Variables = BTreeMap<String, String>;
+
+/// The assignments of a file that a shell sources: quotes are removed, comments and `export` are left out, and a line may have several.
+fn assignments(text: &str) -> impl Iterator<Item = (String, String)> {
+    text.lines().flat_map(words).filter_map(|word| {
+        let (name, value) = word.split_once('=')?;
+        let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        is_name.then(|| (name.to_owned(), value.to_owned()))
+    })
 }
 
-fn render(text: &str, args: &DockerOptsArgs, env: impl Fn(&str) -> Option<String>) -> anyhow::Result<String> {
-    let found = variables(text);
-    let mut options = Vec::new();
-    if let Some(subnet) = found.get("FLANNEL_SUBNET") {
-        options.push(("BIP", format!("--bip={subnet}")));
+/// The words of a shell's line, without expansions.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut quote) = (vec![None::<String>], None);
+    for c in line.chars() {
+        let word = words.last_mut().expect("it is never empty");
+        match (quote, c) {
+            (Some(open), c) if c == open => quote = None,
+            (None, '"' | '\'') => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            (None, '#') if word.is_none() => break,
+            (None, c) if c.is_whitespace() || c == ';' => words.push(None),
+            _ => word.get_or_insert_default().push(c),
+        }
     }
-    if let Some(masq) = found.get("FLANNEL_IPMASQ").filter(|_| !args.no_ip_masq) {
+    words.into_iter().flatten().collect()
+}
+
+fn render(found: &Variables, args: &DockerOptsArgs) -> anyhow::Result<String> {
+    const PREFIX: &str = "DOCKER_OPT_";
+    let get = |name: &str| found.get(name).filter(|value| !value.is_empty());
+    // Variables of other names are options of the operator.
+    let mut options: Variables =
+        found.iter().filter(|(name, _)| name.starts_with(PREFIX)).map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut put = |name: &str, option: String| drop(options.insert(format!("{PREFIX}{name}"), option));
+    if let Some(subnet) = get("FLANNEL_SUBNET") {
+        put("BIP", format!("--bip={subnet}"));
+    }
+    if let Some(masq) = get("FLANNEL_IPMASQ").filter(|_| !args.no_ip_masq) {
         // If flanneld masquerades, Docker must not.
-        let inverse = match *masq {
+        let inverse = match masq.as_str() {
             "true" => "false",
             "false" => "true",
             other => anyhow::bail!("FLANNEL_IPMASQ: {other:?} is neither true nor false"),
         };
-        options.push(("IPMASQ", format!("--ip-masq={inverse}")));
+        put("IPMASQ", format!("--ip-masq={inverse}"));
     }
-    if let Some(mtu) = found.get("FLANNEL_MTU") {
-        options.push(("MTU", format!("--mtu={mtu}")));
+    if let Some(mtu) = get("FLANNEL_MTU") {
+        put("MTU", format!("--mtu={mtu}"));
     }
     let both = args.individual == args.combined;
     let mut lines = String::new();
     if both || args.individual {
-        options.iter().for_each(|(name, option)| lines.push_str(&format!("DOCKER_OPT_{name}=\"{option}\"\n")));
+        options.iter().for_each(|(name, option)| lines.push_str(&format!("{name}=\"{option}\"\n")));
     }
     if both || args.combined {
-        let all: String = options.iter().map(|(_, option)| format!(" {option}")).collect();
-        lines.push_str(&format!("{}=\"{}{all}\"\n", args.key, env(&args.key).unwrap_or_default()));
+        let all: String = options.values().map(|option| format!(" {option}")).collect();
+        lines.push_str(&format!("{}=\"{}{all}\"\n", args.key, found.get(&args.key).map_or("", String::as_str)));
     }
     Ok(lines)
 }
@@ -116,7 +161,7 @@ mod tests {
 
     fn check(args: &str, want: &str) {
         let args = Cli::parse_from(std::iter::once("x").chain(args.split_whitespace())).args;
-        assert_eq!(render(ENV, &args, |_| None).unwrap(), want);
+        assert_eq!(render(&assignments(ENV).collect(), &args).unwrap(), want);
     }
 
     #[test]
@@ -136,9 +181,29 @@ mod tests {
     #[test]
     fn options_are_appended_to_those_in_the_environment() {
         let args = Cli::parse_from(["x", "-c"]).args;
-        let env = |name: &str| (name == "DOCKER_OPTS").then(|| "--debug".to_owned());
-        assert!(render(ENV, &args, env).unwrap().starts_with("DOCKER_OPTS=\"--debug --bip="));
-        let bad = render("FLANNEL_IPMASQ=maybe", &args, |_| None).unwrap_err();
+        let with_debug = assignments("DOCKER_OPTS=--debug").chain(assignments(ENV)).collect();
+        assert!(render(&with_debug, &args).unwrap().starts_with("DOCKER_OPTS=\"--debug --bip="));
+        let bad = render(&assignments("FLANNEL_IPMASQ=maybe").collect(), &args).unwrap_err();
         assert_eq!(bad.to_string(), "FLANNEL_IPMASQ: \"maybe\" is neither true nor false");
+        let own = assignments("DOCKER_OPT_LOG='--log-level=debug' DOCKER_OPT_MTU=--mtu=9\nFLANNEL_MTU=1450 FLANNEL_SUBNET=''").collect();
+        assert_eq!(
+            render(&own, &Cli::parse_from(["x"]).args).unwrap(),
+            "DOCKER_OPT_LOG=\"--log-level=debug\"\nDOCKER_OPT_MTU=\"--mtu=1450\"\nDOCKER_OPTS=\" --log-level=debug --mtu=1450\"\n"
+        );
+    }
+
+    #[test]
+    fn files_are_read_as_a_shell_reads_them() {
+        let read = |text: &str| assignments(text).map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("|");
+        assert_eq!(
+            read("export A=1 # one\n # B=2\nC='x # y';D=\"a b\"c\nE=\nnot an assignment\n=7\nF-G=1\nH=a#b"),
+            "A=1|C=x # y|D=a bc|E=|H=a#b"
+        );
+    }
+
+    #[test]
+    fn what_follows_the_first_word_is_ignored() {
+        let args = Cli::parse_from(["x", "-i", "word", "-c", "-x"]).args;
+        assert!(args.individual && !args.combined);
     }
 }

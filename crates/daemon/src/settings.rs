@@ -108,7 +108,7 @@ pub struct RunArgs {
     /// File with this host's subnet and MTU: read by the CNI plugins, and by flanneld at its next start
     #[arg(long, default_value = "/run/flannel/subnet.env", value_name = "FILE", help_heading = "Files, log and version")]
     pub subnet_file: PathBuf,
-    /// Log verbosity: 0 logs changes of state, 1 adds debug details, 4 adds the libraries
+    /// Log verbosity: 0 logs changes of state, 1 adds debug details, 4 adds traces
     #[arg(
         long,
         short = 'v',
@@ -118,8 +118,8 @@ pub struct RunArgs {
         help_heading = "Files, log and version"
     )]
     pub v: i32,
-    /// Accepted for compatibility with Go flannel; has no effect
-    #[arg(long, value_name = "PATTERN=N,…", hide_short_help = true, help_heading = "Files, log and version")]
+    /// Libraries that log more than warnings, each with a level as of -v: `h2=4,hyper=1`
+    #[arg(long, value_name = "NAME=LEVEL,…", hide_short_help = true, help_heading = "Files, log and version")]
     pub vmodule: Option<String>,
     /// Accepted for compatibility with Go flannel; has no effect
     #[arg(long = "log_backtrace_at", value_name = "FILE:LINE", hide_short_help = true, help_heading = "Files, log and version")]

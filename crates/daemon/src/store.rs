@@ -1,6 +1,7 @@
 //! The store of leases: the trait that the daemon works with, and its two implementations, [`Etcd`] (also for the embedded
 //! server) and [`Kube`].
 
+mod client_key;
 mod connect;
 mod endpoint;
 pub mod etcd;

@@ -9,8 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use daemon::settings::Secret;
-use daemon::store::{Access, Etcd, Store, StoreError};
+use daemon::notice::Notices;
+use daemon::ready::Ready;
+use daemon::settings::{RunArgs, Secret};
+use daemon::store::{Access, Etcd, Kube, Store, StoreError, kube};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
 
 const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#;
@@ -178,6 +180,7 @@ fn certificates(folder: &Path, name: &str) -> (PathBuf, PathBuf, PathBuf) {
     params.distinguished_name.push(DnType::CommonName, name);
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let cert = params.signed_by(&key, &ca, &ca_key).unwrap();
+    write("ca-key.pem", ca_key.serialize_pem());
     (write("ca.pem", ca.pem()), write("cert.pem", cert.pem()), write("key.pem", key.serialize_pem()))
 }
 
@@ -206,6 +209,52 @@ fn refused_certificates_and_missing_files_are_waited_for() {
     waits_for(&missing, "it has no CERTIFICATE in PEM form");
     std::fs::copy(&ca, folder.0.join("later.pem")).unwrap();
     waits_for(&missing, "there is no network config in etcd yet");
+}
+
+/// A key, and a certificate of X.509 version 1, signed by the authority.
+fn version_1_certificate(folder: &Path, (ca, ca_key): (&Path, &Path)) -> (PathBuf, PathBuf) {
+    let [key, request, cert] = ["v1-key.pem", "v1.csr", "v1.pem"].map(|name| folder.join(name));
+    let openssl = |args: &[&str]| {
+        let output = Command::new("openssl").args(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let [key_path, request_path, cert_path, ca, ca_key] = [&key, &request, &cert, ca, ca_key].map(|path| path.to_str().unwrap());
+    openssl(&["req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=client", "-keyout", key_path, "-out", request_path]);
+    openssl(&["x509", "-req", "-in", request_path, "-CA", ca, "-CAkey", ca_key, "-set_serial", "7", "-days", "2", "-out", cert_path]);
+    assert!(openssl(&["x509", "-noout", "-text", "-in", cert_path]).contains("Version: 1 "));
+    (cert, key)
+}
+
+#[test]
+fn client_certificates_of_version_1_are_used() {
+    let folder = Folder::new();
+    let (ca, cert, key) = certificates(&folder.0, "server");
+    let client = version_1_certificate(&folder.0, (&ca, &folder.0.join("server-ca-key.pem")));
+    let file = |path: &Path| path.to_str().unwrap().to_owned();
+    let args = ["--cert-file", &file(&cert), "--key-file", &file(&key), "--trusted-ca-file", &file(&ca), "--client-cert-auth"];
+    let server = Server::start("https", &args);
+    let right = Access { ca: Some(ca.clone()), cert: Some(client.0.clone()), key: Some(client.1.clone()), ..server.access("https") };
+    waits_for(&right, "there is no network config in etcd yet");
+    // The key of another certificate is found out before it is used.
+    let mixed = Access { key: Some(key), ..right };
+    waits_for(&mixed, "server-key.pem: the key is not that of the certificate");
+
+    // The API server is not there, which is all that is wrong with this kubeconfig.
+    let config = folder.0.join("kubeconfig");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: c, cluster: {{server: 'https://127.0.0.1:{}', certificate-authority: '{}'}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\nusers: [{{name: u, user: {{client-certificate: '{}', client-key: '{}'}}}}]\n",
+        free_port(),
+        file(&ca),
+        file(&client.0),
+        file(&client.1)
+    );
+    std::fs::write(&config, text).unwrap();
+    let args = RunArgs::read(["--kube-subnet-mgr".to_owned(), format!("--kubeconfig-file={}", config.display())], |_| None).unwrap();
+    let access = kube::Access::new(&args, |name| (name == "NODE_NAME").then(|| "node".to_owned())).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let connected = runtime.block_on(Kube::connect(&access, Ready::default(), Notices::new().0)).map(drop);
+    assert!(connected.is_ok(), "{connected:?}");
 }
 
 #[test]

@@ -71,10 +71,10 @@ fn main() {
             rows.push(row);
         }
     }
+    let peers = std::env::var_os("PEER_FLANNELD").map_or_else(Vec::new, |program| scale::peers(&scratch, Path::new(&program), sizes));
     if only.is_some() {
         return;
     }
-    let peers = std::env::var_os("PEER_FLANNELD").map_or_else(Vec::new, |program| scale::peers(&scratch, Path::new(&program), sizes));
     bursts(&scratch, if quick { 200 } else { 1_000 });
     if let Some(folder) = std::env::var_os("FLANNEL_BENCH_OUT") {
         plot::write(Path::new(&folder), &rows, &peers);

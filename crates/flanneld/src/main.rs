@@ -24,11 +24,18 @@ fn main() -> ExitCode {
     if install_cni::called_as(std::env::args_os().next()) {
         return finish(install_cni::copy(&args));
     }
-    if docker_opts::called_as(std::env::args_os().next()) {
+    let is_script = docker_opts::called_as(std::env::args_os().next());
+    if is_script {
         args.insert(0, "docker-opts".to_owned());
+        args.iter_mut().filter(|arg| *arg == "-?").for_each(|arg| *arg = "-h".to_owned());
     }
     let cli = match Cli::read(args, |name| std::env::var(name).ok()) {
         Ok(cli) => cli,
+        // The script ends with 1 whatever its usage is printed for.
+        Err(error) if is_script => {
+            output::error_line(error);
+            return ExitCode::FAILURE;
+        }
         Err(error) => {
             let _ = error.print();
             return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
@@ -41,7 +48,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         None => {
-            log(cli.run.v);
+            log(cli.run.v, cli.run.vmodule.as_deref().unwrap_or_default());
             kernel::process::one_arena();
             warn_of_environment(&cli.run.complaints);
             // Commands of an operator run with what the operator gave the daemon.
@@ -51,7 +58,7 @@ fn main() -> ExitCode {
             return finish_logged(run(async { app::run(&cli.run, stop()).await }));
         }
         Some(Command::Store(args)) => {
-            log(0);
+            log(0, "");
             kernel::process::one_arena();
             // Its folder may belong to the unit's user.
             keep_capabilities(Capabilities::DAC_OVERRIDE, args.listen.port());
@@ -135,23 +142,35 @@ fn run(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     outcome
 }
 
-fn log(verbosity: i32) {
-    let level = match verbosity {
+/// The log level of `-v` and `--vmodule`.
+fn level(verbosity: i32) -> tracing::Level {
+    match verbosity {
         ..=0 => tracing::Level::INFO,
         1..=3 => tracing::Level::DEBUG,
         _ => tracing::Level::TRACE,
-    };
+    }
+}
+
+/// Begins the log. `modules` is `--vmodule`: libraries (or crates of ours) that log at another level, as `h2=4,hyper=1`.
+fn log(verbosity: i32, modules: &str) {
+    let level_of = level;
+    let level = level(verbosity);
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    // Logs of libraries are of interest from level 4 on.
-    let libraries = if verbosity > 3 { level } else { tracing::Level::WARN };
-    // The Kubernetes client logs at length what the daemon reports itself.
-    let kube = if verbosity > 3 { LevelFilter::from_level(level) } else { LevelFilter::OFF };
+    let named = modules.split(',').filter_map(|part| {
+        let (name, number) = part.split_once('=')?;
+        // klog takes patterns of file names.
+        Some((name.trim().trim_matches('*').to_owned(), level_of(number.trim().parse().ok()?)))
+    });
+    let named: Vec<(String, tracing::Level)> = named.filter(|(name, _)| !name.is_empty()).collect();
+    let most = named.iter().map(|(_, level)| *level).chain([level]).max().unwrap_or(level);
     let ours = Targets::new()
-        .with_default(libraries)
-        .with_target("kube_client", kube)
-        .with_targets(["flanneld", "daemon", "lab", "flannel", "kernel", "cni"].map(|name| (name, level)));
+        .with_default(tracing::Level::WARN)
+        // The Kubernetes client logs at length what the daemon reports itself.
+        .with_target("kube_client", LevelFilter::OFF)
+        .with_targets(["flanneld", "daemon", "lab", "flannel", "kernel", "cni"].map(|name| (name, level)))
+        .with_targets(named);
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_max_level(most)
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
         .with_timer(SystemTime)

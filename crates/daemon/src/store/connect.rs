@@ -16,6 +16,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status};
 use tower::util::BoxCloneSyncService;
 
+use super::client_key;
 use super::endpoint::{EndpointList, EndpointUrl, parse_list};
 use super::failure::{is_protocol_failure, reason, scheme_mismatch};
 use super::{EtcdError, foreign_text};
@@ -110,6 +111,7 @@ pub(super) struct Endpoints {
 impl Endpoints {
     /// Reads the list and the files. Nothing is connected yet.
     pub(super) fn new(access: &Access) -> Result<Endpoints, EtcdError> {
+        client_key::accept_version_1();
         let at_start = tls(access)?;
         let has_certificates = access.cert.is_some() || access.ca.is_some();
         let list = parse_list(&access.endpoints, has_certificates)?;
@@ -280,7 +282,10 @@ fn tls(access: &Access) -> Result<ClientTlsConfig, EtcdError> {
     match (&access.cert, &access.key) {
         (Some(cert), Some(key)) => {
             let cert = read("--etcd-certfile", cert, "CERTIFICATE")?;
-            tls = tls.identity(Identity::from_pem(cert, read("--etcd-keyfile", key, "PRIVATE KEY")?));
+            let pem = read("--etcd-keyfile", key, "PRIVATE KEY")?;
+            let unusable = |problem| EtcdError::File("--etcd-keyfile", key.display().to_string(), problem);
+            client_key::check_pair(&cert, &pem).map_err(unusable)?;
+            tls = tls.identity(Identity::from_pem(cert, pem));
         }
         (None, None) => {}
         (Some(_), None) => return Err(EtcdError::Flags("--etcd-certfile needs --etcd-keyfile")),

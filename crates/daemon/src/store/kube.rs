@@ -27,7 +27,7 @@ use self::follow::Place;
 use self::keeper::NodeKeeper;
 use self::table::Table;
 use super::endpoint::without_credentials;
-use super::{Claim, ConfigSource, LeaseHandle, Link, Store, StoreError, foreign_text};
+use super::{Claim, ConfigSource, LeaseHandle, Link, Store, StoreError, client_key, foreign_text};
 use crate::notice::{Notice, Notices};
 use crate::ready::Ready;
 use crate::settings::RunArgs;
@@ -180,8 +180,10 @@ impl Kube {
     /// Flags that cannot be used are lasting; files, and a server that does not answer, are not.
     pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, StoreError> {
         let config = access.client_config().await?;
+        client_key::accept_version_1();
         let api = Api::new(config).map_err(|error| {
-            let text = format!("cannot use the certificates for the API server: {}", foreign_text(&error.to_string()));
+            let file = access.kubeconfig.as_ref().map(|path| format!(" of --kubeconfig-file {}", path.display())).unwrap_or_default();
+            let text = format!("cannot use the certificates{file} for the API server: {}", foreign_text(&error.to_string()));
             StoreError::Passing(Notice::new("BadKubeconfig", text))
         })?;
         let node = match &access.whoami {
