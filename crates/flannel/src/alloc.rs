@@ -47,7 +47,9 @@ pub fn choose(
 ) -> Result<Choice, OutOfSubnets> {
     // Another host may publish this host's address with a lease of its own: the pods' addresses are those of the previous one.
     let own = leases.iter().filter(|(_, peer)| is_mine(&peer.public, mine)).map(|(key, _)| key);
-    if let Some(key) = own.min_by_key(|key| (!is_admitted(config, key.subnets()), key.subnets() != previous, leases.age(key))) {
+    if let Some(key) =
+        own.min_by_key(|key| (!is_admitted(config, key.subnets()), key.subnets() != previous, leases.get_with_age(key).map(|(_, age)| age)))
+    {
         if is_admitted(config, key.subnets()) {
             return Ok(Choice::Reuse(*key));
         }

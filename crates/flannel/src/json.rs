@@ -66,7 +66,11 @@ impl<'a> Fields<'a> {
     /// The unparsed value of a field. `name` is in lower case.
     pub(crate) fn raw(&self, name: &str) -> Option<&'a RawValue> {
         debug_assert_eq!(name, name.to_lowercase());
-        self.0.iter().rev().find(|(field, _)| field.0.eq_ignore_ascii_case(name)).map(|(_, value)| *value)
+        // The names of a lease differ in their length or at their end.
+        let is_it = |field: &str| {
+            field.len() == name.len() && field.bytes().rev().zip(name.bytes().rev()).all(|(a, b)| a.to_ascii_lowercase() == b)
+        };
+        self.0.iter().rev().find(|(field, _)| is_it(&field.0)).map(|(_, value)| *value)
     }
 
     /// The value of a field, which must have type `T` if present. JSON `null` counts as absent.
@@ -83,6 +87,7 @@ impl<'a> Fields<'a> {
         let plain = raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).filter(|text| !text.contains('\\'));
         match plain {
             Some(text) => Ok(Some(Cow::Borrowed(text))),
+            None if raw == "null" => Ok(None),
             None => Ok(serde_json::from_str::<Option<String>>(raw)?.map(Cow::Owned)),
         }
     }

@@ -268,9 +268,9 @@ impl LeaseSet {
         self.leases.get(key).map(|known| &known.peer)
     }
 
-    /// The age of a lease.
-    pub fn age(&self, key: &LeaseKey) -> Age {
-        self.leases.get(key).map_or(Age::UNKNOWN, |known| known.age)
+    /// The owner of a lease, and its age.
+    pub fn get_with_age(&self, key: &LeaseKey) -> Option<(&Peer, Age)> {
+        self.leases.get(key).map(|known| (&known.peer, known.age))
     }
 
     /// All leases, ordered by subnet.
@@ -340,7 +340,8 @@ mod tests {
         assert_eq!(set.fold(StoreEvent::Apply(lease.clone(), Age::created(9))), [lease.key]);
         assert_eq!(set.fold(StoreEvent::Keep(lease.key, Age::created(9))), []);
         assert_eq!(set.fold(StoreEvent::Keep(lease.key, Age::created(11))), [lease.key]);
-        assert_eq!((set.age(&lease.key), set.age(&key("10.1.2.0/24"))), (Age::created(11), Age::UNKNOWN));
+        let age = |key: &LeaseKey| set.get_with_age(key).map(|(_, age)| age);
+        assert_eq!((age(&lease.key), age(&key("10.1.2.0/24"))), (Some(Age::created(11)), None));
         assert!(Age::created(11) < Age::UNKNOWN);
     }
 

@@ -8,7 +8,7 @@ use crate::backend::{Context, Identity, Local, Part, Refusal};
 use crate::check::Expected;
 use crate::config::Config;
 use crate::desired::{Changes, Claims, Desired, Lost, Owner};
-use crate::lease::{LeaseKey, LeaseSet, Peer, StoreEvent};
+use crate::lease::{Age, LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::bridge::keep;
@@ -288,13 +288,16 @@ impl Picture {
 
     /// What a lease claims; the reasons for what it cannot have are recorded.
     fn claims_of(&mut self, key: LeaseKey) -> Claims {
-        let Part { objects, hosts, refusals } = self.part_of(key);
+        let (Part { objects, hosts, refusals }, age) = self.part_of(key);
         self.set_refusals(key, refusals);
-        Claims { owner: Owner::Lease(key), age: self.leases.age(&key), hosts, objects }
+        Claims { owner: Owner::Lease(key), age, hosts, objects }
     }
 
-    fn part_of(&self, key: LeaseKey) -> Part {
-        self.leases.get(&key).map(|peer| self.config.backend.peer_part(self.context(), &key, peer)).unwrap_or_default()
+    fn part_of(&self, key: LeaseKey) -> (Part, Age) {
+        match self.leases.get_with_age(&key) {
+            Some((peer, age)) => (self.config.backend.peer_part(self.context(), &key, peer), age),
+            None => (Part::default(), Age::UNKNOWN),
+        }
     }
 
     fn set_refusals(&mut self, key: LeaseKey, refusals: Vec<Refusal>) {
@@ -308,7 +311,7 @@ impl Picture {
     /// Records the refusals of leases that claim what others claim.
     fn note_refusals(&mut self, contested: &[LeaseKey]) {
         for key in contested {
-            let mut refusals = self.part_of(*key).refusals;
+            let mut refusals = self.part_of(*key).0.refusals;
             refusals.extend(self.desired.refused(*key).map(|(family, lost)| self.refusal(family, lost)));
             self.set_refusals(*key, refusals);
         }

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use serde_json::value::RawValue;
 use thiserror::Error;
 
 use crate::json::{Fields, compact};
@@ -110,7 +111,8 @@ pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
     let string =
         |field: &'static str, name: &str| fields.text(name).map_err(|error| WireError::Field { field, problem: error.to_string() });
     let mut public = PerFamily::default();
-    if fields.is_null("publicip") {
+    let is_null = |raw: &RawValue| raw.get().trim() == "null";
+    if fields.raw("publicip").is_some_and(is_null) {
         return Err(WireError::Field { field: "PublicIP", problem: "null is not an IPv4 address".to_owned() });
     }
     for (field, name, family) in [("PublicIP", "publicip", Family::V4), ("PublicIPv6", "publicipv6", Family::V6)] {
@@ -121,7 +123,7 @@ pub fn parse_value(text: &[u8]) -> Result<Peer, WireError> {
     }
     let mut backend_data = PerFamily::default();
     for (name, family) in [("backenddata", Family::V4), ("backendv6data", Family::V6)] {
-        let data = fields.raw(name).filter(|_| !fields.is_null(name)).and_then(compact);
+        let data = fields.raw(name).filter(|raw| !is_null(raw)).and_then(compact);
         backend_data.set(family, data);
     }
     let backend_type = string("BackendType", "backendtype")?.unwrap_or_default().into();
