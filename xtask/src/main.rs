@@ -14,6 +14,7 @@ mod programs;
 mod sources;
 mod test;
 mod tools;
+mod vm;
 mod words;
 
 use std::process::ExitCode;
@@ -29,6 +30,8 @@ Test
                           options of `cargo test` work too: `test -p kernel --test netns route -- --nocapture`
   test cni-suite [SUITE]  the reference CNI plugins' own test suites with our plugins, compared spec by spec
                           (tests/cni-suite/departures.txt lists the intended differences)
+  vm [FILTER]             tests in a virtual machine, whose kernel has what this machine's may lack: those marked `[vm]`;
+                          with FILTER all tests with that text in their name. Options as for `test`
   words                   only the check of words (language of code, logs and docs)
   mutants [PACKAGE [ARGS]]  change the code of PACKAGE (default: flannel) and see whether its tests notice;
                           ARGS are cargo-mutants': `mutants flannel -f alloc.rs`
@@ -63,6 +66,7 @@ fn run(command: &str, rest: &[String]) -> anyhow::Result<()> {
     match command {
         "check" => check::check(),
         "test" => test::test(rest),
+        "vm" => vm::run(rest),
         "words" => words::check(),
         "mutants" => mutants::mutants(rest),
         "simulate" => fuzz::simulate(rest),

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 
-use crate::dist;
-use crate::tools::{Step, cache, find, pip, run, step};
+use crate::tools::{Step, cache, find, output, pip, run, step};
+use crate::{dist, vm};
 
 /// A requirement of a test outside the checkout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,12 +29,23 @@ pub(crate) enum Need {
     Helm,
     /// Our container image.
     Image,
+    /// QEMU, and the kernel that it boots.
+    Vm,
 }
 
 impl Need {
     /// All requirements.
-    pub(crate) const ALL: [Need; 8] =
-        [Need::Debian, Need::Etcd, Need::ReferencePlugins, Need::Libcni, Need::Kubernetes, Need::OldKubernetes, Need::Helm, Need::Image];
+    pub(crate) const ALL: [Need; 9] = [
+        Need::Debian,
+        Need::Etcd,
+        Need::ReferencePlugins,
+        Need::Libcni,
+        Need::Kubernetes,
+        Need::OldKubernetes,
+        Need::Helm,
+        Need::Image,
+        Need::Vm,
+    ];
 
     /// The requirement with this name, as in the kind of a test (`[kubernetes image]`).
     pub(crate) fn named(name: &str) -> Option<Need> {
@@ -46,6 +57,7 @@ impl Need {
             "kubernetes-1.28" => Need::OldKubernetes,
             "helm" => Need::Helm,
             "image" => Need::Image,
+            "vm" => Need::Vm,
             _ => return None,
         })
     }
@@ -54,7 +66,7 @@ impl Need {
     pub(crate) fn provide(self) -> anyhow::Result<Vec<(&'static str, OsString)>> {
         Ok(match self {
             Need::Debian => {
-                install_packages()?;
+                install_packages(PACKAGES)?;
                 Vec::new()
             }
             Need::Etcd => {
@@ -75,6 +87,11 @@ impl Need {
             Need::OldKubernetes => vec![("FLANNEL_KUBERNETES_1_28", go_program("kubernetes-1.28", "k8s.io/kubernetes", ".")?.into())],
             Need::Helm => vec![("FLANNEL_HELM", go_program("helm", "helm.sh/helm/v4", "helm.sh/helm/v4/cmd/helm")?.into())],
             Need::Image => vec![("FLANNEL_IMAGE", dist::image()?.into())],
+            Need::Vm => {
+                install_packages(VM_PACKAGES)?;
+                vm::kernel()?;
+                Vec::new()
+            }
         })
     }
 }
@@ -98,8 +115,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("valgrind", "valgrind"),
 ];
 
-fn install_packages() -> anyhow::Result<()> {
-    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, program)| find(program).is_none()).map(|(package, _)| *package).collect();
+/// The Debian packages that the VM needs beside them.
+const VM_PACKAGES: &[(&str, &str)] = &[("qemu-system-x86", "qemu-system-x86_64")];
+
+fn install_packages(packages: &[(&str, &str)]) -> anyhow::Result<()> {
+    let missing: Vec<&str> = packages.iter().filter(|(_, program)| find(program).is_none()).map(|(package, _)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -108,7 +128,7 @@ fn install_packages() -> anyhow::Result<()> {
     let installed =
         apt(&["update", "-qq"]).and_then(|()| apt(&[&["install", "-y", "-qq", "--no-install-recommends"], missing.as_slice()].concat()));
     installed.with_context(|| format!("the tests need {}: install them, or run this as root on Debian", missing.join(", ")))?;
-    match PACKAGES.iter().find(|(_, program)| find(program).is_none()) {
+    match packages.iter().find(|(_, program)| find(program).is_none()) {
         Some((package, program)) => bail!("{package} is installed but there is no {program} in PATH"),
         None => Ok(()),
     }
@@ -132,22 +152,50 @@ pub(crate) fn valgrind() -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     Ok((program, Some(libexec)))
 }
 
-/// Downloads a Debian package and unpacks it into a directory. Uses its own package lists, because those of the machine may be
-/// missing.
+/// Package lists of our own, because those of the machine may be missing.
+struct Apt {
+    folder: PathBuf,
+}
+
+impl Apt {
+    /// Downloads the lists.
+    fn updated() -> anyhow::Result<Apt> {
+        let apt = Apt { folder: cache()?.join("apt") };
+        std::fs::create_dir_all(apt.folder.join("lists/partial"))?;
+        std::fs::create_dir_all(apt.folder.join("cache/archives/partial"))?;
+        run(apt.command("apt-get").arg("update"))?;
+        Ok(apt)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-qq").arg("-o").arg(format!("Dir::State::lists={}", self.folder.join("lists").display()));
+        command.arg("-o").arg(format!("Dir::Cache={}", self.folder.join("cache").display()));
+        command.args(["-o", "APT::Sandbox::User="]).current_dir(&self.folder);
+        command
+    }
+}
+
+/// Downloads a Debian package and unpacks it into a directory.
 fn unpack_debian(package: &str, folder: &Path) -> anyhow::Result<()> {
-    let lists = cache()?.join("apt");
-    std::fs::create_dir_all(lists.join("lists/partial"))?;
-    std::fs::create_dir_all(lists.join("cache/archives/partial"))?;
-    let apt = |args: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.arg("-qq").arg("-o").arg(format!("Dir::State::lists={}", lists.join("lists").display()));
-        command.arg("-o").arg(format!("Dir::Cache={}", lists.join("cache").display())).args(["-o", "APT::Sandbox::User="]);
-        run(command.args(args).current_dir(&lists))
-    };
-    apt(&["update"])?;
-    apt(&["download", package])?;
+    unpack(&Apt::updated()?, package, folder)
+}
+
+/// Downloads the package with this prefix on which another depends, and unpacks it into a directory. Returns its name.
+pub(crate) fn unpack_dependency(package: &str, prefix: &str, folder: &Path) -> anyhow::Result<String> {
+    let apt = Apt::updated()?;
+    let answer = output(apt.command("apt-cache").args(["depends", package]))?;
+    let text = String::from_utf8(answer.stdout)?;
+    let mut names = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with(prefix)));
+    let name = names.next().with_context(|| format!("the package lists have no {package} that depends on {prefix}…: Debian has"))?;
+    unpack(&apt, name, folder)?;
+    Ok(name.to_owned())
+}
+
+fn unpack(apt: &Apt, package: &str, folder: &Path) -> anyhow::Result<()> {
+    run(apt.command("apt-get").args(["download", package]))?;
     let prefix = format!("{package}_");
-    let mut files = std::fs::read_dir(&lists)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut files = std::fs::read_dir(&apt.folder)?.filter_map(|entry| Some(entry.ok()?.path()));
     let archive = files.find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)));
     run(Command::new("dpkg").arg("-x").arg(archive.with_context(|| format!("apt-get did not download {package}"))?).arg(folder))
 }

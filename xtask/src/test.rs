@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::programs::Need;
 use crate::tools::{cargo, cargo_command, output, run, without_package};
-use crate::{check, cni_suite};
+use crate::{check, cni_suite, vm};
 
 /// Runs all tests, or those that the arguments select: options of `cargo test` that select packages and targets, a text in the
 /// tests' names, and after `--` options for the test programs.
@@ -33,25 +33,25 @@ fn everything() -> anyhow::Result<()> {
     command.push(("RUST_BACKTRACE", "0".as_ref()));
     // Continues after a failed program, so that one long run reports all failures.
     let tested = cargo(&["test", "--workspace", "--no-fail-fast"], &command);
-    match (tested, cni_suite::run(&[])) {
-        (Err(tests), Err(suite)) => bail!("{tests:#}\n{suite:#}"),
-        (tests, suite) => tests.and(suite),
-    }
+    let outcomes = [tested, vm::run(&[]), cni_suite::run(&[])];
+    let failed: Vec<String> = outcomes.into_iter().filter_map(|outcome| Some(format!("{:#}", outcome.err()?))).collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
 }
 
 /// The tests to run.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Selection {
+pub(crate) struct Selection {
     /// Options of `cargo test` that select packages and targets.
-    cargo: Vec<String>,
+    pub(crate) cargo: Vec<String>,
     /// A text that the tests' names contain.
-    filter: Option<String>,
+    pub(crate) filter: Option<String>,
     /// Options for the test programs.
-    harness: Vec<String>,
+    pub(crate) harness: Vec<String>,
 }
 
 impl Selection {
-    fn parse(args: &[String]) -> anyhow::Result<Selection> {
+    pub(crate) fn parse(args: &[String]) -> anyhow::Result<Selection> {
         let mut selection = Selection::default();
         let mut args = args.iter().cloned();
         while let Some(arg) = args.next() {
@@ -76,20 +76,28 @@ impl Selection {
     }
 }
 
+/// What cargo built for a selection.
+pub(crate) struct Built {
+    /// The test programs that have selected tests.
+    pub(crate) tests: Vec<Program>,
+    /// The programs that these tests start.
+    pub(crate) programs: Vec<PathBuf>,
+}
+
 /// A test program and its selected tests.
-struct Program {
-    package: String,
-    target: String,
+pub(crate) struct Program {
+    pub(crate) package: String,
+    pub(crate) target: String,
     /// The package's directory, in which cargo would start the program.
-    folder: PathBuf,
-    file: PathBuf,
-    tests: Vec<String>,
+    pub(crate) folder: PathBuf,
+    pub(crate) file: PathBuf,
+    pub(crate) tests: Vec<String>,
 }
 
 impl Program {
-    /// The requirements of the selected tests. A test names them in its kind (`[kubernetes image] name`), in addition to the
-    /// Debian packages. A test without a kind has the requirements of its program.
-    fn needs(&self) -> anyhow::Result<BTreeSet<Need>> {
+    /// The requirements of some tests. A test names them in its kind (`[kubernetes image] name`), in addition to the Debian
+    /// packages. A test without a kind has the requirements of its program.
+    pub(crate) fn needs<'a>(&self, tests: impl IntoIterator<Item = &'a String>) -> anyhow::Result<BTreeSet<Need>> {
         let whole: &[Need] = match (self.package.as_str(), self.target.as_str()) {
             ("flannel" | "xtask", _) | (_, "lib" | "bin") | ("daemon", "simulation" | "embedded_limits" | "embedded_config") => &[],
             ("kernel", "netns") | ("cni", "plugins" | "traffic" | "faults" | "robustness") => &[Need::Debian],
@@ -100,7 +108,7 @@ impl Program {
             _ => &Need::ALL,
         };
         let mut needs = BTreeSet::new();
-        for test in &self.tests {
+        for test in tests {
             match test.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
                 None => needs.extend(whole),
                 Some((kind, _)) => {
@@ -116,24 +124,17 @@ impl Program {
 }
 
 fn some(selection: &Selection) -> anyhow::Result<()> {
-    let mut programs = Vec::new();
-    for mut program in build(selection)? {
-        program.tests = list(&program, selection)?;
-        if !program.tests.is_empty() {
-            programs.push(program);
-        }
-    }
-    ensure!(!programs.is_empty(), "no test has {:?} in its name", selection.filter.as_deref().unwrap_or_default());
+    let built = selection.build()?;
     let mut needs = BTreeSet::new();
-    for program in &programs {
-        needs.extend(program.needs()?);
+    for program in &built.tests {
+        needs.extend(program.needs(&program.tests)?);
     }
     let mut env: BTreeMap<&str, OsString> = BTreeMap::from([("RUST_BACKTRACE", "0".into())]);
     for need in needs {
         env.extend(need.provide()?);
     }
     let mut failed = Vec::new();
-    for program in &programs {
+    for program in &built.tests {
         println!("{} {}: {} tests", program.package, program.target, program.tests.len());
         let mut command = Command::new(&program.file);
         command.args(&selection.filter).args(&selection.harness).current_dir(&program.folder);
@@ -143,27 +144,47 @@ fn some(selection: &Selection) -> anyhow::Result<()> {
             failed.push(format!("{error:#}"));
         }
     }
+    // They were ignored above.
+    if let Err(error) = vm::run_marked(&built, selection) {
+        failed.push(format!("{error:#}"));
+    }
     if !failed.is_empty() {
         bail!("{}", failed.join("\n"));
     }
     Ok(())
 }
 
-/// Builds the test programs of the selection.
-fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
+impl Selection {
+    /// Builds the selected test programs, and lists those of their tests that the filter selects.
+    pub(crate) fn build(&self) -> anyhow::Result<Built> {
+        let mut built = build(&self.cargo)?;
+        for program in &mut built.tests {
+            program.tests = list(program, self)?;
+        }
+        built.tests.retain(|program| !program.tests.is_empty());
+        ensure!(!built.tests.is_empty(), "no test has {:?} in its name", self.filter.as_deref().unwrap_or_default());
+        Ok(built)
+    }
+}
+
+fn build(cargo: &[String]) -> anyhow::Result<Built> {
     let mut command = cargo_command();
-    command.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(&selection.cargo);
+    command.args(["test", "--no-run", "--message-format=json-render-diagnostics"]).args(cargo);
     let output = output(&mut command)?;
     ensure!(output.status.success(), "cannot build the tests");
-    let mut programs = Vec::new();
+    let mut built = Built { tests: Vec::new(), programs: Vec::new() };
     for line in String::from_utf8(output.stdout)?.lines() {
         let message: Value = serde_json::from_str(line).context("cargo printed no JSON")?;
-        let Some(file) = message["executable"].as_str().filter(|_| message["profile"]["test"] == true) else { continue };
+        let Some(file) = message["executable"].as_str() else { continue };
+        if message["profile"]["test"] != true {
+            built.programs.push(file.into());
+            continue;
+        }
         let manifest = Path::new(message["manifest_path"].as_str().context("a target has a manifest")?);
         let folder = manifest.parent().context("a manifest has a folder")?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let kind = text(&message["target"]["kind"][0]);
-        programs.push(Program {
+        built.tests.push(Program {
             package: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             target: if kind == "test" { text(&message["target"]["name"]) } else { kind },
             folder: folder.to_owned(),
@@ -171,8 +192,8 @@ fn build(selection: &Selection) -> anyhow::Result<Vec<Program>> {
             tests: Vec::new(),
         });
     }
-    programs.sort_by(|a, b| (&a.package, &a.target).cmp(&(&b.package, &b.target)));
-    Ok(programs)
+    built.tests.sort_by(|a, b| (&a.package, &a.target).cmp(&(&b.package, &b.target)));
+    Ok(built)
 }
 
 /// Lists the selected tests of a program.
@@ -198,6 +219,10 @@ mod tests {
         Program { package: package.to_owned(), target: target.to_owned(), folder: PathBuf::new(), file: PathBuf::new(), tests }
     }
 
+    fn needs_of(program: &Program) -> anyhow::Result<BTreeSet<Need>> {
+        program.needs(&program.tests)
+    }
+
     #[test]
     fn arguments_are_split_into_cargo_filter_and_harness() {
         let parsed = selection(&["-p", "kernel", "--test", "netns", "route", "--", "--nocapture"]);
@@ -208,7 +233,7 @@ mod tests {
 
     #[test]
     fn only_the_needs_of_selected_tests_count() {
-        let needs = |package: &str, target: &str, tests: &[&str]| program(package, target, tests).needs().unwrap();
+        let needs = |package: &str, target: &str, tests: &[&str]| needs_of(&program(package, target, tests)).unwrap();
         assert_eq!(needs("flannel", "laws", &["a"]), BTreeSet::new());
         assert_eq!(needs("cni", "reference", &["a"]), BTreeSet::from([Need::Debian, Need::ReferencePlugins]));
         assert_eq!(
@@ -221,6 +246,6 @@ mod tests {
 
     #[test]
     fn unknown_kind_is_refused() {
-        assert!(program("flanneld", "kube", &["[hlem] a"]).needs().is_err());
+        assert!(needs_of(&program("flanneld", "kube", &["[hlem] a"])).is_err());
     }
 }

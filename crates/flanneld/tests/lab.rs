@@ -171,13 +171,17 @@ const TESTS: &[(&str, Test)] = &[
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
 ];
 
+/// Tests that need what the kernel of the machine may lack. `cargo xtask vm` runs them in a virtual machine; here they are
+/// listed, and ignored.
+const VM_TESTS: &[(&str, Test)] = &[("delay_is_measured", paths::delay_is_measured)];
+
 fn main() {
     let arguments = Arguments::from_args();
     let scratch = if arguments.list { PathBuf::new() } else { isolate(Path::new(PROGRAM)).expect("these tests need namespaces") };
     let mut trials = Vec::new();
-    let mut add = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
+    let trial = |name: String, test: Box<dyn FnOnce(&Path) + Send>| {
         let root = scratch.join(name.replace([' ', ':'], "-"));
-        trials.push(Trial::test(name.clone(), move || {
+        Trial::test(name.clone(), move || {
             // A soak lasts as long as its variable says.
             match std::env::var_os(attack::MINUTES) {
                 Some(_) => test(&root),
@@ -185,8 +189,9 @@ fn main() {
             }
             let _ = std::fs::remove_dir_all(&root);
             Ok(())
-        }));
+        })
     };
+    let mut add = |name, test| trials.push(trial(name, test));
     // The longest come first: at the end they would run alone.
     for stand in lab::verdicts::Stand::ALL {
         let test = move |root: &Path| paths::each_broken_path_has_its_verdict(root, stand);
@@ -206,6 +211,9 @@ fn main() {
     }
     for case in matrix::all() {
         add(format!("matrix: {case}"), Box::new(move |root| case.run(root)));
+    }
+    for &(name, test) in VM_TESTS {
+        trials.push(trial(name.to_owned(), Box::new(test)).with_kind("vm").with_ignored_flag(true));
     }
     libtest_mimic::run(&arguments, trials).exit();
 }

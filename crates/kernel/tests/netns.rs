@@ -267,12 +267,12 @@ fn mtu_mac_and_state_are_changed_in_place() {
     assert_eq!(index(), before, "the device is not recreated");
 
     // The lower interface is renamed; then another interface becomes the lower one.
-    let mut socket = Socket::open(Protocol::Route).unwrap();
     let rename = |from: &str, to: &str| {
-        let renamed = std::process::Command::new("ip").args(["link", "set", from, "name", to]).status().unwrap();
-        assert!(renamed.success());
+        // Kernels before 6.2 rename no interface that is up.
+        for arguments in [["set", from, "down"].as_slice(), &["set", from, "name", to], &["set", to, "up"]] {
+            assert!(std::process::Command::new("ip").arg("link").args(arguments).status().unwrap().success());
+        }
     };
-    link::set_up(&mut socket, link::get(&mut Socket::open(Protocol::Route).unwrap(), name("eth0")).unwrap().unwrap().index, false).unwrap();
     rename("eth0", "ens3");
     let wanted = vxlan(Family::V4, 1, 1300);
     let outcome = kernel.apply(&[Op::Set(wanted.clone())]).remove(0);

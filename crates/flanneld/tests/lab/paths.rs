@@ -129,6 +129,24 @@ pub(crate) fn healthy_paths_are_reachable_with_each_backend(root: &Path) {
     }
 }
 
+/// A slow underlay shows in the path's round-trip time, and does not break the path.
+pub(crate) fn delay_is_measured(root: &Path) {
+    let lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    wait_until_reachable(&lab);
+    // The mean of the last minute, in milliseconds. Each look costs a virtual machine time in which it measures nothing.
+    let round_trip = || {
+        std::thread::sleep(Duration::from_millis(500));
+        path(&lab, 0, "10.244.2.0")["rtt_ms"].as_f64()
+    };
+    eventually("the path is quick", || round_trip().is_some_and(|mean| mean < 50.0));
+    let mut tc = Command::new("tc");
+    tc.args(["qdisc", "add", "dev", "eth0", "root", "netem", "delay", "120ms"]);
+    assert!(lab.hosts[1].netns.run(|| tc.status()).unwrap().unwrap().success());
+    eventually("the delay is measured", || round_trip().is_some_and(|mean| mean > 70.0));
+    let log = std::fs::read_to_string(lab.hosts[0].log()).unwrap();
+    assert!(!log.contains("path to peer broken"), "{log}");
+}
+
 /// `--probe=off` measures and answers nothing, and a host that measures is not disturbed by that.
 pub(crate) fn measurement_can_be_switched_off(root: &Path) {
     let mut plan = plan(2, "vxlan", StoreKind::Embedded);
