@@ -25,6 +25,8 @@ mod flags;
 mod hardening;
 #[path = "lab/heal.rs"]
 mod heal;
+#[path = "lab/ipip.rs"]
+mod ipip;
 #[path = "lab/leases.rs"]
 mod leases;
 #[path = "support/limit.rs"]
@@ -173,7 +175,11 @@ const TESTS: &[(&str, Test)] = &[
 
 /// Tests that need what the kernel of the machine may lack. `cargo xtask vm` runs them in a virtual machine; here they are
 /// listed, and ignored.
-const VM_TESTS: &[(&str, Test)] = &[("delay_is_measured", paths::delay_is_measured)];
+const VM_TESTS: &[(&str, Test)] = &[
+    ("delay_is_measured", paths::delay_is_measured),
+    ("ipip_objects_are_restored", ipip::objects_are_restored),
+    ("ipip_of_a_go_flanneld_is_taken_over_without_a_lost_packet", ipip::a_go_node_is_taken_over),
+];
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -211,6 +217,9 @@ fn main() {
     }
     for case in matrix::all() {
         add(format!("matrix: {case}"), Box::new(move |root| case.run(root)));
+    }
+    for case in matrix::ipip() {
+        trials.push(trial(format!("matrix: {case}"), Box::new(move |root| case.run(root))).with_kind("vm").with_ignored_flag(true));
     }
     for &(name, test) in VM_TESTS {
         trials.push(trial(name.to_owned(), Box::new(test)).with_kind("vm").with_ignored_flag(true));

@@ -223,7 +223,7 @@ impl<H: Host + 'static> Reconciler<H> {
         )
     }
 
-    /// Two hosts with one address may publish the same data: whoever writes next is seen by the etcd lease that the key has then.
+    /// Two hosts with one address may publish the same data: the etcd lease on the key shows which of them wrote it last.
     pub(super) fn on_following(&mut self, inputs: &mut Inputs) {
         let seen = inputs.following.borrow_and_update().foreign_writes;
         if seen != self.own.foreign.0 {

@@ -25,6 +25,8 @@ enum Backend {
     Vxlan,
     DirectRouting,
     Udp,
+    Ipip,
+    IpipDirectRouting,
 }
 
 #[derive(Clone, Copy)]
@@ -53,6 +55,13 @@ pub(crate) fn all() -> Vec<Case> {
     cases
 }
 
+/// The cases that need a kernel with IPIP.
+pub(crate) fn ipip() -> Vec<Case> {
+    let backends = [(Backend::Ipip, Topology::Router), (Backend::IpipDirectRouting, Topology::Switch)];
+    let case = |(backend, topology)| Case { family: PodFamily::V4, backend, rules: Rules::Nftables, topology };
+    backends.into_iter().map(case).collect()
+}
+
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let backend = match self.backend {
@@ -60,6 +69,8 @@ impl fmt::Display for Case {
             Backend::Vxlan => "vxlan",
             Backend::DirectRouting => "vxlan+DirectRouting",
             Backend::Udp => "udp",
+            Backend::Ipip => "ipip",
+            Backend::IpipDirectRouting => "ipip+DirectRouting",
         };
         let rules = match self.rules {
             Rules::Nftables => "nftables",
@@ -78,6 +89,8 @@ impl Case {
             Backend::DirectRouting => json!({ "Type": "vxlan", "DirectRouting": true }),
             // What upstream takes when nothing is said.
             Backend::Udp => Value::Null,
+            Backend::Ipip => json!({ "Type": "ipip" }),
+            Backend::IpipDirectRouting => json!({ "Type": "ipip", "DirectRouting": true }),
         };
         let mut plan = Plan { topology: self.topology, ..Plan::new(3, &backend, Path::new(super::PROGRAM)) }.family(self.family);
         if backend.is_null() {
@@ -147,6 +160,7 @@ impl Case {
         match (self.backend, self.family, target.is_ipv4()) {
             (Backend::HostGw, ..) => 1500,
             (Backend::Udp, ..) => 1472,
+            (Backend::Ipip | Backend::IpipDirectRouting, ..) => 1480,
             (_, _, true) => 1450,
             // On a switch DirectRouting uses no device, and the pod's own MTU counts.
             (Backend::DirectRouting, PodFamily::Dual, false) if self.topology == Topology::Switch => 1450,
