@@ -7,6 +7,7 @@ mod cni_suite;
 mod deny;
 mod dist;
 mod fuzz;
+mod go_module;
 mod limits;
 mod mutants;
 mod pending;

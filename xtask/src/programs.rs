@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, bail, ensure};
 
 use crate::tools::{Step, cache, find, output, pip, run, step};
-use crate::{dist, vm};
+use crate::{dist, go_module, vm};
 
 /// A requirement of a test outside the checkout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,6 +27,8 @@ pub(crate) enum Need {
     OldKubernetes,
     /// Helm.
     Helm,
+    /// Go flannel's daemon.
+    GoFlannel,
     /// Our container image.
     Image,
     /// QEMU, and the kernel that it boots.
@@ -35,7 +37,7 @@ pub(crate) enum Need {
 
 impl Need {
     /// All requirements.
-    pub(crate) const ALL: [Need; 9] = [
+    pub(crate) const ALL: [Need; 10] = [
         Need::Debian,
         Need::Etcd,
         Need::ReferencePlugins,
@@ -43,6 +45,7 @@ impl Need {
         Need::Kubernetes,
         Need::OldKubernetes,
         Need::Helm,
+        Need::GoFlannel,
         Need::Image,
         Need::Vm,
     ];
@@ -56,6 +59,7 @@ impl Need {
             "kubernetes" => Need::Kubernetes,
             "kubernetes-1.28" => Need::OldKubernetes,
             "helm" => Need::Helm,
+            "go-flannel" => Need::GoFlannel,
             "image" => Need::Image,
             "vm" => Need::Vm,
             _ => return None,
@@ -86,6 +90,7 @@ impl Need {
             Need::Kubernetes => vec![("FLANNEL_KUBERNETES", kubernetes()?.into())],
             Need::OldKubernetes => vec![("FLANNEL_KUBERNETES_1_28", go_program("kubernetes-1.28", "k8s.io/kubernetes", ".")?.into())],
             Need::Helm => vec![("FLANNEL_HELM", go_program("helm", "helm.sh/helm/v4", "helm.sh/helm/v4/cmd/helm")?.into())],
+            Need::GoFlannel => vec![("FLANNEL_GO", go_module::flannel()?.into())],
             Need::Image => vec![("FLANNEL_IMAGE", dist::image()?.into())],
             Need::Vm => {
                 install_packages(VM_PACKAGES)?;

@@ -21,6 +21,8 @@ mod command;
 mod containers;
 #[path = "lab/flags.rs"]
 mod flags;
+#[path = "lab/go.rs"]
+mod go;
 #[path = "lab/hardening.rs"]
 mod hardening;
 #[path = "lab/heal.rs"]
@@ -220,6 +222,14 @@ fn main() {
     }
     for case in matrix::ipip() {
         trials.push(trial(format!("matrix: {case}"), Box::new(move |root| case.run(root))).with_kind("vm").with_ignored_flag(true));
+    }
+    for stand in go::ALL {
+        let of = trial(format!("{stand}: go_flanneld_and_ours_in_one_cluster"), Box::new(move |root| go::in_one_cluster(root, stand)));
+        trials.push(if stand.needs_vm() {
+            of.with_kind("vm go-flannel etcd").with_ignored_flag(true)
+        } else {
+            of.with_kind("go-flannel etcd")
+        });
     }
     for &(name, test) in VM_TESTS {
         trials.push(trial(name.to_owned(), Box::new(test)).with_kind("vm").with_ignored_flag(true));

@@ -1,5 +1,5 @@
-//! The reference plugins' test suites: fetched by the Go module proxy, patched in a copy so that they can run our programs,
-//! and built into the cache.
+//! Builds the reference plugins' test suites: downloads them from the Go module proxy, patches a copy so that they can run our
+//! programs, and puts the test programs into the cache.
 
 use std::ffi::OsStr;
 use std::hash::Hasher;
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
-use serde_json::Value;
 
 use super::{SHIM, SUITES};
+use crate::go_module::{copy, download};
 use crate::programs;
-use crate::tools::{Step, cache, output, step};
+use crate::tools::{cache, step};
 
-/// The module that has the plugins and their suites.
+/// The module with the plugins and their suites.
 const MODULE: &str = "github.com/containernetworking/plugins";
-/// The last version of that module that had the flannel plugin, and its checksum. The plugin has a module of its own since
-/// then, which the proxy does not serve.
+/// The last version of that module with the flannel plugin, and its checksum. The plugin has since moved to its own module,
+/// which the proxy does not serve.
 const FLANNEL: (&str, &str) = ("v0.9.1", "h1:FD1tADPls2EEi3flPc2OegIY1M9pUa9r2Quag7HMLV8=");
 
 /// The plugins whose functions are replaced, and the files that define these.
@@ -34,22 +34,22 @@ const PLUGINS: [(&str, &str); 8] = [
 /// Programs that the suites run beside the plugins of [`programs::reference_plugins`].
 const PROGRAMS: [(&str, &str); 3] =
     [("ptp", "./plugins/main/ptp"), ("server", "./pkg/testutils/echo/server"), ("client", "./pkg/testutils/echo/client")];
-/// The module of the caller that the integration suite uses.
+/// The module of cnitool, with which the integration suite calls plugins.
 const CNI: &str = "github.com/containernetworking/cni";
 
-/// The suites as they were built.
+/// The built suites.
 pub(super) struct Built {
-    /// The patched module: a suite runs in its package's folder.
+    /// The patched module. A suite runs in the directory of its package.
     pub(super) module: PathBuf,
-    /// A program for each package, `NAME.test`.
+    /// The test programs, `NAME.test` for each package.
     pub(super) tests: PathBuf,
-    /// The reference's programs.
+    /// The reference's plugins and helper programs.
     pub(super) programs: PathBuf,
-    /// Results of the reference.
+    /// Results of runs with the reference.
     pub(super) reference: PathBuf,
 }
 
-/// The suites, built where they are not in the cache.
+/// Builds the suites, unless they are in the cache.
 pub(super) fn suites() -> anyhow::Result<Built> {
     let list = std::env::current_dir()?.join("tests/cni-plugins");
     let version = programs::go_version(&list, MODULE)?;
@@ -90,32 +90,6 @@ pub(super) fn suites() -> anyhow::Result<Built> {
     Ok(built(&folder))
 }
 
-/// A version of a module, as Go unpacked it. `go.sum` or the checksum says that it is the right one.
-fn download(list: &Path, module: &str, version: &str, sum: Option<&str>) -> anyhow::Result<PathBuf> {
-    let _step = Step::begin(format!("downloading {module} {version}"));
-    let module = format!("{module}@{version}");
-    let mut command = Command::new(programs::go()?);
-    let answer = output(command.args(["mod", "download", "-json", &module]).current_dir(list))?;
-    let answer: Value = serde_json::from_slice(&answer.stdout).with_context(|| format!("go mod download {module} printed no JSON"))?;
-    let folder = answer["Dir"].as_str().with_context(|| format!("cannot download {module}: {}", answer["Error"]))?;
-    ensure!(sum.is_none_or(|sum| answer["Sum"] == sum), "{module} has the checksum {} and not {sum:?}", answer["Sum"]);
-    Ok(folder.into())
-}
-
-/// Copies a folder, with its files made writable.
-fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
-        let entry = entry?;
-        let target = to.join(entry.file_name());
-        match entry.file_type()?.is_dir() {
-            true => copy(&entry.path(), &target)?,
-            false => std::fs::write(target, std::fs::read(entry.path())?)?,
-        }
-    }
-    Ok(())
-}
-
 fn build(built: &Built) -> anyhow::Result<()> {
     for (name, package) in PROGRAMS {
         step(
@@ -133,14 +107,14 @@ fn build(built: &Built) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A command of Go that builds a package of a module.
+/// A Go command that builds a package of a module.
 fn go(args: &[&str], file: &Path, package: &str, module: &Path) -> anyhow::Result<Command> {
     let mut command = Command::new(programs::go()?);
     command.args(args).arg("-o").arg(file).arg(package).current_dir(module).env("GOFLAGS", "-trimpath").env("CGO_ENABLED", "0");
     Ok(command)
 }
 
-/// Changes a file of the module; that nothing changes is an error.
+/// Changes a file of the module. Fails if nothing changes.
 fn edit(module: &Path, file: &str, change: impl FnOnce(String) -> String) -> anyhow::Result<()> {
     let path = module.join(file);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {file}"))?;
@@ -161,13 +135,13 @@ fn patch(module: &Path) -> anyhow::Result<()> {
     for (plugin, file) in PLUGINS {
         edit(module, file, |text| divert(plugin, &text))?;
     }
-    // Suites that build programs take those that were built.
+    // Suites that build programs use the built ones instead.
     for suite in
         ["plugins/main/loopback/loopback", "plugins/meta/portmap/portmap", "plugins/meta/bandwidth/bandwidth", "integration/integration"]
     {
         edit(module, &format!("{suite}_suite_test.go"), |text| import(&text).replace("gexec.Build(", "shim.Build("))?;
     }
-    // Any link does for these tests; a veth exists in every kernel.
+    // These tests work with any kind of link. Unlike dummy, veth exists on every host that runs these tests.
     for file in ["plugins/meta/tuning/tuning_test.go", "plugins/meta/firewall/firewall_iptables_test.go"] {
         edit(module, file, |text| {
             text.replace("&netlink.Dummy{", "&netlink.Veth{")
@@ -177,7 +151,7 @@ fn patch(module: &Path) -> anyhow::Result<()> {
     edit(module, "plugins/meta/portmap/portmap_integ_test.go", |text| {
         import(&text).replace("\"type\": \"portmap\",\n", "\"type\": \"portmap\",\n` + shim.Backend() + `")
     })?;
-    // Addresses are kept in a folder of this run, and plugins are where this run has them.
+    // Use this run's directories for addresses and plugins.
     edit(module, "integration/integration_linux_test.go", |text| {
         import(&text).replace("/tmp/", "/run/tmp/").replace("filepath.Abs(\"../bin\")", "filepath.Abs(shim.Programs())")
     })?;
@@ -189,11 +163,11 @@ fn patch(module: &Path) -> anyhow::Result<()> {
     ] {
         edit(module, &format!("integration/testdata/{file}"), |text| text.replace("/tmp/", "/run/tmp/"))?;
     }
-    // A program finds the test's message bus where it would find the system's.
+    // Programs use the test's message bus as the system bus.
     edit(module, "plugins/meta/firewall/firewall_firewalld_test.go", |text| {
         import(&text).replace("testConn = conn\n", "testConn = conn\n\t\tshim.SystemBus(busAddr)\n")
     })?;
-    // Our errors name the field before they say what the reference says.
+    // Our errors begin with the field, before the reference's text.
     for file in [
         "plugins/main/bridge/bridge_test.go",
         "plugins/ipam/host-local/host_local_test.go",
@@ -204,7 +178,7 @@ fn patch(module: &Path) -> anyhow::Result<()> {
     modernize_flannel(module)
 }
 
-/// Lets a test of an error's text find it anywhere in the error: `MatchError(text)` on a line of its own compares the whole.
+/// Makes tests search for the expected text anywhere in an error: a plain `MatchError(text)` compares the whole text.
 fn containing(text: &str) -> String {
     let line = |line: &str| {
         let found = line.trim_start().starts_with("Expect(").then(|| line.split_once(".To(MatchError(")).flatten();
@@ -216,7 +190,7 @@ fn containing(text: &str) -> String {
     text.lines().map(line).collect::<Vec<_>>().join("\n") + "\n"
 }
 
-/// Makes a plugin's functions run our program where the shim says so.
+/// Makes a plugin's functions run our program if the shim is on.
 fn divert(plugin: &str, text: &str) -> String {
     let mut lines = Vec::new();
     for line in import(text).lines() {
@@ -233,7 +207,7 @@ fn divert(plugin: &str, text: &str) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The flannel plugin is of an older version: its imports become those of the module that it is built in.
+/// Updates the imports of the flannel plugin, which is of an older version than the module that it is built in.
 fn modernize_flannel(module: &Path) -> anyhow::Result<()> {
     let folder = module.join("plugins/meta/flannel");
     for file in std::fs::read_dir(&folder)?.collect::<Result<Vec<_>, _>>()? {

@@ -1,0 +1,144 @@
+//! Clusters in which some hosts run Go flannel's daemon, the real one, and some ours; and hosts that change from one to the other
+//! and back while pods talk.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kernel::netns::Netns;
+use lab::{Lab, Plan, Pod, PodFamily, StoreKind};
+use serde_json::{Value, json};
+
+use crate::stores::tool;
+use crate::{eventually, ping_all_from, ping_during};
+
+/// How often a host changes to ours and back; `FLANNEL_SWITCHES` sets another number.
+const SWITCHES: usize = 3;
+
+/// A backend that both daemons have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stand {
+    HostGw,
+    Vxlan,
+    DirectRouting,
+    Udp,
+    Ipip,
+}
+
+pub(crate) const ALL: [Stand; 5] = [Stand::HostGw, Stand::Vxlan, Stand::DirectRouting, Stand::Udp, Stand::Ipip];
+
+impl fmt::Display for Stand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stand::HostGw => "host-gw",
+            Stand::Vxlan => "vxlan",
+            Stand::DirectRouting => "vxlan+DirectRouting",
+            Stand::Udp => "udp",
+            Stand::Ipip => "ipip",
+        })
+    }
+}
+
+impl Stand {
+    pub(crate) fn needs_vm(self) -> bool {
+        self == Stand::Ipip
+    }
+
+    fn plan(self) -> Plan {
+        let backend: Value = match self {
+            Stand::HostGw => json!({ "Type": "host-gw" }),
+            Stand::Vxlan => json!({ "Type": "vxlan" }),
+            Stand::DirectRouting => json!({ "Type": "vxlan", "DirectRouting": true }),
+            Stand::Udp => json!({ "Type": "udp" }),
+            Stand::Ipip => json!({ "Type": "ipip" }),
+        };
+        let family = if matches!(self, Stand::Udp | Stand::Ipip) { PodFamily::V4 } else { PodFamily::Dual };
+        let store = StoreKind::Etcd(tool("FLANNEL_ETCD_3_6"));
+        Plan { store, ..Plan::new(3, &backend, Path::new(crate::PROGRAM)) }.family(family)
+    }
+
+    /// The device of the udp backend ends with its daemon, which carries the packets.
+    fn carries_without_daemon(self) -> bool {
+        self != Stand::Udp
+    }
+}
+
+/// The two programs.
+struct Programs {
+    ours: PathBuf,
+    go: PathBuf,
+}
+
+/// Starts a host's daemon of one kind, and waits until it has read the others' leases. (A Go flanneld that is ended before does not end.)
+fn start(lab: &mut Lab, host: usize, program: &Path) {
+    let _ = std::fs::remove_file(lab.hosts[host].log());
+    lab.set_program(program);
+    lab.start_daemon(host, &["--iface=eth0"]).unwrap();
+    let has_mtu = |file: &Path| std::fs::read_to_string(file).is_ok_and(|text| text.contains("FLANNEL_MTU="));
+    let log = lab.hosts[host].log();
+    let is_followed = || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default().to_lowercase();
+        text.contains("first list of leases applied") || text.contains("watching for new subnet leases")
+    };
+    eventually("the leases are followed", || has_mtu(&lab.hosts[host].subnet_file()) && is_followed());
+    // Go's first list, and what it does with it.
+    std::thread::sleep(Duration::from_millis(if program == Path::new(crate::PROGRAM) { 200 } else { 1500 }));
+}
+
+/// Hosts 1 and 3 run Go's daemon, host 2 ours: all pods reach each other in both directions, ours calls every path reachable and finds
+/// nothing wrong. Then host 1 changes to ours and back, again and again, without a lost ping where the kernel forwards.
+pub(crate) fn in_one_cluster(root: &Path, stand: Stand) {
+    let programs = Programs { ours: crate::PROGRAM.into(), go: tool("FLANNEL_GO") };
+    let mut lab = Lab::wire(stand.plan(), root).unwrap();
+    lab.start_store().unwrap();
+    lab.put_config().unwrap();
+    for (host, program) in [(0, &programs.go), (1, &programs.ours), (2, &programs.go)] {
+        start(&mut lab, host, program);
+    }
+    let pods: Vec<Pod> = (0..3).map(|host| lab.add_pod(host).unwrap()).collect();
+    all_pairs(&pods);
+    eventually("ours calls the paths to Go's hosts reachable", || {
+        let state = lab.hosts[1].state().unwrap();
+        let peers = state["peers"]["list"].as_array().unwrap();
+        let paths: Vec<&Value> = peers.iter().filter_map(|peer| peer["paths"].as_array()).flatten().collect();
+        let families = if pods[0].addresses.len() == 2 { 2 } else { 1 };
+        paths.len() == 2 * families && paths.iter().all(|path| path["verdict"] == "reachable")
+    });
+    let state = lab.hosts[1].state().unwrap();
+    assert_eq!((&state["findings"], &state["peers"]["refused"]), (&json!([]), &json!([])), "{state:#}");
+    let switches = std::env::var("FLANNEL_SWITCHES").ok().and_then(|text| text.parse().ok()).unwrap_or(SWITCHES);
+    for _ in 0..switches {
+        change(&mut lab, stand, &pods, &programs.ours);
+        change(&mut lab, stand, &pods, &programs.go);
+    }
+    all_pairs(&pods);
+}
+
+/// Ends the daemon of host 1 and starts the other program, while its pod and that of host 2 ping each other.
+fn change(lab: &mut Lab, stand: Stand, pods: &[Pod], to: &Path) {
+    let before = std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
+    let [out, back] = [(0, 1), (2, 0)].map(|(from, to)| (Netns::open(&pods[from].path).unwrap(), pods[to].addresses[0]));
+    let mut lost_back = (0, 0);
+    let lost = ping_during(&out.0, out.1, || {
+        lost_back = ping_during(&back.0, back.1, || {
+            assert!(lab.stop_daemon(0, false).is_ok());
+            start(lab, 0, to);
+        });
+    });
+    if stand.carries_without_daemon() {
+        assert_eq!((lost.1, lost_back.1), (0, 0), "{stand}, to {}: of {} and {} pings", to.display(), lost.0, lost_back.0);
+    }
+    assert_eq!(std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap(), before, "the same subnet and MTU");
+}
+
+#[track_caller]
+fn all_pairs(pods: &[Pod]) {
+    for pod in pods {
+        let targets: BTreeSet<IpAddr> =
+            pods.iter().filter(|other| other.name != pod.name).flat_map(|other| other.addresses.iter().copied()).collect();
+        let targets: Vec<IpAddr> = targets.into_iter().collect();
+        ping_all_from(&pod.netns, &targets);
+    }
+}
