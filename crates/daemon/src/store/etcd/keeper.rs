@@ -114,7 +114,18 @@ impl Keeper {
             Choice::Reuse(key) => (key, entry(&key).map_or(0, |e| e.mod_revision), entry(&key).is_some_and(|e| e.lease == 0)),
             Choice::Create(key) => (key, 0, false),
         };
-        let etcd_lease = if reserved { 0 } else { self.store.grant(LEASE_TTL).await? };
+        // The etcd lease of the daemon's previous run is in the subnet file: as long as it lives, no other is needed, and a crash before
+        // the file is written again loses nothing.
+        let kept = entry(&key).map(|entry| entry.lease).filter(|id| *id != 0 && self.claim.previous_leases.contains(id));
+        let kept = match kept {
+            Some(id) => self.store.keep_alive(id).await?.map(|_| id),
+            None => None,
+        };
+        let etcd_lease = match kept {
+            _ if reserved => 0,
+            Some(id) => id,
+            None => self.store.grant(LEASE_TTL).await?,
+        };
         let lease = Lease { key, peer: peer.clone() };
         self.store.note_own(key, etcd_lease);
         let put = self.store.put_lease(&lease, etcd_lease, expected).await;
@@ -140,7 +151,10 @@ impl Keeper {
             }
             return Ok(Some(held(key, etcd_lease)));
         }
-        self.store.revoke(etcd_lease).await;
+        // What is on a key stays: the key would be deleted with it.
+        if kept.is_none() {
+            self.store.revoke(etcd_lease).await;
+        }
         put.map(|_| None).map_err(AcquireError::from)
     }
 

@@ -11,6 +11,7 @@ use flannel::object::{Key, Lane, route_metric};
 use flannel::traffic::{Flavour, TrafficConfig};
 use flannel::{Age, Lease, LeaseKey, Node, Peer, PerFamily, Picture, StoreEvent, Subnet};
 
+use super::faults::foreign_keys;
 use super::{BEGAN, Cluster, Machine, NETWORK, Record, args, cidr};
 
 impl Cluster {
@@ -104,8 +105,12 @@ impl Cluster {
                 *deleted.entry(*dst).or_default() += 1;
             }
         }
-        // An older lease that is written with a peer's MAC takes the route to that peer.
-        let allowed = |dst: Subnet| self.thefts + truth.1.iter().filter(|(_, key)| key.subnets().v4 == Some(dst)).count();
+        let changes = |of: &dyn Fn(Subnet) -> bool| truth.1.iter().filter(|(_, key)| key.subnets().v4.is_some_and(of)).count();
+        // An older lease that is written with a peer's MAC takes the route to that peer. A lease with a stolen MAC has a route while the
+        // machine that it was stolen from has no lease, or a younger one.
+        let is_thief = |dst| self.thefts > 0 && foreign_keys().any(|foreign| foreign == dst);
+        let of_machines = || changes(&|key| foreign_keys().all(|foreign| foreign != key));
+        let allowed = |dst: Subnet| self.thefts + changes(&|key| key == dst) + if is_thief(dst) { of_machines() } else { 0 };
         let problem = |(dst, times): (&Subnet, &usize)| {
             let allowed = allowed(*dst);
             (*times > allowed)

@@ -211,7 +211,7 @@ impl Cluster {
     }
 }
 
-fn foreign_keys() -> impl Iterator<Item = Subnet> {
+pub(super) fn foreign_keys() -> impl Iterator<Item = Subnet> {
     (200..204).map(|octet| format!("10.244.{octet}.0/24").parse().unwrap())
 }
 
