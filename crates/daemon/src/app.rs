@@ -18,13 +18,15 @@ use tokio::task::JoinSet;
 
 use crate::facts::{Facts, FactsError, list};
 use crate::host::Host;
-use crate::http::Http;
+use crate::http::{Http, Sources};
 use crate::kernel_thread::KernelThread;
 use crate::notice::{Notice, Notices};
 use crate::probe::Measurement;
 use crate::ready::{Guard, Ready};
 use crate::reconcile::{Inputs, Reconciler, Start};
 use crate::settings::RunArgs;
+use crate::socket::{self, Listener};
+use crate::state::Process;
 use crate::store::{self, Access, Claim, Etcd, Kube, Store, StoreError, kube};
 use crate::systemd;
 use crate::view::View;
@@ -64,8 +66,16 @@ async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
     let syncing = ready.guard("the first complete list of leases");
     let (publish, view) = watch::channel(Arc::default());
     let (publish_paths, paths) = watch::channel(Arc::default());
+    let sources = Sources { ready: ready.clone(), view: view.clone(), paths, process: Arc::new(Process::now()) };
     if args.healthz_port > 0 {
-        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, ready.clone(), view.clone(), paths).await?.serve());
+        tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, sources.clone()).await?.serve());
+    }
+    if let Some(path) = socket::path(args.socket.as_deref(), &args.subnet_file) {
+        match Listener::bind(&path) {
+            Ok(listener) => drop(tokio::spawn(listener.serve(sources))),
+            // Pods do not need it.
+            Err(error) => tracing::warn!(socket = %path.display(), %error, "cannot serve flanneld status and monitor"),
+        }
     }
     let (notices, queue) = Notices::new();
     if args.probe {
@@ -186,7 +196,11 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
         retry_until_ready(&starting, &notices, async || run_command(&host, field, command.clone()).await).await?;
     }
     let resync = Duration::from_secs(args.iptables_resync);
-    let start = Start { picture, host, facts, resync, adopt, has_forgotten, starting, syncing, notices: notices.clone(), view };
+    let about = Box::new({
+        let store = store.clone();
+        move || store.about()
+    });
+    let start = Start { picture, host, facts, resync, adopt, has_forgotten, starting, syncing, notices: notices.clone(), view, about };
     let reconciler = Reconciler::start(start).await?;
 
     let (publish_held, held) = watch::channel(held);

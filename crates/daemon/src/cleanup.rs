@@ -21,7 +21,7 @@ use kernel::netlink::{Protocol, Socket};
 use kernel::pod_table::{self, PORTS};
 use kernel::{Kernel, addr, link, pod_rules};
 
-use crate::{app, install_cni, output};
+use crate::{app, install_cni, output, socket};
 
 /// Locks of the plugins, a file for each network namespace.
 const LOCKS: &str = "/run/flannel-locks";
@@ -212,7 +212,8 @@ impl Cleanup {
     fn files(&mut self, subnet_file: &Path) {
         // Earlier versions had their lock beside the file.
         let hidden = ["writer", "lock"].map(|kind| beside(subnet_file, kind));
-        for path in std::iter::once(Ok(subnet_file.to_owned())).chain(hidden).chain([lock_file(subnet_file)]).flatten() {
+        let visible = [subnet_file.to_owned(), socket::beside(subnet_file)].map(Ok);
+        for path in visible.into_iter().chain(hidden).chain([lock_file(subnet_file)]).flatten() {
             if path.exists() {
                 self.remove(&format!("file {}", path.display()), || Ok(fs::remove_file(&path)?));
             }

@@ -1,28 +1,37 @@
-//! `/healthz`, `/readyz`, `/state` and `/metrics`: plain HTTP/1.1, no authentication, nothing secret in it. What strangers may use is
-//! limited by `limits`, so that probes are answered and repairs have descriptors whatever they do.
+//! `/healthz`, `/readyz`, `/state` and `/metrics` by TCP and by the socket, and `/events` by the socket: plain HTTP/1.1, nothing secret in
+//! it. TCP has no authentication: clients on other hosts read numbers only. What strangers may use is limited by `limits`, so that probes
+//! are answered and repairs have descriptors whatever they do.
+
+mod stream;
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use flannel::check::Severity;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Bytes;
 use hyper::{Method, Request, Response, StatusCode, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use self::stream::{Events, Streaming};
 use crate::newcomers::Newcomers;
 use crate::probe::Paths;
 use crate::ready::Ready;
-use crate::state::{State, metrics};
+use crate::state::{Counts, Process, State, is_ready, metrics};
 use crate::view::View;
 
-/// What a client of the health server may use.
+/// Pause after a connection could not be accepted.
+pub(crate) const PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client of the health server, or of the socket, may use.
 pub(crate) mod limits {
     use std::time::Duration;
 
@@ -34,6 +43,34 @@ pub(crate) mod limits {
     pub(crate) const WHOLE: Duration = Duration::from_secs(10);
     /// Bytes of a request's head.
     pub(crate) const HEAD: usize = 16 << 10;
+    /// How long a reader of events may not read while there is something to send.
+    pub(crate) const STALLED: Duration = Duration::from_secs(10);
+    /// A stream of events without events has an empty line this often.
+    pub(crate) const BEAT: Duration = Duration::from_secs(5);
+}
+
+/// What the answers are made of.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// Readiness.
+    pub ready: Ready,
+    /// The view.
+    pub view: watch::Receiver<Arc<View>>,
+    /// The measured paths.
+    pub paths: watch::Receiver<Arc<Paths>>,
+    /// What does not change while the daemon runs.
+    pub process: Arc<Process>,
+}
+
+/// Where a client is, which decides what it may read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Client {
+    /// On another host: numbers only.
+    Elsewhere,
+    /// On this host.
+    Here,
+    /// At the socket, which only root can open.
+    Root,
 }
 
 /// The health server's listener.
@@ -45,27 +82,13 @@ pub struct Http {
     sources: Sources,
 }
 
-/// What the answers are made of.
-#[derive(Debug, Clone)]
-struct Sources {
-    ready: Ready,
-    view: watch::Receiver<Arc<View>>,
-    paths: watch::Receiver<Arc<Paths>>,
-}
-
 impl Http {
     /// Binds the address; for `None` all of them, and serves clients on this host only. A probe of the kubelet comes to the node's own
     /// address, so loopback is not enough where a manifest names no host. `0.0.0.0` takes IPv6 clients too, as upstream's does.
     ///
     /// # Errors
     /// When the port cannot be had.
-    pub async fn bind(
-        ip: Option<IpAddr>,
-        port: u16,
-        ready: Ready,
-        view: watch::Receiver<Arc<View>>,
-        paths: watch::Receiver<Arc<Paths>>,
-    ) -> anyhow::Result<Http> {
+    pub async fn bind(ip: Option<IpAddr>, port: u16, sources: Sources) -> anyhow::Result<Http> {
         let flags = ip.map(|ip| format!("--healthz-ip {ip} ")).unwrap_or_default();
         let (is_local, ip) = (ip.is_none(), ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)));
         let wildcard = ip == IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -76,7 +99,7 @@ impl Http {
                 .await
                 .with_context(|| format!("cannot listen on {flags}--healthz-port {port}"))?,
         };
-        Ok(Http { listener, is_local, sources: Sources { ready, view, paths } })
+        Ok(Http { listener, is_local, sources })
     }
 
     /// The address that it listens on.
@@ -89,28 +112,46 @@ impl Http {
 
     /// Serves until it is dropped.
     pub async fn serve(self) {
-        let mut newcomers = Newcomers::new(limits::CONNECTIONS);
-        // They end with the server.
-        let mut connections = JoinSet::new();
+        let mut connections = Connections::new(self.sources);
         loop {
             // A client that went away before it was accepted, or a moment without descriptors, is no end.
             let Ok((stream, from)) = self.listener.accept().await else {
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::sleep(PAUSE).await;
                 continue;
             };
-            if self.is_local && !is_on_this_host(&stream, from.ip()) {
-                continue;
+            let client = if is_on_this_host(&stream, from.ip()) { Client::Here } else { Client::Elsewhere };
+            if !self.is_local || client == Client::Here {
+                connections.serve(stream, from.ip(), client).await;
             }
-            let sources = self.sources.clone();
-            let place = newcomers.place().await;
-            let task = connections.spawn(async move {
-                let _place = place;
-                // A client that hangs up in the middle, or takes too long, is disconnected.
-                let _ = tokio::time::timeout(limits::WHOLE, connection(stream, sources)).await;
-            });
-            newcomers.add(from.ip(), task);
-            while connections.try_join_next().is_some() {}
         }
+    }
+}
+
+/// Connections that are being served. They end with this value.
+pub(crate) struct Connections {
+    newcomers: Newcomers,
+    tasks: JoinSet<()>,
+    sources: Sources,
+}
+
+impl Connections {
+    pub(crate) fn new(sources: Sources) -> Connections {
+        Connections { newcomers: Newcomers::new(limits::CONNECTIONS), tasks: JoinSet::new(), sources }
+    }
+
+    /// Serves a connection, in the place of another one if there are too many.
+    pub(crate) async fn serve<S>(&mut self, stream: S, from: IpAddr, client: Client)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let sources = self.sources.clone();
+        let place = self.newcomers.place().await;
+        let task = self.tasks.spawn(async move {
+            let _place = place;
+            connection(stream, client, sources).await;
+        });
+        self.newcomers.add(from, task);
+        while self.tasks.try_join_next().is_some() {}
     }
 }
 
@@ -120,42 +161,79 @@ fn is_on_this_host(stream: &TcpStream, from: IpAddr) -> bool {
     from.to_canonical().is_loopback() || stream.local_addr().is_ok_and(|to| to.ip() == from)
 }
 
-async fn connection(stream: TcpStream, sources: Sources) -> hyper::Result<()> {
+/// Serves one request. A client that hangs up in the middle, or takes too long, is disconnected.
+async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, client: Client, sources: Sources) {
+    let streaming = Arc::new(Streaming::default());
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
-        let response = answer(request.method(), request.uri().path(), &sources);
+        let is_stream = client == Client::Root && request.method() == Method::GET && request.uri().path() == "/events";
+        let response = match is_stream {
+            true => response(StatusCode::OK, "application/x-ndjson", Either::Right(stream::begin(sources.clone(), streaming.clone()))),
+            false => answer(request.method(), request.uri().path(), client, &sources),
+        };
         async move { Ok::<_, Infallible>(response) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits::SENDING).max_buf_size(limits::HEAD).keep_alive(false);
-    http.serve_connection(TokioIo::new(stream), service).await
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
+    if tokio::time::timeout(limits::WHOLE, &mut connection).await.is_err() && streaming.has_begun() {
+        tokio::select! {
+            _ = connection => {}
+            () = streaming.stalled() => {}
+        }
+    }
 }
 
-fn answer(method: &Method, path: &str, sources: &Sources) -> Response<Full<Bytes>> {
-    let Sources { ready, view, paths } = sources;
-    let paths = paths.borrow().clone();
+type Body = Either<Full<Bytes>, Events>;
+
+fn response(status: StatusCode, kind: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    response
+}
+
+fn answer(method: &Method, path: &str, client: Client, sources: &Sources) -> Response<Body> {
+    let Sources { ready, view, paths, process } = sources;
+    let (view, paths, pending) = (view.borrow().clone(), paths.borrow().clone(), ready.pending());
     const TEXT: &str = "text/plain";
-    let pending = || ready.pending().join(", ");
-    let starting = || (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("flanneld is starting: waiting for {}\n", pending()));
+    const JSON: &str = "application/json";
+    let starting = || (StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("flanneld is starting: waiting for {}\n", pending.join(", ")));
+    let document = |json: Result<String, serde_json::Error>| (StatusCode::OK, JSON, json.unwrap_or_default() + "\n");
     let (status, kind, body) = match path {
         _ if !matches!(*method, Method::GET | Method::HEAD) => {
             (StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("{path} answers GET and HEAD only\n"))
         }
         "/healthz" => (StatusCode::OK, TEXT, "flanneld is running".to_owned()),
-        "/readyz" => readiness(&ready.pending(), &view.borrow().clone(), &paths),
-        "/state" => match State::new(&view.borrow().clone(), &paths) {
-            Some(state) => (StatusCode::OK, "application/json", serde_json::to_string_pretty(&state).unwrap_or_default() + "\n"),
+        "/readyz" if client == Client::Elsewhere => readiness_elsewhere(&pending, &view),
+        "/readyz" => readiness(&pending, &view, &paths),
+        "/state" if client == Client::Elsewhere => match Counts::new(&view, &paths, &pending) {
+            Some(counts) => document(serde_json::to_string_pretty(&counts)),
+            None => (StatusCode::SERVICE_UNAVAILABLE, TEXT, "flanneld is starting\n".to_owned()),
+        },
+        "/state" => match State::new(&view, &paths, process, pending.clone()) {
+            Some(state) => document(serde_json::to_string_pretty(&state)),
             None => starting(),
         },
-        "/metrics" => match metrics(&view.borrow().clone(), &paths, ready.pending().is_empty()) {
+        "/metrics" => match metrics(&view, &paths, pending.is_empty()) {
             Some(text) => (StatusCode::OK, "text/plain; version=0.0.4", text),
             None => starting(),
         },
-        _ => (StatusCode::NOT_FOUND, TEXT, "there is /healthz, /readyz, /state and /metrics\n".to_owned()),
+        "/events" if client != Client::Root => (StatusCode::FORBIDDEN, TEXT, "/events is served at flanneld.sock only\n".to_owned()),
+        _ => (StatusCode::NOT_FOUND, TEXT, "there is /healthz, /readyz, /state and /metrics; at flanneld.sock /events, too\n".to_owned()),
     };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
-    response
+    response(status, kind, Either::Left(Full::new(Bytes::from(body))))
+}
+
+/// Readiness without the texts, which describe this host.
+fn readiness_elsewhere(pending: &[String], view: &View) -> (StatusCode, &'static str, String) {
+    match is_ready(view, pending) {
+        true => (StatusCode::OK, "text/plain", "flanneld is ready".to_owned()),
+        false => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "text/plain",
+            "flanneld is not ready; its /readyz says why to clients on its host\n".to_owned(),
+        ),
+    }
 }
 
 /// Ready when nothing is pending; problems that leave the node working are noted.
@@ -191,8 +269,8 @@ mod tests {
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
         let (publish, view) = watch::channel(Arc::default());
-        let http =
-            Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, Ready::default(), view, watch::channel(Arc::default()).1).await.unwrap();
+        let sources = Sources { ready: Ready::default(), view, paths: watch::channel(Arc::default()).1, process: Arc::new(Process::now()) };
+        let http = Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, sources).await.unwrap();
         let address = http.address().unwrap();
         tokio::spawn(http.serve());
         (address, publish)
@@ -227,6 +305,30 @@ mod tests {
         publish.send_replace(Arc::new(View { findings, ..View::default() }));
         let answer = ask(address, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("not ready: a route hides all pods; fix: delete it\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn clients_elsewhere_read_numbers_and_no_events() {
+        let mut view = View::default();
+        view.findings.push(Finding::error("y", "a route hides all pods".to_owned(), "delete it"));
+        let (view, paths) = (watch::channel(Arc::new(view)).1, watch::channel(Arc::default()).1);
+        let ready = Ready::default();
+        let _guard = ready.guard("the secret plan");
+        let sources = Sources { ready, view, paths, process: Arc::new(Process::now()) };
+        for (path, client, status) in [
+            ("/healthz", Client::Elsewhere, 200),
+            ("/readyz", Client::Elsewhere, 503),
+            ("/state", Client::Elsewhere, 503),
+            ("/events", Client::Elsewhere, 403),
+            ("/events", Client::Here, 403),
+        ] {
+            let answer = answer(&Method::GET, path, client, &sources);
+            assert_eq!(answer.status(), status, "{path}");
+            let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
+            let text = String::from_utf8_lossy(&body).into_owned();
+            assert!(!text.contains("plan") && !text.contains("hides"), "{path}: {text}");
+        }
+        assert_eq!(answer(&Method::GET, "/readyz", Client::Here, &sources).status(), 503);
     }
 
     #[tokio::test]

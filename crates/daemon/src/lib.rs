@@ -3,10 +3,12 @@
 
 pub mod app;
 pub mod cleanup;
+pub mod clock;
 pub mod docker_opts;
 pub mod doctor;
 pub mod embedded;
 pub mod etcd;
+pub mod events;
 pub mod facts;
 pub mod host;
 pub mod http;
@@ -19,6 +21,7 @@ pub mod probe;
 pub mod ready;
 pub mod reconcile;
 pub mod settings;
+pub mod socket;
 pub mod state;
 pub mod store;
 mod systemd;

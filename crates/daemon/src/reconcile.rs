@@ -39,7 +39,7 @@ use crate::facts::Facts;
 use crate::host::{Host, Notifications};
 use crate::notice::Notices;
 use crate::ready::Guard;
-use crate::store::{Claim, Following, LeaseHandle};
+use crate::store::{Claim, Following, LeaseHandle, StoreAbout};
 use crate::view::View;
 
 /// How long the objects that wait for a child process or for a lock may delay a start.
@@ -91,7 +91,6 @@ pub struct Inputs {
 }
 
 /// What the loop begins with.
-#[derive(Debug)]
 pub struct Start<H> {
     /// The desired state of this node, without peers.
     pub picture: Picture,
@@ -113,6 +112,8 @@ pub struct Start<H> {
     pub notices: Notices,
     /// Where the view is published.
     pub view: watch::Sender<Arc<View>>,
+    /// What is known about the store.
+    pub about: Box<dyn Fn() -> StoreAbout>,
 }
 
 /// Keeps the kernel as the picture wants it.
@@ -148,6 +149,11 @@ pub struct Reconciler<H> {
     syncing: Option<Guard>,
     notices: Notices,
     publisher: view::Publisher,
+    about: Box<dyn Fn() -> StoreAbout>,
+    /// When the last event of the store came.
+    last_event: Option<Instant>,
+    /// The last repairs, for the view.
+    repaired: Arc<view::Repairs>,
 }
 
 impl<H: Host + 'static> Reconciler<H> {
@@ -157,7 +163,7 @@ impl<H: Host + 'static> Reconciler<H> {
     /// # Errors
     /// When the kernel cannot be read.
     pub async fn start(start: Start<H>) -> anyhow::Result<Reconciler<H>> {
-        let Start { picture, host, facts, resync, adopt, has_forgotten, starting, syncing, notices, view } = start;
+        let Start { picture, host, facts, resync, adopt, has_forgotten, starting, syncing, notices, view, about } = start;
         let scope = picture.scope();
         let notifications = host.watch(scope.clone(), picture.node().ext).context("cannot subscribe to the kernel's notifications")?;
         let reading = if adopt { picture.scope_with_adoption() } else { scope.clone() };
@@ -190,6 +196,9 @@ impl<H: Host + 'static> Reconciler<H> {
             syncing: Some(syncing),
             notices,
             publisher: view::Publisher::new(view),
+            about,
+            last_event: None,
+            repaired: Arc::default(),
         };
         if has_forgotten {
             reconciler.report_lost_leases(None);
@@ -214,7 +223,10 @@ impl<H: Host + 'static> Reconciler<H> {
     pub async fn run(mut self, mut inputs: Inputs) -> anyhow::Result<()> {
         loop {
             match self.wake(&mut inputs).await? {
-                Wake::Leases(events) => self.on_leases(events, &mut inputs).await,
+                Wake::Leases(events) => {
+                    self.last_event = Some(Instant::now());
+                    self.on_leases(events, &mut inputs).await;
+                }
                 Wake::Own(held) => self.on_own(held).await,
                 Wake::Following => self.on_following(&mut inputs),
                 Wake::Kernel(events) => self.on_kernel(events).await,

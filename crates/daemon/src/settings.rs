@@ -108,6 +108,9 @@ pub struct RunArgs {
     /// File with this host's subnet and MTU: read by the CNI plugins, and by flanneld at its next start
     #[arg(long, default_value = "/run/flannel/subnet.env", value_name = "FILE", help_heading = "Files, log and version")]
     pub subnet_file: PathBuf,
+    /// Socket for flanneld status, doctor, monitor and bugreport, for root only; off: none [default: flanneld.sock beside --subnet-file]
+    #[arg(long, value_name = "FILE", help_heading = "Files, log and version")]
+    pub socket: Option<PathBuf>,
     /// Log verbosity: 0 logs changes of state, 1 adds debug details, 4 adds traces
     #[arg(
         long,
@@ -305,7 +308,7 @@ mod tests {
             assert_eq!(read(&[], &[(&variable, value)]).unwrap().complaints, Vec::<String>::new(), "{variable}");
         }
         // The flags that upstream does not have.
-        let own = ["allow-commands", "probe", "probe-port"];
+        let own = ["allow-commands", "probe", "probe-port", "socket"];
         let flags: Vec<_> = command.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| !own.contains(flag)).collect();
         assert_eq!(flags.len(), rows.len(), "a flag that Go flannel does not have");
     }

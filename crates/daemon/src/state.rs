@@ -1,23 +1,66 @@
-//! The document at `/state` and the numbers at `/metrics`: wire forms of the view. Names are stable.
+//! The document at `/state` and the numbers at `/metrics`: wire forms of the view. Names are stable, and listed in docs/state.md.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use flannel::check::{Finding, Severity};
 use flannel::probe::{Report, Verdict};
 use flannel::{Family, PerFamily};
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::probe::Paths;
 use crate::view::{Conflicted, Failed, Node, PeerState, View};
 
+/// The version of the documents' shape. It changes when a field goes or changes its meaning; fields may be added.
+pub const SCHEMA: u32 = 1;
+
+/// What does not change while the daemon runs.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// When it was started.
+    pub started: Instant,
+    /// The node's name: that of its Node in Kubernetes, else the host's.
+    pub node: String,
+}
+
+impl Process {
+    /// This process, started now.
+    pub fn now() -> Process {
+        let name = std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty());
+        let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Process { started: Instant::now(), node: name.unwrap_or_else(host) }
+    }
+}
+
 /// The whole document.
 #[derive(Debug, Serialize)]
 pub struct State<'a> {
+    /// [`SCHEMA`]
+    schema: u32,
+    /// The node's name.
+    node: &'a str,
+    /// How long the daemon has been running, in seconds.
+    uptime_s: u64,
+    /// Whether `/readyz` reports ready.
+    ready: bool,
+    /// What is waited for until it does.
+    pending: Vec<String>,
     /// The daemon's version.
     version: &'static str,
     /// `Backend.Type`
     backend: &'static str,
+    /// The VNI, with vxlan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vni: Option<u32>,
+    /// The UDP port of the tunnel, with vxlan and udp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<u16>,
+    /// The form of the traffic rules.
+    rules: &'static str,
+    /// Whether the kernel forwards packets.
+    forwarding: bool,
     /// This node's lease.
     subnet: String,
     /// The external interface.
@@ -29,7 +72,7 @@ pub struct State<'a> {
     /// Problems of this node, the severe ones first.
     findings: &'a [Finding],
     /// What the store said.
-    store: Store,
+    store: Store<'a>,
     /// The other hosts.
     peers: Peers<'a>,
     /// Objects in the kernel.
@@ -40,11 +83,18 @@ pub struct State<'a> {
 }
 
 #[derive(Debug, Serialize)]
-struct Store {
+struct Store<'a> {
     connected: bool,
     leases: usize,
     doubtful: usize,
     complete: bool,
+    endpoint: &'a str,
+    /// The age of its last event, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_event_s: Option<u64>,
+    /// The time until this node's lease is renewed, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    renewal_s: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -114,6 +164,88 @@ struct Objects<'a> {
     repaired: u64,
     overruns: u64,
     conflicts: &'a [Conflicted],
+    /// The last repairs, oldest first.
+    repairs: Vec<Repaired<'a>>,
+}
+
+/// A repair of an object that another program changed.
+#[derive(Debug, Serialize)]
+struct Repaired<'a> {
+    number: u64,
+    /// Its age in seconds.
+    ago_s: u64,
+    kind: String,
+    action: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by: Option<&'a str>,
+}
+
+/// What a client on another host may read: numbers, no addresses, names or texts.
+#[derive(Debug, Serialize)]
+pub struct Counts {
+    schema: u32,
+    version: &'static str,
+    ready: bool,
+    findings: BTreeMap<String, usize>,
+    store: StoreCounts,
+    peers: BTreeMap<&'static str, usize>,
+    paths: BTreeMap<&'static str, usize>,
+    objects: ObjectCounts,
+}
+
+#[derive(Debug, Serialize)]
+struct StoreCounts {
+    connected: bool,
+    leases: usize,
+    doubtful: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct ObjectCounts {
+    desired: usize,
+    failed: usize,
+    repaired: u64,
+    conflicts: usize,
+}
+
+impl Counts {
+    /// The document; `None` while this node has no lease.
+    pub fn new(view: &View, paths: &Paths, pending: &[String]) -> Option<Counts> {
+        view.node?;
+        let findings = [Severity::Error, Severity::Warning, Severity::Info].map(|severity| (severity.to_string(), severe(view, severity)));
+        Some(Counts {
+            schema: SCHEMA,
+            version: env!("CARGO_PKG_VERSION"),
+            ready: is_ready(view, pending),
+            findings: findings.into(),
+            store: StoreCounts { connected: view.store.connected, leases: view.store.leases, doubtful: view.store.doubtful },
+            peers: PEER_STATES.map(|state| (state, in_state(view, state))).into(),
+            paths: Verdict::NAMES.map(|name| (name, paths.count(name))).into(),
+            objects: ObjectCounts {
+                desired: view.objects.desired,
+                failed: view.objects.failed.len(),
+                repaired: view.objects.repaired,
+                conflicts: view.objects.conflicts.len(),
+            },
+        })
+    }
+}
+
+const PEER_STATES: [&str; 4] = ["programmed", "refused", "failed", "doubtful"];
+
+/// Peers in this state.
+fn in_state(view: &View, state: &str) -> usize {
+    view.peers.iter().filter(|peer| peer.state.name() == state).count()
+}
+
+/// Findings of this severity.
+pub(crate) fn severe(view: &View, severity: Severity) -> usize {
+    view.findings.iter().filter(|finding| finding.severity == severity).count()
+}
+
+/// Whether `/readyz` reports ready.
+pub(crate) fn is_ready(view: &View, pending: &[String]) -> bool {
+    pending.is_empty() && severe(view, Severity::Error) == 0
 }
 
 fn first(addresses: &PerFamily<IpAddr>) -> Option<String> {
@@ -124,7 +256,7 @@ fn is_programmed(state: &PeerState) -> bool {
     matches!(state, PeerState::Programmed | PeerState::Doubtful)
 }
 
-fn path<'a>(family: Family, report: &'a Report, at: std::time::Duration) -> PathState<'a> {
+fn path<'a>(family: Family, report: &'a Report, at: Duration) -> PathState<'a> {
     let family = match family {
         Family::V4 => "ipv4",
         Family::V6 => "ipv6",
@@ -161,12 +293,29 @@ fn peer<'a>(peer: &'a crate::view::PeerView, paths: &'a Paths) -> Peer<'a> {
 
 impl State<'_> {
     /// The document; `None` while this node has no lease.
-    pub fn new<'a>(view: &'a View, paths: &'a Paths) -> Option<State<'a>> {
-        let Node { backend, subnet, interface, published, mtu, .. } = view.node?;
+    pub fn new<'a>(view: &'a View, paths: &'a Paths, process: &'a Process, pending: Vec<String>) -> Option<State<'a>> {
+        let Node { backend, vni, port, rules, is_forwarding, subnet, interface, published, mtu, .. } = view.node?;
+        let now = Instant::now();
+        let repairs = view.objects.repairs.iter().map(|repair| Repaired {
+            number: repair.number,
+            ago_s: now.saturating_duration_since(repair.at).as_secs(),
+            kind: repair.kind.to_string(),
+            action: &repair.action,
+            by: repair.by.as_deref(),
+        });
         let refused = view.peers.iter().filter(|peer| matches!(peer.state, PeerState::Refused(_)));
         Some(State {
+            schema: SCHEMA,
+            node: &process.node,
+            uptime_s: process.started.elapsed().as_secs(),
+            ready: is_ready(view, &pending),
+            pending,
             version: env!("CARGO_PKG_VERSION"),
             backend,
+            vni: vni.map(flannel::Vni::get),
+            port,
+            rules,
+            forwarding: is_forwarding,
             subnet: subnet.to_string(),
             interface: interface.to_string(),
             public_ip: first(&published),
@@ -177,6 +326,9 @@ impl State<'_> {
                 leases: view.store.leases,
                 doubtful: view.store.doubtful,
                 complete: view.store.complete,
+                endpoint: &view.store.endpoint,
+                last_event_s: view.store.last_event.map(|at| now.saturating_duration_since(at).as_secs()),
+                renewal_s: view.store.renewal.map(|at| at.saturating_duration_since(now).as_secs()),
             },
             peers: Peers {
                 programmed: view.peers.iter().filter(|peer| is_programmed(&peer.state)).count(),
@@ -191,6 +343,7 @@ impl State<'_> {
                 repaired: view.objects.repaired,
                 overruns: view.objects.overruns,
                 conflicts: &view.objects.conflicts,
+                repairs: repairs.collect(),
             },
             udp_dropped: view.drops.as_ref().map(|drops| drops.read().into_iter().map(|(reason, count)| (reason.name(), count)).collect()),
         })
@@ -210,16 +363,14 @@ pub fn metrics(view: &View, paths: &Paths, ready: bool) -> Option<String> {
     let info = format!("{{version=\"{version}\",backend=\"{backend}\",subnet=\"{subnet}\"}}");
     put("info", "gauge", "This node.", &[(&info, "1".to_owned())]);
     put("ready", "gauge", "1 if /readyz reports ready.", &[("", u8::from(ready).to_string())]);
-    let severe = |severity: Severity| number(view.findings.iter().filter(|finding| finding.severity == severity).count());
-    let severities =
-        [Severity::Error, Severity::Warning, Severity::Info].map(|severity| (format!("{{severity=\"{severity}\"}}"), severe(severity)));
+    let severities = [Severity::Error, Severity::Warning, Severity::Info]
+        .map(|severity| (format!("{{severity=\"{severity}\"}}"), number(severe(view, severity))));
     let findings: Vec<(&str, String)> = severities.iter().map(|(label, count)| (label.as_str(), count.clone())).collect();
     put("findings", "gauge", "Problems of this node, listed in /state.", &findings);
     put("store_connected", "gauge", "1 if the store is being followed.", &[("", u8::from(view.store.connected).to_string())]);
     put("leases", "gauge", "Leases in the store, this node's included.", &[("", number(view.store.leases))]);
     put("leases_doubtful", "gauge", "Leases that a store which lost data does not know.", &[("", number(view.store.doubtful))]);
-    let count = |state: &str| number(view.peers.iter().filter(|peer| peer.state.name() == state).count());
-    let states = ["programmed", "refused", "failed", "doubtful"].map(|state| (format!("{{state=\"{state}\"}}"), count(state)));
+    let states = PEER_STATES.map(|state| (format!("{{state=\"{state}\"}}"), number(in_state(view, state))));
     let peers: Vec<(&str, String)> = states.iter().map(|(label, count)| (label.as_str(), count.clone())).collect();
     put("peers", "gauge", "Other hosts, by what was done for them.", &peers);
     let verdicts = Verdict::NAMES.map(|name| (format!("{{verdict=\"{name}\"}}"), number(paths.count(name))));
@@ -247,10 +398,14 @@ mod tests {
     use expect_test::{Expect, expect};
     use flannel::LeaseKey;
     use flannel::probe::Summary;
-    use std::time::Duration;
+    use std::collections::BTreeSet;
 
     fn key(text: &str) -> LeaseKey {
         LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap()
+    }
+
+    fn process() -> Process {
+        Process { started: Instant::now(), node: "h1".to_owned() }
     }
 
     fn view() -> View {
@@ -260,6 +415,10 @@ mod tests {
         View {
             node: Some(Node {
                 backend: "vxlan",
+                vni: flannel::Vni::new(1),
+                port: Some(8472),
+                rules: "nftables",
+                is_forwarding: true,
                 subnet: key("10.244.1.0/24"),
                 interface,
                 addresses,
@@ -268,14 +427,29 @@ mod tests {
                 path_mtus: PerFamily::default(),
                 probe: None,
             }),
-            store: Store { connected: true, leases: 5, doubtful: 1, complete: true },
+            store: Store {
+                connected: true,
+                leases: 5,
+                doubtful: 1,
+                complete: true,
+                endpoint: "https://10.0.0.5:2379".into(),
+                last_event: None,
+                renewal: None,
+            },
             peers: vec![
                 peer("10.244.2.0/24", "192.0.2.2", PeerState::Programmed),
                 peer("10.244.3.0/24", "192.0.2.3", PeerState::Refused(vec!["it publishes no IPv4 address".to_owned()])),
                 peer("10.244.4.0/24", "192.0.2.4", PeerState::Failed(flannel::object::Key::Route("10.244.4.0/24".parse().unwrap(), 4))),
                 peer("10.244.5.0/24", "192.0.2.5", PeerState::Doubtful),
             ],
-            objects: Objects { desired: 9, failed: Vec::new(), repaired: 4, overruns: 2, conflicts: Vec::new() },
+            objects: Objects {
+                desired: 9,
+                failed: Vec::new(),
+                repaired: 4,
+                repairs: std::sync::Arc::default(),
+                overruns: 2,
+                conflicts: Vec::new(),
+            },
             drops: None,
             findings: vec![Finding::warning("family-down", "IPv6 does not work on this node: x".to_owned(), "")],
         }
@@ -302,7 +476,7 @@ mod tests {
     #[test]
     fn the_document_lists_every_peer_with_its_state() {
         let view = view();
-        let state = serde_json::to_value(State::new(&view, &paths()).unwrap()).unwrap();
+        let state = serde_json::to_value(State::new(&view, &paths(), &process(), Vec::new()).unwrap()).unwrap();
         check(
             &serde_json::to_string(&state["peers"]["list"]).unwrap(),
             expect![[
@@ -311,13 +485,13 @@ mod tests {
         );
         assert_eq!((&state["peers"]["programmed"], &state["findings"][0]["code"]), (&2.into(), &"family-down".into()));
         assert_eq!((&state["peers"]["reachable"], &state["peers"]["broken"]), (&0.into(), &1.into()));
-        assert!(State::new(&View::default(), &paths()).is_none());
+        assert!(State::new(&View::default(), &paths(), &process(), Vec::new()).is_none());
     }
 
     #[test]
     fn drops_of_the_udp_backend_are_shown_by_reason() {
         let view = View { drops: Some(kernel::Drops::default()), ..view() };
-        let state = serde_json::to_value(State::new(&view, &paths()).unwrap()).unwrap();
+        let state = serde_json::to_value(State::new(&view, &paths(), &process(), Vec::new()).unwrap()).unwrap();
         check(
             &state["udp_dropped"].to_string(),
             expect![[r#"{"expired":0,"foreign-destination":0,"foreign-source":0,"malformed":0,"no-route":0,"unknown-sender":0}"#]],
@@ -359,5 +533,67 @@ mod tests {
             "#]],
         );
         assert!(text.starts_with("# HELP flannel_info This node.\n# TYPE flannel_info gauge\n"));
+    }
+
+    /// The fields of a document, with `[]` for the elements of a list.
+    fn fields(value: &serde_json::Value, at: &str, found: &mut BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(map) => {
+                for (name, value) in map {
+                    let name = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
+                    fields(value, &name, found);
+                    found.insert(name);
+                }
+            }
+            serde_json::Value::Array(list) => list.iter().for_each(|value| fields(value, &format!("{at}[]"), found)),
+            _ => {}
+        }
+    }
+
+    /// The first cells of the table below a heading of docs/state.md.
+    fn documented(heading: &str) -> BTreeSet<String> {
+        let page = include_str!("../../../docs/state.md");
+        let section = page.split_once(heading).unwrap_or_else(|| panic!("{heading} is missing")).1;
+        let section = section.split("\n## ").next().unwrap_or_default();
+        let cells = section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+        cells.map(|(name, _)| name.to_owned()).collect()
+    }
+
+    /// A view in which every optional part is present.
+    fn full_view() -> View {
+        let mut view = view();
+        view.findings.push(Finding::error("x", "a route hides all pods".to_owned(), "delete it"));
+        (view.store.last_event, view.store.renewal) = (Some(Instant::now()), Some(Instant::now()));
+        view.drops = Some(kernel::Drops::default());
+        view.objects.failed.push(Failed { object: "link x".to_owned(), error: "no".to_owned(), attempts: 1 });
+        view.objects.conflicts.push(Conflicted { object: "link x".to_owned(), by: None, times: 30 });
+        let mut repairs = crate::view::Repairs::default();
+        repairs.note(flannel::object::Kind::Route, "set route x".to_owned(), Some("ip, process 7".to_owned()), Instant::now());
+        view.objects.repairs = repairs.into();
+        view
+    }
+
+    #[test]
+    fn documented_fields_are_those_that_are_written() {
+        let (view, mut paths) = (full_view(), paths());
+        paths.reports.values_mut().for_each(|report| report.error = Some("no route".to_owned()));
+        let mut written = BTreeSet::new();
+        let mut state = serde_json::to_value(State::new(&view, &paths, &process(), vec!["x".to_owned()]).unwrap()).unwrap();
+        // Counters by name, and the same objects as in the list.
+        state["udp_dropped"] = serde_json::Value::Null;
+        state["peers"]["refused"] = serde_json::Value::Null;
+        fields(&state, "", &mut written);
+        assert_eq!(written, documented("\n## /state\n"));
+        let mut written = BTreeSet::new();
+        fields(&serde_json::to_value(Counts::new(&view, &paths, &[]).unwrap()).unwrap(), "", &mut written);
+        assert_eq!(written, documented("\n## /state for other hosts\n"));
+    }
+
+    #[test]
+    fn another_host_reads_no_address_name_or_text() {
+        let text = serde_json::to_string(&Counts::new(&full_view(), &paths(), &[]).unwrap()).unwrap();
+        for hidden in ["192.0.2", "10.0.0.5", "10.244", "eth0", "route", "h1", "process"] {
+            assert!(!text.contains(hidden), "{hidden} in {text}");
+        }
     }
 }

@@ -13,10 +13,12 @@ mod link;
 mod reports;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel::{Config, LeaseKey, Peer, PerFamily, StoreEvent, Subnet};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 pub use self::connect::{Access, Transport};
 pub use self::etcd::{Entry, Etcd, EtcdError, Snapshot};
@@ -95,8 +97,20 @@ pub struct LeaseHandle {
     pub is_new: bool,
 }
 
+/// What is known about a store without asking it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoreAbout {
+    /// Its address, without credentials; of several, the one in use.
+    pub endpoint: Arc<str>,
+    /// When this node's lease is renewed next, where leases end.
+    pub renewal: Option<Instant>,
+}
+
 /// A store of leases. Clones are handles to the same one.
 pub trait Store: Clone + Send + Sync + 'static {
+    /// What is known about the store without asking it.
+    fn about(&self) -> StoreAbout;
+
     /// Where the network configuration comes from.
     fn config_source(&self) -> ConfigSource;
 

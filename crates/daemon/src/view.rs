@@ -1,13 +1,19 @@
 //! The view: an immutable snapshot of what this node knows, wants and could not do, published by the loop after each change. `/state`,
 //! `/readyz`, `/metrics` and Events read it; nothing asks the loop.
 
+use std::collections::VecDeque;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use flannel::check::Finding;
-use flannel::object::Key;
+use flannel::object::{Key, Kind};
 use flannel::probe::Point;
-use flannel::{IfName, LeaseKey, PerFamily};
+use flannel::{IfName, LeaseKey, PerFamily, Vni};
 use kernel::Drops;
+use tokio::time::Instant;
+
+/// Repairs that are remembered.
+const REPAIRS: usize = 100;
 
 /// The whole snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -33,6 +39,14 @@ pub struct Node {
     pub backend: &'static str,
     /// Its lease.
     pub subnet: LeaseKey,
+    /// The VNI of its tunnel, with vxlan.
+    pub vni: Option<Vni>,
+    /// The UDP port of its tunnel, with vxlan and udp.
+    pub port: Option<u16>,
+    /// The form of the traffic rules: `nftables`, `iptables-nft`, `iptables-legacy` or `none`.
+    pub rules: &'static str,
+    /// Whether the kernel forwards packets, in each family of the pod network.
+    pub is_forwarding: bool,
     /// The external interface.
     pub interface: IfName,
     /// That interface's addresses.
@@ -48,7 +62,7 @@ pub struct Node {
 }
 
 /// What the store said.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Store {
     /// Is it being followed right now?
     pub connected: bool,
@@ -58,6 +72,12 @@ pub struct Store {
     pub doubtful: usize,
     /// Did it ever say that a list was complete?
     pub complete: bool,
+    /// Its address, without credentials.
+    pub endpoint: Arc<str>,
+    /// When its last event came: a list, or a change of a lease.
+    pub last_event: Option<Instant>,
+    /// When this node's lease is renewed next, where leases end.
+    pub renewal: Option<Instant>,
 }
 
 /// Another host.
@@ -105,6 +125,8 @@ pub struct Objects {
     pub failed: Vec<Failed>,
     /// Repairs since the start.
     pub repaired: u64,
+    /// The last of them.
+    pub repairs: Arc<Repairs>,
     /// How often the kernel's notifications were lost, after which all was read again.
     pub overruns: u64,
     /// Those that another program keeps changing.
@@ -131,4 +153,61 @@ pub struct Conflicted {
     pub by: Option<String>,
     /// Repairs.
     pub times: u32,
+}
+
+/// The last repairs, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Repairs {
+    list: VecDeque<Repair>,
+    /// Repairs that were noted since the start.
+    noted: u64,
+}
+
+impl Repairs {
+    /// Notes a repair, and forgets the oldest one if there are too many.
+    pub fn note(&mut self, kind: Kind, action: String, by: Option<String>, at: Instant) {
+        self.noted += 1;
+        if self.list.len() == REPAIRS {
+            self.list.pop_front();
+        }
+        self.list.push_back(Repair { number: self.noted, at, kind, action, by });
+    }
+
+    /// The repairs, oldest first.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Repair> {
+        self.list.iter()
+    }
+
+    /// Repairs that were noted since the start.
+    pub fn noted(&self) -> u64 {
+        self.noted
+    }
+}
+
+/// A repair of an object that another program changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// Its number since the start, from 1 on.
+    pub number: u64,
+    /// When it was made.
+    pub at: Instant,
+    /// The kind of the object.
+    pub kind: Kind,
+    /// What was done, with the object's name.
+    pub action: String,
+    /// The program that had changed the object, where the kernel names it.
+    pub by: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn last_hundred_repairs_are_remembered() {
+        let mut repairs = Repairs::default();
+        (0..250).for_each(|n| repairs.note(Kind::Route, format!("set route {n}"), None, Instant::now()));
+        let numbers: Vec<u64> = repairs.iter().map(|repair| repair.number).collect();
+        assert_eq!((numbers.len(), numbers[0], numbers[99], repairs.noted()), (REPAIRS, 151, 250, 250));
+    }
 }

@@ -121,6 +121,11 @@ trait Driver {
     /// Where the data path to a peer's pods can be measured; `None`: it programs no path.
     fn probe_point(&self) -> Option<Point>;
 
+    /// The VNI and the UDP port of its tunnel, if it has them.
+    fn tunnel(&self) -> (Option<Vni>, Option<u16>) {
+        (None, None)
+    }
+
     /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.
     fn has_plain_routes(&self) -> bool {
         false
@@ -367,6 +372,11 @@ impl Backend {
     /// Where the data path to a peer's pods can be measured; `None`: it programs no path.
     pub fn probe_point(&self) -> Option<Point> {
         self.driver().probe_point()
+    }
+
+    /// The VNI and the UDP port of its tunnel, if it has them.
+    pub fn tunnel(&self) -> (Option<Vni>, Option<u16>) {
+        self.driver().tunnel()
     }
 
     /// Whether it uses plain routes through the external interface, which a Go flanneld may have left behind.

@@ -256,6 +256,27 @@ pub enum Key {
     EnvFile,
 }
 
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Link => "link",
+            Kind::Bridge => "bridge",
+            Kind::Addr => "address",
+            Kind::Sysctl => "sysctl",
+            Kind::Neigh => "neighbour",
+            Kind::Fdb => "FDB entry",
+            Kind::Route => "route",
+            Kind::Forward => "forwarding entry",
+            Kind::Extension => "extension",
+            Kind::Blackhole => "blackhole route",
+            Kind::Ruleset => "nftables rules",
+            Kind::Iptables => "iptables rules",
+            Kind::PodRules => "pod rules",
+            Kind::EnvFile => "subnet file",
+        })
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -17,7 +17,8 @@ use crate::observed::Observed;
 use crate::scope::{Adopt, Scope};
 use crate::store_trust::is_list_older;
 use crate::subnet_env::SubnetEnv;
-use crate::traffic::{self, TrafficConfig};
+use crate::traffic::iptables::Variant;
+use crate::traffic::{self, Flavour, TrafficConfig};
 
 /// The number of etcd leases that are remembered: the daemon gets another one at each start.
 const REMEMBERED: usize = 64;
@@ -424,6 +425,16 @@ impl Picture {
             mtus.set(family, Some(self.config.backend.path_mtu(self.local(), family)));
         }
         mtus
+    }
+
+    /// The form in which the traffic rules are written; `none` where there are none to write.
+    pub fn rules(&self) -> &'static str {
+        match self.traffic {
+            TrafficConfig { masquerade: false, forward: false, .. } => "none",
+            TrafficConfig { flavour: Flavour::Nftables, .. } => "nftables",
+            TrafficConfig { flavour: Flavour::Iptables(Variant::Nft), .. } => "iptables-nft",
+            TrafficConfig { flavour: Flavour::Iptables(Variant::Legacy), .. } => "iptables-legacy",
+        }
     }
 
     /// This host's lease.

@@ -1,6 +1,7 @@
 //! Operations and their outcomes; repairs of drift, with conflicts.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use flannel::desired::Owner;
 use flannel::diff::diff_keys;
@@ -56,6 +57,10 @@ impl<H: Host + 'static> Reconciler<H> {
             self.failures.delay(key, text, conflict.times, now + conflict.wait, now);
         }
         ops.retain(|op| self.may_attempt(&op.object().key(), now));
+        for op in &ops {
+            let by = authors.get(&op.object().key()).map(ToString::to_string);
+            Arc::make_mut(&mut self.repaired).note(op.object().kind(), op.summary(), by, now);
+        }
         for op in ops.iter().take(LOGGED) {
             let by = authors.get(&op.object().key()).map(ToString::to_string);
             tracing::info!(op = op.summary(), by, found = ?drift, "repairing drift");

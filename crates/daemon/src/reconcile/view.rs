@@ -6,12 +6,14 @@ use std::time::Duration;
 use flannel::backend::Refusal;
 use flannel::check::Finding;
 use flannel::desired::Owner;
-use flannel::object::Key;
+use flannel::object::{Key, Object};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Reconciler;
 use crate::host::Host;
+use crate::store::StoreAbout;
+pub(super) use crate::view::Repairs;
 use crate::view::{Conflicted, Failed, Node, Objects, PeerState, PeerView, Store, View};
 
 /// A view is built no more often than this: its cost follows the cluster, that of a change must not.
@@ -60,10 +62,19 @@ impl<H: Host + 'static> Reconciler<H> {
     fn view(&self, connected: bool) -> View {
         let picture = &self.picture;
         let leases = picture.leases();
+        let (vni, port) = picture.config().backend.tunnel();
+        let StoreAbout { endpoint, renewal } = (self.about)();
+        let forwarding = self.own_objects().iter().filter(|object| matches!(object, Object::Sysctl(sysctl) if sysctl.is_forwarding()));
+        let is_as_wanted = |object: &Object| self.observed.get(&object.key()) == Some(object);
+        let is_forwarding = forwarding.into_iter().all(is_as_wanted);
         View {
             node: Some(Node {
                 backend: picture.config().backend.name(),
                 subnet: picture.own(),
+                vni,
+                port,
+                rules: picture.rules(),
+                is_forwarding,
                 interface: picture.node().ext,
                 addresses: picture.node().addrs,
                 published: picture.node().public,
@@ -71,12 +82,21 @@ impl<H: Host + 'static> Reconciler<H> {
                 path_mtus: picture.path_mtus(),
                 probe: picture.config().backend.probe_point(),
             }),
-            store: Store { connected, leases: leases.len(), doubtful: leases.doubtful().len(), complete: leases.is_complete() },
+            store: Store {
+                connected,
+                leases: leases.len(),
+                doubtful: leases.doubtful().len(),
+                complete: leases.is_complete(),
+                endpoint,
+                last_event: self.last_event,
+                renewal,
+            },
             peers: self.peers(),
             objects: Objects {
                 desired: picture.desired().len(),
                 failed: self.failures.iter().map(|(key, failure)| failed(key, failure)).collect(),
                 repaired: self.repairs.total(),
+                repairs: Arc::clone(&self.repaired),
                 overruns: self.overruns,
                 conflicts: self.repairs.conflicts().map(|(key, times, by)| Conflicted { object: key.to_string(), by, times }).collect(),
             },

@@ -9,7 +9,7 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use self::follow::parse_config;
 pub use self::keeper::{AcquireError, Keeper};
 use self::seen::Seen;
 use super::connect::{Access, Connection, Endpoints, Transport};
-use super::{Claim, ConfigSource, LeaseHandle, Link, Outage, Store, StoreError, check_peer, foreign_text, limits};
+use super::{Claim, ConfigSource, LeaseHandle, Link, Outage, Store, StoreAbout, StoreError, check_peer, foreign_text, limits};
 use crate::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::etcd::kv_client::KvClient;
 use crate::etcd::lease_client::LeaseClient;
@@ -66,6 +66,8 @@ struct Inner {
     patience: Mutex<Duration>,
     /// The lease of this node, and the etcd leases under which this node writes it.
     own: Mutex<(Option<LeaseKey>, BTreeSet<i64>)>,
+    /// When this node's lease is renewed next; `None` before it has one, and for one that does not end.
+    renewal: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -132,8 +134,9 @@ impl Etcd {
 
     fn with(endpoints: Endpoints, prefix: String, is_default: bool) -> Etcd {
         let (current, moves) = (AtomicUsize::new(0), watch::channel(0).0);
-        let (cached, config, patience, own) = (Mutex::default(), Mutex::default(), Mutex::new(TIMEOUT), Mutex::default());
-        Etcd(Arc::new(Inner { endpoints, current, prefix, is_default, cached, config, moves, patience, own }))
+        let (cached, config, patience) = (Mutex::default(), Mutex::default(), Mutex::new(TIMEOUT));
+        let (own, renewal) = (Mutex::default(), Mutex::default());
+        Etcd(Arc::new(Inner { endpoints, current, prefix, is_default, cached, config, moves, patience, own, renewal }))
     }
 
     /// Keeps a list for the next part of the start.
@@ -153,6 +156,11 @@ impl Etcd {
     /// [`EtcdError::Endpoint`].
     pub fn plain(endpoints: &str, prefix: &str) -> Result<Etcd, EtcdError> {
         Etcd::new(&Access { endpoints: endpoints.to_owned(), prefix: prefix.to_owned(), ..Access::default() })
+    }
+
+    /// Notes when this node's lease is renewed next.
+    fn note_renewal(&self, at: Option<Instant>) {
+        *self.0.renewal.lock().unwrap_or_else(PoisonError::into_inner) = at;
     }
 
     /// This host has another address: connections from the old one are dead, though no error says so.
@@ -362,6 +370,14 @@ impl Etcd {
 }
 
 impl Store for Etcd {
+    fn about(&self) -> StoreAbout {
+        let Inner { endpoints, current, renewal, .. } = &*self.0;
+        let names = &endpoints.names;
+        let name = names.get(current.load(Ordering::Relaxed) % names.len().max(1));
+        let renewal = *renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        StoreAbout { endpoint: name.map_or_else(Arc::default, |name| name.as_str().into()), renewal }
+    }
+
     fn config_source(&self) -> ConfigSource {
         if self.0.is_default { ConfigSource::DefaultStore } else { ConfigSource::NamedStore }
     }

@@ -27,7 +27,7 @@ use self::follow::Place;
 use self::keeper::NodeKeeper;
 use self::table::Table;
 use super::endpoint::without_credentials;
-use super::{Claim, ConfigSource, LeaseHandle, Link, Store, StoreError, client_key, foreign_text};
+use super::{Claim, ConfigSource, LeaseHandle, Link, Store, StoreAbout, StoreError, client_key, foreign_text};
 use crate::notice::{Notice, Notices};
 use crate::ready::Ready;
 use crate::settings::RunArgs;
@@ -125,6 +125,8 @@ fn api_url(url: &str) -> Result<http::Uri, StoreError> {
 pub struct Kube(Arc<Inner>);
 
 struct Inner {
+    /// The API server's address.
+    endpoint: Arc<str>,
     api: Api,
     node: String,
     access: Access,
@@ -181,6 +183,7 @@ impl Kube {
     pub async fn connect(access: &Access, ready: Ready, notices: Notices) -> Result<Kube, StoreError> {
         let config = access.client_config().await?;
         client_key::accept_version_1();
+        let endpoint = without_credentials(&config.cluster_url.to_string()).0.trim_end_matches('/').into();
         let api = Api::new(config).map_err(|error| {
             let file = access.kubeconfig.as_ref().map(|path| format!(" of --kubeconfig-file {}", path.display())).unwrap_or_default();
             let text = format!("cannot use the certificates{file} for the API server: {}", foreign_text(&error.to_string()));
@@ -192,7 +195,7 @@ impl Kube {
         };
         let access = access.clone();
         let moves = watch::channel(0).0;
-        Ok(Kube(Arc::new(Inner { api, node, access, ready, notices, own_changed: Notify::new(), moves })))
+        Ok(Kube(Arc::new(Inner { endpoint, api, node, access, ready, notices, own_changed: Notify::new(), moves })))
     }
 
     fn api(&self) -> &Api {
@@ -267,6 +270,10 @@ impl Kube {
 }
 
 impl Store for Kube {
+    fn about(&self) -> StoreAbout {
+        StoreAbout { endpoint: self.0.endpoint.clone(), renewal: None }
+    }
+
     fn config_source(&self) -> ConfigSource {
         ConfigSource::LocalFile
     }

@@ -9,7 +9,7 @@ use super::{Admitted, Context, Driver, Local, Part, Refusal, each_family, needs_
 use crate::config::{Config, ConfigError, port};
 use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
-use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet};
+use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
 use crate::node::Node;
 use crate::object::{Addr, Forward, Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
 use crate::probe::Point;
@@ -75,6 +75,10 @@ impl Driver for Udp {
 
     fn check_config(&self, config: &Config) -> Result<(), ConfigError> {
         needs_ipv4(config, "udp, also the default without Backend, carries IPv4 only: use vxlan or host-gw")
+    }
+
+    fn tunnel(&self) -> (Option<Vni>, Option<u16>) {
+        (None, Some(self.port))
     }
 
     fn probe_point(&self) -> Option<Point> {

@@ -180,6 +180,10 @@ impl Driver for Vxlan {
             .collect()
     }
 
+    fn tunnel(&self) -> (Option<Vni>, Option<u16>) {
+        (Some(self.vni), Some(self.port))
+    }
+
     fn probe_point(&self) -> Option<Point> {
         Some(Point::Device)
     }

@@ -217,6 +217,7 @@ impl Keeper {
                 }
                 Step::Renew => None,
             };
+            self.store.note_renewal(due.filter(|_| current.etcd_lease != 0).map(Instant::from));
             let is_lost = match due {
                 Some(at) => tokio::select! {
                     biased;
