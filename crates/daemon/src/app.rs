@@ -66,7 +66,7 @@ async fn daemon(args: &RunArgs, host: KernelThread) -> anyhow::Result<()> {
     let syncing = ready.guard("the first complete list of leases");
     let (publish, view) = watch::channel(Arc::default());
     let (publish_paths, paths) = watch::channel(Arc::default());
-    let sources = Sources { ready: ready.clone(), view: view.clone(), paths, process: Arc::new(Process::now()) };
+    let sources = Sources { ready: ready.clone(), view: view.clone(), paths, process: Arc::new(Process::now(args.probe)) };
     if args.healthz_port > 0 {
         tokio::spawn(Http::bind(args.healthz_ip, args.healthz_port, sources.clone()).await?.serve());
     }

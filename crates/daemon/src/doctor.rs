@@ -1,7 +1,7 @@
 //! `flanneld doctor`: looks at this host once and prints every problem that the checks find, whether the daemon runs or not.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
@@ -32,7 +32,7 @@ pub struct DoctorArgs {
 /// # Errors
 /// When the file does not name a pod network, or the kernel cannot be read.
 pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
-    let (expected, host) = gather(args)?;
+    let (expected, host) = gather(&args.subnet_file)?;
     let findings = run_all(Facts { expected: &expected, host: &host });
     let text = if args.json { json(&findings, &host) } else { text(&findings, &host) };
     output::line(text.trim_end());
@@ -40,9 +40,9 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
 }
 
 /// What this host should be like, by its subnet file and its devices, and what it is like.
-fn gather(args: &DoctorArgs) -> anyhow::Result<(Expected, HostFacts)> {
-    let path = args.subnet_file.display();
-    let file = fs::read_to_string(&args.subnet_file)
+pub(crate) fn gather(subnet_file: &Path) -> anyhow::Result<(Expected, HostFacts)> {
+    let path = subnet_file.display();
+    let file = fs::read_to_string(subnet_file)
         .with_context(|| format!("cannot read --subnet-file {path}: has flanneld run on this host since it was started?"))?;
     let networks = previous_networks(&file);
     anyhow::ensure!(!networks.is_empty(), "--subnet-file {path} names no pod network (FLANNEL_NETWORK)");

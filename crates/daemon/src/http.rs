@@ -269,7 +269,8 @@ mod tests {
 
     async fn server() -> (SocketAddr, watch::Sender<Arc<View>>) {
         let (publish, view) = watch::channel(Arc::default());
-        let sources = Sources { ready: Ready::default(), view, paths: watch::channel(Arc::default()).1, process: Arc::new(Process::now()) };
+        let sources =
+            Sources { ready: Ready::default(), view, paths: watch::channel(Arc::default()).1, process: Arc::new(Process::now(true)) };
         let http = Http::bind(Some(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0, sources).await.unwrap();
         let address = http.address().unwrap();
         tokio::spawn(http.serve());
@@ -314,7 +315,7 @@ mod tests {
         let (view, paths) = (watch::channel(Arc::new(view)).1, watch::channel(Arc::default()).1);
         let ready = Ready::default();
         let _guard = ready.guard("the secret plan");
-        let sources = Sources { ready, view, paths, process: Arc::new(Process::now()) };
+        let sources = Sources { ready, view, paths, process: Arc::new(Process::now(true)) };
         for (path, client, status) in [
             ("/healthz", Client::Elsewhere, 200),
             ("/readyz", Client::Elsewhere, 503),

@@ -23,6 +23,8 @@ pub mod reconcile;
 pub mod settings;
 pub mod socket;
 pub mod state;
+pub mod status;
 pub mod store;
 mod systemd;
+pub mod terminal;
 pub mod view;

@@ -183,7 +183,7 @@ mod tests {
     fn sources() -> (watch::Sender<Arc<View>>, Sources) {
         let (publish, view) = watch::channel(Arc::default());
         let paths = watch::channel(Arc::default()).1;
-        (publish, Sources { ready: Ready::default(), view, paths, process: Arc::new(Process::now()) })
+        (publish, Sources { ready: Ready::default(), view, paths, process: Arc::new(Process::now(true)) })
     }
 
     #[test]

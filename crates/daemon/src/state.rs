@@ -23,14 +23,16 @@ pub struct Process {
     pub started: Instant,
     /// The node's name: that of its Node in Kubernetes, else the host's.
     pub node: String,
+    /// Whether paths to peers are measured (`--probe`).
+    pub probes: bool,
 }
 
 impl Process {
     /// This process, started now.
-    pub fn now() -> Process {
+    pub fn now(probes: bool) -> Process {
         let name = std::env::var("NODE_NAME").ok().filter(|name| !name.is_empty());
         let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
-        Process { started: Instant::now(), node: name.unwrap_or_else(host) }
+        Process { started: Instant::now(), node: name.unwrap_or_else(host), probes }
     }
 }
 
@@ -61,6 +63,8 @@ pub struct State<'a> {
     rules: &'static str,
     /// Whether the kernel forwards packets.
     forwarding: bool,
+    /// Whether paths to peers are measured.
+    probing: bool,
     /// This node's lease.
     subnet: String,
     /// The external interface.
@@ -294,7 +298,7 @@ fn peer<'a>(peer: &'a crate::view::PeerView, paths: &'a Paths) -> Peer<'a> {
 impl State<'_> {
     /// The document; `None` while this node has no lease.
     pub fn new<'a>(view: &'a View, paths: &'a Paths, process: &'a Process, pending: Vec<String>) -> Option<State<'a>> {
-        let Node { backend, vni, port, rules, is_forwarding, subnet, interface, published, mtu, .. } = view.node?;
+        let Node { backend, vni, port, rules, is_forwarding, subnet, interface, published, mtu, probe, .. } = view.node?;
         let now = Instant::now();
         let repairs = view.objects.repairs.iter().map(|repair| Repaired {
             number: repair.number,
@@ -316,6 +320,7 @@ impl State<'_> {
             port,
             rules,
             forwarding: is_forwarding,
+            probing: process.probes && probe.is_some(),
             subnet: subnet.to_string(),
             interface: interface.to_string(),
             public_ip: first(&published),
@@ -405,7 +410,7 @@ mod tests {
     }
 
     fn process() -> Process {
-        Process { started: Instant::now(), node: "h1".to_owned() }
+        Process { started: Instant::now(), node: "h1".to_owned(), probes: true }
     }
 
     fn view() -> View {

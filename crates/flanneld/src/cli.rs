@@ -7,6 +7,7 @@ use daemon::doctor::DoctorArgs;
 use daemon::embedded::StoreArgs;
 use daemon::install_cni::InstallCniArgs;
 use daemon::settings::{self, RunArgs};
+use daemon::status::StatusArgs;
 use lab::cli::LabArgs;
 
 use crate::pages::CompletionsArgs;
@@ -26,6 +27,7 @@ Examples:
   flanneld --kube-subnet-mgr --ip-masq             run the daemon in a pod of Kubernetes
   flanneld --iface=eth1 --public-ip=203.0.113.9    … behind NAT, on a host with several interfaces
   curl http://127.0.0.1:8081/state                 ask the daemon for its state
+  flanneld status                                  show how this node is, and which peers are not well
   flanneld cleanup --dry-run                       list what flannel left on this host";
 
 /// Pod network for containers: every host leases a subnet, every pod reaches every other
@@ -79,6 +81,11 @@ pub(crate) enum Command {
     /// Each problem is printed with its reason and its fix. Nothing is changed, and the daemon need not run; a running one
     /// does the same checks and shows the findings at /state.
     Doctor(DoctorArgs),
+    /// Show in one screen how this node is: store, node, peers, repairs; exit code 1 if something is degraded, 2 if it is down
+    ///
+    /// The running daemon is asked by its socket, which only root may use. Without a daemon, the kernel and the subnet file are
+    /// read.
+    Status(StatusArgs),
     /// Print the version
     Version,
 }

@@ -6,7 +6,7 @@ mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, output, settings};
+use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, output, settings, status};
 use kernel::process::Capabilities;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
@@ -82,6 +82,13 @@ fn main() -> ExitCode {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
+        },
+        Some(Command::Status(args)) => match status::run(&args) {
+            Ok(code) => return ExitCode::from(code),
+            Err(error) => {
+                finish(Err(error));
+                return ExitCode::from(2);
+            }
         },
         Some(Command::Version) => {
             output::line(version());

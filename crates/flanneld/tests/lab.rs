@@ -37,6 +37,8 @@ mod limit;
 mod matrix;
 #[path = "lab/obstacles.rs"]
 mod obstacles;
+#[path = "lab/operator.rs"]
+mod operator;
 #[path = "lab/paths.rs"]
 mod paths;
 #[path = "lab/plugins.rs"]
@@ -171,6 +173,7 @@ const TESTS: &[(&str, Test)] = &[
     ("a_blackhole_before_a_peers_route_is_seen", paths::a_blackhole_before_a_peers_route_is_seen),
     ("healthy_paths_are_reachable_with_each_backend", paths::healthy_paths_are_reachable_with_each_backend),
     ("measurement_can_be_switched_off", paths::measurement_can_be_switched_off),
+    ("status_names_what_is_broken", operator::status_names_what_is_broken),
     ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
 ];

@@ -1,5 +1,7 @@
 //! Text that others wrote (values in the store, names, messages of servers), made fit for a log line, `/state` or an Event.
 
+use crate::terminal::is_plain;
+
 /// The longest foreign text that is shown, in bytes. A sentence with an address or two fits.
 pub const LONGEST: usize = 256;
 
@@ -8,9 +10,7 @@ pub const LONGEST: usize = 256;
 pub fn foreign_text(text: &str) -> String {
     let mut shown = String::with_capacity(text.len().min(LONGEST + 32));
     for c in text.chars() {
-        let is_plain =
-            !c.is_control() && !matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
-        let escaped: String = if is_plain { c.to_string() } else { c.escape_default().to_string() };
+        let escaped: String = if is_plain(c) { c.to_string() } else { c.escape_default().to_string() };
         if shown.len() + escaped.len() > LONGEST {
             shown.push_str(&format!("… ({} bytes)", text.len()));
             return shown;
