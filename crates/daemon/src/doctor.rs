@@ -1,30 +1,107 @@
-//! `flanneld doctor`: looks at this host once and prints every problem that the checks find, whether the daemon runs or not.
+//! `flanneld doctor`: looks at this host once and prints every problem that the checks find, whether the daemon runs or not. A running one
+//! adds what only it knows: the paths that it measured, the objects that the kernel refuses. `--preflight` looks before an installation.
+
+mod daemon;
+mod preflight;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use flannel::check::{Check, Expected, Facts, Finding, HostFacts, run_all};
+use flannel::check::{Check, Expected, Facts, Finding, HostFacts, Severity, run_all};
 use flannel::object::{Link, LinkKind};
 use flannel::subnet_env::{previous_networks, previous_subnets};
 use flannel::{Family, IfName, Mac, PerFamily, Subnet, Vni};
 use kernel::Kernel;
 use kernel::link::LinkInfo;
 use kernel::netlink::{Protocol, Socket};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::output;
+use crate::socket::{self, AskError};
+use crate::state::SCHEMA;
+use crate::status::DaemonArgs;
+use crate::terminal::clean;
+
+const EXAMPLES: &str = "\
+Exit code: 0 if nothing was found, 1 if there are problems.
+
+Examples:
+  flanneld doctor                                      all checks; with a running daemon its findings and broken paths, too
+  flanneld doctor --preflight --network 10.244.0.0/16  before an installation: kernel, ports, MTU, overlaps, firewall, CNI
+  flanneld doctor --json | jq -r '.findings[].code'    for programs; fields: docs/state.md";
 
 /// Arguments of `flanneld doctor`.
 #[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// The daemon's file: it names the pod network and this host's subnet
-    #[arg(long, default_value = "/run/flannel/subnet.env", value_name = "FILE")]
-    pub subnet_file: PathBuf,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened")]
+    pub daemon: DaemonArgs,
+    /// Look for what would keep flannel from working on this host, before it is installed
+    #[arg(long)]
+    pub preflight: bool,
+    /// A pod network to be; repeatable
+    #[arg(long, value_name = "CIDR", requires = "preflight", help_heading = "Preflight")]
+    pub network: Vec<Subnet>,
+    /// UDP port of vxlan
+    #[arg(long, default_value_t = 8472, value_name = "PORT", requires = "preflight", help_heading = "Preflight")]
+    pub port: u16,
+    /// UDP port of the path probes; 0: not checked
+    #[arg(long, default_value_t = 8286, value_name = "PORT", requires = "preflight", help_heading = "Preflight")]
+    pub probe_port: u16,
+    /// TCP port of the health server; 0: not checked
+    #[arg(long, default_value_t = 8081, value_name = "PORT", requires = "preflight", help_heading = "Preflight")]
+    pub healthz_port: u16,
+    /// The container runtime's folder for configurations
+    #[arg(long, default_value = "/etc/cni/net.d", value_name = "FOLDER", requires = "preflight", help_heading = "Preflight")]
+    pub cni_conf_dir: PathBuf,
+    /// The container runtime's folder for plugins
+    #[arg(long, default_value = "/opt/cni/bin", value_name = "FOLDER", requires = "preflight", help_heading = "Preflight")]
+    pub cni_bin_dir: PathBuf,
+}
+
+/// A finding of this program or of a daemon.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct Shown {
+    severity: Severity,
+    code: String,
+    text: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    fix: String,
+}
+
+impl Shown {
+    fn new(severity: Severity, code: &str, text: impl Into<String>, fix: impl Into<String>) -> Shown {
+        Shown { severity, code: code.to_owned(), text: text.into(), fix: fix.into() }
+    }
+
+    /// Why it matters.
+    fn reason(&self) -> Option<&'static str> {
+        let of_check = Check::ALL.iter().find(|check| check.code() == self.code).map(|check| check.reason());
+        let mut others = daemon::CODES.iter().chain(&flannel::check::preflight::CODES);
+        of_check.or_else(|| others.find(|(code, _)| *code == self.code).map(|(_, reason)| *reason))
+    }
+}
+
+impl From<Finding> for Shown {
+    fn from(finding: Finding) -> Shown {
+        Shown::new(finding.severity, finding.code, finding.text, finding.fix)
+    }
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+struct Diagnosis {
+    findings: Vec<Shown>,
+    not_checked: Vec<String>,
+    /// Did a daemon take part?
+    has_daemon: bool,
 }
 
 /// Looks at this host and prints what was found. Returns whether nothing was.
@@ -32,11 +109,45 @@ pub struct DoctorArgs {
 /// # Errors
 /// When the file does not name a pod network, or the kernel cannot be read.
 pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
-    let (expected, host) = gather(&args.subnet_file)?;
-    let findings = run_all(Facts { expected: &expected, host: &host });
-    let text = if args.json { json(&findings, &host) } else { text(&findings, &host) };
+    let mut diagnosis = if args.preflight { before_installation(args)? } else { diagnose(args)? };
+    diagnosis.findings.sort();
+    diagnosis.findings.dedup();
+    let text = if args.json { json(&diagnosis) } else { text(&diagnosis) };
     output::line(text.trim_end());
-    Ok(findings.is_empty())
+    Ok(diagnosis.findings.iter().all(|finding| finding.severity == Severity::Info))
+}
+
+fn before_installation(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
+    let (facts, not_checked) = preflight::gather(args)?;
+    let findings = flannel::check::preflight::run(&facts).into_iter().map(Shown::from).collect();
+    Ok(Diagnosis { findings, not_checked, has_daemon: false })
+}
+
+fn diagnose(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
+    let mut diagnosis = Diagnosis::default();
+    match socket::ask(&args.daemon.socket(), "/state") {
+        Ok(text) => {
+            let state = serde_json::from_str(&text).context("the daemon's answer is not JSON")?;
+            diagnosis.findings = daemon::findings(state).context("the daemon's answer has another shape")?;
+            diagnosis.has_daemon = true;
+        }
+        Err(AskError::Starting(text)) => diagnosis.findings.push(daemon::waits(&text)),
+        Err(error) => diagnosis.not_checked.push(format!("paths to peers: {error}")),
+    }
+    match gather(&args.daemon.subnet_file) {
+        Ok((expected, host)) => {
+            let cold = run_all(Facts { expected: &expected, host: &host }).into_iter().map(Shown::from);
+            // The daemon knows its devices better: where it has a finding of the same code, its text counts.
+            let of_daemon: Vec<String> = diagnosis.findings.iter().map(|finding| finding.code.clone()).collect();
+            let is_new = |finding: &Shown| !of_daemon.contains(&finding.code) || finding.code == "device-moved";
+            diagnosis.findings.extend(cold.filter(is_new));
+            diagnosis.not_checked.extend(host.unreadable);
+        }
+        // A daemon that is starting has no file yet.
+        Err(error) if !diagnosis.findings.is_empty() => diagnosis.not_checked.push(format!("{error:#}")),
+        Err(error) => return Err(error),
+    }
+    Ok(diagnosis)
 }
 
 /// What this host should be like, by its subnet file and its devices, and what it is like.
@@ -89,26 +200,31 @@ fn default_device() -> Option<Link> {
     Some(Link { name, kind, mac: Mac([0; 6]), mtu: 0, up: true })
 }
 
-fn text(findings: &[Finding], host: &HostFacts) -> String {
+fn text(diagnosis: &Diagnosis) -> String {
     let mut text = String::new();
-    for Finding { severity, code, text: problem, fix } in findings {
-        text.push_str(&format!("{severity} {code}: {problem}\n"));
-        if let Some(reason) = Check::ALL.iter().find(|check| check.code() == *code).map(|check| check.reason()) {
+    for finding in &diagnosis.findings {
+        text.push_str(&format!("{} {}: {}\n", finding.severity, clean(&finding.code), clean(&finding.text)));
+        if let Some(reason) = finding.reason() {
             text.push_str(&format!("  why: {reason}\n"));
         }
-        text.push_str(&format!("  fix: {fix}\n"));
+        if !finding.fix.is_empty() {
+            // A fix may have the lines of a file.
+            let fix: Vec<String> = finding.fix.lines().map(clean).collect();
+            text.push_str(&format!("  fix: {}\n", fix.join("\n")));
+        }
     }
-    host.unreadable.iter().for_each(|part| text.push_str(&format!("not checked: {part}\n")));
-    match findings.len() {
-        0 => text.push_str(&format!("no problem found ({} checks)\n", Check::ALL.len())),
+    diagnosis.not_checked.iter().for_each(|part| text.push_str(&format!("not checked: {}\n", clean(part))));
+    let daemon = if diagnosis.has_daemon { " and the daemon's" } else { "" };
+    match diagnosis.findings.len() {
+        0 => text.push_str(&format!("no problem found ({} checks{daemon})\n", Check::ALL.len())),
         1 => text.push_str("1 problem found\n"),
         count => text.push_str(&format!("{count} problems found\n")),
     }
     text
 }
 
-fn json(findings: &[Finding], host: &HostFacts) -> String {
-    let value = json!({ "findings": findings, "not_checked": host.unreadable });
+fn json(diagnosis: &Diagnosis) -> String {
+    let value = json!({ "schema": SCHEMA, "findings": diagnosis.findings, "not_checked": diagnosis.not_checked });
     serde_json::to_string_pretty(&value).unwrap_or_default()
 }
 
@@ -119,18 +235,25 @@ mod tests {
 
     #[test]
     fn problem_reason_and_fix_are_printed() {
-        let findings = [Finding::warning("conntrack-full", "the table is nearly full".to_owned(), "sysctl -w x=2")];
-        let host = HostFacts { unreadable: vec!["nf_tables: no".to_owned()], ..HostFacts::default() };
+        let findings = vec![
+            Shown::from(Finding::warning("conntrack-full", "the table is nearly full".to_owned(), "sysctl -w x=2")),
+            Shown::new(Severity::Warning, "path-one-way", "a peer's\u{1b}[2J text", "line 1\nline\r 2"),
+        ];
+        let diagnosis = Diagnosis { findings, not_checked: vec!["nf_tables: no".to_owned()], has_daemon: true };
         expect![[r#"
             warning conntrack-full: the table is nearly full
               why: When the table is full, the kernel drops the first packet of each new connection.
               fix: sysctl -w x=2
+            warning path-one-way: a peer's\u{1b}[2J text
+              why: Packets arrive and the answers are lost, or the other way round.
+              fix: line 1
+            line\r 2
             not checked: nf_tables: no
-            1 problem found
+            2 problems found
         "#]]
-        .assert_eq(&text(&findings, &host));
-        assert_eq!(text(&[], &HostFacts::default()), format!("no problem found ({} checks)\n", Check::ALL.len()));
-        let value: serde_json::Value = serde_json::from_str(&json(&findings, &host)).unwrap();
-        assert_eq!(value["findings"][0]["severity"], "warning");
+        .assert_eq(&text(&diagnosis));
+        assert_eq!(text(&Diagnosis::default()), format!("no problem found ({} checks)\n", Check::ALL.len()));
+        let value: serde_json::Value = serde_json::from_str(&json(&diagnosis)).unwrap();
+        assert_eq!((&value["findings"][0]["severity"], &value["schema"]), (&"warning".into(), &1.into()));
     }
 }

@@ -19,6 +19,7 @@ mod ipv6_disabled;
 mod manager;
 mod neighbours;
 mod policy_rule;
+pub mod preflight;
 mod rp_filter;
 
 use std::fmt;

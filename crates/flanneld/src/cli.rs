@@ -79,7 +79,7 @@ pub(crate) enum Command {
     /// Look for problems of this host that lose pods' packets; exit code 1 if there are any
     ///
     /// Each problem is printed with its reason and its fix. Nothing is changed, and the daemon need not run; a running one
-    /// does the same checks and shows the findings at /state.
+    /// is asked for its findings and for paths to peers that are broken.
     Doctor(DoctorArgs),
     /// Show in one screen how this node is: store, node, peers, repairs; exit code 1 if something is degraded, 2 if it is down
     ///

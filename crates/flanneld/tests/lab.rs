@@ -174,6 +174,8 @@ const TESTS: &[(&str, Test)] = &[
     ("healthy_paths_are_reachable_with_each_backend", paths::healthy_paths_are_reachable_with_each_backend),
     ("measurement_can_be_switched_off", paths::measurement_can_be_switched_off),
     ("status_names_what_is_broken", operator::status_names_what_is_broken),
+    ("doctor_asks_the_daemon", operator::doctor_asks_the_daemon),
+    ("preflight_names_obstacles", operator::preflight_names_obstacles),
     ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),
 ];

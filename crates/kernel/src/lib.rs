@@ -29,6 +29,7 @@ pub mod probe;
 pub mod process;
 pub mod qdisc;
 pub mod route;
+pub mod sockets;
 #[expect(unsafe_code, reason = "the one file that calls libc directly")]
 mod sys;
 pub mod sysctl;

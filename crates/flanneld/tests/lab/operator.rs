@@ -8,7 +8,7 @@ use lab::{Lab, StoreKind};
 use serde_json::Value;
 
 use crate::cluster::{PROGRAM, eventually};
-use crate::start;
+use crate::{plan, start};
 
 /// Runs `flanneld` with these arguments on a host: its exit code, and what it prints.
 fn flanneld(lab: &Lab, host: usize, args: &[&str]) -> (Option<i32>, String) {
@@ -61,4 +61,67 @@ pub(crate) fn status_names_what_is_broken(root: &Path) {
     lab.start_daemon(0, &["--socket=off"]).unwrap();
     lab.settle().unwrap();
     assert_eq!(flanneld(&lab, 0, &["status"]).0, Some(2), "there is none");
+}
+
+/// `doctor` names a broken path with the daemon's help, and what it waits for.
+pub(crate) fn doctor_asks_the_daemon(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    assert_eq!(flanneld(&lab, 0, &["status", "--wait=20s"]).0, Some(0));
+    says(&lab, 0, &["doctor"], 0, &["no problem found (14 checks and the daemon's)"]);
+    // The other host drops VXLAN: no check of this host can see that.
+    lab.hosts[1]
+        .shell(
+            "nft 'add table inet fw; add chain inet fw in { type filter hook input priority 0; }; add chain inet fw out { type filter hook output priority 0; }; add rule inet fw in udp dport 8472 drop; add rule inet fw out udp dport 8472 drop'",
+        )
+        .unwrap();
+    let wanted = [
+        "warning path-overlay-broken: peer 10.244.2.0/24 (10.0.0.2) by ipv4: the host answers",
+        "fix: let UDP 8472 pass between the hosts",
+    ];
+    says(&lab, 0, &["doctor"], 1, &wanted);
+    let (_, json) = flanneld(&lab, 0, &["doctor", "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["schema"], &json["findings"][0]["code"]), (&1.into(), &"path-overlay-broken".into()));
+    lab.stop_daemon(0, true).unwrap();
+    let (code, text) = flanneld(&lab, 0, &["doctor"]);
+    assert!(
+        code == Some(0) && text.starts_with("not checked: paths to peers: no flanneld answers at /run/flannel/flanneld.sock"),
+        "{text}"
+    );
+}
+
+/// Before an installation each obstacle is named with its fix, and nothing of the host is changed.
+pub(crate) fn preflight_names_obstacles(root: &Path) {
+    let lab = Lab::wire(plan(1, "vxlan", StoreKind::Embedded), root).unwrap();
+    let (conf, bin) = (root.join("etc-net.d"), root.join("opt-bin"));
+    let folders = [format!("--cni-conf-dir={}", conf.display()), format!("--cni-bin-dir={}", bin.display())];
+    let args = ["doctor", "--preflight", "--network=10.244.0.0/16", &folders[0], &folders[1]];
+    std::fs::create_dir_all(&conf).unwrap();
+    std::fs::create_dir_all(&bin).unwrap();
+    let (code, text) = flanneld(&lab, 0, &args);
+    assert!(code == Some(0) && text.contains("no problem found"), "{text}");
+    let shell = "ip link add other_vxlan type vxlan id 9 dstport 8472 dev eth0 local 10.0.0.1; ip link set other_vxlan up
+        ip route add 10.244.7.0/24 via 10.0.0.254; ip addr add 10.244.9.1/32 dev eth0; ip link set eth0 mtu 900
+        nft 'add table inet fw; add chain inet fw forward { type filter hook forward priority 5; policy drop; }'";
+    lab.hosts[0].shell(shell).unwrap();
+    std::fs::write(conf.join("05-cilium.conflist"), r#"{ "plugins": [{ "type": "cilium-cni" }] }"#).unwrap();
+    std::fs::remove_dir(&bin).unwrap();
+    let taken = lab.hosts[0].netns.run(|| std::net::TcpListener::bind("0.0.0.0:8081")).unwrap().unwrap();
+    let before = lab.hosts[0].shell("ip -d link; ip addr; nft list ruleset").unwrap();
+    let (code, text) = flanneld(&lab, 0, &args);
+    for wanted in [
+        "error port-taken: UDP port 8472 (vxlan) is taken by VXLAN device other_vxlan",
+        "error port-taken: TCP port 8081 (health) is taken by lab-",
+        "error network-in-use: pod network 10.244.0.0/16 overlaps the route 10.244.7.0/24 dev eth0",
+        "error network-in-use: pod network 10.244.0.0/16 has address 10.244.9.1/32 of eth0 in it",
+        "warning mtu-small: eth0 has MTU 900, which leaves 850 for pods",
+        "error forward-dropped: chain forward of nftables table inet fw drops",
+        "error cni-order: ",
+        "warning cni-folder: there is no folder ",
+        "  fix: ",
+    ] {
+        assert!(code == Some(1) && text.contains(wanted), "{wanted}: {text}");
+    }
+    drop(taken);
+    assert_eq!(lab.hosts[0].shell("ip -d link; ip addr; nft list ruleset").unwrap(), before, "nothing is changed");
 }
