@@ -1,6 +1,7 @@
 //! `host-local`: allocates addresses of a range and records them in files of this host (specification, section 7.4). A
 //! reservation appears with its content in one step, so each file names its owner even if this process is killed.
 
+pub mod audit;
 mod index;
 mod ranges;
 

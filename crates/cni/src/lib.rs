@@ -19,6 +19,8 @@ pub mod protocol;
 pub mod result;
 mod tuning;
 
+pub use host_local::audit as reservations;
+
 use std::ffi::OsString;
 use std::io::Read;
 use std::path::Path;

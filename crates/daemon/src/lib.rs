@@ -13,6 +13,7 @@ pub mod facts;
 pub mod host;
 pub mod http;
 pub mod install_cni;
+pub mod ipam;
 pub mod kernel_thread;
 mod newcomers;
 pub mod notice;

@@ -396,6 +396,38 @@ pub fn metrics(view: &View, paths: &Paths, ready: bool) -> Option<String> {
     Some(text)
 }
 
+/// The fields of a document, with `[]` for the elements of a list.
+#[cfg(test)]
+pub(crate) fn fields(value: &serde_json::Value) -> std::collections::BTreeSet<String> {
+    use serde_json::Value;
+    let mut found = std::collections::BTreeSet::new();
+    let mut rest = vec![(String::new(), value)];
+    while let Some((at, value)) = rest.pop() {
+        match value {
+            Value::Object(map) => {
+                for (name, value) in map {
+                    let name = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
+                    found.insert(name.clone());
+                    rest.push((name, value));
+                }
+            }
+            Value::Array(list) => rest.extend(list.iter().map(|value| (format!("{at}[]"), value))),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The first cells of the table below a heading of docs/state.md.
+#[cfg(test)]
+pub(crate) fn documented(heading: &str) -> std::collections::BTreeSet<String> {
+    let page = include_str!("../../../docs/state.md");
+    let section = page.split_once(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("{heading} is missing")).1;
+    let section = section.split("\n## ").next().unwrap_or_default();
+    let cells = section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    cells.map(|(name, _)| name.to_owned()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -403,8 +435,6 @@ mod tests {
     use expect_test::{Expect, expect};
     use flannel::LeaseKey;
     use flannel::probe::Summary;
-    use std::collections::BTreeSet;
-
     fn key(text: &str) -> LeaseKey {
         LeaseKey::new(PerFamily { v4: Some(text.parse().unwrap()), v6: None }).unwrap()
     }
@@ -540,30 +570,6 @@ mod tests {
         assert!(text.starts_with("# HELP flannel_info This node.\n# TYPE flannel_info gauge\n"));
     }
 
-    /// The fields of a document, with `[]` for the elements of a list.
-    fn fields(value: &serde_json::Value, at: &str, found: &mut BTreeSet<String>) {
-        match value {
-            serde_json::Value::Object(map) => {
-                for (name, value) in map {
-                    let name = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
-                    fields(value, &name, found);
-                    found.insert(name);
-                }
-            }
-            serde_json::Value::Array(list) => list.iter().for_each(|value| fields(value, &format!("{at}[]"), found)),
-            _ => {}
-        }
-    }
-
-    /// The first cells of the table below a heading of docs/state.md.
-    fn documented(heading: &str) -> BTreeSet<String> {
-        let page = include_str!("../../../docs/state.md");
-        let section = page.split_once(heading).unwrap_or_else(|| panic!("{heading} is missing")).1;
-        let section = section.split("\n## ").next().unwrap_or_default();
-        let cells = section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
-        cells.map(|(name, _)| name.to_owned()).collect()
-    }
-
     /// A view in which every optional part is present.
     fn full_view() -> View {
         let mut view = view();
@@ -582,16 +588,13 @@ mod tests {
     fn documented_fields_are_those_that_are_written() {
         let (view, mut paths) = (full_view(), paths());
         paths.reports.values_mut().for_each(|report| report.error = Some("no route".to_owned()));
-        let mut written = BTreeSet::new();
         let mut state = serde_json::to_value(State::new(&view, &paths, &process(), vec!["x".to_owned()]).unwrap()).unwrap();
         // Counters by name, and the same objects as in the list.
         state["udp_dropped"] = serde_json::Value::Null;
         state["peers"]["refused"] = serde_json::Value::Null;
-        fields(&state, "", &mut written);
-        assert_eq!(written, documented("\n## /state\n"));
-        let mut written = BTreeSet::new();
-        fields(&serde_json::to_value(Counts::new(&view, &paths, &[]).unwrap()).unwrap(), "", &mut written);
-        assert_eq!(written, documented("\n## /state for other hosts\n"));
+        assert_eq!(fields(&state), documented("/state"));
+        let counts = serde_json::to_value(Counts::new(&view, &paths, &[]).unwrap()).unwrap();
+        assert_eq!(fields(&counts), documented("/state for other hosts"));
     }
 
     #[test]

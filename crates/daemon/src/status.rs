@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use self::document::Document;
 use self::rows::{Level, Row, is_measuring, rows};
 use self::screen::Screen;
+use crate::ipam::{self, IpamDirs};
 use crate::output;
 use crate::socket::{self, AskError};
 use crate::state::SCHEMA;
@@ -50,6 +51,9 @@ pub struct StatusArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened")]
     pub daemon: DaemonArgs,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened")]
+    pub dirs: IpamDirs,
 }
 
 /// Which daemon is asked.
@@ -114,20 +118,32 @@ fn look(args: &StatusArgs) -> anyhow::Result<Found> {
     match socket::ask(&args.daemon.socket(), "/state") {
         Ok(text) => {
             let value: Value = serde_json::from_str(&text).context("the daemon's answer is not JSON")?;
-            Ok(of_daemon(value, screen, args.json)?)
+            Ok(of_daemon(value, pods(args), screen, args.json)?)
         }
         Err(AskError::Starting(text)) => {
             let row = Row { name: "Node", level: Level::Fail, text: clean(&text) };
             Ok(show(&[row], None, screen, args.json, |screen, rows| rows.iter().map(|row| screen.row(row)).collect()))
         }
-        Err(error @ AskError::Absent(..)) => Ok(cold::look(&args.daemon, &error.to_string(), screen, args.json)),
+        Err(error @ AskError::Absent(..)) => Ok(cold::look(&args.daemon, pods(args), &error.to_string(), screen, args.json)),
         Err(error) => Err(error.into()),
     }
 }
 
-fn of_daemon(value: Value, screen: Screen, json: bool) -> anyhow::Result<Found> {
+/// The row about the addresses of this host's pods.
+fn pods(args: &StatusArgs) -> Row {
+    let env = std::fs::read_to_string(&args.daemon.subnet_file).unwrap_or_default();
+    match ipam::pods(&env, &args.dirs) {
+        Some(pods) => Row { name: "Pods", level: if pods.is_well { Level::Ok } else { Level::Warn }, text: clean(&pods.text) },
+        // No pod yet, or a container that does not see the host's files.
+        None => {
+            Row { name: "Pods", level: Level::Ok, text: format!("no reservations in {}", clean(&args.dirs.networks.display().to_string())) }
+        }
+    }
+}
+
+fn of_daemon(value: Value, pods: Row, screen: Screen, json: bool) -> anyhow::Result<Found> {
     let document: Document = serde_json::from_value(cleaned(value.clone())).context("the daemon's answer has another shape")?;
-    let mut rows = rows(&document);
+    let mut rows = rows(&document, pods);
     if document.schema > SCHEMA {
         let text = format!("the daemon ({}) is newer than this program; some of its state may not be shown", document.version);
         rows.push(Row { name: "Version", level: Level::Warn, text });

@@ -6,6 +6,7 @@ use daemon::docker_opts::DockerOptsArgs;
 use daemon::doctor::DoctorArgs;
 use daemon::embedded::StoreArgs;
 use daemon::install_cni::InstallCniArgs;
+use daemon::ipam::IpamArgs;
 use daemon::settings::{self, RunArgs};
 use daemon::status::StatusArgs;
 use lab::cli::LabArgs;
@@ -86,6 +87,8 @@ pub(crate) enum Command {
     /// The running daemon is asked by its socket, which only root may use. Without a daemon, the kernel and the subnet file are
     /// read.
     Status(StatusArgs),
+    /// Check the addresses that are reserved for this host's pods
+    Ipam(IpamArgs),
     /// Print the version
     Version,
 }

@@ -6,7 +6,7 @@ mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, output, settings, status};
+use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, ipam, output, settings, status};
 use kernel::process::Capabilities;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
@@ -79,6 +79,11 @@ fn main() -> ExitCode {
         Some(Command::Man) => pages::man(),
         Some(Command::Cleanup(args)) => cleanup::run(&args),
         Some(Command::Doctor(args)) => match doctor::run(&args) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
+        Some(Command::Ipam(args)) => match ipam::run(&args) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),

@@ -10,6 +10,7 @@ pub mod capture;
 pub mod child;
 pub mod command;
 pub mod conntrack;
+pub mod endpoints;
 mod facts;
 pub mod file;
 mod inspect;

@@ -98,6 +98,8 @@ pub struct LinkInfo {
     pub port: Port,
     /// Whether its other end, or its lower interface, is in another network namespace.
     pub reaches_elsewhere: bool,
+    /// This namespace's number for that one; -1 for none.
+    pub netns: Option<i32>,
     /// Whether it is a bridge that filters VLANs.
     pub vlan_filtering: bool,
 }
@@ -148,6 +150,7 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
         ipip: None,
         port: Port::default(),
         reaches_elsewhere: false,
+        netns: None,
         vlan_filtering: false,
     };
     let mut named = false;
@@ -163,7 +166,10 @@ pub fn decode(body: &[u8]) -> Option<LinkInfo> {
             IFLA_TXQLEN => link.tx_queue_len = u32_at(value, 0)?,
             IFLA_MASTER => link.master = u32_at(value, 0)?,
             IFLA_OPERSTATE => link.operstate = *value.first()?,
-            IFLA_LINK_NETNSID => link.reaches_elsewhere = true,
+            IFLA_LINK_NETNSID => {
+                link.reaches_elsewhere = true;
+                link.netns = u32_at(value, 0).map(u32::cast_signed);
+            }
             IFLA_LINKINFO => {
                 for (kind, value) in attrs(value) {
                     match kind {

@@ -16,7 +16,7 @@ use super::{DaemonArgs, Found, show};
 use crate::doctor;
 use crate::terminal::{clean, wrap};
 
-pub(super) fn look(args: &DaemonArgs, error: &str, screen: Screen, json: bool) -> Found {
+pub(super) fn look(args: &DaemonArgs, pods: Row, error: &str, screen: Screen, json: bool) -> Found {
     let mut rows = vec![Row { name: "Daemon", level: Level::Fail, text: clean(&format!("{error}; what follows is the kernel's state")) }];
     let path = args.subnet_file.display();
     let mut networks = Vec::new();
@@ -34,6 +34,7 @@ pub(super) fn look(args: &DaemonArgs, error: &str, screen: Screen, json: bool) -
             rows.push(Row { name: "Node", level: Level::Warn, text });
         }
     }
+    rows.push(pods);
     match doctor::gather(&args.subnet_file) {
         Ok((expected, host)) => {
             rows.push(kernel(&networks, &host).unwrap_or_else(|error| not_checked(&error)));

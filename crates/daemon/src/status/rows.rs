@@ -31,8 +31,8 @@ pub(super) struct Row {
 }
 
 /// The rows in order.
-pub(super) fn rows(document: &Document) -> Vec<Row> {
-    vec![store(document), node(document), peers(document), repairs(document)]
+pub(super) fn rows(document: &Document, pods: Row) -> Vec<Row> {
+    vec![store(document), node(document), peers(document), pods, repairs(document)]
 }
 
 fn seconds(seconds: u64) -> String {

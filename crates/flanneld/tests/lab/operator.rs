@@ -8,7 +8,7 @@ use lab::{Lab, StoreKind};
 use serde_json::Value;
 
 use crate::cluster::{PROGRAM, eventually};
-use crate::{plan, start};
+use crate::{ping_all_from, plan, start};
 
 /// Runs `flanneld` with these arguments on a host: its exit code, and what it prints.
 fn flanneld(lab: &Lab, host: usize, args: &[&str]) -> (Option<i32>, String) {
@@ -124,4 +124,65 @@ pub(crate) fn preflight_names_obstacles(root: &Path) {
     }
     drop(taken);
     assert_eq!(lab.hosts[0].shell("ip -d link; ip addr; nft list ruleset").unwrap(), before, "nothing is changed");
+}
+
+/// Addresses that leaked are named; only those of which nothing is left are freed, and pods keep theirs.
+pub(crate) fn ipam_check_frees_only_what_is_dead(root: &Path) {
+    let mut lab = start(root, 1, "vxlan", StoreKind::Embedded);
+    let pods = [lab.add_pod(0).unwrap(), lab.add_pod(0).unwrap()];
+    let host = &lab.hosts[0];
+    let files = host.directory.join("cni/networks/lab");
+    let subnet_file = host.subnet_file().display().to_string();
+    let dirs = [format!("--ipam-dir={}", files.parent().unwrap().display()), format!("--subnet-file={subnet_file}")];
+    let outside = |args: &[&str]| {
+        let output = host.netns.run(|| Command::new(PROGRAM).args(args).args(&dirs).output()).unwrap().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let (code, text) = outside(&["ipam", "check"]);
+    assert!(code == Some(0) && text.starts_with("2 addresses in use of 253, 0 leaked"), "{text}");
+
+    let reserve = |last: u8, container: &str, is_old: bool| {
+        let file = files.join(format!("10.244.1.{last}"));
+        std::fs::write(&file, format!("{container}\r\neth0")).unwrap();
+        if is_old {
+            let time = std::fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
+            std::fs::File::options().write(true).open(&file).unwrap().set_times(time).unwrap();
+        }
+        file
+    };
+    let (leaked, young) = (reserve(50, "lost-container", true), reserve(51, "new-container", false));
+    let boot = reserve(52, "former-container", false);
+    rustix::fs::setxattr(&boot, "user.flannel.boot_id", b"another", rustix::fs::XattrFlags::empty()).unwrap();
+    std::fs::remove_file(files.join(pods[1].address.to_string())).unwrap();
+    let (code, text) = outside(&["ipam", "check"]);
+    for wanted in [
+        "4 addresses in use of 253, 2 leaked".to_owned(),
+        format!("unreserved {}: eth0 in ", pods[1].address),
+        "leaked 10.244.1.50: reserved for container lost-container interface eth0, of which nothing is left: --release frees it".to_owned(),
+        "other-boot 10.244.1.52: reserved for container former-container interface eth0 before this host was booted: --release frees it"
+            .to_owned(),
+    ] {
+        assert!(code == Some(1) && text.contains(&wanted), "{wanted}: {text}");
+    }
+    assert!(!text.contains("10.244.1.51"), "a plugin may be at work: {text}");
+    let (code, text) = outside(&["status"]);
+    assert!(code == Some(1) && text.contains("Pods     WARN  4 addresses in use of 253, 2 leaked, 1 without reservation"), "{text}");
+
+    // Where the pods' namespaces cannot be seen, nothing is proved.
+    let [a, b] = &pods;
+    let line = format!("umount {} {}; exec {PROGRAM} ipam check --release {}", a.path.display(), b.path.display(), dirs.join(" "));
+    let output = host.netns.run(|| Command::new("unshare").args(["-m", "sh", "-c", &line]).output()).unwrap().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        text.contains("not checked: 2 links of this host lead to namespaces that cannot be seen from here") && leaked.exists(),
+        "{text}"
+    );
+    let (code, text) = outside(&["ipam", "check", "--release"]);
+    assert!(code == Some(1) && text.contains("2 released"), "the unreserved address is left: {text}");
+    assert_eq!([&leaked, &boot, &young, &files.join(pods[0].address.to_string())].map(|file| file.exists()), [false, false, true, true]);
+    ping_all_from(&pods[0].netns, &[pods[1].address]);
+    // The plugins' index still fits.
+    lab.cni(0, "flannel", "DEL", &pods[0].name, &pods[0].path, "eth0").unwrap();
+    assert!(!files.join(pods[0].address.to_string()).exists());
+    lab.add_pod(0).unwrap();
 }
