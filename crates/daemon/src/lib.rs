@@ -15,6 +15,7 @@ pub mod http;
 pub mod install_cni;
 pub mod ipam;
 pub mod kernel_thread;
+pub mod monitor;
 mod newcomers;
 pub mod notice;
 pub mod output;

@@ -7,6 +7,7 @@ use daemon::doctor::DoctorArgs;
 use daemon::embedded::StoreArgs;
 use daemon::install_cni::InstallCniArgs;
 use daemon::ipam::IpamArgs;
+use daemon::monitor::MonitorArgs;
 use daemon::settings::{self, RunArgs};
 use daemon::status::StatusArgs;
 use lab::cli::LabArgs;
@@ -89,6 +90,8 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// Check the addresses that are reserved for this host's pods
     Ipam(IpamArgs),
+    /// Print what changes, as it happens: leases, repairs, conflicts, paths, findings
+    Monitor(MonitorArgs),
     /// Print the version
     Version,
 }

@@ -90,3 +90,18 @@ async fn run(mut sources: Sources, send: mpsc::Sender<Result<Frame<Bytes>, Infal
         (view, paths) = (new_view, new_paths);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documented_fields_are_those_that_are_written() {
+        let (subject, text, by) = ("route".to_owned(), "set route x".to_owned(), Some("ip, process 7".to_owned()));
+        let event = Event { kind: "repair", action: "made", subject, text, by };
+        let value = serde_json::to_value(Line { time: "2026-11-28T15:00:00.000Z", event: &event }).unwrap();
+        assert_eq!(crate::state::fields(&value), crate::state::documented("/events"));
+        let page = include_str!("../../../../docs/state.md");
+        assert!(crate::events::TYPES.iter().all(|kind| page.contains(&format!("`{kind}`"))));
+    }
+}

@@ -1,8 +1,10 @@
 //! The operator's commands on a host on which something is broken: each names it, and says so by its exit code.
 
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use lab::{Lab, StoreKind};
 use serde_json::Value;
@@ -185,4 +187,44 @@ pub(crate) fn ipam_check_frees_only_what_is_dead(root: &Path) {
     lab.cni(0, "flannel", "DEL", &pods[0].name, &pods[0].path, "eth0").unwrap();
     assert!(!files.join(pods[0].address.to_string()).exists());
     lab.add_pod(0).unwrap();
+}
+
+/// What is broken, and its end, is seen as it happens.
+pub(crate) fn monitor_shows_what_happens(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    assert_eq!(flanneld(&lab, 0, &["status", "--wait=20s"]).0, Some(0));
+    let watch = |args: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        kernel::process::die_with_parent(command.arg("monitor").args(args).stdout(std::process::Stdio::piped()));
+        lab.hosts[0].mounts.enter(&mut command).unwrap();
+        lab.hosts[0].netns.run(|| command.spawn()).unwrap().unwrap()
+    };
+    let (mut all, mut leases) = (watch(&["--json"]), watch(&["--type=lease"]));
+    let lines = BufReader::new(all.stdout.take().unwrap()).lines();
+    let mut seen = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    let mut next = |kind: &str, action: &str| {
+        let wanted = |event: &Value| event["type"] == kind && event["action"] == action;
+        seen.find(wanted).unwrap_or_else(|| panic!("no {kind} {action}"))
+    };
+    // A monitor sees what happens after its stream has begun.
+    std::thread::sleep(Duration::from_millis(500));
+    lab.hosts[0].shell("ip route del 10.244.2.0/24").unwrap();
+    let repair = next("repair", "made");
+    assert!(repair["subject"] == "route" && repair["by"].as_str().is_some_and(|by| by.starts_with("ip, process ")), "{repair}");
+    lab.hosts[0].shell("ip route add blackhole 10.244.2.0/24 proto bird").unwrap();
+    assert_eq!(next("finding", "began")["subject"], "route-hides-peer");
+    assert_eq!(next("path", "began")["subject"], "10.244.2.0/24 by IPv4");
+    lab.hosts[0].shell("ip route del blackhole 10.244.2.0/24 proto bird").unwrap();
+    assert_eq!(next("path", "ended")["text"], "reachable");
+    let snapshot = lab.with_store(async |store| store.snapshot().await).unwrap();
+    let peer = snapshot.entries.iter().find(|entry| entry.key.to_string() == "10.244.2.0/24").unwrap();
+    lab.stop_daemon(1, true).unwrap();
+    lab.with_store(async |store| store.delete_lease(&peer.key, peer.mod_revision).await).unwrap();
+    assert_eq!(next("lease", "removed")["subject"], "10.244.2.0/24");
+    // It ends with the daemon.
+    lab.stop_daemon(0, true).unwrap();
+    assert!(all.wait().unwrap().success());
+    let (mut text, status) = (String::new(), leases.wait().unwrap());
+    leases.stdout.take().unwrap().read_to_string(&mut text).unwrap();
+    assert!(status.success() && text.lines().count() == 1 && text.contains("  lease    removed  10.244.2.0/24  via 10.0.0.2"), "{text}");
 }
