@@ -109,9 +109,7 @@ struct Diagnosis {
 /// # Errors
 /// When the file does not name a pod network, or the kernel cannot be read.
 pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
-    let mut diagnosis = if args.preflight { before_installation(args)? } else { diagnose(args)? };
-    diagnosis.findings.sort();
-    diagnosis.findings.dedup();
+    let diagnosis = if args.preflight { before_installation(args)? } else { diagnose(&args.daemon)? };
     let text = if args.json { json(&diagnosis) } else { text(&diagnosis) };
     output::line(text.trim_end());
     Ok(diagnosis.findings.iter().all(|finding| finding.severity == Severity::Info))
@@ -123,9 +121,19 @@ fn before_installation(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
     Ok(Diagnosis { findings, not_checked, has_daemon: false })
 }
 
-fn diagnose(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
+/// What is found, as plain text.
+pub(crate) fn plain(daemon: &DaemonArgs) -> anyhow::Result<String> {
+    diagnose(daemon).map(|diagnosis| text(&diagnosis))
+}
+
+/// The facts that the checks see.
+pub(crate) fn facts(subnet_file: &Path) -> anyhow::Result<String> {
+    gather(subnet_file).map(|(expected, host)| format!("{expected:#?}\n{host:#?}\n"))
+}
+
+fn diagnose(args: &DaemonArgs) -> anyhow::Result<Diagnosis> {
     let mut diagnosis = Diagnosis::default();
-    match socket::ask(&args.daemon.socket(), "/state") {
+    match socket::ask(&args.socket(), "/state") {
         Ok(text) => {
             let state = serde_json::from_str(&text).context("the daemon's answer is not JSON")?;
             diagnosis.findings = daemon::findings(state).context("the daemon's answer has another shape")?;
@@ -134,7 +142,7 @@ fn diagnose(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
         Err(AskError::Starting(text)) => diagnosis.findings.push(daemon::waits(&text)),
         Err(error) => diagnosis.not_checked.push(format!("paths to peers: {error}")),
     }
-    match gather(&args.daemon.subnet_file) {
+    match gather(&args.subnet_file) {
         Ok((expected, host)) => {
             let cold = run_all(Facts { expected: &expected, host: &host }).into_iter().map(Shown::from);
             // The daemon knows its devices better: where it has a finding of the same code, its text counts.
@@ -147,6 +155,8 @@ fn diagnose(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
         Err(error) if !diagnosis.findings.is_empty() => diagnosis.not_checked.push(format!("{error:#}")),
         Err(error) => return Err(error),
     }
+    diagnosis.findings.sort();
+    diagnosis.findings.dedup();
     Ok(diagnosis)
 }
 

@@ -82,8 +82,7 @@ pub fn run(args: &IpamArgs) -> anyhow::Result<bool> {
     let env = fs::read_to_string(&args.subnet_file).with_context(|| {
         format!("cannot read --subnet-file {}: has flanneld run on this host since it was started?", args.subnet_file.display())
     })?;
-    let names = reservations::networks(&args.dirs.networks)
-        .with_context(|| format!("cannot read --ipam-dir {}: run this on the host, not in a container", args.dirs.networks.display()))?;
+    let names = networks(&args.dirs)?;
     let mut locks = BTreeMap::new();
     if args.release {
         // Under the locks no plugin reserves or frees an address: what is read now stays true.
@@ -110,10 +109,21 @@ pub fn run(args: &IpamArgs) -> anyhow::Result<bool> {
     Ok(report.problems.len() == released.len())
 }
 
+/// What a check finds, as plain text.
+pub(crate) fn plain(subnet_file: &std::path::Path, dirs: &IpamDirs) -> anyhow::Result<String> {
+    let env = fs::read_to_string(subnet_file).with_context(|| format!("cannot read {}", subnet_file.display()))?;
+    Ok(text(&judge(&gather(&env, dirs)?), &[], false))
+}
+
+fn networks(dirs: &IpamDirs) -> anyhow::Result<Vec<String>> {
+    let advice = || format!("cannot read --ipam-dir {}: no pod was added yet, or this is a container", dirs.networks.display());
+    reservations::networks(&dirs.networks).with_context(advice)
+}
+
 /// What is reserved and what exists.
 fn gather(env: &str, dirs: &IpamDirs) -> anyhow::Result<Facts> {
     let mut found: BTreeMap<String, Vec<Reservation>> = BTreeMap::new();
-    for name in reservations::networks(&dirs.networks)? {
+    for name in networks(dirs)? {
         let list = reservations::reservations(&dirs.networks, &name).with_context(|| format!("cannot read {}", dirs.networks.display()))?;
         found.insert(name, list);
     }

@@ -2,6 +2,7 @@
 //! same parts.
 
 pub mod app;
+pub mod bugreport;
 pub mod cleanup;
 pub mod clock;
 pub mod docker_opts;

@@ -105,7 +105,8 @@ mod tests {
         expect![[r#"
             2026-11-28T15:00:00.000Z  repair   made     route  set route 10.244.2.0/24 (changed by ip, process 7)
             2026-11-28T15:00:01.000Z  lease    added    10.244.9.0/24  via 10.0.0.9, refused: \u{1b}]0;x\u{7}\nforged
-            2026-11-28T15:00:02.000Z  [32mpath     ended  [0m  10.244.9.0/24 by IPv4"#]].assert_eq(&lines.join("\n"));
+            2026-11-28T15:00:02.000Z  [32mpath     ended  [0m  10.244.9.0/24 by IPv4"#]]
+        .assert_eq(&lines.join("\n"));
     }
 
     #[test]

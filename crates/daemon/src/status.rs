@@ -100,7 +100,7 @@ struct Found {
 pub fn run(args: &StatusArgs) -> anyhow::Result<u8> {
     let end = args.wait.map(|wait| Instant::now() + wait);
     loop {
-        let found = look(args)?;
+        let found = look(args, Style::of_stdout())?;
         if found.level == Level::Ok && !found.is_early || end.is_none_or(|end| Instant::now() >= end) {
             output::line(found.text.trim_end());
             return Ok(match found.level {
@@ -113,8 +113,13 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<u8> {
     }
 }
 
-fn look(args: &StatusArgs) -> anyhow::Result<Found> {
-    let screen = Screen { style: Style::of_stdout(), all: args.all };
+/// The screen as plain text.
+pub(crate) fn plain(args: &StatusArgs) -> anyhow::Result<String> {
+    look(args, Style::PLAIN).map(|found| found.text)
+}
+
+fn look(args: &StatusArgs, style: Style) -> anyhow::Result<Found> {
+    let screen = Screen { style, all: args.all };
     match socket::ask(&args.daemon.socket(), "/state") {
         Ok(text) => {
             let value: Value = serde_json::from_str(&text).context("the daemon's answer is not JSON")?;

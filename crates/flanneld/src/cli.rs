@@ -1,6 +1,7 @@
 //! The command line: the daemon's flags, or a command.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use daemon::bugreport::BugreportArgs;
 use daemon::cleanup::CleanupArgs;
 use daemon::docker_opts::DockerOptsArgs;
 use daemon::doctor::DoctorArgs;
@@ -92,6 +93,8 @@ pub(crate) enum Command {
     Ipam(IpamArgs),
     /// Print what changes, as it happens: leases, repairs, conflicts, paths, findings
     Monitor(MonitorArgs),
+    /// Write an archive with what a maintainer asks for: state, findings, kernel, log, configuration, without secrets
+    Bugreport(BugreportArgs),
     /// Print the version
     Version,
 }

@@ -6,7 +6,7 @@ mod pages;
 
 use std::process::ExitCode;
 
-use daemon::{app, cleanup, docker_opts, doctor, embedded, install_cni, ipam, monitor, output, settings, status};
+use daemon::{app, bugreport, cleanup, docker_opts, doctor, embedded, install_cni, ipam, monitor, output, settings, status};
 use kernel::process::Capabilities;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::time::SystemTime;
@@ -88,6 +88,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
+        Some(Command::Bugreport(args)) => bugreport::run(&args),
         Some(Command::Monitor(args)) => monitor::run(&args),
         Some(Command::Status(args)) => match status::run(&args) {
             Ok(code) => return ExitCode::from(code),

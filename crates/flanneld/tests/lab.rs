@@ -177,6 +177,7 @@ const TESTS: &[(&str, Test)] = &[
     ("doctor_asks_the_daemon", operator::doctor_asks_the_daemon),
     ("preflight_names_obstacles", operator::preflight_names_obstacles),
     ("monitor_shows_what_happens", operator::monitor_shows_what_happens),
+    ("bugreport_has_no_secret", operator::bugreport_has_no_secret),
     ("ipam_check_frees_only_what_is_dead", operator::ipam_check_frees_only_what_is_dead),
     ("lab_leaves_given_etcd_as_it_was", command::lab_leaves_given_etcd_as_it_was),
     ("kept_lab_can_be_entered_and_killed_lab_leaves_nothing", command::kept_lab_can_be_entered_and_killed_lab_leaves_nothing),

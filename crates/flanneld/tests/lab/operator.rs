@@ -228,3 +228,54 @@ pub(crate) fn monitor_shows_what_happens(root: &Path) {
     leases.stdout.take().unwrap().read_to_string(&mut text).unwrap();
     assert!(status.success() && text.lines().count() == 1 && text.contains("  lease    removed  10.244.2.0/24  via 10.0.0.2"), "{text}");
 }
+
+/// The archive says what is broken, and has no secret in it.
+pub(crate) fn bugreport_has_no_secret(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    lab.stop_daemon(0, false).unwrap();
+    // A password without a user is not used, but it is on the command line.
+    lab.start_daemon(0, &["--etcd-password=planted-password"]).unwrap();
+    lab.settle().unwrap();
+    lab.hosts[0].shell("ip route add blackhole 10.244.2.0/24 proto bird").unwrap();
+    says(&lab, 0, &["status"], 1, &["route-hides-peer"]);
+    let confs = root.join("confs");
+    std::fs::create_dir_all(&confs).unwrap();
+    let conf = r#"{ "plugins": [{ "type": "flannel", "token": "planted-token", "kubeconfig": "https://admin:planted-url@10.0.0.1:6443" }],
+        "note": "planted-password", "key": "-----BEGIN EC PRIVATE KEY-----\\nplanted-key\\n-----END EC PRIVATE KEY-----" }"#;
+    std::fs::write(confs.join("10-flannel.conflist"), conf).unwrap();
+    let file = root.join("report.tar.gz");
+    let (path, conf_dir) = (file.display().to_string(), format!("--cni-conf-dir={}", confs.display()));
+    let (code, text) = flanneld(&lab, 0, &["bugreport", &path, &conf_dir]);
+    assert!(code == Some(0) && text.starts_with(&format!("wrote {path} (")), "{text}");
+    let meta = std::fs::metadata(&file).unwrap();
+    assert!(meta.permissions().mode() & 0o777 == 0o600 && meta.len() < 10_000_000, "{meta:?}");
+    let (code, text) = flanneld(&lab, 0, &["bugreport", &path, &conf_dir]);
+    assert!(code == Some(1) && text.contains("File exists"), "a file is not replaced: {text}");
+
+    let out = root.join("out");
+    std::fs::create_dir_all(&out).unwrap();
+    let tar = Command::new("tar").args(["xzf", &path, "--strip-components=1", "-C"]).arg(&out).status().unwrap();
+    assert!(tar.success());
+    let grep = Command::new("grep").args(["-r", "planted"]).arg(&out).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&grep.stdout), "");
+    let part = |name: &str| std::fs::read_to_string(out.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    for (name, wanted) in [
+        ("version.txt", "kernel Linux"),
+        ("status.txt", "10.244.2.0/24  10.0.0.2"),
+        ("doctor.txt", "warning route-hides-peer"),
+        ("ipam.txt", "cannot read"),
+        ("state.json", "\"schema\": 1"),
+        ("metrics.txt", "flannel_ready 1"),
+        ("process.txt", "--etcd-password=(removed)"),
+        ("kernel/objects.txt", "route 10.244.2.0/24"),
+        ("kernel/links.txt", "flannel.1"),
+        ("kernel/routes.txt", "10.244.2.0"),
+        ("kernel/facts.txt", "Blackhole"),
+        ("files/run_flannel_subnet.env", "FLANNEL_SUBNET=10.244.1.1/24"),
+        ("host/ip-route.txt", "blackhole 10.244.2.0/24"),
+    ] {
+        assert!(part(name).contains(wanted), "{name}: {}", part(name));
+    }
+    let conf = std::fs::read_dir(out.join("files")).unwrap().flatten().find(|file| file.file_name().to_string_lossy().contains("confs"));
+    assert!(std::fs::read_to_string(conf.unwrap().path()).unwrap().contains(r#""token": "(removed)""#));
+}
