@@ -100,8 +100,20 @@ impl From<Finding> for Shown {
 struct Diagnosis {
     findings: Vec<Shown>,
     not_checked: Vec<String>,
-    /// Did a daemon take part?
-    has_daemon: bool,
+    /// Who looked.
+    by: By,
+}
+
+/// Who looked for problems.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum By {
+    /// The checks of this program.
+    #[default]
+    Checks,
+    /// These, and the daemon.
+    Daemon,
+    /// The checks before an installation.
+    Preflight,
 }
 
 /// Looks at this host and prints what was found. Returns whether nothing was.
@@ -118,7 +130,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
 fn before_installation(args: &DoctorArgs) -> anyhow::Result<Diagnosis> {
     let (facts, not_checked) = preflight::gather(args)?;
     let findings = flannel::check::preflight::run(&facts).into_iter().map(Shown::from).collect();
-    Ok(Diagnosis { findings, not_checked, has_daemon: false })
+    Ok(Diagnosis { findings, not_checked, by: By::Preflight })
 }
 
 /// What is found, as plain text.
@@ -137,7 +149,7 @@ fn diagnose(args: &DaemonArgs) -> anyhow::Result<Diagnosis> {
         Ok(text) => {
             let state = serde_json::from_str(&text).context("the daemon's answer is not JSON")?;
             diagnosis.findings = daemon::findings(state).context("the daemon's answer has another shape")?;
-            diagnosis.has_daemon = true;
+            diagnosis.by = By::Daemon;
         }
         Err(AskError::Starting(text)) => diagnosis.findings.push(daemon::waits(&text)),
         Err(error) => diagnosis.not_checked.push(format!("paths to peers: {error}")),
@@ -224,9 +236,13 @@ fn text(diagnosis: &Diagnosis) -> String {
         }
     }
     diagnosis.not_checked.iter().for_each(|part| text.push_str(&format!("not checked: {}\n", clean(part))));
-    let daemon = if diagnosis.has_daemon { " and the daemon's" } else { "" };
+    let by = match diagnosis.by {
+        By::Checks => format!("{} checks", Check::ALL.len()),
+        By::Daemon => format!("{} checks and the daemon's", Check::ALL.len()),
+        By::Preflight => "before an installation".to_owned(),
+    };
     match diagnosis.findings.len() {
-        0 => text.push_str(&format!("no problem found ({} checks{daemon})\n", Check::ALL.len())),
+        0 => text.push_str(&format!("no problem found ({by})\n")),
         1 => text.push_str("1 problem found\n"),
         count => text.push_str(&format!("{count} problems found\n")),
     }
@@ -249,7 +265,7 @@ mod tests {
             Shown::from(Finding::warning("conntrack-full", "the table is nearly full".to_owned(), "sysctl -w x=2")),
             Shown::new(Severity::Warning, "path-one-way", "a peer's\u{1b}[2J text", "line 1\nline\r 2"),
         ];
-        let diagnosis = Diagnosis { findings, not_checked: vec!["nf_tables: no".to_owned()], has_daemon: true };
+        let diagnosis = Diagnosis { findings, not_checked: vec!["nf_tables: no".to_owned()], by: By::Daemon };
         expect![[r#"
             warning conntrack-full: the table is nearly full
               why: When the table is full, the kernel drops the first packet of each new connection.
@@ -265,5 +281,6 @@ mod tests {
         assert_eq!(text(&Diagnosis::default()), format!("no problem found ({} checks)\n", Check::ALL.len()));
         let value: serde_json::Value = serde_json::from_str(&json(&diagnosis)).unwrap();
         assert_eq!((&value["findings"][0]["severity"], &value["schema"]), (&"warning".into(), &1.into()));
+        assert_eq!(crate::state::fields(&value), crate::state::documented("flanneld doctor --json"));
     }
 }

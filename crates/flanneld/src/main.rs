@@ -78,25 +78,11 @@ fn main() -> ExitCode {
         Some(Command::Completions(args)) => pages::completions(&args),
         Some(Command::Man) => pages::man(),
         Some(Command::Cleanup(args)) => cleanup::run(&args),
-        Some(Command::Doctor(args)) => match doctor::run(&args) {
-            Ok(true) => Ok(()),
-            Ok(false) => return ExitCode::FAILURE,
-            Err(error) => Err(error),
-        },
-        Some(Command::Ipam(args)) => match ipam::run(&args) {
-            Ok(true) => Ok(()),
-            Ok(false) => return ExitCode::FAILURE,
-            Err(error) => Err(error),
-        },
+        Some(Command::Doctor(args)) => return finish_check(doctor::run(&args)),
+        Some(Command::Ipam(args)) => return finish_check(ipam::run(&args)),
         Some(Command::Bugreport(args)) => bugreport::run(&args),
         Some(Command::Monitor(args)) => monitor::run(&args),
-        Some(Command::Status(args)) => match status::run(&args) {
-            Ok(code) => return ExitCode::from(code),
-            Err(error) => {
-                finish(Err(error));
-                return ExitCode::from(2);
-            }
-        },
+        Some(Command::Status(args)) => return finish_status(status::run(&args)),
         Some(Command::Version) => {
             output::line(version());
             Ok(())
@@ -122,6 +108,26 @@ fn finish(outcome: anyhow::Result<()>) -> ExitCode {
         Err(error) => {
             output::error_line(format_args!("flanneld: {error:#}"));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// As [`finish`], for commands that look for problems: exit code 1 if there are any.
+fn finish_check(outcome: anyhow::Result<bool>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => finish(Err(error)),
+    }
+}
+
+/// As [`finish`], for a command with exit codes of its own. That it cannot say is as bad as it gets.
+fn finish_status(outcome: anyhow::Result<u8>) -> ExitCode {
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            finish(Err(error));
+            ExitCode::from(2)
         }
     }
 }

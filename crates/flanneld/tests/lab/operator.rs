@@ -101,7 +101,7 @@ pub(crate) fn preflight_names_obstacles(root: &Path) {
     std::fs::create_dir_all(&conf).unwrap();
     std::fs::create_dir_all(&bin).unwrap();
     let (code, text) = flanneld(&lab, 0, &args);
-    assert!(code == Some(0) && text.contains("no problem found"), "{text}");
+    assert!(code == Some(0) && text.contains("no problem found (before an installation)"), "{text}");
     let shell = "ip link add other_vxlan type vxlan id 9 dstport 8472 dev eth0 local 10.0.0.1; ip link set other_vxlan up
         ip route add 10.244.7.0/24 via 10.0.0.254; ip addr add 10.244.9.1/32 dev eth0; ip link set eth0 mtu 900
         nft 'add table inet fw; add chain inet fw forward { type filter hook forward priority 5; policy drop; }'";
