@@ -70,16 +70,22 @@ pub(crate) fn flags_do_what_they_say(root: &Path) {
         assert!(body == want || path == "/nothing" && answer.starts_with("HTTP/1.1 404") && body.starts_with(want), "{path}: {answer}");
     }
     // Without it, clients on this host are served at each of its addresses, and no others.
-    let healthz = |netns: &kernel::netns::Netns, address: &str| {
+    let get = |netns: &kernel::netns::Netns, address: &str, path: &str| {
         let ask = || {
             let mut stream = TcpStream::connect(format!("{address}:8081")).ok()?;
-            let _ = write!(stream, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+            let _ = write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
             let mut answer = String::new();
-            stream.read_to_string(&mut answer).ok().filter(|length| *length > 0)
+            stream.read_to_string(&mut answer).ok().filter(|length| *length > 0).map(|_| answer)
         };
-        netns.run(ask).unwrap().is_some()
+        netns.run(ask).unwrap()
     };
+    let healthz = |netns: &kernel::netns::Netns, address: &str| get(netns, address, "/healthz").is_some();
     assert!(healthz(&lab.middle, "10.0.0.1"), "0.0.0.0 was given");
+    // Clients elsewhere read numbers only.
+    let state = |netns| get(netns, "10.0.0.1", "/state").unwrap();
+    let (here, elsewhere) = (state(&lab.hosts[0].netns), state(&lab.middle));
+    assert!(here.contains("10.244.1.0/24") && here.contains("eth0"), "{here}");
+    assert!(elsewhere.contains("\"schema\": 1") && !elsewhere.contains("10.") && !elsewhere.contains("eth0"), "{elsewhere}");
     with_flags(&mut lab, &[]);
     for address in ["127.0.0.1", "127.0.0.9", "10.0.0.1", "[::1]"] {
         assert!(healthz(&lab.hosts[0].netns, address), "{address}");
