@@ -13,7 +13,7 @@ use kernel::Drops;
 use tokio::time::Instant;
 
 /// Repairs that are remembered.
-const REPAIRS: usize = 100;
+pub const REPAIRS: usize = 100;
 
 /// The whole snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -173,6 +173,11 @@ impl Repairs {
         self.list.push_back(Repair { number: self.noted, at, kind, action, by });
     }
 
+    /// Counts repairs that are not remembered, because more than [`REPAIRS`] are made together.
+    pub fn skip(&mut self, count: usize) {
+        self.noted += u64::try_from(count).unwrap_or(u64::MAX);
+    }
+
     /// The repairs, oldest first.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Repair> {
         self.list.iter()
@@ -209,5 +214,8 @@ mod tests {
         (0..250).for_each(|n| repairs.note(Kind::Route, format!("set route {n}"), None, Instant::now()));
         let numbers: Vec<u64> = repairs.iter().map(|repair| repair.number).collect();
         assert_eq!((numbers.len(), numbers[0], numbers[99], repairs.noted()), (REPAIRS, 151, 250, 250));
+        repairs.skip(50);
+        repairs.note(Kind::Route, "set route".to_owned(), None, Instant::now());
+        assert_eq!((repairs.iter().next_back().unwrap().number, repairs.noted()), (301, 301));
     }
 }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::{Reconciler, SlowDone};
 use crate::host::Host;
+use crate::view::REPAIRS;
 
 /// Objects that change together up to this number are logged one by one.
 pub(super) const LOGGED: usize = 8;
@@ -57,9 +58,14 @@ impl<H: Host + 'static> Reconciler<H> {
             self.failures.delay(key, text, conflict.times, now + conflict.wait, now);
         }
         ops.retain(|op| self.may_attempt(&op.object().key(), now));
-        for op in &ops {
-            let by = authors.get(&op.object().key()).map(ToString::to_string);
-            Arc::make_mut(&mut self.repaired).note(op.object().kind(), op.summary(), by, now);
+        if !ops.is_empty() {
+            let forgotten = ops.len().saturating_sub(REPAIRS);
+            let repaired = Arc::make_mut(&mut self.repaired);
+            repaired.skip(forgotten);
+            for op in ops.iter().skip(forgotten) {
+                let by = authors.get(&op.object().key()).map(ToString::to_string);
+                repaired.note(op.object().kind(), op.summary(), by, now);
+            }
         }
         for op in ops.iter().take(LOGGED) {
             let by = authors.get(&op.object().key()).map(ToString::to_string);
