@@ -40,8 +40,9 @@ pub(crate) fn status_names_what_is_broken(root: &Path) {
     let mode = std::fs::metadata(lab.hosts[0].directory.join("run-flannel/flanneld.sock")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 
+    // Its name is known unless it ended before it was looked up.
     lab.hosts[0].shell("ip route del 10.244.2.0/24").unwrap();
-    says(&lab, 0, &["status"], 0, &["1 in the last hour (1 route)", "10.244.2.0/24", "changed by ip, process"]);
+    says(&lab, 0, &["status"], 0, &["1 in the last hour (1 route)", "10.244.2.0/24", ", changed by ", "process "]);
     lab.hosts[0].shell("ip route add blackhole 10.244.2.0/24 proto bird").unwrap();
     let wanted =
         ["warning route-hides-peer", "fix: ip route del blackhole", "10.244.2.0/24  10.0.0.2  ipv4", "(cannot send: Invalid argument"];
@@ -210,7 +211,7 @@ pub(crate) fn monitor_shows_what_happens(root: &Path) {
     std::thread::sleep(Duration::from_millis(500));
     lab.hosts[0].shell("ip route del 10.244.2.0/24").unwrap();
     let repair = next("repair", "made");
-    assert!(repair["subject"] == "route" && repair["by"].as_str().is_some_and(|by| by.starts_with("ip, process ")), "{repair}");
+    assert!(repair["subject"] == "route" && repair["by"].as_str().is_some_and(|by| by.contains("process ")), "{repair}");
     lab.hosts[0].shell("ip route add blackhole 10.244.2.0/24 proto bird").unwrap();
     assert_eq!(next("finding", "began")["subject"], "route-hides-peer");
     assert_eq!(next("path", "began")["subject"], "10.244.2.0/24 by IPv4");
