@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use flannel::alloc::previous_by_devices;
 use flannel::backend::extension::Command;
 use flannel::backend::{Identity, Local, published_mac};
 use flannel::object::{Link, LinkKind};
@@ -174,7 +175,10 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
         config: config.clone(),
         peer: config.backend.own_peer(Local { config: &config, node: &node, identity: &identity }),
         addrs: node.addrs,
-        previous: before.as_ref().map(|file| previous_subnets(&file.text)).unwrap_or_default(),
+        previous: match &before {
+            Some(file) => previous_subnets(&file.text),
+            None => previous_by_devices(&config, &host.network(None).await?.interfaces),
+        },
         previous_leases: before.as_ref().map(|file| file.etcd_leases.clone()).unwrap_or_default(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };

@@ -6,7 +6,8 @@ use thiserror::Error;
 
 use crate::config::{Config, Network};
 use crate::lease::{LeaseKey, LeaseSet};
-use crate::net::{PerFamily, Subnet, bits_of};
+use crate::net::{Family, PerFamily, Subnet, bits_of};
+use crate::node::Interface;
 
 /// The number of free subnets to choose from at random, so that hosts that start together rarely choose the same one.
 const CANDIDATES: usize = 100;
@@ -81,11 +82,26 @@ pub fn choose(
 
 /// Whether the configuration admits a lease of these subnets: one for each enabled family, and each in its range.
 pub fn is_admitted(config: &Config, subnets: &PerFamily<Subnet>) -> bool {
-    crate::net::Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
+    Family::ALL.into_iter().all(|family| match (config.networks.get(family), subnets.get(family)) {
         (None, None) => true,
         (Some(network), Some(subnet)) => network.admits(*subnet),
         _ => false,
     })
+}
+
+/// The subnets that this host had before, by the addresses of the backend's devices: each has its subnet's first one, with a prefix of
+/// full length. The devices outlive the daemon, and tell the subnet of the pods even where the subnet file was deleted.
+pub fn previous_by_devices(config: &Config, interfaces: &[Interface]) -> PerFamily<Subnet> {
+    let mut previous = PerFamily::default();
+    for (family, network) in config.networks.iter() {
+        let device = config.backend.device(family).and_then(|name| interfaces.iter().find(|interface| interface.name == name));
+        let addresses = device.into_iter().flat_map(|device| &device.addrs).map(|addr| addr.cidr);
+        let subnets = addresses.filter(|cidr| Family::of(cidr.addr) == family && cidr.len == family.bits());
+        let mut subnets =
+            subnets.filter_map(|cidr| Subnet::new(cidr.addr, network.subnet_len).ok().filter(|subnet| subnet.network() == cidr.addr));
+        previous.set(family, subnets.find(|subnet| network.admits(*subnet)));
+    }
+    previous
 }
 
 /// Whether a lease with these public addresses belongs to the host that publishes `mine`.
@@ -130,6 +146,7 @@ fn free(network: &Network, mut taken: Vec<Subnet>) -> Vec<Subnet> {
 mod tests {
     use super::*;
     use crate::lease::{Age, Lease, Peer, StoreEvent};
+    use crate::node::InterfaceAddr;
 
     const CONFIG: &str = r#"{"Network":"10.1.0.0/16","SubnetMax":"10.1.4.0","Backend":{"Type":"alloc"}}"#;
 
@@ -153,6 +170,31 @@ mod tests {
             Ok(Choice::Reuse(key)) => format!("reuse {key}{stale}"),
             Ok(Choice::Create(key)) => format!("create {key}{stale}"),
             Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn previous_subnet_is_that_of_the_device() {
+        let previous = |config: &str, name: &str, cidrs: &[&str]| {
+            let config = Config::parse(&format!(r#"{{"Network":"10.1.0.0/16","SubnetMax":"10.1.4.0","Backend":{config}}}"#)).unwrap();
+            let addr = |cidr: &&str| InterfaceAddr { cidr: cidr.parse().unwrap(), permanent: true, temporary: false, deprecated: false };
+            let interface = Interface { index: 3, name: name.parse().unwrap(), mtu: 1450, addrs: cidrs.iter().map(addr).collect() };
+            previous_by_devices(&config, &[interface]).v4.map(|subnet| subnet.to_string())
+        };
+        let vxlan = r#"{"Type":"vxlan"}"#;
+        assert_eq!(previous(vxlan, "flannel.1", &["10.1.3.0/32"]).as_deref(), Some("10.1.3.0/24"));
+        assert_eq!(
+            previous(vxlan, "flannel.1", &["192.0.2.1/32", "10.1.3.7/32", "10.1.2.0/24", "10.1.4.0/32"]).as_deref(),
+            Some("10.1.4.0/24")
+        );
+        // Of another network, beyond SubnetMax, on another device, of a backend without one.
+        for (backend, name, cidr) in [
+            (vxlan, "flannel.1", "10.2.3.0/32"),
+            (vxlan, "flannel.1", "10.1.9.0/32"),
+            (vxlan, "flannel.2", "10.1.3.0/32"),
+            (r#"{"Type":"host-gw"}"#, "flannel.1", "10.1.3.0/32"),
+        ] {
+            assert_eq!(previous(backend, name, &[cidr]), None, "{backend} {name} {cidr}");
         }
     }
 
