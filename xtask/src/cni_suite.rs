@@ -2,6 +2,7 @@
 //! reference must pass with ours, except the departures that a file lists with their reasons.
 
 mod departures;
+mod guest;
 mod report;
 mod source;
 
@@ -17,6 +18,7 @@ use serde_json::Value;
 use crate::programs::Need;
 use crate::tools::{cargo_command, output};
 use departures::Departures;
+pub(crate) use guest::GuestSuite;
 use report::{Comparison, Specs};
 use source::Built;
 
@@ -134,13 +136,8 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run(&self) -> anyhow::Result<()> {
-        let Suite { name, package, env, .. } = self.suite;
-        let file = |kind: &str| self.out.join(format!("{name}.{kind}"));
-        let (report, calls) = (file("unfinished"), file("calls"));
-        let _ = std::fs::remove_file(&calls);
-        let _ = std::fs::remove_file(&report);
-        let log = std::fs::File::create(file("log"))?;
+    /// The command that runs the suite and writes its report and the list of calls.
+    fn command(&self, report: &Path, calls: &Path) -> anyhow::Result<Command> {
         let mut command = Command::new("unshare");
         command.args(["--net", "--mount"]).arg(std::env::current_dir()?.join(ISOLATE)).args(["timeout", "-k", "10", TIME_LIMIT]);
         command.arg(self.built.tests.join(self.suite.program())).args(["-ginkgo.seed=1", "-ginkgo.v", "-ginkgo.no-color"]);
@@ -153,11 +150,23 @@ impl Job<'_> {
             std::iter::once(self.programs.to_owned())
                 .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).chain(["/usr/sbin".into(), "/sbin".into()])),
         )?;
-        command.env("PATH", path).env("SUITE_PROGRAMS", self.programs).env("SUITE_CALLS", &calls).envs(*env);
+        command.env("PATH", path).env("SUITE_PROGRAMS", self.programs).env("SUITE_CALLS", calls).envs(self.suite.env);
         if self.is_ours {
             command.env("SUITE_OURS", "1");
         }
-        command.current_dir(self.built.module.join(package)).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.current_dir(self.built.module.join(self.suite.package));
+        Ok(command)
+    }
+
+    fn run(&self) -> anyhow::Result<()> {
+        let name = self.suite.name;
+        let file = |kind: &str| self.out.join(format!("{name}.{kind}"));
+        let (report, calls) = (file("unfinished"), file("calls"));
+        let _ = std::fs::remove_file(&calls);
+        let _ = std::fs::remove_file(&report);
+        let log = std::fs::File::create(file("log"))?;
+        let mut command = self.command(&report, &calls)?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let start = Instant::now();
         let status = command.status().context("cannot start unshare")?;
         let text = std::fs::read_to_string(&report);
@@ -191,11 +200,7 @@ fn run_all(jobs: &[Job<'_>]) -> anyhow::Result<()> {
 
 /// Compares the reports, prints a table, and fails on differences that are not listed as departures.
 fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departures) -> anyhow::Result<()> {
-    let read = |folder: &Path, suite: &Suite| -> anyhow::Result<Specs> {
-        let file = folder.join(format!("{}.json", suite.name));
-        let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        Specs::parse(&text).with_context(|| file.display().to_string())
-    };
+    let read = |folder: &Path, suite: &Suite| read(&folder.join(format!("{}.json", suite.name)));
     let filters_vlans = has_vlan_filtering();
     let (mut rows, mut problems, mut impossible) = (Vec::new(), Vec::new(), BTreeMap::new());
     for suite in suites {
@@ -207,7 +212,9 @@ fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departu
         }
         for spec in &comparison.impossible {
             let why = match &spec.name {
-                name if name.to_lowercase().contains("vlan") && !filters_vlans => "the kernel has no VLAN filtering of bridges".to_owned(),
+                name if name.to_lowercase().contains("vlan") && !filters_vlans => {
+                    "the kernel has no VLAN filtering of bridges; `cargo xtask vm` runs them".to_owned()
+                }
                 _ => format!("the reference fails: {}", spec.message),
             };
             impossible.entry(why).or_insert_with(Vec::new).push(format!("{}: {}", suite.name, spec.name));
@@ -227,6 +234,12 @@ fn compare(suites: &[&Suite], reference: &Path, out: &Path, departures: &Departu
         return Ok(());
     }
     bail!("the reference plugins' suites: {} problems (logs: {})\n{}", problems.len(), out.display(), problems.join("\n"))
+}
+
+/// Reads a report.
+fn read(file: &Path) -> anyhow::Result<Specs> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    Specs::parse(&text).with_context(|| file.display().to_string())
 }
 
 /// Do bridges of this kernel support VLAN filtering? Tries it in a new network namespace.

@@ -131,15 +131,11 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
     }
     let gateways = complete(&mut result, config);
     let container = container::configure(&netns, ifname, &mut result, &gateways, config)?;
-    let mut more = Vec::new();
+    let mut vlan_gateway = None;
     if config.is_gateway && !gateways.is_empty() {
         // With a VLAN, the gateway's address is on a separate link, which is a port of that VLAN.
-        let holder = match config.vlans.as_ref().and_then(Vlans::own) {
-            Some(vlan) => {
-                let (gateway, port) = vlan::gateway(&mut host, &bridge, vlan, config.mtu)?;
-                more = vec![gateway.clone(), port];
-                gateway
-            }
+        let holder = match config.vlans.as_ref().and_then(Vlans::of_gateway) {
+            Some(vlans) => vlan_gateway.insert(vlan::gateway(&mut host, &bridge, &vlans, config.mtu)?).clone(),
             None => bridge.clone(),
         };
         for family in Family::ALL {
@@ -176,7 +172,7 @@ fn add(request: &Request<'_>, config: &Config) -> Result<CniResult, CniError> {
         ..Interface::default()
     };
     result.interfaces = vec![interface(&bridge, ""), interface(&veth, ""), interface(&container, &sandbox)];
-    result.interfaces.extend(more.iter().map(|link| interface(link, "")));
+    result.interfaces.extend(vlan_gateway.iter().map(|link| interface(link, "")));
     result.ips.iter_mut().for_each(|ip| ip.interface = Some(2));
     if let Some(dns) = object(request.conf, "dns")?.filter(|dns| !dns.is_empty()) {
         result.dns = dns.clone();

@@ -4,6 +4,8 @@
 
 #[path = "support/host.rs"]
 mod host;
+#[path = "traffic/vlan.rs"]
+mod vlan;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -42,7 +44,10 @@ fn main() {
             Ok(())
         })
     };
-    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+    let mut trials: Vec<Trial> = tests.into_iter().map(trial).collect();
+    let vm_tests: [(&str, Test); 1] = [("pods_reach_only_their_vlan", vlan::pods_reach_only_their_vlan)];
+    trials.extend(vm_tests.into_iter().map(|test| trial(test).with_kind("vm").with_ignored_flag(true)));
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
 fn name(text: &str) -> IfName {

@@ -186,7 +186,8 @@ const TESTS: &[(&str, Test)] = &[
 /// Tests that need what the kernel of the machine may lack. `cargo xtask vm` runs them in a virtual machine; here they are
 /// listed, and ignored.
 const VM_TESTS: &[(&str, Test)] = &[
-    ("delay_is_measured", paths::delay_is_measured),
+    ("slow_path_is_reachable", paths::slow_path_is_reachable),
+    ("bridge_with_vlan_filtering_is_left_alone", heal::bridge_with_vlan_filtering_is_left_alone),
     ("ipip_objects_are_restored", ipip::objects_are_restored),
     ("ipip_of_a_go_flanneld_is_taken_over_without_a_lost_packet", ipip::a_go_node_is_taken_over),
 ];

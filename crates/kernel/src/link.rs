@@ -12,6 +12,7 @@ use crate::netlink::{Body, CREATE, EXCL, NetlinkError, Socket, attrs, ip_in, str
 pub(crate) const RTM_NEWLINK: u16 = 16;
 pub(crate) const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
+const RTM_SETLINK: u16 = 19;
 
 const IFF_UP: u32 = 1;
 const IFF_PROMISC: u32 = 0x100;
@@ -564,12 +565,13 @@ pub struct Vlans {
     pub untagged: bool,
 }
 
-/// Adds VLANs to a bridge port, or to the bridge itself.
+/// Adds VLANs to a bridge port.
 ///
 /// # Errors
 /// The error that the kernel returns.
-pub fn add_vlans(socket: &mut Socket, index: u32, vlans: Vlans, bridge_itself: bool) -> Result<(), NetlinkError> {
-    change_vlans(socket, RTM_NEWLINK, index, vlans, bridge_itself)
+pub fn add_vlans(socket: &mut Socket, index: u32, vlans: Vlans) -> Result<(), NetlinkError> {
+    // RTM_NEWLINK would answer success, and set nothing.
+    change_vlans(socket, RTM_SETLINK, index, vlans)
 }
 
 /// Removes VLANs from a bridge port.
@@ -577,17 +579,16 @@ pub fn add_vlans(socket: &mut Socket, index: u32, vlans: Vlans, bridge_itself: b
 /// # Errors
 /// The error that the kernel returns.
 pub fn delete_vlans(socket: &mut Socket, index: u32, vlans: Vlans) -> Result<(), NetlinkError> {
-    change_vlans(socket, RTM_DELLINK, index, vlans, false)
+    change_vlans(socket, RTM_DELLINK, index, vlans)
 }
 
-fn change_vlans(socket: &mut Socket, kind: u16, index: u32, vlans: Vlans, bridge_itself: bool) -> Result<(), NetlinkError> {
+fn change_vlans(socket: &mut Socket, kind: u16, index: u32, vlans: Vlans) -> Result<(), NetlinkError> {
     const AF_BRIDGE: u8 = 7;
     // BRIDGE_VLAN_INFO_* of linux/if_bridge.h
     const PVID: u16 = 2;
     const UNTAGGED: u16 = 4;
     const BEGIN: u16 = 8;
     const END: u16 = 16;
-    const IFLA_BRIDGE_FLAGS: u16 = 0;
     const IFLA_BRIDGE_VLAN_INFO: u16 = 2;
     let mut header = ifinfomsg(index, 0, 0);
     header[0] = AF_BRIDGE;
@@ -595,10 +596,6 @@ fn change_vlans(socket: &mut Socket, kind: u16, index: u32, vlans: Vlans, bridge
     let info = |flags: u16, id: u16| [flags.to_ne_bytes(), id.to_ne_bytes()].concat();
     socket.request(kind, 0, |body| {
         body.bytes(&header).nest(IFLA_AF_SPEC, |spec| {
-            if bridge_itself {
-                // BRIDGE_FLAGS_SELF
-                spec.attr(IFLA_BRIDGE_FLAGS, &2u16.to_ne_bytes());
-            }
             if vlans.first == vlans.last {
                 spec.attr(IFLA_BRIDGE_VLAN_INFO, &info(flags, vlans.first));
             } else {

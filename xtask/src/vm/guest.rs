@@ -1,5 +1,6 @@
 //! Boots the guest, shows its console, and ends it when it takes too long.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -66,6 +67,8 @@ impl Drop for Guest {
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Path,
     pub(super) image: &'a Path,
+    /// The file for the archive of the guest's results.
+    pub(super) results: &'a Path,
     /// The file for all that the guest prints.
     pub(super) log: &'a Path,
     /// The limit of a command.
@@ -81,6 +84,9 @@ pub(super) fn boot(machine: &Machine<'_>) -> anyhow::Result<Vec<Ended>> {
     let mut command = Command::new(qemu);
     command.args(["-M", "pc", "-m", "2048", "-display", "none", "-vga", "none", "-net", "none", "-monitor", "none"]);
     command.args(["-no-reboot", "-serial", "stdio", "-kernel"]).arg(machine.kernel).arg("-initrd").arg(machine.image);
+    let mut results = OsString::from("file,id=results,path=");
+    results.push(machine.results);
+    command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=results,name=results", "-chardev"]).arg(results);
     // A panic ends the machine, as `-no-reboot` lets no kernel begin again.
     command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr tsc=unstable"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -145,7 +151,7 @@ mod tests {
     fn machine(limit: u64) -> (Machine<'static>, std::path::PathBuf) {
         let limit = Duration::from_millis(limit);
         let file = Path::new("/dev/null");
-        (Machine { kernel: file, image: file, log: file, limit, total: Duration::from_mins(1) }, file.into())
+        (Machine { kernel: file, image: file, results: file, log: file, limit, total: Duration::from_mins(1) }, file.into())
     }
 
     fn followed(lines: &[&str]) -> anyhow::Result<Vec<Ended>> {

@@ -77,6 +77,13 @@ pub(crate) struct GuestKernel {
     modules: PathBuf,
 }
 
+impl GuestKernel {
+    /// Its release, as `uname -r` prints it.
+    pub(super) fn release(&self) -> String {
+        self.modules.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
 /// The kernel, downloaded into the cache on first use.
 pub(crate) fn kernel() -> anyhow::Result<GuestKernel> {
     let folder = cache()?.join("vm-kernel");
@@ -89,11 +96,10 @@ pub(crate) fn kernel() -> anyhow::Result<GuestKernel> {
         println!("  {package}");
         std::fs::rename(&unfinished, &folder).context("cannot keep the kernel in the cache")?;
     }
-    let modules = release(&folder)?;
-    let name = modules.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let file = folder.join("boot").join(format!("vmlinuz-{name}"));
-    ensure!(file.is_file(), "Debian's kernel package has no {}: remove {}", file.display(), folder.display());
-    Ok(GuestKernel { file, modules })
+    let mut kernel = GuestKernel { file: PathBuf::new(), modules: release(&folder)? };
+    kernel.file = folder.join("boot").join(format!("vmlinuz-{}", kernel.release()));
+    ensure!(kernel.file.is_file(), "Debian's kernel package has no {}: remove {}", kernel.file.display(), folder.display());
+    Ok(kernel)
 }
 
 /// The folder of the modules of the only kernel in a folder.

@@ -53,9 +53,9 @@ impl Vlans {
         Ok((own.is_some() || !trunk.is_empty()).then_some(Vlans { own, trunk, keep_default }))
     }
 
-    /// The VLAN whose frames the container sees without a tag.
-    pub(super) fn own(&self) -> Option<u16> {
-        self.own
+    /// The VLANs of the link that holds the gateway's address, if that is not the bridge itself.
+    pub(super) fn of_gateway(&self) -> Option<Vlans> {
+        self.own.map(|own| Vlans { own: Some(own), trunk: Vec::new(), keep_default: self.keep_default })
     }
 
     pub(super) fn set_port(&self, host: &mut Socket, port: &LinkInfo) -> Result<(), CniError> {
@@ -74,19 +74,20 @@ impl Vlans {
             (None, true) => None,
         };
         if let Some(own) = own {
-            link::add_vlans(host, port.index, vlans(own, own, true), false).map_err(failed(act()))?;
+            link::add_vlans(host, port.index, vlans(own, own, true)).map_err(failed(act()))?;
         }
         for (first, last) in &self.trunk {
-            link::add_vlans(host, port.index, vlans(*first, *last, false), false).map_err(failed(act()))?;
+            link::add_vlans(host, port.index, vlans(*first, *last, false)).map_err(failed(act()))?;
         }
         Ok(())
     }
 }
 
 /// The link that holds a VLAN's gateway address, `<bridge>.<vlan>`: one end of a veth pair whose other end is a port of
-/// the bridge in that VLAN. Returns both.
-pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32) -> Result<(LinkInfo, LinkInfo), CniError> {
+/// the bridge in that VLAN.
+pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlans: &Vlans, mtu: u32) -> Result<LinkInfo, CniError> {
     let _lock = lock::host()?;
+    let vlan = vlans.own.unwrap_or(DEFAULT);
     // The name is not truncated: the truncated names of two VLANs could collide.
     let name = format!("{}.{vlan}", bridge.name)
         .parse()
@@ -111,11 +112,11 @@ pub(super) fn gateway(host: &mut Socket, bridge: &LinkInfo, vlan: u16, mtu: u32)
         link::enslave(host, port.index, bridge.index, Port::default()).map_err(failed(format!("make {} a port", port.name)))?;
     }
     // Done even if the pair existed: the plugin that created it may have been killed before this step.
-    Vlans { own: Some(vlan), trunk: Vec::new(), keep_default: false }.set_port(host, &port)?;
+    vlans.set_port(host, &port)?;
     if !holder.up {
         link::set_up(host, holder.index, true).map_err(failed(format!("set {name} up")))?;
     }
-    Ok((read(host, holder.index)?, read(host, port.index)?))
+    read(host, holder.index)
 }
 
 #[cfg(test)]

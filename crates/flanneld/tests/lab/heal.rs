@@ -317,3 +317,22 @@ pub(crate) fn chaos_run_holds(_: &Path) {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("held: "), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// A bridge that filters VLANs is not repaired, until it filters no more and has its address.
+pub(crate) fn bridge_with_vlan_filtering_is_left_alone(root: &Path) {
+    let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
+    lab.add_pod(0).unwrap();
+    let netns = &lab.hosts[0].netns;
+    let has_address = || shell(netns, "ip -4 addr show dev cni0").contains("10.244.1.1/24");
+    let comes_back = || {
+        eventually("the daemon knows the bridge, and its address comes back", || {
+            shell(netns, "ip addr replace 10.244.1.1/24 dev cni0; sleep 0.5; ip addr del 10.244.1.1/24 dev cni0; sleep 1");
+            has_address()
+        });
+    };
+    comes_back();
+    shell(netns, "ip link set cni0 type bridge vlan_filtering 1; sleep 1; ip addr del 10.244.1.1/24 dev cni0; sleep 3");
+    assert!(!has_address());
+    shell(netns, "ip link set cni0 type bridge vlan_filtering 0");
+    comes_back();
+}
