@@ -240,6 +240,7 @@ mod tests {
             needs("flanneld", "kube", &["[helm] a", "[image kubernetes] b"]),
             BTreeSet::from([Need::Debian, Need::Helm, Need::Image, Need::Kubernetes])
         );
+        assert_eq!(needs("flanneld", "lab", &["[vm] a"]), BTreeSet::from([Need::Debian, Need::Vm]));
         assert_eq!(needs("flanneld", "kube", &["[helm] a", "b"]), BTreeSet::from(Need::ALL));
         assert_eq!(needs("flanneld", "unknown", &["a"]), BTreeSet::from(Need::ALL));
     }

@@ -178,7 +178,12 @@ fn boot(built: &Built, mut jobs: Vec<Job>, needs: BTreeSet<Need>, suites: bool, 
             Success::IfWritten(file) => results.join(file.strip_prefix(RESULTS).unwrap_or(file)).is_file(),
         };
         if !succeeded {
-            failed.push(format!("{} ended with {} in the VM (console: {})", job.name, end.code, log.display()));
+            let how = match end.code {
+                // SIGTERM, or SIGKILL after it, from the guest's `timeout`.
+                137 | 143 => format!("did not end within {} s", limit.as_secs()),
+                code => format!("ended with {code}"),
+            };
+            failed.push(format!("{} {how} in the VM (console: {})", job.name, log.display()));
         }
     }
     if let Some(Err(error)) = suite.map(|suite| suite.compare(&results)) {

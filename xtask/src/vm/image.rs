@@ -86,6 +86,7 @@ impl GuestKernel {
 
 /// The kernel, downloaded into the cache on first use.
 pub(crate) fn kernel() -> anyhow::Result<GuestKernel> {
+    ensure!(cfg!(target_arch = "x86_64"), "the VM is a machine of x86_64, which cannot run the programs of this one");
     let folder = cache()?.join("vm-kernel");
     if !folder.is_dir() {
         let _step = Step::begin("unpacking Debian's cloud kernel into the cache");
@@ -94,7 +95,11 @@ pub(crate) fn kernel() -> anyhow::Result<GuestKernel> {
         let modules = release(&unfinished)?;
         run(Command::new("busybox").arg("depmod").arg("-b").arg(&unfinished).arg(modules.file_name().unwrap_or_default()))?;
         println!("  {package}");
-        std::fs::rename(&unfinished, &folder).context("cannot keep the kernel in the cache")?;
+        if let Err(error) = std::fs::rename(&unfinished, &folder) {
+            // Another run may have unpacked it at the same time.
+            ensure!(folder.is_dir(), "cannot keep the kernel in {}: {error}", folder.display());
+            std::fs::remove_dir_all(&unfinished)?;
+        }
     }
     let mut kernel = GuestKernel { file: PathBuf::new(), modules: release(&folder)? };
     kernel.file = folder.join("boot").join(format!("vmlinuz-{}", kernel.release()));
