@@ -35,6 +35,7 @@ pub mod sockets;
 mod sys;
 pub mod sysctl;
 mod tunnel;
+pub mod wireguard;
 
 use std::collections::BTreeMap;
 
