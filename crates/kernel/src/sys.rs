@@ -3,6 +3,7 @@
 
 use std::io;
 use std::mem::{size_of, zeroed};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -111,12 +112,68 @@ pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
 }
 
+/// The address of a UDP socket, of either family. Both begin with the family (`sockaddr(3type)`).
+#[repr(C)]
+union SocketAddress {
+    family: libc::sa_family_t,
+    v4: libc::sockaddr_in,
+    v6: libc::sockaddr_in6,
+}
+
+impl SocketAddress {
+    fn unspecified() -> SocketAddress {
+        // SAFETY: all-zero is a valid sockaddr_in6, which is the largest member.
+        SocketAddress { v6: unsafe { zeroed() } }
+    }
+
+    fn new(to: SocketAddr) -> SocketAddress {
+        let mut address = SocketAddress::unspecified();
+        match to {
+            SocketAddr::V4(to) => {
+                // SAFETY: all-zero is a valid sockaddr_in.
+                let mut v4: libc::sockaddr_in = unsafe { zeroed() };
+                v4.sin_family = libc::sa_family_t::try_from(libc::AF_INET).expect("AF_INET is 2");
+                v4.sin_port = to.port().to_be();
+                v4.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
+                address.v4 = v4;
+            }
+            SocketAddr::V6(to) => {
+                // SAFETY: all-zero is a valid sockaddr_in6.
+                let mut v6: libc::sockaddr_in6 = unsafe { zeroed() };
+                v6.sin6_family = libc::sa_family_t::try_from(libc::AF_INET6).expect("AF_INET6 is 10");
+                v6.sin6_port = to.port().to_be();
+                v6.sin6_addr.s6_addr = to.ip().octets();
+                v6.sin6_flowinfo = to.flowinfo();
+                v6.sin6_scope_id = to.scope_id();
+                address.v6 = v6;
+            }
+        }
+        address
+    }
+
+    fn read(&self) -> SocketAddr {
+        // SAFETY: both members begin with the family, and every bit pattern is valid for it.
+        if libc::c_int::from(unsafe { self.family }) == libc::AF_INET6 {
+            // SAFETY: the union is initialized in full (zeroed at first), and every bit pattern is a valid sockaddr_in6.
+            let v6 = unsafe { self.v6 };
+            SocketAddrV6::new(v6.sin6_addr.s6_addr.into(), u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into()
+        } else {
+            // SAFETY: as above, for sockaddr_in.
+            let v4 = unsafe { self.v4 };
+            SocketAddrV4::new(v4.sin_addr.s_addr.to_ne_bytes().into(), u16::from_be(v4.sin_port)).into()
+        }
+    }
+}
+
 /// Sends datagrams, as many in one call as the kernel accepts. Datagrams that cannot be sent are skipped.
-pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketAddrV4)]) {
-    let mut addresses: Vec<libc::sockaddr_in> = packets.iter().map(|(_, to)| socket_address(*to)).collect();
+pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], SocketAddr)]) {
+    let mut addresses: Vec<SocketAddress> = packets.iter().map(|(_, to)| SocketAddress::new(*to)).collect();
     let mut parts: Vec<libc::iovec> =
         packets.iter().map(|(bytes, _)| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }).collect();
     let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
+    for (message, (_, to)) in messages.iter_mut().zip(packets) {
+        message.msg_hdr.msg_namelen = if to.is_ipv4() { len::<libc::sockaddr_in>() } else { len::<libc::sockaddr_in6>() };
+    }
     let mut from = 0;
     while from < messages.len() {
         let count = libc::c_uint::try_from(messages.len() - from).unwrap_or(libc::c_uint::MAX);
@@ -130,9 +187,8 @@ pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketA
 
 /// Receives as many datagrams as there are buffers, without waiting, and returns their lengths and senders. One that did not fit has
 /// length 0.
-pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<(usize, std::net::Ipv4Addr)>> {
-    // SAFETY: all-zero is a valid sockaddr_in.
-    let mut addresses: Vec<libc::sockaddr_in> = buffers.iter().map(|_| unsafe { zeroed() }).collect();
+pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<(usize, SocketAddr)>> {
+    let mut addresses: Vec<SocketAddress> = buffers.iter().map(|_| SocketAddress::unspecified()).collect();
     let mut parts: Vec<libc::iovec> =
         buffers.iter_mut().map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }).collect();
     let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
@@ -142,24 +198,14 @@ pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::R
     let got = check(unsafe { libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT, std::ptr::null_mut()) })?;
     let whole = |message: &libc::mmsghdr| if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 { message.msg_len } else { 0 };
     let lengths = messages.iter().take(usize::try_from(got).unwrap_or(0)).map(|message| usize::try_from(whole(message)).unwrap_or(0));
-    let sender = |address: &libc::sockaddr_in| std::net::Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
-    Ok(lengths.collect::<Vec<_>>().into_iter().zip(addresses.iter().map(sender)).collect())
+    Ok(lengths.collect::<Vec<_>>().into_iter().zip(addresses.iter().map(SocketAddress::read)).collect())
 }
 
-fn socket_address(to: std::net::SocketAddrV4) -> libc::sockaddr_in {
-    // SAFETY: all-zero is a valid sockaddr_in.
-    let mut address: libc::sockaddr_in = unsafe { zeroed() };
-    address.sin_family = libc::sa_family_t::try_from(libc::AF_INET).expect("AF_INET is 2");
-    address.sin_port = to.port().to_be();
-    address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
-    address
-}
-
-fn message(address: &mut libc::sockaddr_in, part: &mut libc::iovec) -> libc::mmsghdr {
+fn message(address: &mut SocketAddress, part: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: all-zero is a valid mmsghdr.
     let mut message: libc::mmsghdr = unsafe { zeroed() };
     message.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
-    message.msg_hdr.msg_namelen = len::<libc::sockaddr_in>();
+    message.msg_hdr.msg_namelen = len::<SocketAddress>();
     message.msg_hdr.msg_iov = part;
     message.msg_hdr.msg_iovlen = 1;
     message

@@ -1,5 +1,7 @@
 //! WireGuard devices: those of the kernel by generic netlink (`linux/wireguard.h`), and those that this process carries itself.
 
+pub mod user;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 

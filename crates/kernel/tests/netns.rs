@@ -11,6 +11,8 @@ mod monitor;
 mod pod_rules;
 #[path = "netns/rules.rs"]
 mod rules;
+#[path = "netns/wireguard.rs"]
+mod wireguard;
 
 use std::collections::BTreeSet;
 
@@ -31,7 +33,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 25] = [
+    let tests: [(&str, fn()); 33] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -57,6 +59,14 @@ fn main() {
         ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
         ("answers_of_other_programs_are_ignored", answers_of_other_programs_are_ignored),
         ("only_network_namespaces_can_be_opened", only_network_namespaces_can_be_opened),
+        ("userspace_wireguard_carries_both_families", wireguard::two_devices_carry_both_families),
+        ("userspace_wireguard_passes_only_own_addresses_of_a_peer", wireguard::only_own_addresses_of_a_peer_pass),
+        ("userspace_wireguard_follows_changed_address", wireguard::peer_that_changes_its_address_is_followed),
+        ("userspace_wireguard_cuts_off_removed_peer", wireguard::removed_peer_is_cut_off),
+        ("userspace_wireguard_needs_the_same_preshared_key", wireguard::peers_need_the_same_preshared_key),
+        ("userspace_wireguard_recovers_from_restart_of_a_peer", wireguard::restarted_device_is_reached_again_within_seconds),
+        ("userspace_wireguard_reports_failures", wireguard::port_in_use_and_deleted_device_are_reported),
+        ("userspace_wireguard_interoperates_with_wireguard_go", wireguard::another_implementation_is_understood),
     ];
     let trial = |(name, test): (&str, fn())| {
         Trial::test(name, move || -> Result<(), Failed> {
