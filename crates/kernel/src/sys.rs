@@ -102,14 +102,28 @@ pub(crate) fn recv_netlink(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c
 /// `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
 pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     const TUNSETIFF: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<libc::c_int>(b'T', 202);
+    let mut request = interface_request(name);
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the request reads and writes one ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
+}
+
+/// Sets the number of packets that wait in an interface (`SIOCSIFTXQLEN`, netdevice(7)), by any socket in its network namespace.
+pub(crate) fn set_queue_length(socket: BorrowedFd<'_>, name: &str, length: libc::c_int) -> io::Result<()> {
+    let mut request = interface_request(name);
+    // The member with the length has no name in libc; like `ifru_metric` it is an int at the start of the union.
+    request.ifr_ifru.ifru_metric = length;
+    // SAFETY: the request reads one ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFTXQLEN as _, &raw mut request) }).map(drop)
+}
+
+fn interface_request(name: &str) -> libc::ifreq {
     // SAFETY: all-zero is a valid ifreq.
     let mut request: libc::ifreq = unsafe { zeroed() };
     for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: the request reads and writes one ifreq, which outlives the call.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
+    request
 }
 
 /// The address of a UDP socket, of either family. Both begin with the family (`sockaddr(3type)`).

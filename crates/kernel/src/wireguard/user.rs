@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{PeerConfig, PeerStatus};
 use crate::sys;
-use crate::tunnel::{BATCH, BUFFER, LARGEST, open_device, while_open};
+use crate::tunnel::{BATCH, BUFFER, LARGEST, batch_buffers, open_device, while_open};
 use engine::{Engine, Packet};
 use peer::OVERHEAD;
 
@@ -58,7 +58,7 @@ impl Userspace {
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
         let threads = vec![
             thread("wg-out").spawn(move || {
-                let mut sealed = vec![vec![0; LARGEST + OVERHEAD]; BATCH];
+                let mut sealed = batch_buffers(LARGEST + OVERHEAD);
                 while_open(&out_device, &out_wake, |buffers| send_all(&out_device, &out_transport, &out_engine, buffers, &mut sealed));
             })?,
             thread("wg-in").spawn(move || {

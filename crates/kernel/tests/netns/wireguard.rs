@@ -169,6 +169,8 @@ pub(crate) fn two_devices_carry_both_families() {
         assert_eq!(outer_of(&first), outer);
         assert_eq!(outer_of(&second), outer.replace(":2", ":1").replace("2.2", "2.1"), "it follows");
     }
+    let shown = a.netns.run(|| Command::new("ip").args(["link", "show", "wg0"]).output()).unwrap().unwrap();
+    assert!(String::from_utf8_lossy(&shown.stdout).contains(" qlen 1000"), "a burst waits for the thread");
     let (first, second) = (status(&first), status(&second));
     assert!(first.sent > 1 << 20 && first.received > 1 << 20, "{first:?}");
     assert_eq!(second.config.allowed, a.peer().allowed);
