@@ -14,7 +14,7 @@ use flannel::backend::udp::{DropReason, Table, Verdict, inbound, outbound};
 use flannel::{Cidr, IfName, Subnet};
 use rustix::event::{PollFd, PollFlags};
 
-use crate::sys;
+use crate::sys::{self, Datagram, Received};
 
 /// The number of packets in a batch.
 pub(crate) const BATCH: usize = 64;
@@ -224,8 +224,8 @@ fn send_all(
             Verdict::Deliver => {}
         }
     }
-    let packets: Vec<(&[u8], SocketAddr)> = ready.iter().map(|(at, length, to)| (&buffers[*at][..*length], *to)).collect();
-    sys::send_many(socket.as_fd(), &packets);
+    let datagram = |(at, length, to): &(usize, usize, SocketAddr)| Datagram { bytes: &buffers[*at][..*length], to: *to, source: None };
+    sys::send_many(socket.as_fd(), &ready.iter().map(datagram).collect::<Vec<_>>());
     outcome
 }
 
@@ -233,9 +233,9 @@ fn send_all(
 fn deliver_all(mut device: &File, socket: &UdpSocket, shared: &Shared, buffers: &mut [Vec<u8>]) -> io::Result<()> {
     let received = sys::receive_many(socket.as_fd(), buffers)?;
     let table = shared.table.read().unwrap_or_else(PoisonError::into_inner);
-    for (buffer, (length, sender)) in buffers.iter_mut().zip(received) {
+    for (buffer, Received { length, from, .. }) in buffers.iter_mut().zip(received) {
         let packet = buffer.get_mut(..length).unwrap_or_default();
-        let IpAddr::V4(sender) = sender.ip() else { continue };
+        let IpAddr::V4(sender) = from.ip() else { continue };
         match inbound(packet, sender, &table, shared.local) {
             Verdict::Deliver => match device.write_all(packet) {
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),

@@ -33,7 +33,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 33] = [
+    let tests: [(&str, fn()); 34] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -62,6 +62,7 @@ fn main() {
         ("userspace_wireguard_carries_both_families", wireguard::two_devices_carry_both_families),
         ("userspace_wireguard_passes_only_own_addresses_of_a_peer", wireguard::only_own_addresses_of_a_peer_pass),
         ("userspace_wireguard_follows_changed_address", wireguard::peer_that_changes_its_address_is_followed),
+        ("userspace_wireguard_answers_from_the_address_that_was_asked", wireguard::answers_leave_from_the_address_that_the_peer_sends_to),
         ("userspace_wireguard_cuts_off_removed_peer", wireguard::removed_peer_is_cut_off),
         ("userspace_wireguard_needs_the_same_preshared_key", wireguard::peers_need_the_same_preshared_key),
         ("userspace_wireguard_recovers_from_restart_of_a_peer", wireguard::restarted_device_is_reached_again_within_seconds),

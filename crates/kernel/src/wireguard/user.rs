@@ -17,10 +17,10 @@ use flannel::wireguard::{PrivateKey, PublicKey};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{PeerConfig, PeerStatus};
-use crate::sys;
+use crate::sys::{self, Datagram, Received};
 use crate::tunnel::{BATCH, BUFFER, LARGEST, batch_buffers, open_device, while_open};
 use engine::{Engine, Packet};
-use peer::OVERHEAD;
+use peer::{Endpoint, OVERHEAD};
 
 /// The period of the timers of the protocol, whose shortest time is 5 s.
 const TICK: Duration = Duration::from_millis(250);
@@ -148,6 +148,8 @@ impl Transport {
         let fd = socket.as_fd();
         if v6 {
             sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 0)?;
+            // Answers leave from the address that the peer sent to, which its firewall expects.
+            sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
         }
         for (force, plain) in [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)] {
             sys::set_option(fd, libc::SOL_SOCKET, force, BUFFER).or_else(|_| sys::set_option(fd, libc::SOL_SOCKET, plain, BUFFER))?;
@@ -165,17 +167,18 @@ impl Transport {
         Ok(Transport { socket: self.socket.try_clone()?, v6: self.v6 })
     }
 
-    /// The form that the socket knows an address by.
-    fn address(&self, to: SocketAddr) -> SocketAddr {
-        match to {
-            SocketAddr::V4(to) if self.v6 => SocketAddrV6::new(to.ip().to_ipv6_mapped(), to.port(), 0, 0).into(),
-            _ => to,
-        }
+    fn datagram<'a>(&self, bytes: &'a [u8], to: Endpoint) -> Datagram<'a> {
+        let (remote, source) = match to.remote {
+            SocketAddr::V4(remote) if self.v6 => (SocketAddrV6::new(remote.ip().to_ipv6_mapped(), remote.port(), 0, 0).into(), to.local),
+            SocketAddr::V6(_) if self.v6 => (to.remote, to.local),
+            _ => (to.remote, None),
+        };
+        Datagram { bytes, to: remote, source }
     }
 
     /// Sends one datagram. An error (no route, no space) affects this one only.
-    fn send(&self, datagram: &[u8], to: SocketAddr) {
-        let _ = self.socket.send_to(datagram, self.address(to));
+    fn send(&self, bytes: &[u8], to: Endpoint) {
+        sys::send_many(self.socket.as_fd(), &[self.datagram(bytes, to)]);
     }
 }
 
@@ -204,9 +207,8 @@ fn send_all(mut device: &File, transport: &Transport, engine: &Engine, buffers: 
         }
     }
     let ready = engine.seal(&mut packets, sealed, Instant::now());
-    let datagrams: Vec<(&[u8], SocketAddr)> =
-        ready.iter().map(|(at, length, to)| (&sealed[*at][..*length], transport.address(*to))).collect();
-    sys::send_many(transport.socket.as_fd(), &datagrams);
+    let datagram = |(at, length, to): &(usize, usize, Endpoint)| transport.datagram(&sealed[*at][..*length], *to);
+    sys::send_many(transport.socket.as_fd(), &ready.iter().map(datagram).collect::<Vec<_>>());
     outcome
 }
 
@@ -214,8 +216,8 @@ fn send_all(mut device: &File, transport: &Transport, engine: &Engine, buffers: 
 fn deliver_all(mut device: &File, transport: &Transport, engine: &Engine, buffers: &mut [Vec<u8>], scratch: &mut [u8]) -> io::Result<()> {
     let received = sys::receive_many(transport.socket.as_fd(), buffers)?;
     let now = Instant::now();
-    for (buffer, (length, from)) in buffers.iter().zip(received) {
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+    for (buffer, Received { length, from, destination }) in buffers.iter().zip(received) {
+        let from = Endpoint::new(from, destination);
         let datagram = buffer.get(..length).unwrap_or_default();
         let Some(packet) = engine.open(datagram, from, now, scratch, &|datagram, to| transport.send(datagram, to)) else { continue };
         match device.write_all(packet) {

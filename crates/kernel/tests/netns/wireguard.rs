@@ -210,6 +210,26 @@ pub(crate) fn peer_that_changes_its_address_is_followed() {
     assert!(arrives(b, a), "answers go there");
 }
 
+pub(crate) fn answers_leave_from_the_address_that_the_peer_sends_to() {
+    let hosts = hosts();
+    let [a, b] = &hosts;
+    b.ip("addr add 192.0.2.22/24 dev eth0");
+    b.ip("addr add 2001:db8::22/64 dev eth0");
+    let [first, second] = [a.start(), b.start()];
+    second.set_peer(&PeerConfig { endpoint: None, ..a.peer() }).unwrap();
+    for outer in ["192.0.2.22", "2001:db8::22"] {
+        first.remove_peer(&b.key().public());
+        let endpoint = Some(SocketAddr::new(outer.parse().unwrap(), PORT));
+        first.set_peer(&PeerConfig { endpoint, ..b.peer() }).unwrap();
+        eventually("a packet arrives", || arrives(a, b));
+        assert!(arrives(b, a));
+        assert_eq!(status(&first).config.endpoint, endpoint, "not the first address of the host");
+    }
+    b.ip("addr del 2001:db8::22/64 dev eth0");
+    eventually("another address is used when that one is gone", || arrives(b, a));
+    assert_eq!(status(&first).config.endpoint, Some("[2001:db8::2]:51820".parse().unwrap()));
+}
+
 pub(crate) fn removed_peer_is_cut_off() {
     let hosts = hosts();
     let [a, b] = &hosts;

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use flannel::net::PrefixMap;
 use flannel::wireguard::{PrivateKey, PublicKey};
 
 use super::super::{PeerConfig, PeerStatus};
-use super::peer::{Identity, Kind, Peer};
+use super::peer::{Endpoint, Identity, Kind, Peer};
 use crate::tunnel::LARGEST;
 
 /// The number of handshake messages in a second from which on their senders must prove their addresses by a cookie. Each costs three
@@ -45,7 +45,7 @@ pub(super) struct Packet<'a> {
 }
 
 /// Sends a datagram.
-pub(super) type Send<'a> = &'a dyn Fn(&[u8], SocketAddr);
+pub(super) type Send<'a> = &'a dyn Fn(&[u8], Endpoint);
 
 struct Entry {
     peer: Arc<Peer>,
@@ -192,7 +192,7 @@ impl Engine {
 
     /// Encrypts packets for their peers, each into the buffer of `sealed` with the same number. Returns the number of the buffer, the
     /// length and the address of each datagram to send. A packet for a peer without a session is kept until there is one.
-    pub(super) fn seal(&self, packets: &mut [Packet<'_>], sealed: &mut [Vec<u8>], now: Instant) -> Vec<(usize, usize, SocketAddr)> {
+    pub(super) fn seal(&self, packets: &mut [Packet<'_>], sealed: &mut [Vec<u8>], now: Instant) -> Vec<(usize, usize, Endpoint)> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let peer = |packet: &Packet<'_>| table.routes.find(Tunn::dst_address(packet.buffer.get(..packet.length)?)?).cloned();
         let peers: Vec<Option<Arc<Peer>>> = packets.iter().map(peer).collect();
@@ -223,13 +223,13 @@ impl Engine {
     pub(super) fn open<'a>(
         &self,
         datagram: &[u8],
-        from: SocketAddr,
+        from: Endpoint,
         now: Instant,
         scratch: &'a mut [u8],
         send: Send<'_>,
     ) -> Option<&'a [u8]> {
         let mut cookie = [0; COOKIE];
-        let message = match self.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+        let message = match self.limiter.verify_packet(Some(from.remote.ip()), datagram, &mut cookie) {
             Ok(message) => message,
             Err(TunnResult::WriteToNetwork(cookie)) => {
                 send(cookie, from);
@@ -237,7 +237,7 @@ impl Engine {
             }
             Err(_) => return None,
         };
-        if matches!(message, Message::HandshakeInit(_) | Message::HandshakeResponse(_)) && !self.admits(from.ip(), now) {
+        if matches!(message, Message::HandshakeInit(_) | Message::HandshakeResponse(_)) && !self.admits(from.remote.ip(), now) {
             return None;
         }
         let by_index = |index: u32| {

@@ -1,7 +1,7 @@
 //! A peer: its session, the packets that wait for one, and its timers.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,30 @@ const LIFETIME: Duration = Duration::from_secs(180);
 pub(super) const BETWEEN_INITIATIONS: Duration = Duration::from_millis(20);
 /// The time between two attempts to begin a handshake with this peer, when the first was not answered as expected.
 const BETWEEN_ATTEMPTS: Duration = Duration::from_secs(1);
+/// The time after which a peer that receives data has sent something (`KEEPALIVE_TIMEOUT`).
+const SILENCE: Duration = Duration::from_secs(10);
 /// The change of the wall clock after which handshakes are stamped with the new time.
 const CLOCK_STEP: Duration = Duration::from_secs(10);
+
+/// Where a peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    /// Its address. Mapped ones are given as IPv4.
+    pub(super) remote: SocketAddr,
+    /// The address of this host that it sends to, from which it expects answers; IPv4 as mapped.
+    pub(super) local: Option<Ipv6Addr>,
+}
+
+impl Endpoint {
+    pub(super) fn new(remote: SocketAddr, local: Option<Ipv6Addr>) -> Endpoint {
+        let remote = match remote.ip().to_canonical() {
+            IpAddr::V4(ip) => SocketAddr::new(ip.into(), remote.port()),
+            // With its scope, which a link-local address needs.
+            IpAddr::V6(_) => remote,
+        };
+        Endpoint { remote, local }
+    }
+}
 
 /// The keys of this host.
 pub(super) struct Identity {
@@ -99,9 +121,10 @@ impl Peer {
             former: None,
             queue: VecDeque::new(),
             handshake: None,
-            accepted: None,
+            initiated: None,
             attempted: None,
             traffic: None,
+            accepted: None,
             greet,
             received: 0,
             sent: 0,
@@ -131,7 +154,7 @@ pub(super) struct State {
     index: u32,
     psk: Option<Secret>,
     keepalive: Duration,
-    endpoint: Option<SocketAddr>,
+    endpoint: Option<Endpoint>,
     /// Made when it is first needed: it costs a multiplication on the curve and some kilobytes.
     tunn: Option<Session>,
     /// The session with the former preshared key, and when it ends.
@@ -141,11 +164,13 @@ pub(super) struct State {
     /// When the last handshake was completed.
     handshake: Option<Instant>,
     /// When the last handshake of the peer was accepted.
-    accepted: Option<Instant>,
+    initiated: Option<Instant>,
     /// When this host last attempted a handshake outside of the library's own repetitions.
     attempted: Option<Instant>,
     /// When a datagram was last sent or accepted; `None`: a keepalive packet is due.
     traffic: Option<Instant>,
+    /// When a datagram was last accepted.
+    accepted: Option<Instant>,
     greet: bool,
     received: u64,
     sent: u64,
@@ -157,7 +182,10 @@ impl State {
     }
 
     pub(super) fn configure(&mut self, endpoint: Option<SocketAddr>, keepalive: u16) {
-        self.endpoint = endpoint.map(|to| SocketAddr::new(to.ip().to_canonical(), to.port())).or(self.endpoint);
+        let endpoint = endpoint.map(|remote| Endpoint::new(remote, None));
+        if endpoint.is_some_and(|new| self.endpoint.is_none_or(|old| old.remote != new.remote)) {
+            self.endpoint = endpoint;
+        }
         let keepalive = Duration::from_secs(keepalive.into());
         if self.keepalive.is_zero() && !keepalive.is_zero() {
             self.traffic = None;
@@ -179,7 +207,13 @@ impl State {
         let keepalive = u16::try_from(self.keepalive.as_secs()).unwrap_or(u16::MAX);
         let age = self.tunn.as_ref().and_then(|session| session.tunn.time_since_last_handshake());
         PeerStatus {
-            config: PeerConfig { public_key, psk: self.psk.clone(), endpoint: self.endpoint, allowed, keepalive },
+            config: PeerConfig {
+                public_key,
+                psk: self.psk.clone(),
+                endpoint: self.endpoint.map(|endpoint| endpoint.remote),
+                allowed,
+                keepalive,
+            },
             handshake: age.or_else(|| self.handshake.map(|at| at.elapsed())),
             received: self.received,
             sent: self.sent,
@@ -208,7 +242,7 @@ impl State {
     }
 
     /// Encrypts a packet, or keeps it and begins a handshake. Returns the length of the datagram, which may be either, and its address.
-    pub(super) fn seal(&mut self, path: Path, packet: &[u8], out: &mut [u8], now: Instant) -> Option<(usize, SocketAddr)> {
+    pub(super) fn seal(&mut self, path: Path, packet: &[u8], out: &mut [u8], now: Instant) -> Option<(usize, Endpoint)> {
         let to = self.endpoint?;
         let session = match path {
             Path::Present => self.tunn.as_mut(),
@@ -247,13 +281,13 @@ impl State {
         &mut self,
         kind: Kind,
         datagram: &[u8],
-        from: SocketAddr,
+        from: Endpoint,
         now: Instant,
         scratch: &mut [u8],
         send: Send<'_>,
     ) -> Option<(usize, IpAddr)> {
         let tunn = match kind {
-            Kind::Initiation if self.accepted.is_some_and(|at| now.saturating_duration_since(at) < BETWEEN_INITIATIONS) => return None,
+            Kind::Initiation if self.initiated.is_some_and(|at| now.saturating_duration_since(at) < BETWEEN_INITIATIONS) => return None,
             Kind::Initiation => self.tunn(),
             Kind::Session(index) | Kind::Cookie(index) => {
                 let sessions = self.tunn.iter_mut().chain(self.former.iter_mut().map(|(session, _)| session));
@@ -261,7 +295,7 @@ impl State {
             }
         };
         let mut reply = 0;
-        let packet = match tunn.decapsulate(Some(from.ip()), datagram, scratch) {
+        let packet = match tunn.decapsulate(Some(from.remote.ip()), datagram, scratch) {
             TunnResult::WriteToTunnelV4(packet, source) => Some((packet.len(), IpAddr::V4(source))),
             TunnResult::WriteToTunnelV6(packet, source) => Some((packet.len(), IpAddr::V6(source))),
             TunnResult::WriteToNetwork(datagram) => {
@@ -275,9 +309,9 @@ impl State {
             return None;
         }
         self.received += u64::try_from(datagram.len()).unwrap_or(0);
-        (self.endpoint, self.traffic) = (Some(from), Some(now));
+        (self.endpoint, self.traffic, self.accepted) = (Some(from), Some(now), Some(now));
         if kind == Kind::Initiation {
-            self.accepted = Some(now);
+            self.initiated = Some(now);
         }
         if reply > 0 {
             send(&scratch[..reply], from);
@@ -322,12 +356,17 @@ impl State {
                 self.greet = true;
             }
         }
-        let Some(to) = self.endpoint else { return };
+        let elapsed = |at: Option<Instant>| at.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+        let Some(to) = &mut self.endpoint else { return };
+        if length > 0 && elapsed(self.accepted) >= SILENCE {
+            // It does not answer: the address of this host may be one that does not lead to it any more.
+            to.local = None;
+        }
+        let to = *to;
         if length > 0 {
             send(&scratch[..length], to);
             self.count_sent(length, now);
         }
-        let elapsed = |at: Option<Instant>| at.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
         let keepalive = !self.keepalive.is_zero() && elapsed(self.traffic) >= self.keepalive;
         let path = self.path();
         let datagram = if path == Path::Present {

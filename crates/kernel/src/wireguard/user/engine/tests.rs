@@ -1,5 +1,6 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 
 use boringtun::x25519;
 use flannel::wireguard::Secret;
@@ -56,21 +57,21 @@ impl Host {
         let mut sealed = vec![vec![0; packet.len() + OVERHEAD]];
         let packets = &mut [Packet { buffer: &mut buffer, length: packet.len() }];
         for (at, length, to) in self.engine.seal(packets, &mut sealed, self.now) {
-            self.sent.borrow_mut().push_back((sealed[at][..length].to_vec(), to));
+            self.sent.borrow_mut().push_back((sealed[at][..length].to_vec(), to.remote));
         }
     }
 
     fn open(&self, datagram: &[u8], from: SocketAddr) {
         let mut scratch = vec![0; LARGEST + OVERHEAD];
-        let send = |datagram: &[u8], to| self.sent.borrow_mut().push_back((datagram.to_vec(), to));
-        if let Some(packet) = self.engine.open(datagram, from, self.now, &mut scratch, &send) {
+        let send = |datagram: &[u8], to: Endpoint| self.sent.borrow_mut().push_back((datagram.to_vec(), to.remote));
+        if let Some(packet) = self.engine.open(datagram, Endpoint::new(from, None), self.now, &mut scratch, &send) {
             self.delivered.borrow_mut().push(packet.to_vec());
         }
     }
 
     fn tick(&self) {
         let mut scratch = vec![0; LARGEST + OVERHEAD];
-        let send = |datagram: &[u8], to| self.sent.borrow_mut().push_back((datagram.to_vec(), to));
+        let send = |datagram: &[u8], to: Endpoint| self.sent.borrow_mut().push_back((datagram.to_vec(), to.remote));
         self.engine.tick(self.now, &mut scratch, &send);
     }
 
