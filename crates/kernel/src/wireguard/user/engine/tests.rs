@@ -185,6 +185,7 @@ fn queue_keeps_the_newest_packets() {
 #[test]
 fn packet_whose_source_is_not_the_peers_is_dropped() {
     let (a, b) = pair();
+    b.engine.set_peer(&Host::new(3).config()).unwrap();
     a.seal(&between(&a, &b, b"good"));
     for source in ["10.1.2.9", "10.1.3.2", "192.0.2.1", "0.0.0.0"] {
         a.seal(&packet(source.parse().unwrap(), b.pod(), b"bad"));
