@@ -12,8 +12,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use flannel::IfName;
 use flannel::wireguard::{PrivateKey, PublicKey};
+use flannel::{IfName, Subnet};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::{PeerConfig, PeerStatus};
@@ -100,14 +100,38 @@ impl Userspace {
         self.engine.set_mtu(mtu);
     }
 
+    /// Gives the device another private key, which is used from the next handshakes on; they begin soon. Sessions go on until then, for
+    /// at most their lifetime. A peer whose key is the new one is removed.
+    pub fn set_key(&self, key: &PrivateKey) {
+        self.engine.set_key(key, Instant::now());
+    }
+
     /// Adds a peer, or changes the one with this key; its session is kept, also if the preshared key is another: that is used from the
-    /// next handshake on, which begins at once. A subnet that was another peer's moves to this one. Without an endpoint, the known one
-    /// is kept.
+    /// next handshake on, which begins soon. The peer has the stated subnets and no others; a subnet that was another peer's moves to
+    /// this one. Without an endpoint, the known one is kept.
     ///
     /// # Errors
     /// When the key is this device's own.
     pub fn set_peer(&self, peer: &PeerConfig) -> io::Result<()> {
-        self.engine.set_peer(peer)
+        self.engine.set_peer(peer, true)
+    }
+
+    /// The same, but the peer keeps the subnets that it has.
+    ///
+    /// # Errors
+    /// When the key is this device's own.
+    pub fn update_peer(&self, peer: &PeerConfig) -> io::Result<()> {
+        self.engine.set_peer(peer, false)
+    }
+
+    /// Gives a subnet to a peer, and takes it from the one that has it. Returns whether the peer exists.
+    pub fn allow(&self, peer: &PublicKey, subnet: Subnet) -> bool {
+        self.engine.allow(peer, subnet)
+    }
+
+    /// Takes a subnet from the peer that has it.
+    pub fn forbid(&self, subnet: Subnet) {
+        self.engine.forbid(subnet);
     }
 
     /// Removes a peer and its session. Returns whether there was one with this key.

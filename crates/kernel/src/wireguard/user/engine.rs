@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet as Message, Tunn, TunnResult};
 use flannel::Subnet;
 use flannel::net::PrefixMap;
@@ -21,7 +20,7 @@ use crate::tunnel::LARGEST;
 
 /// The number of handshake messages in a second from which on their senders must prove their addresses by a cookie. Each costs three
 /// to five multiplications on the curve, about 0.3 ms.
-const HANDSHAKES: u64 = 500;
+pub(super) const HANDSHAKES: u64 = 500;
 /// The number of handshake messages in a second that are accepted from one address under load (the kernel's `ratelimiter.c`).
 const HANDSHAKES_OF_SOURCE: u32 = 20;
 /// Packet numbers from here on are refused, as the protocol demands (section 6.5 of its paper); the library's own arithmetic would
@@ -74,6 +73,54 @@ impl Table {
     }
 }
 
+impl Table {
+    /// Gives a subnet to a peer, and takes it from the one that has it. Returns whether the peer exists.
+    fn allow(&mut self, key: &PublicKey, subnet: Subnet) -> bool {
+        let Some(entry) = self.peers.get_mut(key) else { return false };
+        entry.allowed.insert(subnet);
+        let peer = entry.peer.clone();
+        if let Some(before) = self.routes.insert(subnet, peer.clone())
+            && !Arc::ptr_eq(&before, &peer)
+            && let Some(entry) = self.peers.get_mut(&before.key)
+        {
+            entry.allowed.remove(&subnet);
+        }
+        true
+    }
+
+    fn forbid(&mut self, subnet: Subnet) {
+        if let Some(peer) = self.routes.remove(subnet)
+            && let Some(entry) = self.peers.get_mut(&peer.key)
+        {
+            entry.allowed.remove(&subnet);
+        }
+    }
+
+    /// Gives the next session of a peer a number of its own.
+    fn renew_index(&mut self, key: &PublicKey) -> u32 {
+        let index = self.free_index();
+        if let Some(entry) = self.peers.get_mut(key) {
+            self.by_index.insert(index, entry.peer.clone());
+            entry.indexes.push(index);
+            if entry.indexes.len() > 2 {
+                self.by_index.remove(&entry.indexes.remove(0));
+            }
+        }
+        index
+    }
+
+    fn remove(&mut self, key: &PublicKey) -> bool {
+        let Some(entry) = self.peers.remove(key) else { return false };
+        for subnet in entry.allowed {
+            self.routes.remove(subnet);
+        }
+        for index in entry.indexes {
+            self.by_index.remove(&index);
+        }
+        true
+    }
+}
+
 /// The handshake messages of the present second.
 #[derive(Default)]
 struct Load {
@@ -84,8 +131,7 @@ struct Load {
 
 /// All peers of a device and their sessions.
 pub(super) struct Engine {
-    identity: Arc<Identity>,
-    limiter: RateLimiter,
+    identity: RwLock<Arc<Identity>>,
     load: Mutex<Load>,
     table: RwLock<Table>,
     mtu: AtomicUsize,
@@ -100,12 +146,10 @@ impl std::fmt::Debug for Engine {
 
 impl Engine {
     pub(super) fn new(key: &PrivateKey, mtu: u32) -> Engine {
-        let identity = Arc::new(Identity::new(key));
         // A restarted process begins elsewhere, so that a datagram of an old session rarely meets a new one.
         let next_index = std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.subsec_micros());
         let engine = Engine {
-            limiter: RateLimiter::new(&identity.public, HANDSHAKES),
-            identity,
+            identity: RwLock::new(Arc::new(Identity::new(key))),
             load: Mutex::default(),
             table: RwLock::new(Table { next_index, ..Table::default() }),
             mtu: AtomicUsize::new(0),
@@ -116,72 +160,73 @@ impl Engine {
     }
 
     pub(super) fn public_key(&self) -> PublicKey {
-        PublicKey(self.identity.public.to_bytes())
+        self.identity().key
+    }
+
+    fn identity(&self) -> Arc<Identity> {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn set_mtu(&self, mtu: u32) {
         self.mtu.store(usize::try_from(mtu).unwrap_or(LARGEST).min(LARGEST), Ordering::Relaxed);
     }
 
-    pub(super) fn set_peer(&self, config: &PeerConfig) -> io::Result<()> {
-        if config.public_key == self.public_key() {
+    pub(super) fn set_key(&self, key: &PrivateKey, now: Instant) {
+        let identity = Arc::new(Identity::new(key));
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.remove(&identity.key);
+        let peers: Vec<Arc<Peer>> = table.peers.values().map(|entry| entry.peer.clone()).collect();
+        for peer in peers {
+            let index = table.renew_index(&peer.key);
+            peer.lock().change_identity(identity.clone(), index, now);
+        }
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
+    }
+
+    pub(super) fn set_peer(&self, config: &PeerConfig, replace: bool) -> io::Result<()> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let identity = self.identity();
+        if config.public_key == identity.key {
             let text = format!("cannot add WireGuard peer {}: this is the device's own key", config.public_key);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let table = &mut *table;
         let known = table.peers.get(&config.public_key).map(|entry| entry.peer.clone());
         let peer = if let Some(peer) = known {
             if peer.lock().psk() != config.psk.as_ref() {
-                let index = table.free_index();
-                table.by_index.insert(index, peer.clone());
-                if let Some(entry) = table.peers.get_mut(&config.public_key) {
-                    entry.indexes.push(index);
-                    if entry.indexes.len() > 2 {
-                        table.by_index.remove(&entry.indexes.remove(0));
-                    }
-                }
+                let index = table.renew_index(&config.public_key);
                 peer.lock().change_psk(config.psk.clone(), index, Instant::now());
             }
             peer
         } else {
             let index = table.free_index();
             let greet = self.started.elapsed() < GREETING_TIME;
-            let peer = Arc::new(Peer::new(self.identity.clone(), config, index, greet));
+            let peer = Arc::new(Peer::new(identity, config, index, greet));
             table.by_index.insert(index, peer.clone());
             let entry = Entry { peer: peer.clone(), allowed: BTreeSet::new(), indexes: vec![index] };
             table.peers.insert(config.public_key, entry);
             peer
         };
         peer.lock().configure(config.endpoint, config.keepalive);
-        let allowed: BTreeSet<Subnet> = config.allowed.iter().copied().collect();
-        if let Some(entry) = table.peers.get_mut(&config.public_key) {
-            for gone in entry.allowed.difference(&allowed) {
-                table.routes.remove(*gone);
-            }
-            entry.allowed.clone_from(&allowed);
+        let had = table.peers.get(&config.public_key).map(|entry| entry.allowed.clone()).unwrap_or_default();
+        for gone in had.into_iter().filter(|subnet| replace && !config.allowed.contains(subnet)) {
+            table.forbid(gone);
         }
-        for subnet in allowed {
-            let Some(before) = table.routes.insert(subnet, peer.clone()) else { continue };
-            if !Arc::ptr_eq(&before, &peer)
-                && let Some(entry) = table.peers.get_mut(&before.key)
-            {
-                entry.allowed.remove(&subnet);
-            }
+        for subnet in &config.allowed {
+            table.allow(&config.public_key, *subnet);
         }
         Ok(())
     }
 
     pub(super) fn remove_peer(&self, key: &PublicKey) -> bool {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(entry) = table.peers.remove(key) else { return false };
-        for subnet in entry.allowed {
-            table.routes.remove(subnet);
-        }
-        for index in entry.indexes {
-            table.by_index.remove(&index);
-        }
-        true
+        self.table.write().unwrap_or_else(PoisonError::into_inner).remove(key)
+    }
+
+    pub(super) fn allow(&self, key: &PublicKey, subnet: Subnet) -> bool {
+        self.table.write().unwrap_or_else(PoisonError::into_inner).allow(key, subnet)
+    }
+
+    pub(super) fn forbid(&self, subnet: Subnet) {
+        self.table.write().unwrap_or_else(PoisonError::into_inner).forbid(subnet);
     }
 
     pub(super) fn peers(&self) -> Vec<PeerStatus> {
@@ -229,7 +274,8 @@ impl Engine {
         send: Send<'_>,
     ) -> Option<&'a [u8]> {
         let mut cookie = [0; COOKIE];
-        let message = match self.limiter.verify_packet(Some(from.remote.ip()), datagram, &mut cookie) {
+        let identity = self.identity();
+        let message = match identity.limiter.verify_packet(Some(from.remote.ip()), datagram, &mut cookie) {
             Ok(message) => message,
             Err(TunnResult::WriteToNetwork(cookie)) => {
                 send(cookie, from);
@@ -246,7 +292,7 @@ impl Engine {
         };
         let (peer, kind) = match message {
             Message::HandshakeInit(init) => {
-                let half = parse_handshake_anon(&self.identity.private, &self.identity.public, &init).ok()?;
+                let half = parse_handshake_anon(&identity.private, &identity.public, &init).ok()?;
                 let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
                 (table.peers.get(&PublicKey(half.peer_static_public)).map(|entry| entry.peer.clone()), Kind::Initiation)
             }
@@ -289,11 +335,12 @@ impl Engine {
 
     /// Does what is due: handshakes, their repetition, keepalive packets. To be called a few times a second.
     pub(super) fn tick(&self, now: Instant, scratch: &mut [u8], send: Send<'_>) {
-        self.limiter.reset_count();
+        let identity = self.identity();
+        identity.limiter.reset_count();
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let peers: Vec<Arc<Peer>> = table.peers.values().map(|entry| entry.peer.clone()).collect();
         drop(table);
-        let offset = self.identity.clock_offset();
+        let offset = identity.clock_offset();
         let mut starts = STARTS;
         for peer in peers {
             peer.lock().tick(now, offset, &mut starts, scratch, send);

@@ -13,7 +13,7 @@ use flannel::Subnet;
 use flannel::wireguard::{PrivateKey, PublicKey, Secret};
 
 use super::super::{PeerConfig, PeerStatus};
-use super::engine::Send;
+use super::engine::{HANDSHAKES, Send};
 
 /// The bytes that a buffer must have in addition to a packet. The protocol adds 32; the library wants 148 for a handshake.
 pub(super) const OVERHEAD: usize = 160;
@@ -54,6 +54,10 @@ impl Endpoint {
 pub(super) struct Identity {
     pub(super) private: x25519::StaticSecret,
     pub(super) public: x25519::PublicKey,
+    /// The same, in this project's type.
+    pub(super) key: PublicKey,
+    /// Checks the handshake messages of all senders.
+    pub(super) limiter: RateLimiter,
     /// The engine has checked each message already, so that sessions accept all.
     unlimited: Arc<RateLimiter>,
     started: Instant,
@@ -64,7 +68,8 @@ impl Identity {
         let private = x25519::StaticSecret::from(*key.bytes());
         let public = x25519::PublicKey::from(&private);
         let unlimited = Arc::new(RateLimiter::new(&public, u64::MAX));
-        Identity { private, public, unlimited, started: Instant::now() }
+        let limiter = RateLimiter::new(&public, HANDSHAKES);
+        Identity { private, public, key: PublicKey(public.to_bytes()), limiter, unlimited, started: Instant::now() }
     }
 
     /// The wall clock minus the monotonic clock: it grows when the wall clock is set forward.
@@ -95,7 +100,7 @@ pub(super) enum Kind {
 pub(super) enum Path {
     /// The present one.
     Present,
-    /// The one with the former preshared key.
+    /// The one with the former keys.
     Former,
     /// There is none.
     None,
@@ -157,7 +162,7 @@ pub(super) struct State {
     endpoint: Option<Endpoint>,
     /// Made when it is first needed: it costs a multiplication on the curve and some kilobytes.
     tunn: Option<Session>,
-    /// The session with the former preshared key, and when it ends.
+    /// The session with the former keys, and when it ends.
     former: Option<(Session, Instant)>,
     /// The packets that wait for a session, the oldest first.
     queue: VecDeque<Vec<u8>>,
@@ -193,14 +198,25 @@ impl State {
         self.keepalive = keepalive;
     }
 
-    /// Uses another preshared key from the next handshake on, which begins soon. The present session goes on until then, for at most
-    /// its lifetime.
+    /// Uses another preshared key from the next handshake on.
     pub(super) fn change_psk(&mut self, psk: Option<Secret>, index: u32, now: Instant) {
+        self.psk = psk;
+        self.renew(index, now);
+    }
+
+    /// Uses another key of this host from the next handshake on.
+    pub(super) fn change_identity(&mut self, identity: Arc<Identity>, index: u32, now: Instant) {
+        self.identity = identity;
+        self.renew(index, now);
+    }
+
+    /// Begins a handshake soon. The present session goes on until then, for at most its lifetime.
+    fn renew(&mut self, index: u32, now: Instant) {
         let age = self.tunn.as_ref().and_then(|session| session.tunn.time_since_last_handshake());
-        if let (Some(age), Some(session)) = (age, self.tunn.take()) {
+        if let (Some(session), Some(age)) = (self.tunn.take(), age) {
             self.former = Some((session, now + LIFETIME.saturating_sub(age)));
         }
-        (self.psk, self.index, self.greet) = (psk, index, true);
+        (self.index, self.greet) = (index, true);
     }
 
     pub(super) fn status(&self, public_key: PublicKey, allowed: Vec<Subnet>) -> PeerStatus {

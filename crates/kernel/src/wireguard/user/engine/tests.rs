@@ -109,8 +109,8 @@ fn exchange(a: &Host, b: &Host) -> Vec<u8> {
 
 fn pair() -> (Host, Host) {
     let (a, b) = (Host::new(1), Host::new(2));
-    a.engine.set_peer(&b.config()).unwrap();
-    b.engine.set_peer(&a.config()).unwrap();
+    a.engine.set_peer(&b.config(), true).unwrap();
+    b.engine.set_peer(&a.config(), true).unwrap();
     (a, b)
 }
 
@@ -185,7 +185,7 @@ fn queue_keeps_the_newest_packets() {
 #[test]
 fn packet_whose_source_is_not_the_peers_is_dropped() {
     let (a, b) = pair();
-    b.engine.set_peer(&Host::new(3).config()).unwrap();
+    b.engine.set_peer(&Host::new(3).config(), true).unwrap();
     a.seal(&between(&a, &b, b"good"));
     for source in ["10.1.2.9", "10.1.3.2", "192.0.2.1", "0.0.0.0"] {
         a.seal(&packet(source.parse().unwrap(), b.pod(), b"bad"));
@@ -203,7 +203,7 @@ fn packet_without_peer_or_endpoint_is_dropped() {
     a.seal(&[0x45, 0]);
     a.seal(&[0x60; 39]);
     let c = Host::new(3);
-    a.engine.set_peer(&PeerConfig { endpoint: None, ..c.config() }).unwrap();
+    a.engine.set_peer(&PeerConfig { endpoint: None, ..c.config() }, true).unwrap();
     a.seal(&between(&a, &c, b"where?"));
     a.tick();
     assert_eq!(a.discard(), [1], "the greeting of the peer with an endpoint");
@@ -216,7 +216,7 @@ fn longest_prefix_wins_and_a_subnet_moves_to_the_peer_set_last() {
     let c = Host::new(3);
     let mut config = c.config();
     config.allowed = vec!["10.1.2.128/25".parse().unwrap(), "fd00:2::/64".parse().unwrap()];
-    a.engine.set_peer(&config).unwrap();
+    a.engine.set_peer(&config, true).unwrap();
     let target = |address: &str| {
         let family = if address.contains(':') { "fd00:1::1" } else { "10.1.1.1" };
         a.seal(&packet(family.parse().unwrap(), address.parse().unwrap(), b"x"));
@@ -229,14 +229,60 @@ fn longest_prefix_wins_and_a_subnet_moves_to_the_peer_set_last() {
     assert_eq!(allowed(&c), ["10.1.2.128/25", "fd00:2::/64"]);
     // What moved away is not removed with its former owner.
     assert!(a.engine.remove_peer(&b.engine.public_key()));
-    a.engine.set_peer(&b.config()).unwrap();
+    a.engine.set_peer(&b.config(), true).unwrap();
     assert_eq!(allowed(&c), ["10.1.2.128/25"]);
     a.engine.remove_peer(&b.engine.public_key());
     assert_eq!(target("10.1.2.127"), None);
     assert!(!a.engine.remove_peer(&b.engine.public_key()));
     // A subnet that is left out is routed no more.
-    a.engine.set_peer(&PeerConfig { allowed: Vec::new(), ..config }).unwrap();
+    a.engine.set_peer(&PeerConfig { allowed: Vec::new(), ..config }, true).unwrap();
     assert_eq!((target("10.1.2.128"), allowed(&c)), (None, vec![]));
+}
+
+#[test]
+fn single_subnets_are_given_and_taken() {
+    let (a, b) = pair();
+    let c = Host::new(3);
+    a.engine.set_peer(&PeerConfig { allowed: Vec::new(), ..c.config() }, true).unwrap();
+    let allowed = |host| a.status(host).config.allowed.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let (subnet, v6) = ("10.1.2.0/24".parse().unwrap(), "fd00:2::/64".parse().unwrap());
+    assert!(a.engine.allow(&c.engine.public_key(), subnet));
+    assert_eq!((allowed(&b), allowed(&c)), (vec!["fd00:2::/64".to_owned()], vec!["10.1.2.0/24".to_owned()]));
+    a.engine.set_peer(&PeerConfig { allowed: Vec::new(), keepalive: 9, ..c.config() }, false).unwrap();
+    assert_eq!((allowed(&c), a.status(&c).config.keepalive), (vec!["10.1.2.0/24".to_owned()], 9));
+    a.engine.forbid(subnet);
+    a.engine.forbid(subnet);
+    a.engine.forbid(v6);
+    assert_eq!((allowed(&b), allowed(&c)), (vec![], vec![]));
+    assert!(!a.engine.allow(&key(4).public(), subnet), "there is no such peer");
+    a.seal(&between(&a, &b, b"x"));
+    assert_eq!(a.discard(), [0; 0]);
+}
+
+#[test]
+fn changed_private_key_is_used_without_a_lost_packet() {
+    let (a, mut b) = pair();
+    a.seal(&between(&a, &b, b"one"));
+    exchange(&a, &b);
+    let new = Host::new(9);
+    a.engine.set_peer(&new.config(), true).unwrap();
+    a.engine.set_key(&key(9), a.now);
+    assert_eq!(a.engine.public_key(), key(9).public());
+    assert_eq!(a.engine.peers().len(), 1, "it is no peer of itself");
+    // Until the other host knows the key, the session goes on.
+    a.tick();
+    a.seal(&between(&a, &b, b"two"));
+    b.seal(&between(&b, &a, b"three"));
+    exchange(&a, &b);
+    assert_eq!((a.take().len(), b.take().len()), (1, 2));
+    b.engine.set_peer(&a.config(), true).unwrap();
+    b.engine.remove_peer(&key(1).public());
+    b.now += BETWEEN_INITIATIONS;
+    b.seal(&between(&b, &a, b"four"));
+    exchange(&a, &b);
+    a.seal(&between(&a, &b, b"five"));
+    exchange(&a, &b);
+    assert_eq!((a.take(), b.take()), (vec![between(&b, &a, b"four")], vec![between(&a, &b, b"five")]));
 }
 
 #[test]
@@ -252,7 +298,7 @@ fn removed_peer_neither_sends_nor_receives() {
     assert_eq!((a.take(), b.take(), b.engine.peers()), (vec![], vec![], vec![]));
     // Nor can it begin a handshake.
     let again = Host::new(1);
-    again.engine.set_peer(&b.config()).unwrap();
+    again.engine.set_peer(&b.config(), true).unwrap();
     again.seal(&between(&again, &b, b"four"));
     assert_eq!(exchange(&again, &b), [1]);
 }
@@ -279,9 +325,9 @@ fn endpoint_follows_authenticated_datagrams_only() {
     assert_eq!(b.sent.take()[0].1, elsewhere);
     assert_eq!(b.take().len(), 2);
     // The settings win again when they are set, and mapped addresses are IPv4.
-    b.engine.set_peer(&PeerConfig { endpoint: Some("[::ffff:192.0.2.1]:51820".parse().unwrap()), ..a.config() }).unwrap();
+    b.engine.set_peer(&PeerConfig { endpoint: Some("[::ffff:192.0.2.1]:51820".parse().unwrap()), ..a.config() }, true).unwrap();
     assert_eq!(b.status(&a).config.endpoint, Some(a.address));
-    b.engine.set_peer(&PeerConfig { endpoint: None, ..a.config() }).unwrap();
+    b.engine.set_peer(&PeerConfig { endpoint: None, ..a.config() }, true).unwrap();
     assert_eq!(b.status(&a).config.endpoint, Some(a.address));
 }
 
@@ -293,7 +339,7 @@ fn changed_settings_keep_the_session() {
     let mut config = b.config();
     config.allowed.push("10.2.0.0/16".parse().unwrap());
     config.keepalive = 25;
-    a.engine.set_peer(&config).unwrap();
+    a.engine.set_peer(&config, true).unwrap();
     assert_eq!(a.status(&b).config, PeerConfig { allowed: a.status(&b).config.allowed, ..config });
     b.take();
     a.seal(&between(&a, &b, b"two"));
@@ -307,14 +353,14 @@ fn changed_psk_is_used_without_a_lost_packet() {
     a.seal(&between(&a, &b, b"one"));
     exchange(&a, &b);
     let psk = Some(Secret::new([9; 32]));
-    a.engine.set_peer(&PeerConfig { psk: psk.clone(), ..b.config() }).unwrap();
+    a.engine.set_peer(&PeerConfig { psk: psk.clone(), ..b.config() }, true).unwrap();
     // Until the other host has it, the session goes on, although handshakes fail.
     a.tick();
     a.seal(&between(&a, &b, b"two"));
     b.seal(&between(&b, &a, b"three"));
     exchange(&a, &b);
     assert_eq!((a.take().len(), b.take().len()), (1, 2));
-    b.engine.set_peer(&PeerConfig { psk, ..a.config() }).unwrap();
+    b.engine.set_peer(&PeerConfig { psk, ..a.config() }, true).unwrap();
     b.seal(&between(&b, &a, b"four"));
     b.tick();
     assert_eq!(b.sent.borrow()[1].0[0], 1, "the next handshake begins at once");
@@ -325,7 +371,7 @@ fn changed_psk_is_used_without_a_lost_packet() {
     // Both use the new one: a host that knows only the former cannot.
     b.now += BETWEEN_INITIATIONS;
     let former = Host::new(1);
-    former.engine.set_peer(&b.config()).unwrap();
+    former.engine.set_peer(&b.config(), true).unwrap();
     former.seal(&between(&former, &b, b"six"));
     assert_eq!(exchange(&former, &b), [1, 2]);
     assert_eq!(b.take(), Vec::<Vec<u8>>::new());
@@ -338,7 +384,7 @@ fn restarted_host_is_reached_again_without_traffic_of_its_own() {
     exchange(&a, &b);
     b.take();
     let b = Host::new(2);
-    b.engine.set_peer(&a.config()).unwrap();
+    b.engine.set_peer(&a.config(), true).unwrap();
     a.seal(&between(&a, &b, b"lost"));
     b.tick();
     exchange(&a, &b);
@@ -350,7 +396,7 @@ fn restarted_host_is_reached_again_without_traffic_of_its_own() {
 #[test]
 fn keepalive_is_sent_in_silence() {
     let (mut a, b) = pair();
-    a.engine.set_peer(&PeerConfig { keepalive: 25, ..b.config() }).unwrap();
+    a.engine.set_peer(&PeerConfig { keepalive: 25, ..b.config() }, true).unwrap();
     a.tick();
     assert_eq!(exchange(&a, &b), [1, 2, 4], "the first handshake needs no packet");
     let start = a.now;
@@ -370,7 +416,7 @@ fn keepalive_is_sent_in_silence() {
 fn timer_starts_a_limited_number_of_handshakes() {
     let a = Host::new(1);
     for number in 10..=250 {
-        a.engine.set_peer(&Host::new(number).config()).unwrap();
+        a.engine.set_peer(&Host::new(number).config(), true).unwrap();
     }
     a.tick();
     assert_eq!(a.discard().len(), usize::try_from(STARTS).unwrap());
@@ -381,7 +427,7 @@ fn timer_starts_a_limited_number_of_handshakes() {
 #[test]
 fn own_key_is_refused() {
     let a = Host::new(1);
-    let error = a.engine.set_peer(&a.config()).unwrap_err();
+    let error = a.engine.set_peer(&a.config(), true).unwrap_err();
     assert_eq!(error.to_string(), format!("cannot add WireGuard peer {}: this is the device's own key", key(1).public()));
 }
 
