@@ -173,6 +173,24 @@ fn handshakes_that_cross_still_deliver_all_packets() {
 }
 
 #[test]
+fn lost_handshake_is_repeated_after_five_seconds() {
+    let (a, b) = pair();
+    a.seal(&between(&a, &b, b"patient"));
+    assert_eq!(a.discard(), [1], "lost");
+    let start = Instant::now();
+    while a.sent.borrow().is_empty() {
+        assert!(start.elapsed() < Duration::from_secs(10), "nothing is repeated");
+        std::thread::sleep(Duration::from_millis(50));
+        a.tick();
+        a.seal(&between(&a, &b, b"more"));
+        a.sent.borrow_mut().retain(|(datagram, _)| datagram[0] == 1);
+    }
+    assert!(start.elapsed() > Duration::from_millis(4900), "{:?}", start.elapsed());
+    exchange(&a, &b);
+    assert_eq!(b.take()[..2], [between(&a, &b, b"patient"), between(&a, &b, b"more")]);
+}
+
+#[test]
 fn queue_keeps_the_newest_packets() {
     let (a, b) = pair();
     for i in 0..300_u16 {
