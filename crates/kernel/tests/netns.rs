@@ -33,7 +33,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 35] = [
+    let tests: [(&str, fn()); 36] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -65,6 +65,7 @@ fn main() {
         ("userspace_wireguard_answers_from_the_address_that_was_asked", wireguard::answers_leave_from_the_address_that_the_peer_sends_to),
         ("userspace_wireguard_cuts_off_removed_peer", wireguard::removed_peer_is_cut_off),
         ("userspace_wireguard_needs_the_same_preshared_key", wireguard::peers_need_the_same_preshared_key),
+        ("userspace_wireguard_loses_no_packet_by_changes", wireguard::changes_lose_no_packet),
         ("userspace_wireguard_recovers_from_restart_of_a_peer", wireguard::restarted_device_is_reached_again_within_seconds),
         ("userspace_wireguard_works_without_ipv6", wireguard::a_host_without_ipv6_is_served),
         ("userspace_wireguard_reports_failures", wireguard::port_in_use_and_deleted_device_are_reported),

@@ -264,6 +264,62 @@ pub(crate) fn peers_need_the_same_preshared_key() {
     assert!(arrives(a, b) && arrives(b, a));
 }
 
+/// Settings, keys and other peers change while packets pass in order.
+pub(crate) fn changes_lose_no_packet() {
+    const PACKETS: u32 = 1500;
+    let hosts = hosts();
+    let [a, b] = &hosts;
+    let devices = connected(&hosts);
+    eventually("a packet arrives", || arrives(a, b));
+    let receiver = b.udp(b.pod());
+    receiver.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let (sender, to) = (a.udp(a.pod()), receiver.local_addr().unwrap());
+    let sending = std::thread::spawn(move || {
+        for number in 0..PACKETS {
+            sender.send_to(&number.to_be_bytes(), to).unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let receiving = std::thread::spawn(move || {
+        let mut bytes = [0; 4];
+        for number in 0..PACKETS {
+            receiver.recv_from(&mut bytes).unwrap_or_else(|error| panic!("packet {number}: {error}"));
+            assert_eq!(u32::from_be_bytes(bytes), number);
+        }
+    });
+    let other = |number: u8| PeerConfig { allowed: vec![format!("10.1.{number}.0/24").parse().unwrap()], ..peer_with_key(number) };
+    let mut round = 0_u8;
+    while !receiving.is_finished() {
+        round = round.wrapping_add(1);
+        let keepalive = u16::from(round);
+        for number in 100..120 {
+            devices[usize::from(round % 2)].set_peer(&other(number)).unwrap();
+        }
+        // Both sides change the preshared key, one after the other.
+        let psk = Some(Secret::new([round / 16 + 1; 32]));
+        devices[0].set_peer(&PeerConfig { keepalive, psk: psk.clone(), ..b.peer() }).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        devices[1].update_peer(&PeerConfig { psk, endpoint: None, allowed: Vec::new(), ..a.peer() }).unwrap();
+        for number in 100..120 {
+            devices[0].remove_peer(&peer_with_key(number).public_key);
+        }
+    }
+    sending.join().unwrap();
+    receiving.join().unwrap();
+    assert!(round > 16, "the keys were changed");
+}
+
+fn peer_with_key(number: u8) -> PeerConfig {
+    let public_key = PrivateKey::from_random([number; 32]).public();
+    PeerConfig {
+        public_key,
+        psk: None,
+        endpoint: Some(SocketAddr::new([192, 0, 2, number].into(), PORT)),
+        allowed: Vec::new(),
+        keepalive: 0,
+    }
+}
+
 pub(crate) fn restarted_device_is_reached_again_within_seconds() {
     let hosts = hosts();
     let [a, b] = &hosts;

@@ -15,7 +15,7 @@ use flannel::net::PrefixMap;
 use flannel::wireguard::{PrivateKey, PublicKey};
 
 use super::super::{PeerConfig, PeerStatus};
-use super::peer::{Endpoint, Identity, Kind, Peer};
+use super::peer::{Endpoint, Identity, Kind, Peer, State};
 use crate::tunnel::LARGEST;
 
 /// The number of handshake messages in a second from which on their senders must prove their addresses by a cookie. Each costs three
@@ -49,8 +49,8 @@ pub(super) type Send<'a> = &'a dyn Fn(&[u8], Endpoint);
 struct Entry {
     peer: Arc<Peer>,
     allowed: BTreeSet<Subnet>,
-    /// The numbers of its sessions, the present one last: with another preshared key the number changes.
-    indexes: Vec<u32>,
+    /// The numbers of its sessions: with other keys the number changes.
+    indexes: BTreeSet<u32>,
 }
 
 #[derive(Default)]
@@ -96,17 +96,19 @@ impl Table {
         }
     }
 
-    /// Gives the next session of a peer a number of its own.
-    fn renew_index(&mut self, key: &PublicKey) -> u32 {
+    /// Changes keys of a peer, whose next session gets a number of its own.
+    fn renew(&mut self, peer: &Arc<Peer>, change: impl FnOnce(&mut State, u32)) {
         let index = self.free_index();
-        if let Some(entry) = self.peers.get_mut(key) {
-            self.by_index.insert(index, entry.peer.clone());
-            entry.indexes.push(index);
-            if entry.indexes.len() > 2 {
-                self.by_index.remove(&entry.indexes.remove(0));
-            }
+        let Some(entry) = self.peers.get_mut(&peer.key) else { return };
+        let mut state = peer.lock();
+        change(&mut state, index);
+        let indexes = state.indexes();
+        drop(state);
+        for gone in entry.indexes.difference(&indexes) {
+            self.by_index.remove(gone);
         }
-        index
+        self.by_index.insert(index, peer.clone());
+        entry.indexes = indexes;
     }
 
     fn remove(&mut self, key: &PublicKey) -> bool {
@@ -177,8 +179,7 @@ impl Engine {
         table.remove(&identity.key);
         let peers: Vec<Arc<Peer>> = table.peers.values().map(|entry| entry.peer.clone()).collect();
         for peer in peers {
-            let index = table.renew_index(&peer.key);
-            peer.lock().change_identity(identity.clone(), index, now);
+            table.renew(&peer, |state, index| state.change_identity(identity.clone(), index, now));
         }
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
     }
@@ -193,8 +194,7 @@ impl Engine {
         let known = table.peers.get(&config.public_key).map(|entry| entry.peer.clone());
         let peer = if let Some(peer) = known {
             if peer.lock().psk() != config.psk.as_ref() {
-                let index = table.renew_index(&config.public_key);
-                peer.lock().change_psk(config.psk.clone(), index, Instant::now());
+                table.renew(&peer, |state, index| state.change_psk(config.psk.clone(), index, Instant::now()));
             }
             peer
         } else {
@@ -202,7 +202,7 @@ impl Engine {
             let greet = self.started.elapsed() < GREETING_TIME;
             let peer = Arc::new(Peer::new(identity, config, index, greet));
             table.by_index.insert(index, peer.clone());
-            let entry = Entry { peer: peer.clone(), allowed: BTreeSet::new(), indexes: vec![index] };
+            let entry = Entry { peer: peer.clone(), allowed: BTreeSet::new(), indexes: BTreeSet::from([index]) };
             table.peers.insert(config.public_key, entry);
             peer
         };

@@ -1,6 +1,6 @@
 //! A peer: its session, the packets that wait for one, and its timers.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,6 +21,8 @@ pub(super) const OVERHEAD: usize = 160;
 const QUEUE: usize = 256;
 /// The time after which a session is not used any more (`REJECT_AFTER_TIME`).
 const LIFETIME: Duration = Duration::from_secs(180);
+/// The number of sessions with former keys that are kept: keys may change faster than handshakes succeed.
+const FORMER: usize = 3;
 /// The time between two handshakes that this peer begins (the kernel's `INITIATIONS_PER_SECOND`).
 pub(super) const BETWEEN_INITIATIONS: Duration = Duration::from_millis(20);
 /// The time between two attempts to begin a handshake with this peer, when the first was not answered as expected.
@@ -100,7 +102,7 @@ pub(super) enum Kind {
 pub(super) enum Path {
     /// The present one.
     Present,
-    /// The one with the former keys.
+    /// One with former keys.
     Former,
     /// There is none.
     None,
@@ -123,7 +125,7 @@ impl Peer {
             keepalive: Duration::ZERO,
             endpoint: None,
             tunn: None,
-            former: None,
+            former: Vec::new(),
             queue: VecDeque::new(),
             handshake: None,
             initiated: None,
@@ -151,6 +153,13 @@ struct Session {
     offset: Duration,
 }
 
+impl Session {
+    /// Whether packets can be sent in it.
+    fn is_usable(&self) -> bool {
+        self.tunn.time_since_last_handshake().is_some()
+    }
+}
+
 /// The state of a peer.
 pub(super) struct State {
     identity: Arc<Identity>,
@@ -162,8 +171,8 @@ pub(super) struct State {
     endpoint: Option<Endpoint>,
     /// Made when it is first needed: it costs a multiplication on the curve and some kilobytes.
     tunn: Option<Session>,
-    /// The session with the former keys, and when it ends.
-    former: Option<(Session, Instant)>,
+    /// Sessions with former keys, the latest first, and when they end.
+    former: Vec<(Session, Instant)>,
     /// The packets that wait for a session, the oldest first.
     queue: VecDeque<Vec<u8>>,
     /// When the last handshake was completed.
@@ -212,11 +221,21 @@ impl State {
 
     /// Begins a handshake soon. The present session goes on until then, for at most its lifetime.
     fn renew(&mut self, index: u32, now: Instant) {
-        let age = self.tunn.as_ref().and_then(|session| session.tunn.time_since_last_handshake());
-        if let (Some(session), Some(age)) = (self.tunn.take(), age) {
-            self.former = Some((session, now + LIFETIME.saturating_sub(age)));
+        if let Some(session) = self.tunn.take() {
+            // A session that the peer began may be in use there, but not yet here.
+            let begun = self.initiated.map(|at| now.saturating_duration_since(at));
+            let age = session.tunn.time_since_last_handshake().or(begun);
+            if let Some(rest) = age.and_then(|age| LIFETIME.checked_sub(age)) {
+                self.former.insert(0, (session, now + rest));
+                self.former.truncate(FORMER);
+            }
         }
         (self.index, self.greet) = (index, true);
+    }
+
+    /// The numbers of its sessions.
+    pub(super) fn indexes(&self) -> BTreeSet<u32> {
+        self.former.iter().map(|(session, _)| session.index).chain([self.index]).collect()
     }
 
     pub(super) fn status(&self, public_key: PublicKey, allowed: Vec<Subnet>) -> PeerStatus {
@@ -247,10 +266,9 @@ impl State {
 
     /// The session for packets from now on.
     pub(super) fn path(&self) -> Path {
-        let usable = |session: &Session| session.tunn.time_since_last_handshake().is_some();
-        if self.tunn.as_ref().is_some_and(usable) {
+        if self.tunn.as_ref().is_some_and(Session::is_usable) {
             Path::Present
-        } else if self.former.as_ref().is_some_and(|(session, _)| usable(session)) {
+        } else if self.former.iter().any(|(session, _)| session.is_usable()) {
             Path::Former
         } else {
             Path::None
@@ -262,7 +280,7 @@ impl State {
         let to = self.endpoint?;
         let session = match path {
             Path::Present => self.tunn.as_mut(),
-            Path::Former => self.former.as_mut().map(|(session, _)| session),
+            Path::Former => self.former.iter_mut().map(|(session, _)| session).find(|session| session.is_usable()),
             Path::None => None,
         };
         let Some(session) = session else {
@@ -353,9 +371,7 @@ impl State {
 
     /// Does what is due. Begins at most `starts` handshakes, which it counts down.
     pub(super) fn tick(&mut self, now: Instant, offset: Duration, starts: &mut u32, scratch: &mut [u8], send: Send<'_>) {
-        if self.former.as_ref().is_some_and(|(_, end)| now >= *end) {
-            self.former = None;
-        }
+        self.former.retain(|(_, end)| now < *end);
         let mut length = 0;
         if let Some(session) = &mut self.tunn {
             match session.tunn.update_timers(scratch) {

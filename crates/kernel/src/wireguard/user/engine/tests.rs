@@ -278,6 +278,39 @@ fn single_subnets_are_given_and_taken() {
 }
 
 #[test]
+fn session_outlives_several_changes_of_keys() {
+    let (a, b) = pair();
+    a.seal(&between(&a, &b, b"one"));
+    exchange(&a, &b);
+    for byte in 1..10 {
+        a.engine.set_peer(&PeerConfig { psk: Some(Secret::new([byte; 32])), ..b.config() }, true).unwrap();
+        // The timer makes the session in which a handshake is begun.
+        a.tick();
+        a.discard();
+        a.seal(&between(&a, &b, b"two"));
+        b.seal(&between(&b, &a, b"three"));
+        assert_eq!(exchange(&a, &b), [4, 4]);
+    }
+    assert_eq!((a.take().len(), b.take().len()), (9, 10));
+    let table = a.engine.table.read().unwrap();
+    assert_eq!((table.by_index.len(), table.peers.values().map(|entry| entry.indexes.len()).sum()), (2, 2), "numbers are not used up");
+    drop(table);
+    a.engine.remove_peer(&b.engine.public_key());
+    assert!(a.engine.table.read().unwrap().by_index.is_empty());
+}
+
+#[test]
+fn session_that_only_the_peer_uses_outlives_a_change_of_keys() {
+    let (a, b) = pair();
+    a.seal(&between(&a, &b, b"one"));
+    let (initiation, _) = a.sent.borrow_mut().pop_back().unwrap();
+    b.open(&initiation, a.address);
+    b.engine.set_peer(&PeerConfig { psk: Some(Secret::new([1; 32])), ..a.config() }, true).unwrap();
+    assert_eq!(exchange(&a, &b)[..2], [2, 4]);
+    assert_eq!(b.take(), [between(&a, &b, b"one")]);
+}
+
+#[test]
 fn changed_private_key_is_used_without_a_lost_packet() {
     let (a, mut b) = pair();
     a.seal(&between(&a, &b, b"one"));
