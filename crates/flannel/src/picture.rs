@@ -12,7 +12,7 @@ use crate::lease::{Age, LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::bridge::keep;
-use crate::object::{Blackhole, EnvFile, Key, LinkKind, Object, PodRules, Sysctl, route_metric};
+use crate::object::{AllowedIp, Blackhole, EnvFile, Key, LinkKind, Object, PodRules, Sysctl, WgPeer, route_metric};
 use crate::observed::Observed;
 use crate::scope::{Adopt, Scope};
 use crate::store_trust::is_list_older;
@@ -159,6 +159,15 @@ impl Picture {
         for (key, age) in self.leases.unreadable().filter(|(key, _)| !key.overlaps(&own)) {
             let (mut objects, mut hosts) = (Vec::new(), PerFamily::default());
             for (family, subnet) in key.subnets().iter() {
+                if let Some((peer, allowed)) = self.wireguard_peer(observed, *subnet) {
+                    hosts.set(family, peer.endpoint.map(|endpoint| endpoint.ip()));
+                    // It may serve both families.
+                    if !objects.contains(&Object::WgPeer(peer.clone())) {
+                        objects.push(Object::WgPeer(peer));
+                    }
+                    objects.push(Object::AllowedIp(allowed));
+                    continue;
+                }
                 let route =
                     self.config.network(family).and_then(|network| observed.get(&Key::Route(*subnet, route_metric(network, *subnet))));
                 let Some(Object::Route(route)) = route else { continue };
@@ -174,6 +183,28 @@ impl Picture {
         }
         let Changes { contested, .. } = self.desired.set_parts(keep);
         self.note_refusals(&contested);
+    }
+
+    /// The WireGuard peer that has a subnet, with the object that gives it that.
+    fn wireguard_peer(&self, observed: &Observed, subnet: Subnet) -> Option<(Box<WgPeer>, Box<AllowedIp>)> {
+        let link = self.config.backend.device(subnet.family())?;
+        let Object::AllowedIp(allowed) = observed.get(&Key::AllowedIp(link, subnet))? else { return None };
+        let Object::WgPeer(peer) = observed.get(&Key::WgPeer(link, allowed.peer))? else { return None };
+        Some((peer.clone(), allowed.clone()))
+    }
+
+    /// Takes the endpoints of WireGuard peers that moved while their sessions live as those that are desired: WireGuard itself follows
+    /// a peer, and putting its former address back would cut it off. Call it with what was just read.
+    pub fn accept_roaming(&self, observed: &mut Observed) {
+        let roamed = |object: &Object| match (object, self.desired.get(&object.key())?) {
+            (Object::WgPeer(have), Object::WgPeer(want)) if have.may_roam() && have.endpoint != want.endpoint => {
+                Some(Object::WgPeer(Box::new(WgPeer { endpoint: want.endpoint, ..(**have).clone() })))
+            }
+            _ => None,
+        };
+        let is_peer = |object: &&Object| matches!(object, Object::WgPeer(_));
+        let moved: Vec<Object> = observed.iter().map(|(_, object)| object).filter(is_peer).filter_map(roamed).collect();
+        moved.into_iter().for_each(|object| observed.insert(object));
     }
 
     /// Sets this node's lease and rebuilds all objects.
@@ -325,6 +356,7 @@ impl Picture {
         };
         match lost.key {
             Some(Key::Fdb(_, mac)) => Refusal::OlderMac(mac, holder),
+            Some(Key::WgPeer(_, key)) => Refusal::OlderKey(key, holder),
             _ => Refusal::OverlapsOlder(family, holder),
         }
     }
@@ -528,7 +560,7 @@ mod tests {
     fn vxlan() -> Picture {
         let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
         let Picture { node, traffic, own, .. } = picture();
-        let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None }, data: None };
+        let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None }, ..Identity::default() };
         Picture::new(config, node, identity, traffic, own)
     }
 

@@ -189,7 +189,7 @@ fn picture() -> Picture {
         public: addrs,
         routes: vec![("192.0.2.0/31".parse().expect("a prefix"), true)],
     };
-    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None }, data: None };
+    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None }, ..Identity::default() };
     let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");
     Picture::new(
         config,

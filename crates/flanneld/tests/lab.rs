@@ -59,6 +59,8 @@ mod runtimes;
 mod secure;
 #[path = "support/stores.rs"]
 mod stores;
+#[path = "lab/wireguard.rs"]
+mod wireguard;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -189,6 +191,10 @@ const VM_TESTS: &[(&str, Test)] = &[
     ("delay_is_measured", paths::delay_is_measured),
     ("ipip_objects_are_restored", ipip::objects_are_restored),
     ("ipip_of_a_go_flanneld_is_taken_over_without_a_lost_packet", ipip::a_go_node_is_taken_over),
+    ("wireguard_two_devices_carry_both_families", wireguard::two_devices_carry_both_families),
+    ("wireguard_one_device_carries_both_families", wireguard::one_device_carries_both_families),
+    ("wireguard_peers_are_repaired_and_followed", wireguard::peers_are_repaired_and_followed),
+    ("wireguard_device_of_go_is_adopted_without_a_lost_packet", wireguard::go_device_is_adopted),
 ];
 
 fn main() {

@@ -273,8 +273,8 @@ pub fn list(socket: &mut Socket) -> Result<Vec<LinkInfo>, NetlinkError> {
 /// attributes.
 pub(crate) fn set(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> {
     let flags = if link.up { IFF_UP } else { 0 };
-    if matches!(link.kind, LinkKind::Udp { .. }) {
-        // The device exists, because the tunnel has just opened it. It has no MAC address.
+    if matches!(link.kind, LinkKind::Udp { .. } | LinkKind::WireGuard { .. }) {
+        // The device exists: it has just been created or found. It has no MAC address.
         return socket.request(RTM_NEWLINK, 0, |body| {
             body.bytes(&ifinfomsg(0, flags, IFF_UP)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
         });
@@ -337,6 +337,16 @@ fn set_ipip(socket: &mut Socket, link: &Link, local: IpAddr) -> Result<(), Netli
     // The kernel overwrites the MTU of a tunnel when it changes its attributes.
     socket.request(RTM_NEWLINK, 0, |body| {
         body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
+    })
+}
+
+/// Creates a WireGuard device, administratively down and without a key.
+pub(crate) fn create_wireguard(socket: &mut Socket, link: &Link) -> Result<(), NetlinkError> {
+    socket.request(RTM_NEWLINK, CREATE | EXCL, |body| {
+        body.bytes(&ifinfomsg(0, 0, 0)).attr_str(IFLA_IFNAME, link.name.as_str()).attr_u32(IFLA_MTU, link.mtu);
+        body.attr_u32(IFLA_TXQLEN, 0).nest(IFLA_LINKINFO, |info| {
+            info.attr_str(IFLA_INFO_KIND, "wireguard");
+        });
     })
 }
 
