@@ -139,6 +139,7 @@ const TESTS: &[(&str, Test)] = &[
     ("hundred_restarts_lose_nothing", restarts::hundred_restarts_lose_nothing),
     ("extension_runs_words_or_a_shell_for_each_peer", extension_runs_words_or_a_shell_for_each_peer),
     ("deleted_tun_device_is_restored", deleted_tun_device_is_restored),
+    ("wireguard_without_the_kernels_carries_packets", wireguard::user_space_carries_packets),
     ("daemon_restart_loses_no_packet", daemon_restart_loses_no_packet),
     ("deleted_objects_are_restored", deleted_objects_are_restored),
     ("conflict_is_reported_and_rate_limited", conflict_is_reported_and_rate_limited),

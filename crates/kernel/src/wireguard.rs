@@ -1,8 +1,11 @@
-//! WireGuard devices: those of the kernel by generic netlink, and the file with this host's private key.
+//! WireGuard devices: those of the kernel by generic netlink, those that this process carries itself where the kernel has no WireGuard,
+//! and the file with this host's private key.
 
+mod carried;
 mod generic;
 pub mod user;
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
@@ -14,6 +17,7 @@ use flannel::wireguard::{KEY_LEN, PrivateKey, PublicKey, Secret};
 use flannel::{IfName, Subnet};
 use zeroize::Zeroizing;
 
+use self::carried::Carried;
 use self::generic::Generic;
 use crate::file::{Existing, How, put};
 use crate::netlink::NetlinkError;
@@ -76,6 +80,8 @@ pub(crate) struct WireGuard {
     /// This host's key, which no object contains.
     key: Option<PrivateKey>,
     generic: Option<Generic>,
+    /// The devices in user space, for a kernel without WireGuard.
+    carried: BTreeMap<IfName, Carried>,
 }
 
 impl WireGuard {
@@ -106,19 +112,61 @@ impl WireGuard {
 
     /// Reads a device with its peers.
     pub(crate) fn device(&mut self, name: IfName) -> Result<Device, NetlinkError> {
+        if let Some(carried) = self.carried.get(&name) {
+            return Ok(carried.status());
+        }
         self.with(|generic| generic.device(name))
     }
 
     /// Gives an existing device this host's private key, which belongs to `public_key`, and its port.
     pub(crate) fn set_device(&mut self, name: IfName, public_key: PublicKey, port: u16) -> Result<(), NetlinkError> {
-        let key = self.key.clone().filter(|key| key.public() == public_key);
-        let message = || format!("the private key that belongs to {public_key} is not known");
-        let key = key.ok_or_else(|| NetlinkError::Refused { errno: libc::ENOKEY, message: message() })?;
+        let key = self.private_key(public_key)?;
         self.with(|generic| generic.set_device(name, &key, port))
+    }
+
+    fn private_key(&self, public_key: PublicKey) -> Result<PrivateKey, NetlinkError> {
+        let message = || format!("the private key that belongs to {public_key} is not known");
+        let key = self.key.clone().filter(|key| key.public() == public_key);
+        key.ok_or_else(|| NetlinkError::Refused { errno: libc::ENOKEY, message: message() })
+    }
+
+    /// Starts a device in user space, unless it is running with this key and port. Its peers are kept.
+    pub(crate) fn carry(&mut self, name: IfName, public_key: PublicKey, port: u16, mtu: u32) -> Result<(), NetlinkError> {
+        let key = self.private_key(public_key)?;
+        let started = match self.carried.remove(&name) {
+            Some(running) if running.is_running() && running.has(public_key, port) => {
+                running.set_mtu(mtu);
+                Ok(running)
+            }
+            Some(other) => other.restart(name, &key, port, mtu),
+            None => Carried::start(name, &key, port, mtu),
+        };
+        let io_error = |error: io::Error| {
+            let errno = match error.kind() {
+                io::ErrorKind::AddrInUse => libc::EADDRINUSE,
+                _ => error.raw_os_error().unwrap_or(libc::EIO),
+            };
+            NetlinkError::Refused { errno, message: error.to_string() }
+        };
+        self.carried.insert(name, started.map_err(io_error)?);
+        Ok(())
+    }
+
+    /// Whether this process carries the device.
+    pub(crate) fn is_carried(&self, name: IfName) -> bool {
+        self.carried.get(&name).is_some_and(Carried::is_running)
+    }
+
+    /// Stops the device, if this process carries it, and returns whether it does.
+    pub(crate) fn stop(&mut self, name: IfName) -> bool {
+        self.carried.remove(&name).is_some()
     }
 
     /// Changes peers of a device, in order, with an outcome for each change.
     pub(crate) fn change(&mut self, name: IfName, changes: &[PeerChange<'_>]) -> Vec<Result<(), NetlinkError>> {
+        if let Some(carried) = self.carried.get_mut(&name) {
+            return changes.iter().map(|change| carried.change(change)).collect();
+        }
         match self.generic() {
             Ok(generic) => generic.change(name, changes),
             Err(error) => {

@@ -1,5 +1,5 @@
 //! The wireguard backend with WireGuard of the kernel: packets in every mode, peers repaired and followed, a device of a Go flanneld
-//! adopted. These tests run in the VM.
+//! adopted. These tests run in the VM, but for the one of user space.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -113,6 +113,30 @@ pub(crate) fn one_device_carries_both_families(root: &Path) {
         let data = &entry.peer.as_ref().unwrap().backend_data;
         assert!(data.v4.is_some() && data.v4 == data.v6, "the port that is listened on: {data:?}");
     }
+}
+
+/// On a kernel without WireGuard. The kernel of the VM has it, so this test runs outside.
+pub(crate) fn user_space_carries_packets(root: &Path) {
+    let settings = json!({ "PSK": PSK, "PersistentKeepaliveInterval": 25 });
+    let (mut lab, pods) = started(plan(3, &settings, PodFamily::Dual, Topology::Router), root);
+    all_reach_all(&pods);
+    for host in &lab.hosts {
+        let state = host.state().unwrap();
+        let codes: Vec<&str> = state["findings"].as_array().unwrap().iter().filter_map(|finding| finding["code"].as_str()).collect();
+        assert_eq!((codes, &state["mtu"]), (vec!["wireguard-user-space"], &json!(1420)), "{}", host.name);
+    }
+    // Another program deletes a device: it comes back with its peers.
+    lab.hosts[0].shell("ip link delete flannel-wg").unwrap();
+    all_reach_all(&pods);
+    // A host with a new key.
+    lab.stop_daemon(1, false).unwrap();
+    std::fs::remove_file(lab.hosts[1].directory.join("run-flannel/wgkey")).unwrap();
+    let (sent, lost) = ping_during(&pods[0].netns, pods[2].address, || {
+        lab.start_daemon(1, &[]).unwrap();
+        lab.settle().unwrap();
+    });
+    assert_eq!(lost, 0, "of {sent}");
+    all_reach_all(&pods);
 }
 
 pub(crate) fn peers_are_repaired_and_followed(root: &Path) {

@@ -68,25 +68,37 @@ fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkEr
 }
 
 fn delete(kernel: &mut Kernel, found: &Link) -> Result<(), NetlinkError> {
-    if kernel.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() {
+    if kernel.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() || kernel.wireguard.stop(found.name) {
         return Ok(());
     }
     if found.kind == LinkKind::Other("tun".to_owned()) {
-        let message = format!("{} belongs to another process, possibly a second flanneld with the udp backend", found.name);
+        let message = format!("{} belongs to another process, possibly a second flanneld", found.name);
         return Err(NetlinkError::Refused { errno: libc::EBUSY, message });
     }
     link::delete(&mut kernel.route, found.name)
 }
 
-/// Creates a WireGuard device, unless there is one, and gives it its key and port. A device that has them is not disturbed.
+/// Creates a WireGuard device, unless there is one, and gives it its key and port. A device that has them is not disturbed. If the kernel
+/// has no WireGuard, this process carries the device.
 fn set_wireguard(kernel: &mut Kernel, wanted: &Link, port: u16, public_key: PublicKey) -> Result<(), NetlinkError> {
     match link::get(&mut kernel.route, wanted.name)? {
         Some(found) if found.kind == "wireguard" => {}
+        Some(found) if found.kind == "tun" && kernel.wireguard.is_carried(wanted.name) => {
+            return kernel.wireguard.carry(wanted.name, public_key, port, wanted.mtu);
+        }
         Some(found) => {
             let message = format!("{} exists and is no WireGuard device, but {:?}: delete it", wanted.name, found.kind);
             return Err(NetlinkError::Refused { errno: libc::EEXIST, message });
         }
-        None => link::create_wireguard(&mut kernel.route, wanted)?,
+        None => match link::create_wireguard(&mut kernel.route, wanted) {
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
+                return kernel.wireguard.carry(wanted.name, public_key, port, wanted.mtu);
+            }
+            created => {
+                created?;
+                kernel.wireguard.stop(wanted.name);
+            }
+        },
     }
     kernel.wireguard.set_device(wanted.name, public_key, port)
 }
@@ -125,9 +137,11 @@ impl Kernel {
     /// Reads the WireGuard devices in scope.
     pub(super) fn wireguard_devices(&mut self, reading: &Reading<'_>) -> Result<BTreeMap<IfName, Device>, NetlinkError> {
         let mut devices = BTreeMap::new();
-        for info in reading.ours().filter(|info| info.kind == "wireguard") {
-            match self.wireguard.device(info.name) {
-                Ok(device) => drop(devices.insert(info.name, device)),
+        let is_one = |info: &&LinkInfo| info.kind == "wireguard" || info.kind == "tun" && self.wireguard.is_carried(info.name);
+        let names: Vec<IfName> = reading.ours().filter(is_one).map(|info| info.name).collect();
+        for name in names {
+            match self.wireguard.device(name) {
+                Ok(device) => drop(devices.insert(name, device)),
                 // It was deleted meanwhile.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(error),

@@ -24,8 +24,16 @@ pub(super) fn apply(kernel: &mut Kernel, ops: &[&Op]) -> Vec<Result<(), NetlinkE
     let changes: Vec<(IfName, PeerChange<'_>)> = ops.iter().filter_map(|op| change(op)).collect();
     let mut outcomes = Vec::with_capacity(ops.len());
     for of_one in changes.chunk_by(|(one, _), (other, _)| one == other) {
+        let link = of_one[0].0;
         let list: Vec<PeerChange<'_>> = of_one.iter().map(|(_, change)| *change).collect();
-        outcomes.extend(kernel.wireguard.change(of_one[0].0, &list));
+        match kernel.index(link) {
+            Ok(_) => outcomes.extend(kernel.wireguard.change(link, &list)),
+            // It says so even where the kernel has no WireGuard.
+            Err(error) => {
+                let (errno, message) = (error.errno().unwrap_or(libc::ENODEV), format!("there is no interface {link}"));
+                outcomes.extend(list.iter().map(|_| Err(NetlinkError::Refused { errno, message: message.clone() })));
+            }
+        }
     }
     outcomes
 }

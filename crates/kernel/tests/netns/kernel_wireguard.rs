@@ -1,4 +1,4 @@
-//! WireGuard devices of the kernel. These tests run in the VM: kernels of test machines may have none.
+//! WireGuard devices as objects: of the kernel, where it has WireGuard, as in the VM, else of this process. Both behave alike.
 
 use std::net::UdpSocket;
 use std::time::Instant;
@@ -8,6 +8,8 @@ use flannel::scope::Scope;
 use flannel::wireguard::{PrivateKey, PublicKey, Secret};
 use flannel::{IfName, Mac, Observed, Op};
 use kernel::Kernel;
+use kernel::link::{self, LinkInfo};
+use kernel::netlink::{Protocol, Socket};
 
 use super::name;
 
@@ -84,14 +86,21 @@ pub(crate) fn device_and_peers_are_written_and_read_back() {
     set(&mut kernel, &wanted);
     let is_ours = |observed: Observed| observed.into_objects().collect::<Vec<Object>>();
     assert_eq!(is_ours(kernel.observe(&scope()).unwrap()), wanted);
-    // Another kernel that finds them needs no change; another key, port or MTU is set in place.
-    assert_eq!(is_ours(Kernel::open().unwrap().observe(&scope()).unwrap()), wanted);
-    let index = index_of("flannel-wg");
+    let before = info();
+    if before.kind == "wireguard" {
+        // A daemon that finds them needs no change.
+        assert_eq!(is_ours(Kernel::open().unwrap().observe(&scope()).unwrap()), wanted);
+    }
+    // Another key, port or MTU is set in place; in user space, by a new device with the same peers.
     let changed = device(7, &private(9), 1300);
     kernel.set_wireguard_key(private(9));
     set(&mut kernel, std::slice::from_ref(&changed));
     let found = kernel.observe(&scope()).unwrap();
-    assert_eq!((found.get(&changed.key()), found.len(), index_of("flannel-wg")), (Some(&changed), wanted.len(), index));
+    assert_eq!(found.get(&changed.key()), Some(&changed));
+    if before.kind == "wireguard" {
+        assert_eq!((found.len(), info().index), (wanted.len(), before.index));
+    }
+    assert_eq!(peers(&mut kernel), wanted[2..]);
     // Without the preshared key, and with another endpoint.
     let plain = peer(2, "192.0.2.9:8", false);
     set(&mut kernel, std::slice::from_ref(&plain));
@@ -100,9 +109,8 @@ pub(crate) fn device_and_peers_are_written_and_read_back() {
     assert!(kernel.observe(&scope()).unwrap().is_empty());
 }
 
-fn index_of(text: &str) -> u32 {
-    let mut socket = kernel::netlink::Socket::open(kernel::netlink::Protocol::Route).unwrap();
-    kernel::link::get(&mut socket, name(text)).unwrap().unwrap().index
+fn info() -> LinkInfo {
+    link::get(&mut Socket::open(Protocol::Route).unwrap(), name("flannel-wg")).unwrap().unwrap()
 }
 
 pub(crate) fn subnet_moves_and_leaves_without_its_peer() {
@@ -154,13 +162,13 @@ pub(crate) fn used_port_is_named() {
     assert!(error.text.contains("is not known"), "{error}");
 }
 
-pub(crate) fn ten_thousand_peers_in_few_messages() {
+pub(crate) fn a_thousand_peers_in_few_messages() {
     let mut kernel = kernel();
     set(&mut kernel, &[device(PORT, &private(3), 1420)]);
     let subnet = |n: u32| format!("10.{}.{}.0/24", 64 + n / 256, n % 256);
-    let wanted: Vec<Object> = (0..10_000)
+    let wanted: Vec<Object> = (0..1_000)
         .map(|n| peer(n, "192.0.2.2:51820", n % 2 == 0))
-        .chain((0..10_000).map(|n| allowed(&subnet(n), n)))
+        .chain((0..1_000).map(|n| allowed(&subnet(n), n)))
         // This peer's subnets continue in the next messages of a dump.
         .chain((0..3_000).map(|n| allowed(&format!("172.{}.{}.0/24", 16 + n / 256, n % 256), 5)))
         .collect();
@@ -175,7 +183,7 @@ pub(crate) fn ten_thousand_peers_in_few_messages() {
     let began = Instant::now();
     let ops: Vec<Op> = found.iter().rev().cloned().map(Op::Delete).collect();
     assert!(kernel.apply(&ops).iter().all(Result::is_ok));
-    println!("10,000 peers and 13,000 subnets: written in {written:?}, read in {read:?}, deleted in {:?}", began.elapsed());
+    println!("1,000 peers and 4,000 subnets: written in {written:?}, read in {read:?}, deleted in {:?}", began.elapsed());
     assert_eq!(peers(&mut kernel), []);
     assert!(matches!(all.get(&Key::WgPeer(IfName::clone(&name("flannel-wg")), public(5))), Some(Object::WgPeer(_))));
 }
