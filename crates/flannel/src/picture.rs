@@ -657,4 +657,70 @@ mod tests {
         assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), of("cni0"), of("eth0"), forwarding.key()]);
         assert_eq!(picture.desired().get(&forwarding.key()), Some(&forwarding));
     }
+
+    const KEY: &str = "BQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQU=";
+
+    /// Host 1 of a pod network, with wireguard.
+    fn wireguard() -> Picture {
+        let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"wireguard"}}"#).unwrap();
+        let Picture { node, traffic, own, .. } = picture();
+        let identity = Identity { public_key: Some(crate::wireguard::PublicKey([1; 32])), ..Identity::default() };
+        Picture::new(config, node, identity, traffic, own)
+    }
+
+    fn apply_key(subnet: &str, age: u64, ip: &str) -> StoreEvent {
+        let value = format!(r#"{{"PublicIP":"{ip}","BackendType":"wireguard","BackendData":{{"PublicKey":"{KEY}","Port":7}}}}"#);
+        StoreEvent::Apply(Lease { key: key(subnet), peer: crate::wire::parse_value(value.as_bytes()).unwrap() }, Age::created(age))
+    }
+
+    fn peers(picture: &Picture) -> Vec<String> {
+        let is_peer = |object: &&Object| matches!(object, Object::WgPeer(_) | Object::AllowedIp(_));
+        picture.desired().iter().map(|(_, object)| object).filter(is_peer).map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn younger_lease_with_the_key_of_another_host_is_refused() {
+        let mut picture = wireguard();
+        picture.fold_all([apply_key("10.244.2.0/24", 8, "192.0.2.2"), apply_key("10.244.5.0/24", 7, "192.0.2.5")]);
+        let older =
+            [format!("peer {KEY} dev flannel-wg endpoint 192.0.2.5:7"), format!("allowed-ip 10.244.5.0/24 peer {KEY} dev flannel-wg")];
+        assert_eq!(peers(&picture), older);
+        let text = format!(
+            "its WireGuard key {KEY} is that of lease 10.244.5.0/24, which is older: a cloned machine, or a host that takes another one's packets?"
+        );
+        assert_eq!(picture.refusals()[&key("10.244.2.0/24")].iter().map(ToString::to_string).collect::<Vec<_>>(), [text]);
+        picture.fold(StoreEvent::Delete(key("10.244.5.0/24")));
+        assert_eq!((peers(&picture).len(), picture.refusals().len()), (2, 0));
+    }
+
+    #[test]
+    fn two_leases_of_one_host_share_a_wireguard_peer() {
+        let mut picture = wireguard();
+        picture.fold_all([apply_key("10.244.2.0/24", 8, "192.0.2.5"), apply_key("10.244.5.0/24", 7, "192.0.2.5")]);
+        assert_eq!((peers(&picture).len(), picture.refusals().len()), (3, 0), "{:?}", peers(&picture));
+        let touched = picture.fold(StoreEvent::Delete(key("10.244.5.0/24")));
+        assert_eq!(peers(&picture).len(), 2);
+        assert!(picture.desired().get(&touched.keys[0]).is_some(), "the peer stays: {:?}", touched.keys);
+    }
+
+    #[test]
+    fn endpoint_that_wireguard_followed_is_accepted_while_its_session_lives() {
+        let mut picture = wireguard();
+        picture.fold(apply_key("10.244.5.0/24", 7, "192.0.2.5"));
+        let moved = |handshake| -> Observed {
+            let objects = picture.desired().iter().map(|(_, object)| match object {
+                Object::WgPeer(peer) => {
+                    Object::WgPeer(Box::new(WgPeer { endpoint: "192.0.2.99:40000".parse().ok(), handshake, ..(**peer).clone() }))
+                }
+                other => other.clone(),
+            });
+            objects.collect()
+        };
+        let ops = |handshake| {
+            let mut observed = moved(handshake);
+            picture.accept_roaming(&mut observed);
+            crate::diff::diff(picture.desired(), &observed, crate::diff::Prune::Yes).len()
+        };
+        assert_eq!([Some(10), Some(180), None].map(ops), [0, 1, 1]);
+    }
 }
