@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 
 use crate::process::find;
 
-/// Backends that the lab shows unless told otherwise, and whose faults it knows.
+/// Backends that the lab shows by default, and whose faults it knows.
 pub(crate) const BACKENDS: [&str; 2] = ["host-gw", "vxlan"];
 /// Backends that the lab can show.
 const SHOWN: [&str; 3] = ["host-gw", "vxlan", "wireguard"];

@@ -14,7 +14,8 @@ use lab::ping::ping_all;
 use lab::{Host, Lab, Plan, Pod, PodFamily, Topology};
 use serde_json::{Value, json};
 
-use crate::cluster::{PROGRAM, ping_during};
+use crate::cleanup::cleanup;
+use crate::cluster::{PROGRAM, eventually, ping_during};
 use crate::matrix::ping_unfragmented;
 
 const PSK: &str = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
@@ -128,11 +129,17 @@ pub(crate) fn user_space_carries_packets(root: &Path) {
     // Another program deletes a device: it comes back with its peers.
     lab.hosts[0].shell("ip link delete flannel-wg").unwrap();
     all_reach_all(&pods);
-    // A host with a new key.
+    // A host whose key file is damaged waits until it is gone, and has a new key then.
     lab.stop_daemon(1, false).unwrap();
-    std::fs::remove_file(lab.hosts[1].directory.join("run-flannel/wgkey")).unwrap();
+    let file = lab.hosts[1].directory.join("run-flannel/wgkey");
+    std::fs::remove_file(&file).unwrap();
+    std::fs::write(&file, "hunter2").unwrap();
     let (sent, lost) = ping_during(&pods[0].netns, pods[2].address, || {
         lab.start_daemon(1, &[]).unwrap();
+        let text = "WireGuard key file /run/flannel/wgkey: it is not base64 (the standard alphabet, with padding): delete it";
+        eventually("/readyz names the key file", || lab.hosts[1].get("/readyz").is_ok_and(|(_, body)| body.contains(text)));
+        assert!(!std::fs::read_to_string(lab.hosts[1].log()).unwrap().contains("hunter2"));
+        std::fs::remove_file(&file).unwrap();
         lab.settle().unwrap();
     });
     assert_eq!(lost, 0, "of {sent}");
@@ -238,4 +245,10 @@ pub(crate) fn go_device_is_adopted(root: &Path) {
         lab.settle().unwrap();
     });
     assert_eq!(lost, 0, "of {sent}");
+    // `flanneld cleanup` removes the device and the key.
+    lab.stop_daemon(0, false).unwrap();
+    let (ok, text) = cleanup(&lab.hosts[0], &[]);
+    assert!(ok && text.contains("removed link flannel-wg ") && text.contains("removed file /run/flannel/wgkey\n"), "{text}");
+    let left = lab.hosts[0].shell("ip link; ip route; ls -A /run/flannel").unwrap();
+    assert!(!left.contains("flannel-wg") && !left.contains("wgkey"), "{left}");
 }
