@@ -17,8 +17,9 @@ use flannel::wireguard::{KEY_LEN, PrivateKey, PublicKey, Secret};
 use flannel::{IfName, Subnet};
 use zeroize::Zeroizing;
 
-use self::carried::Carried;
+use self::carried::Settings;
 use self::generic::Generic;
+use self::user::Userspace;
 use crate::file::{Existing, How, put};
 use crate::netlink::NetlinkError;
 
@@ -81,7 +82,7 @@ pub(crate) struct WireGuard {
     key: Option<PrivateKey>,
     generic: Option<Generic>,
     /// The devices in user space, for a kernel without WireGuard.
-    carried: BTreeMap<IfName, Carried>,
+    carried: BTreeMap<IfName, Userspace>,
 }
 
 impl WireGuard {
@@ -113,7 +114,7 @@ impl WireGuard {
     /// Reads a device with its peers.
     pub(crate) fn device(&mut self, name: IfName) -> Result<Device, NetlinkError> {
         if let Some(carried) = self.carried.get(&name) {
-            return Ok(carried.status());
+            return Ok(carried::status(carried));
         }
         self.with(|generic| generic.device(name))
     }
@@ -133,14 +134,7 @@ impl WireGuard {
     /// Starts a device in user space, unless it is running with this key and port. Its peers are kept.
     pub(crate) fn carry(&mut self, name: IfName, public_key: PublicKey, port: u16, mtu: u32) -> Result<(), NetlinkError> {
         let key = self.private_key(public_key)?;
-        let started = match self.carried.remove(&name) {
-            Some(running) if running.is_running() && running.has(public_key, port) => {
-                running.set_mtu(mtu);
-                Ok(running)
-            }
-            Some(other) => other.restart(name, &key, port, mtu),
-            None => Carried::start(name, &key, port, mtu),
-        };
+        let started = carried::set(self.carried.remove(&name), Settings { name, key: &key, port, mtu });
         let io_error = |error: io::Error| {
             let errno = match error.kind() {
                 io::ErrorKind::AddrInUse => libc::EADDRINUSE,
@@ -154,7 +148,7 @@ impl WireGuard {
 
     /// Whether this process carries the device.
     pub(crate) fn is_carried(&self, name: IfName) -> bool {
-        self.carried.get(&name).is_some_and(Carried::is_running)
+        self.carried.get(&name).is_some_and(Userspace::is_running)
     }
 
     /// Stops the device, if this process carries it, and returns whether it does.
@@ -164,8 +158,8 @@ impl WireGuard {
 
     /// Changes peers of a device, in order, with an outcome for each change.
     pub(crate) fn change(&mut self, name: IfName, changes: &[PeerChange<'_>]) -> Vec<Result<(), NetlinkError>> {
-        if let Some(carried) = self.carried.get_mut(&name) {
-            return changes.iter().map(|change| carried.change(change)).collect();
+        if let Some(device) = self.carried.get(&name) {
+            return changes.iter().map(|change| carried::change(device, change)).collect();
         }
         match self.generic() {
             Ok(generic) => generic.change(name, changes),

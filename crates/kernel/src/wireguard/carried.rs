@@ -1,107 +1,71 @@
-//! A WireGuard device in user space, changed like one of the kernel: peers and their subnets one by one.
+//! A WireGuard device in user space, changed like one of the kernel.
 
-use std::collections::BTreeMap;
 use std::io;
 
+use flannel::IfName;
 use flannel::wireguard::{PrivateKey, PublicKey};
-use flannel::{IfName, Subnet};
 
 use super::user::Userspace;
 use super::{Device, PeerChange, PeerConfig};
 use crate::netlink::NetlinkError;
 
-/// A device with what was set on it.
-#[derive(Debug)]
-pub(super) struct Carried {
-    device: Userspace,
-    /// The peers, without endpoints that may have moved since.
-    peers: BTreeMap<PublicKey, PeerConfig>,
-    /// The peer of each subnet.
-    owners: BTreeMap<Subnet, PublicKey>,
+/// The settings of a device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Settings<'a> {
+    pub(super) name: IfName,
+    pub(super) key: &'a PrivateKey,
+    pub(super) port: u16,
+    pub(super) mtu: u32,
 }
 
-impl Carried {
-    pub(super) fn start(name: IfName, key: &PrivateKey, port: u16, mtu: u32) -> io::Result<Carried> {
-        Ok(Carried { device: Userspace::start(name, key, port, mtu)?, peers: BTreeMap::new(), owners: BTreeMap::new() })
-    }
-
-    /// Starts the device again, with its peers: it has another key or port now, or another program deleted it.
-    pub(super) fn restart(self, name: IfName, key: &PrivateKey, port: u16, mtu: u32) -> io::Result<Carried> {
-        let Carried { device, mut peers, owners } = self;
-        for status in device.peers() {
-            if let Some(known) = peers.get_mut(&status.config.public_key) {
-                known.endpoint = status.config.endpoint;
+/// Makes a device have these settings: it is changed, or started with the peers of the one before, whose port differs or which another
+/// program deleted.
+pub(super) fn set(before: Option<Userspace>, settings: Settings<'_>) -> io::Result<Userspace> {
+    let Settings { name, key, port, mtu } = settings;
+    let peers = match before {
+        Some(running) if running.is_running() && running.port() == port => {
+            running.set_mtu(mtu);
+            if running.public_key() != key.public() {
+                running.set_key(key);
             }
+            return Ok(running);
         }
-        // The device and the port are free only then.
-        drop(device);
-        let device = Userspace::start(name, key, port, mtu)?;
-        let own = device.public_key();
-        peers.values().filter(|peer| peer.public_key != own).try_for_each(|peer| device.set_peer(peer))?;
-        Ok(Carried { device, peers, owners })
-    }
-
-    pub(super) fn is_running(&self) -> bool {
-        self.device.is_running()
-    }
-
-    /// Whether it has this key and port.
-    pub(super) fn has(&self, key: PublicKey, port: u16) -> bool {
-        (self.device.public_key(), self.device.port()) == (key, port)
-    }
-
-    pub(super) fn set_mtu(&self, mtu: u32) {
-        self.device.set_mtu(mtu);
-    }
-
-    pub(super) fn status(&self) -> Device {
-        Device { public_key: Some(self.device.public_key()), port: Some(self.device.port()), peers: self.device.peers() }
-    }
-
-    pub(super) fn change(&mut self, change: &PeerChange<'_>) -> Result<(), NetlinkError> {
-        match change {
-            PeerChange::Set(wanted) => {
-                let peer = self.peer(wanted.public_key);
-                peer.psk.clone_from(&wanted.psk);
-                peer.keepalive = wanted.keepalive;
-                let config = PeerConfig { endpoint: wanted.endpoint, ..peer.clone() };
-                self.device.set_peer(&config).map_err(refused)
-            }
-            PeerChange::Remove(key) => {
-                self.peers.remove(key);
-                self.owners.retain(|_, owner| owner != *key);
-                self.device.remove_peer(key);
-                Ok(())
-            }
-            PeerChange::Allow(allowed) => {
-                self.take(allowed.subnet);
-                self.owners.insert(allowed.subnet, allowed.peer);
-                let peer = self.peer(allowed.peer);
-                peer.allowed.push(allowed.subnet);
-                let config = peer.clone();
-                self.device.set_peer(&config).map_err(refused)
-            }
-            PeerChange::Forbid(subnet) => match self.take(*subnet) {
-                Some(former) => self.device.set_peer(&former).map_err(refused),
-                None => Ok(()),
-            },
-        }
-    }
-
-    fn peer(&mut self, public_key: PublicKey) -> &mut PeerConfig {
-        let new = || PeerConfig { public_key, psk: None, endpoint: None, allowed: Vec::new(), keepalive: 0 };
-        self.peers.entry(public_key).or_insert_with(new)
-    }
-
-    /// Takes a subnet from its peer, which is returned.
-    fn take(&mut self, subnet: Subnet) -> Option<PeerConfig> {
-        let owner = self.owners.remove(&subnet)?;
-        let peer = self.peers.get_mut(&owner)?;
-        peer.allowed.retain(|allowed| *allowed != subnet);
-        Some(peer.clone())
-    }
+        // Device and port are free once it is dropped.
+        Some(other) => other.peers(),
+        None => Vec::new(),
+    };
+    let device = Userspace::start(name, key, port, mtu)?;
+    let own = device.public_key();
+    peers.iter().map(|peer| &peer.config).filter(|peer| peer.public_key != own).try_for_each(|peer| device.set_peer(peer))?;
+    Ok(device)
 }
 
-fn refused(error: io::Error) -> NetlinkError {
-    NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EINVAL), message: error.to_string() }
+/// Reads a device with its peers.
+pub(super) fn status(device: &Userspace) -> Device {
+    Device { public_key: Some(device.public_key()), port: Some(device.port()), peers: device.peers() }
+}
+
+/// Changes a peer.
+pub(super) fn change(device: &Userspace, change: &PeerChange<'_>) -> Result<(), NetlinkError> {
+    let bare = |public_key: PublicKey| PeerConfig { public_key, psk: None, endpoint: None, allowed: Vec::new(), keepalive: 0 };
+    let changed = match change {
+        PeerChange::Set(wanted) => device.update_peer(&PeerConfig {
+            psk: wanted.psk.clone(),
+            endpoint: wanted.endpoint,
+            keepalive: wanted.keepalive,
+            ..bare(wanted.public_key)
+        }),
+        PeerChange::Remove(key) => {
+            device.remove_peer(key);
+            Ok(())
+        }
+        PeerChange::Allow(allowed) if device.allow(&allowed.peer, allowed.subnet) => Ok(()),
+        // As in the kernel, a peer that is missing is created.
+        PeerChange::Allow(allowed) => device.update_peer(&PeerConfig { allowed: vec![allowed.subnet], ..bare(allowed.peer) }),
+        PeerChange::Forbid(subnet) => {
+            device.forbid(*subnet);
+            Ok(())
+        }
+    };
+    changed.map_err(|error| NetlinkError::Refused { errno: error.raw_os_error().unwrap_or(libc::EINVAL), message: error.to_string() })
 }
