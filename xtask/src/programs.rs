@@ -118,6 +118,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("strace", "strace"),
     ("systemd", "systemd-analyze"),
     ("valgrind", "valgrind"),
+    ("wireguard-go", "wireguard-go"),
+    ("wireguard-tools", "wg"),
 ];
 
 /// The Debian packages that the VM needs beside them.

@@ -1,7 +1,7 @@
 //! Builds the daemon's parts in order and runs them: the only module that knows all others.
 
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -143,7 +143,7 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     let Parts { ready, starting, syncing, notices, view } = parts;
     // The configuration is read again at each attempt: it may be the reason why the interface does not fit.
     let began = tokio::time::Instant::now();
-    let (config, facts, node, data) = retry_until_ready(&starting, &notices, async || {
+    let (config, facts, node, data, public_key) = retry_until_ready(&starting, &notices, async || {
         let config = store.config().await?;
         store::check_commands(&config, store.config_source(), args.allow_commands)?;
         let facts = Facts::new(args, &store.node_public().await?).map_err(StoreError::Lasting)?;
@@ -156,7 +156,11 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
             Some((field, command)) => Some(run_command(&host, field, command).await?),
             None => None,
         };
-        Ok((config, facts, node, data))
+        let public_key = match config.backend.needs_key() {
+            true => Some(host.wireguard_key(&wireguard_key_file()).await.map_err(|text| passing("WireGuardKey", text))?),
+            false => None,
+        };
+        Ok((config, facts, node, data, public_key))
     })
     .await?;
     for note in config.backend.notes(&node) {
@@ -168,7 +172,7 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     );
     let published = async || retry_until_ready(&starting, &notices, async || store.published(&config, node.public).await).await;
     let macs = vtep_macs(&host, &config, &node, published).await?;
-    let identity = Identity { macs, data: None }.with_output(data.as_deref().unwrap_or_default());
+    let identity = Identity { macs, public_key, ..Identity::default() }.with_output(data.as_deref().unwrap_or_default());
     // The file that an earlier run left.
     let before = host.env_file(&args.subnet_file);
     let claim = Claim {
@@ -221,6 +225,14 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
     });
     reconciler.run(Inputs { events, held, lost: lose, claim: publish_claim, following }).await?;
     bail!("a part of the daemon ended unexpectedly")
+}
+
+/// The variable of the environment that names the file with this host's WireGuard key.
+pub(crate) const WIREGUARD_KEY_FILE: &str = "WIREGUARD_KEY_FILE";
+
+/// The file with this host's WireGuard key: as upstream's, also in the meaning of an empty variable.
+pub(crate) fn wireguard_key_file() -> PathBuf {
+    std::env::var_os(WIREGUARD_KEY_FILE).map_or_else(|| PathBuf::from("/run/flannel/wgkey"), PathBuf::from)
 }
 
 /// Whether the network has IPv6, but the host has it switched off: there is no address to wait for.

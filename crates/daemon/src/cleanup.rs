@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use flannel::Desired;
+use flannel::backend;
 use flannel::diff::{Prune, diff};
 use flannel::object::Object;
 use flannel::pod::note::Rules;
@@ -208,12 +209,14 @@ impl Cleanup {
         }
     }
 
-    /// `subnet.env`, what the daemon keeps beside it, and folders that are empty then. The lock goes last.
+    /// `subnet.env`, WireGuard's key, what the daemon keeps beside them, and folders that are empty then. The lock goes last.
     fn files(&mut self, subnet_file: &Path) {
         // Earlier versions had their lock beside the file.
         let hidden = ["writer", "lock"].map(|kind| beside(subnet_file, kind));
         let visible = [subnet_file.to_owned(), socket::beside(subnet_file)].map(Ok);
-        for path in visible.into_iter().chain(hidden).chain([lock_file(subnet_file)]).flatten() {
+        // A file that the operator names is the operator's.
+        let key = std::env::var_os(app::WIREGUARD_KEY_FILE).is_none().then(|| Ok(app::wireguard_key_file()));
+        for path in visible.into_iter().chain(key).chain(hidden).chain([lock_file(subnet_file)]).flatten() {
             if path.exists() {
                 self.remove(&format!("file {}", path.display()), || Ok(fs::remove_file(&path)?));
             }
@@ -250,8 +253,11 @@ fn scope(networks: &[Subnet]) -> anyhow::Result<Scope> {
     Ok(Scope { links, rulesets: Family::ALL.to_vec(), iptables: Family::ALL.to_vec(), networks, ..Scope::default() })
 }
 
-/// Is it a VXLAN or IPIP device with a name that flannel gives? (The udp backend's `flannel0` ends with the daemon.)
+/// Is it a VXLAN, IPIP or WireGuard device with a name that flannel gives? (The udp backend's `flannel0` ends with the daemon.)
 fn is_device(info: &LinkInfo) -> bool {
+    if info.kind == "wireguard" {
+        return backend::wireguard::devices().contains(&info.name);
+    }
     let name = info.name.as_str();
     let number = name.strip_prefix("flannel.").or_else(|| name.strip_prefix("flannel-v6."));
     let is_vxlan =

@@ -166,7 +166,7 @@ mod tests {
     }
 
     fn peer(subnet: &str, state: PeerState) -> PeerView {
-        PeerView { subnet: key(subnet), public: PerFamily { v4: "192.0.2.2".parse().ok(), v6: None }, state }
+        PeerView { subnet: key(subnet), public: PerFamily { v4: "192.0.2.2".parse().ok(), v6: None }, state, handshake: None }
     }
 
     fn report(verdict: Verdict) -> Report {

@@ -11,6 +11,7 @@ use flannel::node::{Interface, Reach, RouteFact};
 use flannel::object::Lane;
 use flannel::object::{EnvFile, Link};
 use flannel::scope::Scope;
+use flannel::wireguard::PublicKey;
 use flannel::{IfName, Observed, Op, Outcome};
 use kernel::netlink::NetlinkError;
 use kernel::{Drops, KernelEvent};
@@ -65,6 +66,13 @@ pub trait Host {
 
     /// The file for the CNI plugins, if one is there.
     fn env_file(&self, path: &Path) -> Option<EnvFile>;
+
+    /// Reads this host's WireGuard key from its file, which is created if it is missing, and returns the public part. Devices are given the
+    /// private part, which no object has.
+    ///
+    /// # Errors
+    /// The file, the problem and the fix.
+    fn wireguard_key(&self, file: &Path) -> impl Future<Output = Result<PublicKey, String>>;
 
     /// The counters of packets that the udp backend dropped.
     fn drops(&self) -> Drops {

@@ -13,6 +13,7 @@ use flannel::backend::extension::Command;
 use flannel::check::{Expected, HostFacts};
 use flannel::object::{EnvFile, Lane, Link};
 use flannel::scope::Scope;
+use flannel::wireguard::PublicKey;
 use flannel::{IfName, Observed, Op, Outcome};
 use kernel::netlink::NetlinkError;
 use kernel::{Drops, Kernel, Monitor};
@@ -145,6 +146,17 @@ impl Host for KernelThread {
 
     fn env_file(&self, path: &Path) -> Option<EnvFile> {
         kernel::file::read_env(path)
+    }
+
+    async fn wireguard_key(&self, file: &Path) -> Result<PublicKey, String> {
+        let file = file.to_owned();
+        self.call(Lane::Fast, move |kernel| {
+            let key = kernel::wireguard::key_file(&file)?;
+            let public = key.public();
+            kernel.set_wireguard_key(key);
+            Ok(public)
+        })
+        .await
     }
 
     fn drops(&self) -> Drops {

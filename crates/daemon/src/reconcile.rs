@@ -13,7 +13,7 @@ mod notifications;
 mod report;
 mod view;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -24,6 +24,7 @@ use flannel::diff::{Prune, diff};
 use flannel::object::{Key, Kind, Lane};
 use flannel::scope::Scope;
 use flannel::store_trust::StoreTrust;
+use flannel::wireguard::PublicKey;
 use flannel::{Observed, Op, Outcome, Picture, StoreEvent};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -141,6 +142,8 @@ pub struct Reconciler<H> {
     recheck: Option<Instant>,
     /// Are a Go flanneld's plain routes taken over? Until it is known which of them are superfluous.
     adopting: bool,
+    /// With WireGuard, the last handshake of each peer that had one, as of the last audit.
+    handshakes: BTreeMap<PublicKey, Instant>,
     /// How often notifications of the kernel were lost.
     overruns: u64,
     /// When memory is given back that a long list left half used.
@@ -190,6 +193,7 @@ impl<H: Host + 'static> Reconciler<H> {
             down: Vec::new(),
             recheck: None,
             adopting: adopt,
+            handshakes: BTreeMap::new(),
             overruns: 0,
             tidy: None,
             starting: Some(starting),
@@ -291,7 +295,7 @@ impl<H: Host + 'static> Reconciler<H> {
         let keys: BTreeSet<Key> = keys.into_iter().collect();
         let ops = self.compare(&keys);
         match reason {
-            Some(drift) => self.repair(ops, drift, &std::collections::BTreeMap::new()).await,
+            Some(drift) => self.repair(ops, drift, &BTreeMap::new()).await,
             None => self.execute(ops).await,
         }
     }

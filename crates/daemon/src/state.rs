@@ -124,6 +124,9 @@ struct Peer<'a> {
     reasons: &'a [String],
     #[serde(skip_serializing_if = "Option::is_none")]
     object: Option<String>,
+    /// With the wireguard backend, the age of the last handshake in seconds, as of the last audit of the kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    handshake_s: Option<u64>,
     /// The measured paths, by family.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     paths: Vec<PathState<'a>>,
@@ -292,7 +295,8 @@ fn peer<'a>(peer: &'a crate::view::PeerView, paths: &'a Paths) -> Peer<'a> {
     };
     let reports = Family::ALL.into_iter().filter_map(|family| Some((family, paths.reports.get(&(peer.subnet, family))?)));
     let paths = reports.map(|(family, report)| path(family, report, paths.at)).collect();
-    Peer { subnet: peer.subnet.to_string(), public_ip: first(&peer.public), state: peer.state.name(), reasons, object, paths }
+    let handshake_s = peer.handshake.map(|at| at.elapsed().as_secs());
+    Peer { subnet: peer.subnet.to_string(), public_ip: first(&peer.public), state: peer.state.name(), reasons, object, handshake_s, paths }
 }
 
 impl State<'_> {
@@ -446,7 +450,7 @@ mod tests {
     fn view() -> View {
         let public = |text: &str| PerFamily { v4: text.parse().ok(), v6: None };
         let (interface, addresses) = ("eth0".parse().unwrap(), public("192.0.2.1"));
-        let peer = |subnet: &str, ip: &str, state| PeerView { subnet: key(subnet), public: public(ip), state };
+        let peer = |subnet: &str, ip: &str, state| PeerView { subnet: key(subnet), public: public(ip), state, handshake: None };
         View {
             node: Some(Node {
                 backend: "vxlan",

@@ -89,6 +89,8 @@ pub struct PeerView {
     pub public: PerFamily<IpAddr>,
     /// What was done for it.
     pub state: PeerState,
+    /// With WireGuard, when the last handshake with it was, as of the last audit.
+    pub handshake: Option<Instant>,
 }
 
 /// What was done for a peer. Whether packets arrive is measured: [`crate::probe`].

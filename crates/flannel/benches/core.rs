@@ -36,7 +36,7 @@ fn run(size: u32) {
     let node = Node { ext, mtu: 1500, addrs, public, routes: vec![("172.0.0.0/8".parse().unwrap(), true)] };
     let own = LeaseKey::new(PerFamily { v4: "100.127.255.0/27".parse().ok(), v6: None }).unwrap();
     let stored: Vec<(String, String)> = (1..=size).map(stored).collect();
-    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None }, data: None };
+    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 9, 9, 9, 9, 9])), v6: None }, ..Identity::default() };
     let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
 
     let before = rss();

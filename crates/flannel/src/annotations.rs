@@ -403,6 +403,41 @@ mod tests {
     }
 
     #[test]
+    fn annotations_of_wireguard_match_upstream_byte_for_byte() {
+        let data = || Some(r#"{"PublicKey":"AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=","Port":51820}"#.into());
+        let wireguard = |public: PerFamily<IpAddr>| {
+            let backend_data = PerFamily { v4: public.v4.and_then(|_| data()), v6: public.v6.and_then(|_| data()) };
+            Peer { public, backend_type: "wireguard".into(), backend_data }
+        };
+        check(
+            r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"wireguard"}}"#,
+            wireguard(vxlan(true).public),
+            &[],
+            expect![[r#"
+                backend-data={"PublicKey":"AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=","Port":51820}
+                backend-type=wireguard
+                backend-v6-data={"PublicKey":"AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=","Port":51820}
+                kube-subnet-manager=true
+                public-ip=192.0.2.1
+                public-ipv6=2001:db8::1
+            "#]],
+        );
+        check(
+            &only_v6("wireguard"),
+            wireguard(PerFamily { v4: None, ..vxlan(true).public }),
+            &[],
+            expect![[r#"
+            backend-data=null
+            backend-type=wireguard
+            backend-v6-data={"PublicKey":"AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=","Port":51820}
+            kube-subnet-manager=true
+            public-ip=0.0.0.0
+            public-ipv6=2001:db8::1
+        "#]],
+        );
+    }
+
+    #[test]
     fn annotations_of_udp_match_upstream_byte_for_byte() {
         let udp = Peer { public: vxlan(false).public, ..Peer::default() };
         check(

@@ -10,6 +10,7 @@ mod host_gw;
 mod ipip;
 pub mod udp;
 mod vxlan;
+pub mod wireguard;
 
 use std::net::IpAddr;
 
@@ -21,6 +22,7 @@ use self::host_gw::HostGw;
 use self::ipip::Ipip;
 use self::udp::Udp;
 use self::vxlan::Vxlan;
+use self::wireguard::WireGuard;
 use crate::alloc::is_mine;
 use crate::config::{Config, ConfigError, invalid, typed};
 use crate::json::Fields;
@@ -29,6 +31,7 @@ use crate::net::{Family, IfName, Mac, PerFamily, Subnet, Vni};
 use crate::node::Node;
 use crate::object::Object;
 use crate::probe::Point;
+use crate::wireguard::PublicKey;
 
 /// The backend of the cluster, with its settings: `Backend` of the network configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub enum Backend {
     Udp(Udp),
     /// Commands of the operator per peer.
     Extension(Extension),
+    /// A WireGuard peer per peer.
+    WireGuard(WireGuard),
 }
 
 /// The interface that every backend implements.
@@ -131,6 +136,11 @@ trait Driver {
         false
     }
 
+    /// Whether this host needs a WireGuard key ([`Identity::public_key`]).
+    fn needs_key(&self) -> bool {
+        false
+    }
+
     /// Whether it has commands to run on this host.
     fn has_commands(&self) -> bool {
         false
@@ -164,6 +174,8 @@ pub struct Identity {
     pub macs: PerFamily<Mac>,
     /// The output of the operator's command ([`Backend::before_lease`]), as a JSON string.
     pub data: Option<Box<str>>,
+    /// The public key of its WireGuard devices ([`Backend::needs_key`]).
+    pub public_key: Option<PublicKey>,
 }
 
 impl Identity {
@@ -248,6 +260,12 @@ pub enum Refusal {
     /// Its VTEP has the MAC address of an older lease's VTEP.
     #[error("its VTEP MAC {0} is that of lease {1}, which is older: a cloned machine, or a host that takes another one's packets?")]
     OlderMac(Mac, LeaseKey),
+    /// It publishes this host's WireGuard key.
+    #[error("its WireGuard key {0} is this host's own: a cloned machine?")]
+    OwnKey(PublicKey),
+    /// It publishes the WireGuard key of an older lease's host.
+    #[error("its WireGuard key {0} is that of lease {1}, which is older: a cloned machine, or a host that takes another one's packets?")]
+    OlderKey(PublicKey, LeaseKey),
     /// Its subnet contains addresses of an older lease of another host.
     #[error("its {0} subnet overlaps lease {1}, which is older and of another host")]
     OverlapsOlder(Family, LeaseKey),
@@ -259,7 +277,7 @@ impl Backend {
     /// # Errors
     /// [`ConfigError`], which names the field and the fix.
     pub(crate) fn parse(section: Option<&Fields<'_>>) -> Result<Backend, ConfigError> {
-        const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"ipip\", \"udp\", \"extension\" or \"alloc\"";
+        const SUPPORTED: &str = "set Backend.Type to \"vxlan\", \"host-gw\", \"ipip\", \"wireguard\", \"udp\", \"extension\" or \"alloc\"";
         let Some(section) = section else { return Ok(Backend::Udp(Udp::default())) };
         let kind: String = typed(section, "Backend.Type", "type")?.unwrap_or_default();
         match kind.to_lowercase().as_str() {
@@ -269,10 +287,9 @@ impl Backend {
             "ipip" => Ipip::parse(section).map(Backend::Ipip),
             "udp" => Udp::parse(section).map(Backend::Udp),
             "extension" => Extension::parse(section).map(Backend::Extension),
+            "wireguard" => WireGuard::parse(section).map(Backend::WireGuard),
             "" => Err(ConfigError::Missing { field: "Backend.Type", fix: SUPPORTED }),
-            known @ ("ipsec" | "wireguard" | "tencent-vpc") => {
-                Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}")))
-            }
+            known @ ("ipsec" | "tencent-vpc") => Err(invalid("Backend.Type", format!("{known:?} is not supported yet: {SUPPORTED}"))),
             _ => Err(invalid("Backend.Type", format!("{kind:?} is an unknown backend: {SUPPORTED}"))),
         }
     }
@@ -285,6 +302,7 @@ impl Backend {
             Backend::Ipip(driver) => driver,
             Backend::Udp(driver) => driver,
             Backend::Extension(driver) => driver,
+            Backend::WireGuard(driver) => driver,
         }
     }
 
@@ -384,6 +402,11 @@ impl Backend {
         self.driver().has_plain_routes()
     }
 
+    /// Whether this host needs a WireGuard key ([`Identity::public_key`]) before it publishes its lease.
+    pub fn needs_key(&self) -> bool {
+        self.driver().needs_key()
+    }
+
     /// Whether its configuration has commands to run on this host.
     pub fn has_commands(&self) -> bool {
         self.driver().has_commands()
@@ -443,13 +466,18 @@ fn needs_ipv4(config: &Config, problem: &str) -> Result<(), ConfigError> {
 
 /// Applies the checks that every backend needs: the subnet may be routed, and the peer's address can receive packets.
 fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> Result<Admitted, Refusal> {
-    let (family, node) = (subnet.family(), context.local.node);
     if !network.covers(subnet) {
         return Err(Refusal::Outside(subnet, network));
     }
-    if let Some(own) = context.own.subnets().get(family).filter(|own| own.overlaps(subnet)) {
+    if let Some(own) = context.own.subnets().get(subnet.family()).filter(|own| own.overlaps(subnet)) {
         return Err(Refusal::OverlapsOwn(subnet, *own));
     }
+    Ok(Admitted { network, subnet, public: check_public(context, network, peer)? })
+}
+
+/// Checks the address that a peer publishes for the family of this pod network: it can receive packets.
+fn check_public(context: Context<'_>, network: Subnet, peer: &Peer) -> Result<IpAddr, Refusal> {
+    let (family, node) = (network.family(), context.local.node);
     let public = *peer.public.get(family).ok_or(Refusal::NoPublicIp(family))?;
     let broadcast = matches!(public, IpAddr::V4(ip) if ip.is_broadcast());
     if public.is_loopback() || public.is_multicast() || broadcast {
@@ -461,7 +489,7 @@ fn admit(context: Context<'_>, network: Subnet, subnet: Subnet, peer: &Peer) -> 
     if network.contains(public) {
         return Err(Refusal::PublicIpInside(public, network));
     }
-    Ok(Admitted { network, subnet, public })
+    Ok(public)
 }
 
 #[cfg(test)]
@@ -480,7 +508,7 @@ mod tests {
         let routes = vec![("192.0.2.0/24".parse().unwrap(), true), ("2001:db8::/64".parse().unwrap(), true)];
         let node = Node { ext: "eth0".parse().unwrap(), mtu: 1500, addrs, public: addrs, routes };
         let macs = PerFamily { v4: Some(Mac([0x0e, 0, 0, 0, 0, 1])), v6: Some(Mac([0x0e, 0, 0, 0, 6, 1])) };
-        let identity = Identity { macs, data: None };
+        let identity = Identity { macs, data: None, public_key: Some(PublicKey([1; 32])) };
         let local = Local { config: &config, node: &node, identity: &identity };
         let backend = &config.backend;
         let own = PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: dual.then(|| "fc00:0:0:1::/64".parse().unwrap()) };

@@ -21,6 +21,7 @@ mod neighbours;
 mod policy_rule;
 pub mod preflight;
 mod rp_filter;
+mod user_space;
 
 use std::fmt;
 
@@ -162,6 +163,8 @@ checks! {
     Neighbours(neighbours),
     /// Another program manages a device of the daemon.
     Manager(manager),
+    /// The daemon carries WireGuard itself.
+    UserSpace(user_space),
 }
 
 /// Runs all checks. Findings are in the order of severity, then of code and text.

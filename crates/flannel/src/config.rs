@@ -394,13 +394,13 @@ mod tests {
         check(
             r#"{"Network":"10.3.0.0/16","Backend":{}}"#,
             expect![[
-                r#"error: network config: Backend.Type is missing: set Backend.Type to "vxlan", "host-gw", "ipip", "udp", "extension" or "alloc""#
+                r#"error: network config: Backend.Type is missing: set Backend.Type to "vxlan", "host-gw", "ipip", "wireguard", "udp", "extension" or "alloc""#
             ]],
         );
         check(
             r#"{"Network":"10.3.0.0/16","Backend":{"Type":"vlxan"}}"#,
             expect![[
-                r#"error: network config: Backend.Type: "vlxan" is an unknown backend: set Backend.Type to "vxlan", "host-gw", "ipip", "udp", "extension" or "alloc""#
+                r#"error: network config: Backend.Type: "vlxan" is an unknown backend: set Backend.Type to "vxlan", "host-gw", "ipip", "wireguard", "udp", "extension" or "alloc""#
             ]],
         );
         check(

@@ -28,6 +28,7 @@ pub mod store_trust;
 pub mod subnet_env;
 pub mod traffic;
 pub mod wire;
+pub mod wireguard;
 
 pub use backend::Backend;
 pub use config::Config;

@@ -3,7 +3,8 @@
 //! One code path serves both families: a [`Subnet`] holds an [`IpAddr`], and the families differ in numbers (32 or 128 bits), not in
 //! types.
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -259,6 +260,43 @@ impl FromStr for Subnet {
     fn from_str(text: &str) -> Result<Subnet, NetError> {
         let cidr: Cidr = text.parse()?;
         Ok(cidr.subnet())
+    }
+}
+
+/// Values of subnets, found by the longest prefix that contains an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrefixMap<T>(BTreeMap<Reverse<u8>, BTreeMap<Subnet, T>>);
+
+impl<T> Default for PrefixMap<T> {
+    fn default() -> Self {
+        PrefixMap(BTreeMap::new())
+    }
+}
+
+impl<T> PrefixMap<T> {
+    /// Sets the value of a subnet and returns the previous one.
+    pub fn insert(&mut self, subnet: Subnet, value: T) -> Option<T> {
+        self.0.entry(Reverse(subnet.len)).or_default().insert(subnet, value)
+    }
+
+    /// Removes a subnet and returns its value.
+    pub fn remove(&mut self, subnet: Subnet) -> Option<T> {
+        let subnets = self.0.get_mut(&Reverse(subnet.len))?;
+        let removed = subnets.remove(&subnet);
+        if subnets.is_empty() {
+            self.0.remove(&Reverse(subnet.len));
+        }
+        removed
+    }
+
+    /// The value of the longest prefix that contains the address.
+    pub fn find(&self, ip: IpAddr) -> Option<&T> {
+        self.0.iter().find_map(|(Reverse(length), subnets)| subnets.get(&Subnet::new(ip, *length).ok()?))
+    }
+
+    /// All subnets with their values, the longest prefixes first.
+    pub fn iter(&self) -> impl Iterator<Item = (Subnet, &T)> {
+        self.0.values().flatten().map(|(subnet, value)| (*subnet, value))
     }
 }
 

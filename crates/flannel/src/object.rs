@@ -17,6 +17,7 @@ pub mod pod_rules;
 pub mod route;
 mod ruleset;
 pub mod sysctl;
+pub mod wg_peer;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -26,6 +27,7 @@ use crate::lease::LeaseKey;
 use crate::net::{Cidr, Family, IfName, Mac, Subnet};
 use crate::traffic::Ruleset;
 use crate::traffic::iptables::{Iptables, Variant};
+use crate::wireguard::PublicKey;
 
 pub use self::addr::Addr;
 pub use self::blackhole::Blackhole;
@@ -38,6 +40,7 @@ pub use self::neigh::Neigh;
 pub use self::pod_rules::PodRules;
 pub use self::route::{BOOT_PROTOCOL, ROUTE_PROTOCOL, Route, route_metric};
 pub use self::sysctl::Sysctl;
+pub use self::wg_peer::{AllowedIp, WgPeer};
 
 /// The interface of every kind of object. `Display` is one line in the style of iproute2; for rules it is several lines.
 pub trait Item: fmt::Display {
@@ -109,7 +112,7 @@ impl<T: Item> Item for Box<T> {
 /// Defines [`Object`] and [`Kind`] from one list, so that both have every kind.
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident($value:ty),)*) => {
-        /// An object in the kernel, or one that is managed like it. Each peer has three; the large and rare kinds are boxed.
+        /// An object in the kernel, or one that is managed like it. Each peer has up to three; the large and rare kinds are boxed.
         #[derive(Debug, Clone, PartialEq, Eq)]
         pub enum Object {
             $($(#[$doc])* $kind($value),)*
@@ -165,6 +168,10 @@ kinds! {
     Neigh(Neigh),
     /// An entry of the udp backend's forwarding table.
     Forward(Forward),
+    /// A peer of a WireGuard device.
+    WgPeer(Box<WgPeer>),
+    /// A subnet of a WireGuard peer.
+    AllowedIp(Box<AllowedIp>),
     /// A route.
     Route(Route),
     /// A blackhole route.
@@ -186,7 +193,7 @@ impl Kind {
     pub fn lane(self) -> Lane {
         match self {
             Kind::Link | Kind::Addr | Kind::Bridge | Kind::Sysctl | Kind::Fdb | Kind::Neigh | Kind::Forward => Lane::Fast,
-            Kind::Route | Kind::Blackhole | Kind::Ruleset | Kind::EnvFile => Lane::Fast,
+            Kind::WgPeer | Kind::AllowedIp | Kind::Route | Kind::Blackhole | Kind::Ruleset | Kind::EnvFile => Lane::Fast,
             // iptables and the operator's commands are child processes, and the pods' rules need a lock.
             Kind::Iptables | Kind::PodRules | Kind::Extension => Lane::Slow,
         }
@@ -240,6 +247,10 @@ pub enum Key {
     Neigh(IfName, IpAddr),
     /// By destination.
     Forward(Subnet),
+    /// By link and public key.
+    WgPeer(IfName, PublicKey),
+    /// By link and subnet.
+    AllowedIp(IfName, Subnet),
     /// By destination and metric, as the kernel identifies it.
     Route(Subnet, u32),
     /// By destination.
@@ -267,6 +278,8 @@ impl fmt::Display for Kind {
             Kind::Fdb => "FDB entry",
             Kind::Route => "route",
             Kind::Forward => "forwarding entry",
+            Kind::WgPeer => "WireGuard peer",
+            Kind::AllowedIp => "allowed IP",
             Kind::Extension => "extension",
             Kind::Blackhole => "blackhole route",
             Kind::Ruleset => "nftables rules",
@@ -288,6 +301,8 @@ impl fmt::Display for Key {
             Key::Fdb(link, mac) => write!(f, "FDB entry {mac} on {link}"),
             Key::Route(dst, metric) => write!(f, "route {dst} metric {metric}"),
             Key::Forward(dst) => write!(f, "forwarding entry {dst}"),
+            Key::WgPeer(link, key) => write!(f, "WireGuard peer {key} on {link}"),
+            Key::AllowedIp(link, subnet) => write!(f, "allowed IP {subnet} on {link}"),
             Key::Extension(lease) => write!(f, "extension {lease}"),
             Key::Blackhole(dst) => write!(f, "blackhole route {dst}"),
             Key::Ruleset(family) => write!(f, "nftables rules for {family}"),

@@ -12,7 +12,7 @@ use crate::lease::{Age, LeaseKey, LeaseSet, Peer, StoreEvent};
 use crate::net::{Cidr, Family, Mac, PerFamily, Subnet};
 use crate::node::Node;
 use crate::object::bridge::keep;
-use crate::object::{Blackhole, EnvFile, Key, LinkKind, Object, PodRules, Sysctl, route_metric};
+use crate::object::{AllowedIp, Blackhole, EnvFile, Key, LinkKind, Object, PodRules, Sysctl, WgPeer, route_metric};
 use crate::observed::Observed;
 use crate::scope::{Adopt, Scope};
 use crate::store_trust::is_list_older;
@@ -159,6 +159,15 @@ impl Picture {
         for (key, age) in self.leases.unreadable().filter(|(key, _)| !key.overlaps(&own)) {
             let (mut objects, mut hosts) = (Vec::new(), PerFamily::default());
             for (family, subnet) in key.subnets().iter() {
+                if let Some((peer, allowed)) = self.wireguard_peer(observed, *subnet) {
+                    hosts.set(family, peer.endpoint.map(|endpoint| endpoint.ip()));
+                    // It may serve both families.
+                    if !objects.contains(&Object::WgPeer(peer.clone())) {
+                        objects.push(Object::WgPeer(peer));
+                    }
+                    objects.push(Object::AllowedIp(allowed));
+                    continue;
+                }
                 let route =
                     self.config.network(family).and_then(|network| observed.get(&Key::Route(*subnet, route_metric(network, *subnet))));
                 let Some(Object::Route(route)) = route else { continue };
@@ -174,6 +183,28 @@ impl Picture {
         }
         let Changes { contested, .. } = self.desired.set_parts(keep);
         self.note_refusals(&contested);
+    }
+
+    /// The WireGuard peer that has a subnet, with the object that gives it that.
+    fn wireguard_peer(&self, observed: &Observed, subnet: Subnet) -> Option<(Box<WgPeer>, Box<AllowedIp>)> {
+        let link = self.config.backend.device(subnet.family())?;
+        let Object::AllowedIp(allowed) = observed.get(&Key::AllowedIp(link, subnet))? else { return None };
+        let Object::WgPeer(peer) = observed.get(&Key::WgPeer(link, allowed.peer))? else { return None };
+        Some((peer.clone(), allowed.clone()))
+    }
+
+    /// Takes the endpoints of WireGuard peers that moved while their sessions live as those that are desired: WireGuard itself follows
+    /// a peer, and putting its former address back would cut it off. Call it with what was just read.
+    pub fn accept_roaming(&self, observed: &mut Observed) {
+        let roamed = |object: &Object| match (object, self.desired.get(&object.key())?) {
+            (Object::WgPeer(have), Object::WgPeer(want)) if have.may_roam() && have.endpoint != want.endpoint => {
+                Some(Object::WgPeer(Box::new(WgPeer { endpoint: want.endpoint, ..(**have).clone() })))
+            }
+            _ => None,
+        };
+        let is_peer = |object: &&Object| matches!(object, Object::WgPeer(_));
+        let moved: Vec<Object> = observed.iter().map(|(_, object)| object).filter(is_peer).filter_map(roamed).collect();
+        moved.into_iter().for_each(|object| observed.insert(object));
     }
 
     /// Sets this node's lease and rebuilds all objects.
@@ -325,6 +356,7 @@ impl Picture {
         };
         match lost.key {
             Some(Key::Fdb(_, mac)) => Refusal::OlderMac(mac, holder),
+            Some(Key::WgPeer(_, key)) => Refusal::OlderKey(key, holder),
             _ => Refusal::OverlapsOlder(family, holder),
         }
     }
@@ -528,7 +560,7 @@ mod tests {
     fn vxlan() -> Picture {
         let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
         let Picture { node, traffic, own, .. } = picture();
-        let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None }, data: None };
+        let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 1])), v6: None }, ..Identity::default() };
         Picture::new(config, node, identity, traffic, own)
     }
 
@@ -624,5 +656,71 @@ mod tests {
         let of = |name: &str| Key::Sysctl(Family::V4.forwarding_of(name.parse().unwrap()));
         assert_eq!(touched, [Key::Bridge("cni0".parse().unwrap()), of("cni0"), of("eth0"), forwarding.key()]);
         assert_eq!(picture.desired().get(&forwarding.key()), Some(&forwarding));
+    }
+
+    const KEY: &str = "BQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQU=";
+
+    /// Host 1 of a pod network, with wireguard.
+    fn wireguard() -> Picture {
+        let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"wireguard"}}"#).unwrap();
+        let Picture { node, traffic, own, .. } = picture();
+        let identity = Identity { public_key: Some(crate::wireguard::PublicKey([1; 32])), ..Identity::default() };
+        Picture::new(config, node, identity, traffic, own)
+    }
+
+    fn apply_key(subnet: &str, age: u64, ip: &str) -> StoreEvent {
+        let value = format!(r#"{{"PublicIP":"{ip}","BackendType":"wireguard","BackendData":{{"PublicKey":"{KEY}","Port":7}}}}"#);
+        StoreEvent::Apply(Lease { key: key(subnet), peer: crate::wire::parse_value(value.as_bytes()).unwrap() }, Age::created(age))
+    }
+
+    fn peers(picture: &Picture) -> Vec<String> {
+        let is_peer = |object: &&Object| matches!(object, Object::WgPeer(_) | Object::AllowedIp(_));
+        picture.desired().iter().map(|(_, object)| object).filter(is_peer).map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn younger_lease_with_the_key_of_another_host_is_refused() {
+        let mut picture = wireguard();
+        picture.fold_all([apply_key("10.244.2.0/24", 8, "192.0.2.2"), apply_key("10.244.5.0/24", 7, "192.0.2.5")]);
+        let older =
+            [format!("peer {KEY} dev flannel-wg endpoint 192.0.2.5:7"), format!("allowed-ip 10.244.5.0/24 peer {KEY} dev flannel-wg")];
+        assert_eq!(peers(&picture), older);
+        let text = format!(
+            "its WireGuard key {KEY} is that of lease 10.244.5.0/24, which is older: a cloned machine, or a host that takes another one's packets?"
+        );
+        assert_eq!(picture.refusals()[&key("10.244.2.0/24")].iter().map(ToString::to_string).collect::<Vec<_>>(), [text]);
+        picture.fold(StoreEvent::Delete(key("10.244.5.0/24")));
+        assert_eq!((peers(&picture).len(), picture.refusals().len()), (2, 0));
+    }
+
+    #[test]
+    fn two_leases_of_one_host_share_a_wireguard_peer() {
+        let mut picture = wireguard();
+        picture.fold_all([apply_key("10.244.2.0/24", 8, "192.0.2.5"), apply_key("10.244.5.0/24", 7, "192.0.2.5")]);
+        assert_eq!((peers(&picture).len(), picture.refusals().len()), (3, 0), "{:?}", peers(&picture));
+        let touched = picture.fold(StoreEvent::Delete(key("10.244.5.0/24")));
+        assert_eq!(peers(&picture).len(), 2);
+        assert!(picture.desired().get(&touched.keys[0]).is_some(), "the peer stays: {:?}", touched.keys);
+    }
+
+    #[test]
+    fn endpoint_that_wireguard_followed_is_accepted_while_its_session_lives() {
+        let mut picture = wireguard();
+        picture.fold(apply_key("10.244.5.0/24", 7, "192.0.2.5"));
+        let moved = |handshake| -> Observed {
+            let objects = picture.desired().iter().map(|(_, object)| match object {
+                Object::WgPeer(peer) => {
+                    Object::WgPeer(Box::new(WgPeer { endpoint: "192.0.2.99:40000".parse().ok(), handshake, ..(**peer).clone() }))
+                }
+                other => other.clone(),
+            });
+            objects.collect()
+        };
+        let ops = |handshake| {
+            let mut observed = moved(handshake);
+            picture.accept_roaming(&mut observed);
+            crate::diff::diff(picture.desired(), &observed, crate::diff::Prune::Yes).len()
+        };
+        assert_eq!([Some(10), Some(180), None].map(ops), [0, 1, 1]);
     }
 }

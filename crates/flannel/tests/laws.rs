@@ -1,14 +1,15 @@
 //! Property tests: invariants that hold for every input, checked with random inputs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use flannel::alloc::{Choice, choose};
 use flannel::backend::Identity;
 use flannel::desired::{Claims, Owner};
 use flannel::diff::{Prune, diff, diff_keys};
-use flannel::object::{Addr, Fdb, Key, Link, LinkKind, Neigh, ROUTE_PROTOCOL, Route};
+use flannel::object::{Addr, AllowedIp, Fdb, Key, Link, LinkKind, Neigh, ROUTE_PROTOCOL, Route, WgPeer};
 use flannel::traffic::TrafficConfig;
+use flannel::wireguard::PublicKey;
 use flannel::{
     Age, Cidr, Config, Desired, Family, Lease, LeaseKey, LeaseSet, Mac, Node, Object, Observed, Peer, PerFamily, Picture, StoreEvent,
     Subnet, Vni, subnet_env, wire,
@@ -31,7 +32,7 @@ fn object() -> impl Strategy<Value = Object> {
     let link = prop_oneof![Just("flannel.1"), Just("flannel.2")].prop_map(|name| name.parse().expect("a name"));
     let small = || (0u8..6).prop_map(|n| IpAddr::V4(Ipv4Addr::new(10, 1, n, 0)));
     let mac = (0u8..4).prop_map(|n| Mac([2, 0, 0, 0, 0, n]));
-    (0u8..5, link, small(), small(), mac, 0u32..3).prop_map(|(kind, link, a, b, mac, n)| match kind {
+    (0u8..7, link, small(), small(), mac, 0u32..3).prop_map(|(kind, link, a, b, mac, n)| match kind {
         0 => Object::Link(Box::new(Link {
             name: link,
             kind: LinkKind::Vxlan {
@@ -49,6 +50,22 @@ fn object() -> impl Strategy<Value = Object> {
         1 => Object::Addr(Addr { link, cidr: Cidr { addr: a, len: 32 } }),
         2 => Object::Neigh(Neigh { link, ip: a, mac }),
         3 => Object::Fdb(Fdb { link, mac, dst: a }),
+        4 => {
+            let endpoint = Some(SocketAddr::new(b, 51_820));
+            Object::WgPeer(Box::new(WgPeer {
+                link,
+                public_key: PublicKey([mac.0[5]; 32]),
+                endpoint,
+                keepalive: 0,
+                psk: None,
+                handshake: None,
+            }))
+        }
+        5 => {
+            let a = if n == 2 { IpAddr::V6(Ipv6Addr::new(0xfc00, 0, 0, mac.0[5].into(), 0, 0, 0, 0)) } else { a };
+            let subnet = Subnet::new(a, if n == 2 { 64 } else { 24 }).expect("a prefix");
+            Object::AllowedIp(Box::new(AllowedIp { link, subnet, peer: PublicKey([mac.0[5]; 32]) }))
+        }
         _ => Object::Route(Route {
             dst: Subnet::new(a, 24).expect("a prefix"),
             metric: n,
@@ -80,14 +97,18 @@ fn observed(objects: Vec<Object>, want: &Desired) -> Observed {
 }
 
 fn peer() -> impl Strategy<Value = Peer> {
-    let backend = prop_oneof![Just(""), Just("vxlan"), Just("host-gw"), Just("we\"ird\u{1}")];
+    let backend = prop_oneof![Just(""), Just("vxlan"), Just("wireguard"), Just("host-gw"), Just("we\"ird\u{1}")];
     let v4 = prop::option::of(
         any::<u32>().prop_filter("0.0.0.0 means none", |bits| *bits != 0).prop_map(|bits| IpAddr::V4(Ipv4Addr::from_bits(bits))),
     );
     let v6 = prop::option::of(
         any::<u128>().prop_filter(":: means none", |bits| *bits != 0).prop_map(|bits| IpAddr::V6(Ipv6Addr::from_bits(bits))),
     );
-    let data = prop::option::of((0u32..9).prop_map(|n| format!("{{\"VNI\":{n},\"VtepMAC\":\"02:00:00:00:00:0{n}\"}}").into()));
+    // Each backend reads its own fields.
+    let data = prop::option::of((0u8..9).prop_map(|n| {
+        let key = PublicKey([n; 32]);
+        format!("{{\"VNI\":{n},\"VtepMAC\":\"02:00:00:00:00:0{n}\",\"PublicKey\":\"{key}\",\"Port\":5182{n}}}").into()
+    }));
     (v4, v6, backend, data).prop_map(|(v4, v6, backend, data)| Peer {
         public: PerFamily { v4, v6 },
         backend_type: backend.into(),
@@ -146,7 +167,29 @@ fn family_of(object: &Object) -> Option<Family> {
     match object {
         Object::Fdb(Fdb { dst: ip, .. }) | Object::Neigh(Neigh { ip, .. }) => Some(Family::of(*ip)),
         Object::Route(route) => Some(route.dst.family()),
+        Object::AllowedIp(allowed) => Some(allowed.subnet.family()),
         _ => None,
+    }
+}
+
+/// The families that an object of a part serves: a WireGuard peer, those of its subnets in the part.
+fn served(part: &Claims, object: &Object) -> BTreeSet<Family> {
+    match object {
+        Object::WgPeer(peer) => {
+            let of_it = |object: &&Object| matches!(object, Object::AllowedIp(ip) if (ip.link, ip.peer) == (peer.link, peer.public_key));
+            part.objects.iter().filter(of_it).filter_map(family_of).collect()
+        }
+        _ => family_of(object).into_iter().collect(),
+    }
+}
+
+/// Whether an object of a part is left out, if these families are.
+fn is_left_out(part: &Claims, object: &Object, families: &[Family]) -> bool {
+    let served = served(part, object);
+    match object {
+        Object::WgPeer(_) => !served.is_empty() && served.iter().all(|family| families.contains(family)),
+        _ if served.is_empty() => !families.is_empty(),
+        _ => served.iter().any(|family| families.contains(family)),
     }
 }
 
@@ -172,15 +215,19 @@ fn refused(part: &Claims, all: &BTreeMap<Owner, Claims>) -> Vec<Family> {
             let claimants = others().filter(|other| other.objects.iter().any(|object| object.key() == key));
             claimants.min_by_key(|other| rank(other)).is_some_and(|oldest| rank(oldest) < rank(part) && is_other(oldest))
         };
-        let mut keys = part.objects.iter().filter(|object| family_of(object) == Some(*family)).map(Object::key);
+        let mut keys = part.objects.iter().filter(|object| served(part, object).contains(family)).map(Object::key);
         let is_overlapped = others().any(|other| overlaps(other) && rank(other) < rank(part) && is_other(other));
         !part.objects.is_empty() && (is_overlapped || keys.any(is_lost))
     };
     Family::ALL.into_iter().filter(is_refused).collect()
 }
 
-fn picture() -> Picture {
-    let config = Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#).expect("a config");
+fn pictures() -> impl Strategy<Value = Picture> {
+    prop_oneof![Just(r#"{"Type":"vxlan","DirectRouting":true}"#), Just(r#"{"Type":"wireguard"}"#)].prop_map(picture)
+}
+
+fn picture(backend: &str) -> Picture {
+    let config = Config::parse(&format!(r#"{{"Network":"10.244.0.0/16","Backend":{backend}}}"#)).expect("a config");
     let addrs = PerFamily { v4: "192.0.2.1".parse().ok(), v6: None };
     let node = Node {
         ext: "eth0".parse().expect("a name"),
@@ -189,7 +236,11 @@ fn picture() -> Picture {
         public: addrs,
         routes: vec![("192.0.2.0/31".parse().expect("a prefix"), true)],
     };
-    let identity = Identity { macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None }, data: None };
+    let identity = Identity {
+        macs: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None },
+        public_key: Some(PublicKey([99; 32])),
+        ..Identity::default()
+    };
     let own = LeaseKey::new(PerFamily { v4: "10.244.1.0/24".parse().ok(), v6: None }).expect("it has a subnet");
     Picture::new(
         config,
@@ -218,8 +269,7 @@ proptest! {
                 // Within a part the last object with a key counts.
                 let own: BTreeMap<Key, &Object> = part.objects.iter().map(|object| (object.key(), object)).collect();
                 for (key, object) in own {
-                    let left_out = &left_out[&part.owner];
-                    if family_of(object).map_or(left_out.is_empty(), |family| !left_out.contains(&family)) {
+                    if !is_left_out(part, object, &left_out[&part.owner]) {
                         wanted.entry(key).or_insert(object);
                     }
                 }
@@ -281,8 +331,7 @@ proptest! {
     }
 
     #[test]
-    fn touched_keys_cover_every_change(events in prop::collection::vec(event(), 0..40)) {
-        let mut picture = picture();
+    fn touched_keys_cover_every_change(mut picture in pictures(), events in prop::collection::vec(event(), 0..40)) {
         let mut kernel: Observed = Observed::default();
         for op in diff(picture.desired(), &kernel, Prune::No) {
             kernel.apply(&op);
@@ -299,25 +348,36 @@ proptest! {
     }
 
     #[test]
-    fn leases_outside_the_network_or_overlapping_own_get_no_route(events in prop::collection::vec(event(), 0..40)) {
-        let mut picture = picture();
+    fn leases_outside_the_network_or_overlapping_own_get_no_route(
+        mut picture in pictures(), events in prop::collection::vec(event(), 0..40)
+    ) {
         for event in events {
             picture.fold(event);
         }
         let (network, own): (Subnet, Subnet) = ("10.244.0.0/16".parse().unwrap(), "10.244.1.0/24".parse().unwrap());
         for (_, object) in picture.desired().iter() {
-            if let Object::Route(route) = object {
-                prop_assert!(network.covers(route.dst) && !own.overlaps(route.dst), "{}", object);
-            }
+            let dst = match object {
+                // That of WireGuard's device is for the whole network.
+                Object::Route(route) if route.dst == network && route.via.is_none() => continue,
+                Object::Route(route) => route.dst,
+                Object::AllowedIp(allowed) => {
+                    prop_assert!(picture.desired().get(&Key::WgPeer(allowed.link, allowed.peer)).is_some(), "{} has no peer", object);
+                    allowed.subnet
+                }
+                _ => continue,
+            };
+            prop_assert!(network.covers(dst) && !own.overlaps(dst), "{}", object);
         }
     }
 
     #[test]
-    fn order_of_leases_in_a_list_does_not_matter(mut leases in prop::collection::vec((lease(), age()), 0..12), seed in any::<u64>()) {
+    fn order_of_leases_in_a_list_does_not_matter(
+        empty in pictures(), mut leases in prop::collection::vec((lease(), age()), 0..12), seed in any::<u64>()
+    ) {
         leases.sort_by_key(|(lease, _)| lease.key);
         leases.dedup_by_key(|(lease, _)| lease.key);
         let fold = |leases: &[(Lease, Age)]| {
-            let mut picture = picture();
+            let mut picture = empty.clone();
             picture.fold(StoreEvent::Init);
             leases.iter().for_each(|(lease, age)| drop(picture.fold(StoreEvent::Apply(lease.clone(), *age))));
             picture.fold(StoreEvent::InitDone);

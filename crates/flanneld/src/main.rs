@@ -185,8 +185,8 @@ fn log(verbosity: i32, modules: &str) {
     let most = named.iter().map(|(_, level)| *level).chain([level]).max().unwrap_or(level);
     let ours = Targets::new()
         .with_default(tracing::Level::WARN)
-        // The Kubernetes client logs at length what the daemon reports itself.
-        .with_target("kube_client", LevelFilter::OFF)
+        // The Kubernetes client logs at length what the daemon reports itself, and boringtun calls it an error when a peer is idle.
+        .with_targets(["kube_client", "boringtun"].map(|name| (name, LevelFilter::OFF)))
         .with_targets(["flanneld", "daemon", "lab", "flannel", "kernel", "cni"].map(|name| (name, level)))
         .with_targets(named);
     tracing_subscriber::fmt()

@@ -59,6 +59,8 @@ mod runtimes;
 mod secure;
 #[path = "support/stores.rs"]
 mod stores;
+#[path = "lab/wireguard.rs"]
+mod wireguard;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
@@ -137,6 +139,7 @@ const TESTS: &[(&str, Test)] = &[
     ("hundred_restarts_lose_nothing", restarts::hundred_restarts_lose_nothing),
     ("extension_runs_words_or_a_shell_for_each_peer", extension_runs_words_or_a_shell_for_each_peer),
     ("deleted_tun_device_is_restored", deleted_tun_device_is_restored),
+    ("wireguard_without_the_kernels_carries_packets", wireguard::user_space_carries_packets),
     ("daemon_restart_loses_no_packet", daemon_restart_loses_no_packet),
     ("deleted_objects_are_restored", deleted_objects_are_restored),
     ("conflict_is_reported_and_rate_limited", conflict_is_reported_and_rate_limited),
@@ -190,6 +193,10 @@ const VM_TESTS: &[(&str, Test)] = &[
     ("bridge_with_vlan_filtering_is_left_alone", heal::bridge_with_vlan_filtering_is_left_alone),
     ("ipip_objects_are_restored", ipip::objects_are_restored),
     ("ipip_of_a_go_flanneld_is_taken_over_without_a_lost_packet", ipip::a_go_node_is_taken_over),
+    ("wireguard_two_devices_carry_both_families", wireguard::two_devices_carry_both_families),
+    ("wireguard_one_device_carries_both_families", wireguard::one_device_carries_both_families),
+    ("wireguard_peers_are_repaired_and_followed", wireguard::peers_are_repaired_and_followed),
+    ("wireguard_device_of_go_is_adopted_without_a_lost_packet", wireguard::go_device_is_adopted),
 ];
 
 fn main() {

@@ -145,7 +145,7 @@ fn lacks_device(expected: &Expected, facts: &HostFacts) -> bool {
         LinkKind::Vxlan { vni, port, .. } => {
             !facts.links.iter().any(|seen| seen.name == link.name || seen.vxlan == Some((vni.get(), port)))
         }
-        LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::Other(_) => false,
+        LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::WireGuard { .. } | LinkKind::Other(_) => false,
     })
 }
 

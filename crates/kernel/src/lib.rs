@@ -35,6 +35,7 @@ pub mod sockets;
 mod sys;
 pub mod sysctl;
 mod tunnel;
+pub mod wireguard;
 
 use std::collections::BTreeMap;
 
@@ -55,6 +56,8 @@ pub struct Kernel {
     networks: Vec<flannel::Subnet>,
     /// The udp backend's data path, while it is running.
     tunnel: Option<tunnel::Tunnel>,
+    /// WireGuard devices, and this host's key for them.
+    wireguard: wireguard::WireGuard,
     /// The packets that the data path dropped, in all tunnels since the start.
     drops: Drops,
     /// Peers for which the commands of the extension backend were run.
@@ -79,6 +82,7 @@ impl Kernel {
             iptables: iptables::Cache::default(),
             networks: Vec::new(),
             tunnel: None,
+            wireguard: wireguard::WireGuard::default(),
             drops: Drops::default(),
             extension: BTreeMap::new(),
             read_error: None,
@@ -105,6 +109,11 @@ impl Kernel {
     /// The udp backend's data path, if it is running on this link.
     fn running_tunnel(&self, link: &link::LinkInfo) -> Option<&tunnel::Tunnel> {
         self.tunnel.as_ref().filter(|tunnel| tunnel.name == link.name && link.kind == "tun" && tunnel.is_running())
+    }
+
+    /// Gives this host's private key for WireGuard devices.
+    pub fn set_wireguard_key(&mut self, key: flannel::wireguard::PrivateKey) {
+        self.wireguard.set_key(key);
     }
 
     fn netfilter(&mut self) -> Result<&mut Socket, NetlinkError> {

@@ -21,6 +21,8 @@ pub enum Protocol {
     Route,
     /// `NETLINK_NETFILTER`: nf_tables.
     Netfilter,
+    /// `NETLINK_GENERIC`: WireGuard.
+    Generic,
 }
 
 /// The error of a netlink operation.
@@ -120,6 +122,7 @@ impl Socket {
         let number = match protocol {
             Protocol::Route => libc::NETLINK_ROUTE,
             Protocol::Netfilter => libc::NETLINK_NETFILTER,
+            Protocol::Generic => libc::NETLINK_GENERIC,
         };
         let fd = sys::socket(libc::AF_NETLINK, libc::SOCK_RAW, number).map_err(|e| NetlinkError::Socket("open it", e))?;
         let set = |option| sys::set_option(fd.as_fd(), libc::SOL_NETLINK, option, 1).map_err(|e| NetlinkError::Socket("set an option", e));

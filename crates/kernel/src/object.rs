@@ -1,8 +1,8 @@
 //! Applies and reads each kind of object, one file per kind, and decodes the kernel's notifications of it. Matches are exhaustive, so a
 //! kind that is not handled does not compile.
 //!
-//! Operations are executed in the given order, with an outcome for each. Neighbours, FDB entries and routes, of which there are many,
-//! are sent in batches.
+//! Operations are executed in the given order, with an outcome for each. Neighbours, FDB entries, routes and WireGuard's peers, of
+//! which there are many, are sent in batches.
 
 pub(crate) mod addr;
 pub(crate) mod blackhole;
@@ -18,6 +18,7 @@ pub(crate) mod pod_rules;
 pub(crate) mod route;
 pub(crate) mod ruleset;
 pub(crate) mod sysctl;
+pub(crate) mod wg_peer;
 
 use std::collections::BTreeMap;
 
@@ -28,6 +29,7 @@ use flannel::{IfName, Observed, Op, Outcome};
 use crate::Kernel;
 use crate::link::LinkInfo;
 use crate::netlink::{Batch, NetlinkError};
+use crate::wireguard::Device;
 
 /// A change of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,8 @@ struct Run<'a> {
     batch: Batch,
     /// For each message of the batch, the index of its operation.
     carried: Vec<usize>,
+    /// The indexes of pending operations on WireGuard's peers. Either these or the batch are pending.
+    peers: Vec<usize>,
     outcomes: Vec<Outcome>,
 }
 
@@ -62,10 +66,18 @@ impl Kernel {
     /// Executes operations. The outcomes are in the order of the operations.
     pub fn apply(&mut self, ops: &[Op]) -> Vec<Outcome> {
         self.indexes.clear();
-        let mut run = Run { ops, batch: Batch::new(), carried: Vec::new(), outcomes: Vec::with_capacity(ops.len()) };
+        let mut run = Run { ops, batch: Batch::new(), carried: Vec::new(), peers: Vec::new(), outcomes: Vec::with_capacity(ops.len()) };
         for op in ops {
             let change = if matches!(op, Op::Set(_)) { Change::Set } else { Change::Delete };
+            let is_peer = matches!(op.object(), Object::WgPeer(_) | Object::AllowedIp(_));
+            if is_peer == run.peers.is_empty() {
+                self.flush(&mut run);
+            }
             match op.object() {
+                Object::WgPeer(_) | Object::AllowedIp(_) => {
+                    run.peers.push(run.outcomes.len());
+                    run.outcomes.push(Ok(()));
+                }
                 Object::Fdb(fdb) => {
                     let enqueued = fdb::enqueue(self, change, fdb, &mut run.batch);
                     run.batched(enqueued);
@@ -103,6 +115,11 @@ impl Kernel {
     }
 
     fn flush(&mut self, run: &mut Run<'_>) {
+        let peers = std::mem::take(&mut run.peers);
+        let ops: Vec<&Op> = peers.iter().map(|at| &run.ops[*at]).collect();
+        for (at, result) in peers.iter().zip(wg_peer::apply(self, &ops)) {
+            run.outcomes[*at] = outcome(&run.ops[*at], result);
+        }
         if run.batch.is_empty() {
             return;
         }
@@ -141,6 +158,8 @@ pub(crate) struct Reading<'a> {
     scope: &'a Scope,
     links: Vec<LinkInfo>,
     names: BTreeMap<u32, IfName>,
+    /// The WireGuard devices in scope, with their peers.
+    wireguard: BTreeMap<IfName, Device>,
 }
 
 impl Reading<'_> {
@@ -174,12 +193,15 @@ impl Kernel {
             && !(scope.links.is_empty() && scope.networks.is_empty() && scope.sysctls.is_empty() && scope.gateways.is_empty());
         let links = if needs_links { crate::link::list(&mut self.route)? } else { Vec::new() };
         let names = links.iter().map(|link| (link.index, link.name)).collect();
-        let reading = Reading { scope, links, names };
+        let mut reading = Reading { scope, links, names, wireguard: BTreeMap::new() };
+        reading.wireguard = self.wireguard_devices(&reading)?;
         // Collected first: a map that is built at once is half as large.
         let mut found: Vec<Object> = Vec::new();
         for kind in Kind::ALL.iter().filter(|kind| kind.lane() == lane) {
             match kind {
                 Kind::Link => link::observe(self, &reading, &mut found),
+                Kind::WgPeer => wg_peer::observe_peers(&reading, &mut found),
+                Kind::AllowedIp => wg_peer::observe_allowed(&reading, &mut found),
                 Kind::Addr => addr::observe(self, &reading, &mut found)?,
                 Kind::Bridge => bridge::observe(self, &reading, &mut found)?,
                 Kind::Sysctl => sysctl::observe(self, &reading, &mut found),

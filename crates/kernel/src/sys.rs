@@ -3,6 +3,7 @@
 
 use std::io;
 use std::mem::{size_of, zeroed};
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -101,68 +102,200 @@ pub(crate) fn recv_netlink(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: libc::c
 /// `IFF_TUN | IFF_NO_PI`, `linux/if_tun.h`).
 pub(crate) fn tun_attach(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     const TUNSETIFF: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<libc::c_int>(b'T', 202);
-    // SAFETY: all-zero is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
+    let mut request = interface_request(name);
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: the request reads and writes one ifreq, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETIFF as _, &raw mut request) }).map(drop)
 }
 
-/// Sends datagrams, as many in one call as the kernel accepts. Datagrams that cannot be sent are skipped.
-pub(crate) fn send_many(fd: BorrowedFd<'_>, packets: &[(&[u8], std::net::SocketAddrV4)]) {
-    let mut addresses: Vec<libc::sockaddr_in> = packets.iter().map(|(_, to)| socket_address(*to)).collect();
-    let mut parts: Vec<libc::iovec> =
-        packets.iter().map(|(bytes, _)| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }).collect();
-    let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
-    let mut from = 0;
-    while from < messages.len() {
-        let count = libc::c_uint::try_from(messages.len() - from).unwrap_or(libc::c_uint::MAX);
-        // SAFETY: each of the `count` headers points to an address and a part that live in the vectors above; the kernel
-        // only reads what the parts point to.
-        let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), messages[from..].as_mut_ptr(), count, 0) };
-        // An error concerns the first message: continue after it.
-        from += usize::try_from(sent).unwrap_or(0).max(1);
+/// Sets the number of packets that wait in an interface (`SIOCSIFTXQLEN`, netdevice(7)), by any socket in its network namespace.
+pub(crate) fn set_queue_length(socket: BorrowedFd<'_>, name: &str, length: libc::c_int) -> io::Result<()> {
+    let mut request = interface_request(name);
+    // The member with the length has no name in libc; like `ifru_metric` it is an int at the start of the union.
+    request.ifr_ifru.ifru_metric = length;
+    // SAFETY: the request reads one ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFTXQLEN as _, &raw mut request) }).map(drop)
+}
+
+fn interface_request(name: &str) -> libc::ifreq {
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request
+}
+
+/// The address of a UDP socket, of either family. Both begin with the family (`sockaddr(3type)`).
+#[repr(C)]
+union SocketAddress {
+    family: libc::sa_family_t,
+    v4: libc::sockaddr_in,
+    v6: libc::sockaddr_in6,
+}
+
+impl SocketAddress {
+    fn unspecified() -> SocketAddress {
+        // SAFETY: all-zero is a valid sockaddr_in6, which is the largest member.
+        SocketAddress { v6: unsafe { zeroed() } }
+    }
+
+    fn new(to: SocketAddr) -> SocketAddress {
+        let mut address = SocketAddress::unspecified();
+        match to {
+            SocketAddr::V4(to) => {
+                // SAFETY: all-zero is a valid sockaddr_in.
+                let mut v4: libc::sockaddr_in = unsafe { zeroed() };
+                v4.sin_family = libc::sa_family_t::try_from(libc::AF_INET).expect("AF_INET is 2");
+                v4.sin_port = to.port().to_be();
+                v4.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
+                address.v4 = v4;
+            }
+            SocketAddr::V6(to) => {
+                // SAFETY: all-zero is a valid sockaddr_in6.
+                let mut v6: libc::sockaddr_in6 = unsafe { zeroed() };
+                v6.sin6_family = libc::sa_family_t::try_from(libc::AF_INET6).expect("AF_INET6 is 10");
+                v6.sin6_port = to.port().to_be();
+                v6.sin6_addr.s6_addr = to.ip().octets();
+                v6.sin6_flowinfo = to.flowinfo();
+                v6.sin6_scope_id = to.scope_id();
+                address.v6 = v6;
+            }
+        }
+        address
+    }
+
+    fn read(&self) -> SocketAddr {
+        // SAFETY: both members begin with the family, and every bit pattern is valid for it.
+        if libc::c_int::from(unsafe { self.family }) == libc::AF_INET6 {
+            // SAFETY: the union is initialized in full (zeroed at first), and every bit pattern is a valid sockaddr_in6.
+            let v6 = unsafe { self.v6 };
+            SocketAddrV6::new(v6.sin6_addr.s6_addr.into(), u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into()
+        } else {
+            // SAFETY: as above, for sockaddr_in.
+            let v4 = unsafe { self.v4 };
+            SocketAddrV4::new(v4.sin_addr.s_addr.to_ne_bytes().into(), u16::from_be(v4.sin_port)).into()
+        }
     }
 }
 
-/// Receives as many datagrams as there are buffers, without waiting, and returns their lengths and senders. One that did not fit has
-/// length 0.
-pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<(usize, std::net::Ipv4Addr)>> {
-    // SAFETY: all-zero is a valid sockaddr_in.
-    let mut addresses: Vec<libc::sockaddr_in> = buffers.iter().map(|_| unsafe { zeroed() }).collect();
+/// A datagram to send.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Datagram<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) to: SocketAddr,
+    /// The address to send it from, for IPv6 sockets (which have IPv4 addresses as mapped ones). If this host does not have it any more,
+    /// the kernel chooses.
+    pub(crate) source: Option<Ipv6Addr>,
+}
+
+/// A received datagram, whose bytes are in the buffer with its number.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Received {
+    /// 0 if it did not fit.
+    pub(crate) length: usize,
+    pub(crate) from: SocketAddr,
+    /// The address that it was sent to, for IPv6 sockets with `IPV6_RECVPKTINFO`.
+    pub(crate) destination: Option<Ipv6Addr>,
+}
+
+/// A control message with an address of this host (`IPV6_PKTINFO`, RFC 3542). The data follow the header without a gap (cmsg(3)).
+#[repr(C)]
+struct Control {
+    header: libc::cmsghdr,
+    info: libc::in6_pktinfo,
+}
+
+impl Control {
+    fn empty() -> Control {
+        // SAFETY: all-zero is a valid cmsghdr and a valid in6_pktinfo.
+        unsafe { zeroed() }
+    }
+
+    fn source(address: Ipv6Addr) -> Control {
+        let mut control = Control::empty();
+        control.header.cmsg_len = (size_of::<libc::cmsghdr>() + size_of::<libc::in6_pktinfo>()) as _;
+        (control.header.cmsg_level, control.header.cmsg_type) = (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO);
+        control.info.ipi6_addr.s6_addr = address.octets();
+        control
+    }
+
+    fn destination(&self, message: &libc::mmsghdr) -> Option<Ipv6Addr> {
+        let present = message.msg_hdr.msg_controllen >= (size_of::<libc::cmsghdr>() + size_of::<libc::in6_pktinfo>()) as _;
+        let kind = (self.header.cmsg_level, self.header.cmsg_type);
+        (present && kind == (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO)).then(|| self.info.ipi6_addr.s6_addr.into())
+    }
+}
+
+/// Sends datagrams, as many in one call as the kernel accepts. Datagrams that cannot be sent are skipped.
+pub(crate) fn send_many(fd: BorrowedFd<'_>, datagrams: &[Datagram<'_>]) {
+    let mut addresses: Vec<SocketAddress> = datagrams.iter().map(|datagram| SocketAddress::new(datagram.to)).collect();
+    let part = |bytes: &[u8]| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let mut parts: Vec<libc::iovec> = datagrams.iter().map(|datagram| part(datagram.bytes)).collect();
+    let mut controls: Vec<Control> = datagrams.iter().filter_map(|datagram| datagram.source).map(Control::source).collect();
+    let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
+    let mut controls = controls.iter_mut();
+    for (message, datagram) in messages.iter_mut().zip(datagrams) {
+        message.msg_hdr.msg_namelen = if datagram.to.is_ipv4() { len::<libc::sockaddr_in>() } else { len::<libc::sockaddr_in6>() };
+        if let Some(control) = datagram.source.and_then(|_| controls.next()) {
+            attach(message, control);
+        }
+    }
+    let mut from = 0;
+    while from < messages.len() {
+        let count = libc::c_uint::try_from(messages.len() - from).unwrap_or(libc::c_uint::MAX);
+        // SAFETY: each of the `count` headers points to an address and a part, and may point to a control message, that live in the
+        // vectors above; the kernel only reads them and what the parts point to.
+        let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), messages[from..].as_mut_ptr(), count, 0) };
+        // An error concerns the first message.
+        match usize::try_from(sent) {
+            Err(_) if messages[from].msg_hdr.msg_controllen > 0 => {
+                messages[from].msg_hdr.msg_control = std::ptr::null_mut();
+                messages[from].msg_hdr.msg_controllen = 0;
+            }
+            Err(_) => from += 1,
+            Ok(sent) => from += sent.max(1),
+        }
+    }
+}
+
+/// Receives as many datagrams as there are buffers, without waiting.
+pub(crate) fn receive_many(fd: BorrowedFd<'_>, buffers: &mut [Vec<u8>]) -> io::Result<Vec<Received>> {
+    let mut addresses: Vec<SocketAddress> = buffers.iter().map(|_| SocketAddress::unspecified()).collect();
+    let mut controls: Vec<Control> = buffers.iter().map(|_| Control::empty()).collect();
     let mut parts: Vec<libc::iovec> =
         buffers.iter_mut().map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }).collect();
     let mut messages: Vec<libc::mmsghdr> = addresses.iter_mut().zip(&mut parts).map(|(address, part)| message(address, part)).collect();
+    for (message, control) in messages.iter_mut().zip(&mut controls) {
+        attach(message, control);
+    }
     let count = libc::c_uint::try_from(messages.len()).unwrap_or(libc::c_uint::MAX);
-    // SAFETY: each of the `count` headers points to an address and a part in the vectors above, and each part to a buffer of
-    // its length; the call writes addresses and buffers.
+    // SAFETY: each of the `count` headers points to an address, a control message and a part in the vectors above, and each part to a
+    // buffer of its length; the call writes addresses, control messages and buffers, of which every bit pattern is valid.
     let got = check(unsafe { libc::recvmmsg(fd.as_raw_fd(), messages.as_mut_ptr(), count, libc::MSG_DONTWAIT, std::ptr::null_mut()) })?;
-    let whole = |message: &libc::mmsghdr| if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 { message.msg_len } else { 0 };
-    let lengths = messages.iter().take(usize::try_from(got).unwrap_or(0)).map(|message| usize::try_from(whole(message)).unwrap_or(0));
-    let sender = |address: &libc::sockaddr_in| std::net::Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
-    Ok(lengths.collect::<Vec<_>>().into_iter().zip(addresses.iter().map(sender)).collect())
+    let whole = |message: &libc::mmsghdr| message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
+    let received = |((message, address), control): ((&libc::mmsghdr, &SocketAddress), &Control)| Received {
+        length: if whole(message) { usize::try_from(message.msg_len).unwrap_or(0) } else { 0 },
+        from: address.read(),
+        destination: control.destination(message),
+    };
+    let filled = messages.iter().zip(&addresses).zip(&controls).take(usize::try_from(got).unwrap_or(0));
+    Ok(filled.map(received).collect())
 }
 
-fn socket_address(to: std::net::SocketAddrV4) -> libc::sockaddr_in {
-    // SAFETY: all-zero is a valid sockaddr_in.
-    let mut address: libc::sockaddr_in = unsafe { zeroed() };
-    address.sin_family = libc::sa_family_t::try_from(libc::AF_INET).expect("AF_INET is 2");
-    address.sin_port = to.port().to_be();
-    address.sin_addr.s_addr = u32::from_ne_bytes(to.ip().octets());
-    address
-}
-
-fn message(address: &mut libc::sockaddr_in, part: &mut libc::iovec) -> libc::mmsghdr {
+fn message(address: &mut SocketAddress, part: &mut libc::iovec) -> libc::mmsghdr {
     // SAFETY: all-zero is a valid mmsghdr.
     let mut message: libc::mmsghdr = unsafe { zeroed() };
     message.msg_hdr.msg_name = std::ptr::from_mut(address).cast();
-    message.msg_hdr.msg_namelen = len::<libc::sockaddr_in>();
+    message.msg_hdr.msg_namelen = len::<SocketAddress>();
     message.msg_hdr.msg_iov = part;
     message.msg_hdr.msg_iovlen = 1;
     message
+}
+
+fn attach(message: &mut libc::mmsghdr, control: &mut Control) {
+    message.msg_hdr.msg_control = std::ptr::from_mut(control).cast();
+    message.msg_hdr.msg_controllen = size_of::<Control>() as _;
 }
 
 /// Whether the descriptor refers to a network namespace (`NS_GET_NSTYPE`, `linux/nsfs.h`).

@@ -5,12 +5,16 @@
 
 #[path = "netns/inspect.rs"]
 mod inspect;
+#[path = "netns/kernel_wireguard.rs"]
+mod kernel_wireguard;
 #[path = "netns/monitor.rs"]
 mod monitor;
 #[path = "netns/pod_rules.rs"]
 mod pod_rules;
 #[path = "netns/rules.rs"]
 mod rules;
+#[path = "netns/wireguard.rs"]
+mod wireguard;
 
 use std::collections::BTreeSet;
 
@@ -31,7 +35,7 @@ fn main() {
     if !arguments.list {
         netns::isolate(std::path::Path::new("/mnt")).expect("create the namespaces of the tests");
     }
-    let tests: [(&str, fn()); 25] = [
+    let tests: [(&str, fn()); 40] = [
         ("every_object_is_written_read_back_and_deleted", every_object_is_written_read_back_and_deleted),
         ("second_diff_is_empty", second_diff_is_empty),
         ("link_with_another_vni_is_recreated_with_its_dependents", link_with_another_vni_is_recreated),
@@ -57,6 +61,21 @@ fn main() {
         ("instance_lock_refuses_second_holder", instance_lock_refuses_second_holder),
         ("answers_of_other_programs_are_ignored", answers_of_other_programs_are_ignored),
         ("only_network_namespaces_can_be_opened", only_network_namespaces_can_be_opened),
+        ("wireguard_device_and_peers_are_written_and_read_back", kernel_wireguard::device_and_peers_are_written_and_read_back),
+        ("wireguard_subnet_moves_and_leaves_without_its_peer", kernel_wireguard::subnet_moves_and_leaves_without_its_peer),
+        ("refused_wireguard_peer_affects_no_other", kernel_wireguard::refused_peer_affects_no_other),
+        ("used_wireguard_port_is_named", kernel_wireguard::used_port_is_named),
+        ("userspace_wireguard_carries_both_families", wireguard::two_devices_carry_both_families),
+        ("userspace_wireguard_passes_only_own_addresses_of_a_peer", wireguard::only_own_addresses_of_a_peer_pass),
+        ("userspace_wireguard_follows_changed_address", wireguard::peer_that_changes_its_address_is_followed),
+        ("userspace_wireguard_answers_from_the_address_that_was_asked", wireguard::answers_leave_from_the_address_that_the_peer_sends_to),
+        ("userspace_wireguard_cuts_off_removed_peer", wireguard::removed_peer_is_cut_off),
+        ("userspace_wireguard_needs_the_same_preshared_key", wireguard::peers_need_the_same_preshared_key),
+        ("userspace_wireguard_loses_no_packet_by_changes", wireguard::changes_lose_no_packet),
+        ("userspace_wireguard_recovers_from_restart_of_a_peer", wireguard::restarted_device_is_reached_again_within_seconds),
+        ("userspace_wireguard_works_without_ipv6", wireguard::a_host_without_ipv6_is_served),
+        ("userspace_wireguard_reports_failures", wireguard::port_in_use_and_deleted_device_are_reported),
+        ("userspace_wireguard_interoperates_with_wireguard_go", wireguard::another_implementation_is_understood),
     ];
     let trial = |(name, test): (&str, fn())| {
         Trial::test(name, move || -> Result<(), Failed> {
@@ -72,7 +91,10 @@ fn main() {
             Ok(())
         })
     };
-    libtest_mimic::run(&arguments, tests.into_iter().map(trial).collect()).exit();
+    // These need what the kernel of the machine may lack: `cargo xtask vm` runs them.
+    let vm_tests: [(&str, fn()); 1] = [("a_thousand_wireguard_peers_in_few_messages", kernel_wireguard::a_thousand_peers_in_few_messages)];
+    let vm_tests = vm_tests.into_iter().map(|test| trial(test).with_kind("vm").with_ignored_flag(true));
+    libtest_mimic::run(&arguments, tests.into_iter().map(trial).chain(vm_tests).collect()).exit();
 }
 
 struct Clean;

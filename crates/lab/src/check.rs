@@ -6,14 +6,22 @@ use anyhow::{Context, ensure};
 
 use crate::process::find;
 
-/// Backends that the lab can show, and whose faults it knows.
+/// Backends that the lab shows by default, and whose faults it knows.
 pub(crate) const BACKENDS: [&str; 2] = ["host-gw", "vxlan"];
+/// Backends that the lab can show.
+const SHOWN: [&str; 3] = ["host-gw", "vxlan", "wireguard"];
 /// Programs that faults and checks call.
 const PROGRAMS: [&str; 8] = ["ip", "bridge", "nft", "iptables", "iptables-save", "iptables-restore", "ping", "awk"];
 
-/// Refuses a backend that the lab cannot show.
+/// Refuses a backend whose faults the lab does not know.
 pub(crate) fn backend(name: &str) -> anyhow::Result<()> {
-    ensure!(BACKENDS.contains(&name), "--backend {name}: the lab can show {}", BACKENDS.join(" and "));
+    ensure!(BACKENDS.contains(&name), "--backend {name}: the lab knows the faults of {}", BACKENDS.join(" and "));
+    Ok(())
+}
+
+/// Refuses a backend that the lab cannot show.
+pub(crate) fn shown(name: &str) -> anyhow::Result<()> {
+    ensure!(SHOWN.contains(&name), "--backend {name}: the lab can show {}", SHOWN.join(", "));
     Ok(())
 }
 

@@ -24,7 +24,7 @@ pub struct LabArgs {
     /// One L2 network, or two with a router between them
     #[arg(long, value_enum, default_value_t = Topology::Switch)]
     pub topology: Topology,
-    /// Backend: host-gw or vxlan [default: one after the other on a switch, vxlan across a router]
+    /// Backend: host-gw, vxlan or wireguard [default: one after the other on a switch, vxlan across a router]
     #[arg(long, value_name = "TYPE")]
     pub backend: Option<String>,
     /// Which addresses pods have
@@ -115,7 +115,7 @@ fn run(args: &LabArgs) -> anyhow::Result<bool> {
         (None, Topology::Switch) => check::BACKENDS.to_vec(),
         (None, Topology::Router) => vec!["vxlan"],
     };
-    backends.iter().try_for_each(|backend| check::backend(backend))?;
+    backends.iter().try_for_each(|backend| check::shown(backend))?;
     let program = this_program()?;
     let store = store(args)?;
     if args.etcd.is_some() {

@@ -50,6 +50,9 @@ pub(crate) fn tour(lab: &Lab, pods: &[Pod], program: &Path) -> String {
     if lab.plan.backend() == "vxlan" {
         tour.line("h1", "bridge fdb show dev flannel.1");
     }
+    if lab.plan.backend() == "wireguard" {
+        tour.line("h1", "wg show");
+    }
     tour.line("h1", "nft list table ip flannel-ipv4");
     tour.comment("Break it: flush the routes and the rules. The daemon restores them within milliseconds.");
     tour.line("h1", "ip route flush proto 241");

@@ -1,4 +1,4 @@
-//! An Ethernet frame as far as the lab looks into it: IP, and VXLAN over UDP with a frame inside.
+//! An Ethernet frame as far as the lab looks into it: IP, VXLAN over UDP with a frame inside, and WireGuard over UDP.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -36,6 +36,13 @@ pub enum Payload {
         /// The frame inside.
         inner: Box<Frame>,
     },
+    /// A packet that WireGuard has encrypted.
+    WireGuard {
+        /// UDP destination port.
+        port: u16,
+        /// Bytes of the UDP payload.
+        bytes: usize,
+    },
     /// Something else, by its protocol number.
     Other(u8),
 }
@@ -55,7 +62,7 @@ impl Frame {
         let body = ip.get(header..)?;
         let payload = match *ip.get(protocol)? {
             1 | 58 => Payload::Icmp(*body.first()?),
-            17 => vxlan(body).unwrap_or(Payload::Other(17)),
+            17 => vxlan(body).or_else(|| wireguard(body)).unwrap_or(Payload::Other(17)),
             other => Payload::Other(other),
         };
         Some(Frame { to: mac(0)?, from: mac(6)?, src: address(src)?, dst: address(dst)?, ttl: *ip.get(ttl)?, payload })
@@ -82,6 +89,13 @@ fn vxlan(udp: &[u8]) -> Option<Payload> {
     Some(Payload::Vxlan { port, vni, inner })
 }
 
+/// A UDP datagram whose payload begins as a transport data message of WireGuard does: type 4, three reserved zeros.
+fn wireguard(udp: &[u8]) -> Option<Payload> {
+    let port = u16::from_be_bytes(udp.get(2..4)?.try_into().ok()?);
+    let bytes = usize::from(u16::from_be_bytes(udp.get(4..6)?.try_into().ok()?)).checked_sub(8)?;
+    (udp.get(8..12)? == [4, 0, 0, 0]).then_some(Payload::WireGuard { port, bytes })
+}
+
 impl fmt::Display for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} > {} | {} > {} ttl {} | ", self.from, self.to, self.src, self.dst, self.ttl)?;
@@ -90,6 +104,7 @@ impl fmt::Display for Frame {
             Payload::Icmp(0 | 129) => f.write_str("ICMP echo reply"),
             Payload::Icmp(kind) => write!(f, "ICMP type {kind}"),
             Payload::Vxlan { port, vni, inner } => write!(f, "UDP {port} | VXLAN VNI {vni} | {inner}"),
+            Payload::WireGuard { port, bytes } => write!(f, "UDP {port} | WireGuard, {bytes} bytes, encrypted"),
             Payload::Other(protocol) => write!(f, "IP protocol {protocol}"),
         }
     }

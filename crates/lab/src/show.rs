@@ -68,7 +68,12 @@ pub(super) fn show(lab: &mut Lab, backend: &str) -> anyhow::Result<(Report, Vec<
             packet = capture.find(Duration::from_secs(1), |bytes| {
                 let frame = Frame::parse(bytes)?;
                 let inner = frame.innermost();
-                ((inner.src, inner.dst) == (from, to)).then_some(frame)
+                // Who sends to whom inside of WireGuard cannot be seen. A keepalive has 32 bytes, an echo request has more.
+                let is_echo = match frame.payload {
+                    Payload::WireGuard { bytes, .. } => bytes > 32 && lab.hosts[0].addresses().contains(&frame.src),
+                    _ => (inner.src, inner.dst) == (from, to),
+                };
+                is_echo.then_some(frame)
             })?;
         }
     }
@@ -160,6 +165,12 @@ fn wrong(frame: &Frame, backend: &str, hosts: &[Host], topology: Topology) -> an
             problems.expect("VNI", *vni, 1);
             problems.expect("inner payload", &inner.payload, &Payload::Icmp(if inner.src.is_ipv4() { 8 } else { 128 }));
         }
+        (Payload::WireGuard { port, .. }, "wireguard") => {
+            let is_v6 = frame.src.is_ipv6();
+            let of = |host: &Host| host.addresses().into_iter().find(|ip| ip.is_ipv6() == is_v6);
+            problems.expect("outer destination", Some(frame.dst), of(&hosts[1]));
+            problems.expect("UDP port", *port, if is_v6 { 51_821 } else { 51_820 });
+        }
         (Payload::Icmp(8 | 128), "host-gw") => problems.expect("time to live", frame.ttl, 63),
         (payload, _) => problems.0.push(format!("the packet on the wire carries {payload:?}, which {backend} does not send")),
     }
@@ -186,6 +197,7 @@ impl Report {
         let pods = format!("{answered} of {all} pairs of pods answer");
         match (self.is_right(), self.backend.as_str()) {
             (true, "host-gw") => format!("{pods}; packets cross the wire unencapsulated, with the peer's MAC"),
+            (true, "wireguard") => format!("{pods}; packets cross the wire encrypted by WireGuard, between the hosts' addresses"),
             (true, _) => format!("{pods}; packets cross the wire in UDP 8472, VNI 1, between the hosts' addresses"),
             (false, _) => format!("{pods}; see the problems above"),
         }

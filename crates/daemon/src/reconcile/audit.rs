@@ -116,6 +116,8 @@ impl<H: Host + 'static> Reconciler<H> {
             }
         };
         observed.extend(slow_keys(&self.observed).iter().filter_map(|key| self.observed.get(key).cloned()));
+        self.picture.accept_roaming(&mut observed);
+        self.note_handshakes(&observed, now);
         // The old one is kept if it is the same: memory that is not moved is not torn.
         if self.observed != observed {
             self.observed = observed;

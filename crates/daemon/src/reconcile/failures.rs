@@ -158,6 +158,8 @@ mod tests {
             Key::Fdb(name, "02:00:00:00:00:01".parse().unwrap()),
             Key::Neigh(name, ip),
             Key::Forward(subnet),
+            Key::WgPeer(name, flannel::wireguard::PublicKey([1; 32])),
+            Key::AllowedIp(name, subnet),
             Key::Route(subnet, 1),
             Key::Blackhole(subnet),
             Key::Ruleset(flannel::Family::V4),

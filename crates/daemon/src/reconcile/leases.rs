@@ -104,6 +104,7 @@ impl<H: Host + 'static> Reconciler<H> {
         }
         if complete && !was_complete {
             self.picture.keep_unreadable(&self.observed);
+            self.picture.accept_roaming(&mut self.observed);
         }
         let ops = match complete && !was_complete || in_parts {
             // Only now is it known which objects of the past are superfluous.

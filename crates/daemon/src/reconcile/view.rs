@@ -7,6 +7,7 @@ use flannel::backend::Refusal;
 use flannel::check::Finding;
 use flannel::desired::Owner;
 use flannel::object::{Key, Object};
+use flannel::{LeaseKey, Observed};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -122,7 +123,27 @@ impl<H: Host + 'static> Reconciler<H> {
                 PeerState::Programmed
             }
         };
-        peers.map(|(key, peer)| PeerView { subnet: *key, public: peer.public, state: state(*key) }).collect()
+        peers
+            .map(|(key, peer)| PeerView { subnet: *key, public: peer.public, state: state(*key), handshake: self.handshake(*key) })
+            .collect()
+    }
+
+    /// Notes when WireGuard's peers had their last handshakes, of what was read now.
+    pub(super) fn note_handshakes(&mut self, observed: &Observed, now: Instant) {
+        let ages = observed.iter().filter_map(|(_, object)| match object {
+            Object::WgPeer(peer) => Some((peer.public_key, now.checked_sub(Duration::from_secs(peer.handshake?))?)),
+            _ => None,
+        });
+        self.handshakes = ages.collect();
+    }
+
+    /// The last handshake with a peer: with two devices the later one.
+    fn handshake(&self, key: LeaseKey) -> Option<Instant> {
+        let peers = self.picture.desired().part(&Owner::Lease(key)).iter().filter_map(|object| match object {
+            Object::WgPeer(peer) => self.handshakes.get(&peer.public_key).copied(),
+            _ => None,
+        });
+        peers.max()
     }
 
     /// The problems that the loop knows itself, and those that the checks found.

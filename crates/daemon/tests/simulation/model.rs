@@ -11,8 +11,9 @@ use flannel::backend::extension::Command;
 use flannel::check::{Expected, HostFacts};
 use flannel::net::Cidr;
 use flannel::node::{Interface, InterfaceAddr, RouteFact};
-use flannel::object::{Addr, EnvFile, Key, Lane, Link, LinkKind, Object, ROUTE_PROTOCOL, Sysctl};
+use flannel::object::{Addr, EnvFile, Key, Lane, Link, LinkKind, Object, ROUTE_PROTOCOL, Sysctl, WgPeer};
 use flannel::scope::Scope;
+use flannel::wireguard::PublicKey;
 use flannel::{IfName, Observed, Op, OpError, Outcome};
 use kernel::netlink::NetlinkError;
 use kernel::{Changed, KernelEvent};
@@ -33,6 +34,8 @@ pub(crate) struct External {
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(crate) external: Option<External>,
+    /// Its WireGuard key, which it keeps.
+    pub(crate) key: PublicKey,
     next_index: u32,
     /// All objects, including foreign ones.
     pub(crate) objects: Observed,
@@ -56,6 +59,15 @@ pub(crate) fn eth0() -> IfName {
     "eth0".parse().unwrap()
 }
 
+/// The WireGuard key of the host with this address.
+pub(crate) fn key_of(address: IpAddr) -> PublicKey {
+    let last = match address {
+        IpAddr::V4(ip) => ip.octets()[3],
+        IpAddr::V6(ip) => ip.octets()[15],
+    };
+    PublicKey([last; 32])
+}
+
 async fn moment() {
     tokio::time::sleep(Duration::from_micros(fastrand::u64(0..2_000))).await;
 }
@@ -65,6 +77,7 @@ impl ModelHost {
         let external = Some(External { index: 2, up: true, address: Some(address), mtu: 1500 });
         let model = Model {
             external,
+            key: key_of(address.addr),
             next_index: 3,
             objects: Observed::default(),
             pending: Vec::new(),
@@ -102,6 +115,7 @@ impl Model {
     /// Another program removes an object.
     pub(crate) fn remove(&mut self, key: &Key) {
         self.objects.remove(key);
+        self.drop_subnets_of(key);
         match key {
             Key::Link(name) => self.notify(Changed::Link(*name)),
             Key::Addr(name, _) => self.notify(Changed::Link(*name)),
@@ -109,6 +123,8 @@ impl Model {
             Key::PodRules => self.notify(Changed::PodRules),
             Key::EnvFile => self.notify(Changed::File),
             Key::Sysctl(_) => {}
+            // The kernel does not announce changes of WireGuard's peers.
+            Key::WgPeer(..) | Key::AllowedIp(..) => {}
             key => self.notify(Changed::Gone(key.clone())),
         }
     }
@@ -126,13 +142,21 @@ impl Model {
             Object::Ruleset(rules) => Some(Changed::Rules(rules.family)),
             Object::PodRules(_) => Some(Changed::PodRules),
             Object::EnvFile(_) => Some(Changed::File),
-            Object::Sysctl(..) => None,
+            Object::Sysctl(..) | Object::WgPeer(_) | Object::AllowedIp(_) => None,
             // A foreign route means that the daemon's route with this key is gone.
             Object::Route(route) if route.protocol != ROUTE_PROTOCOL => Some(Changed::Gone(object.key())),
             object => Some(Changed::Set(object.clone())),
         };
         self.objects.insert(object);
         change.into_iter().for_each(|change| self.notify(change));
+    }
+
+    /// The subnets of a WireGuard peer go with it.
+    fn drop_subnets_of(&mut self, gone: &Key) {
+        let Key::WgPeer(link, key) = gone else { return };
+        let of_it = |object: &Object| matches!(object, Object::AllowedIp(ip) if (ip.link, ip.peer) == (*link, *key));
+        let keys: Vec<Key> = self.objects.iter().filter(|(_, object)| of_it(object)).map(|(key, _)| key.clone()).collect();
+        keys.iter().for_each(|key| self.objects.remove(key));
     }
 
     /// When a link goes down, its routes and neighbours go without a notification.
@@ -236,6 +260,20 @@ impl Model {
             Op::Set(Object::Addr(Addr { link: name, .. })) if !has_link(self, *name) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Neigh(neigh)) if !has_link(self, neigh.link) => return Model::refuse(19, "no such device"),
             Op::Set(Object::Fdb(fdb)) if !has_link(self, fdb.link) => return Model::refuse(19, "no such device"),
+            Op::Set(Object::WgPeer(peer)) if !has_link(self, peer.link) => return Model::refuse(19, "no such device"),
+            Op::Set(Object::AllowedIp(allowed)) => {
+                if !has_link(self, allowed.link) {
+                    return Model::refuse(19, "no such device");
+                }
+                // The kernel creates the peer, without an endpoint.
+                if self.objects.get(&Key::WgPeer(allowed.link, allowed.peer)).is_none() {
+                    let (link, public_key) = (allowed.link, allowed.peer);
+                    let peer = WgPeer { link, public_key, endpoint: None, keepalive: 0, psk: None, handshake: None };
+                    self.objects.insert(Object::WgPeer(Box::new(peer)));
+                }
+            }
+            Op::Delete(Object::AllowedIp(_)) if self.objects.get(&op.object().key()).is_some() => self.deleted.push(op.object().key()),
+            Op::Delete(Object::WgPeer(_)) => self.drop_subnets_of(&op.object().key()),
             // A sysctl of a link that does not exist counts as set.
             Op::Set(Object::Sysctl(Sysctl { path, .. })) if self.lacks_interface_of(path) => return Ok(()),
             Op::Set(Object::Route(route)) => {
@@ -273,6 +311,8 @@ impl Model {
             Object::Addr(Addr { link, .. }) => scope.links.contains(link),
             Object::Neigh(neigh) => scope.links.contains(&neigh.link),
             Object::Fdb(fdb) => scope.links.contains(&fdb.link),
+            Object::WgPeer(peer) => scope.links.contains(&peer.link),
+            Object::AllowedIp(allowed) => scope.links.contains(&allowed.link),
             Object::Route(route) => scope.has_route(route),
             Object::Sysctl(Sysctl { path, .. }) => scope.sysctls.iter().any(|(wanted, _)| wanted == path),
             Object::Ruleset(rules) => scope.rulesets.contains(&rules.family),
@@ -371,6 +411,11 @@ impl Host for ModelHost {
             Some(Object::EnvFile(file)) => Some((**file).clone()),
             _ => None,
         }
+    }
+
+    async fn wireguard_key(&self, _: &Path) -> Result<PublicKey, String> {
+        moment().await;
+        Ok(self.lock().key)
     }
 
     async fn run(&self, _: Command) -> anyhow::Result<String> {

@@ -1,15 +1,13 @@
 //! The udp backend: the daemon itself carries packets, each as the payload of one UDP datagram (specification, section 5.3). This
 //! file decides what happens to a packet; the kernel crate owns the device and the socket.
 
-use std::cmp::Reverse;
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::{Admitted, Context, Driver, Local, Part, Refusal, each_family, needs_ipv4};
 use crate::config::{Config, ConfigError, port};
 use crate::json::Fields;
 use crate::lease::{LeaseKey, Peer};
-use crate::net::{Cidr, Family, IfName, Mac, PerFamily, Subnet, Vni};
+use crate::net::{Cidr, Family, IfName, Mac, PerFamily, PrefixMap, Subnet, Vni};
 use crate::node::Node;
 use crate::object::{Addr, Forward, Link, LinkKind, Object, ROUTE_PROTOCOL, Route};
 use crate::probe::Point;
@@ -113,40 +111,34 @@ impl Driver for Udp {
     }
 }
 
-/// The forwarding table, by prefix length, longest first: a hostile lease may lie within another.
+/// The forwarding table. The longest prefix wins: a hostile lease may lie within another.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Table(BTreeMap<Reverse<u8>, BTreeMap<Subnet, Ipv4Addr>>);
+pub struct Table(PrefixMap<Ipv4Addr>);
 
 impl Table {
     /// Forwards packets for `subnet` to `host`.
     pub fn insert(&mut self, subnet: Subnet, host: Ipv4Addr) {
-        self.0.entry(Reverse(subnet.prefix_len())).or_default().insert(subnet, host);
+        self.0.insert(subnet, host);
     }
 
     /// Stops forwarding packets for `subnet`.
     pub fn remove(&mut self, subnet: Subnet) {
-        let length = Reverse(subnet.prefix_len());
-        if let Some(subnets) = self.0.get_mut(&length) {
-            subnets.remove(&subnet);
-            if subnets.is_empty() {
-                self.0.remove(&length);
-            }
-        }
+        self.0.remove(subnet);
     }
 
-    /// The host that packets for an address are forwarded to (longest prefix match).
+    /// The host that packets for an address are forwarded to.
     pub fn host(&self, ip: Ipv4Addr) -> Option<Ipv4Addr> {
-        self.0.iter().find_map(|(Reverse(length), subnets)| subnets.get(&Subnet::new(IpAddr::V4(ip), *length).ok()?).copied())
+        self.0.find(IpAddr::V4(ip)).copied()
     }
 
     /// Whether packets for any subnet are forwarded to this host. Only asked for packets that are dropped.
     fn is_host(&self, host: Ipv4Addr) -> bool {
-        self.0.values().flatten().any(|(_, known)| *known == host)
+        self.0.iter().any(|(_, known)| *known == host)
     }
 
     /// All entries.
     pub fn iter(&self) -> impl Iterator<Item = (Subnet, Ipv4Addr)> {
-        self.0.values().flatten().map(|(subnet, host)| (*subnet, *host))
+        self.0.iter().map(|(subnet, host)| (subnet, *host))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Two hosts that claim one thing: a subnet, or a key such as a VTEP MAC. The older lease keeps it. The younger one is refused, with all
+//! Two hosts that claim one thing: a subnet, or a key such as a VTEP MAC or a WireGuard key. The older lease keeps it. The younger one is refused, with all
 //! objects of that family: a route without its FDB entry would send packets to the other host.
 //!
 //! The decision follows from the leases alone, so it is the same on every node and after every restart. A lease that is refused still
@@ -74,18 +74,28 @@ impl Desired {
     /// The claim that counts on a key: that of the oldest owner that is not refused.
     pub(super) fn in_force(&self, key: &Key, claim: Claim) -> Option<&Object> {
         let object = self.object(claim);
-        if !self.is_refused(self.parts[index(claim.part)].owner, object) {
+        if !self.is_refused(&self.parts[index(claim.part)], object) {
             return Some(object);
         }
         let rivals = self.rivals_for(key).map(|rival| self.claim_of(rival, key));
-        let others = rivals.filter(|claim| !self.is_refused(self.parts[index(claim.part)].owner, self.object(*claim)));
+        let others = rivals.filter(|claim| !self.is_refused(&self.parts[index(claim.part)], self.object(*claim)));
         others.min_by_key(|claim| self.parts[index(claim.part)].rank()).map(|claim| self.object(claim))
     }
 
-    /// Whether an object is left out. One that serves both families is, if one of them is refused.
-    fn is_refused(&self, owner: Owner, object: &Object) -> bool {
-        let is_refused = |family| self.refused.contains_key(&(owner, family));
-        !self.refused.is_empty() && family(object).map_or_else(|| Family::ALL.into_iter().any(is_refused), is_refused)
+    /// Whether an object is left out. One that serves both families is, if one of them is refused; a WireGuard peer, if all families that it
+    /// serves are.
+    fn is_refused(&self, part: &Part, object: &Object) -> bool {
+        let is_refused = |family| self.refused.contains_key(&(part.owner, family));
+        if self.refused.is_empty() {
+            return false;
+        }
+        match object {
+            Object::WgPeer(_) => {
+                let mut served = Family::ALL.into_iter().filter(|family| serves(&part.objects, object, *family)).peekable();
+                served.peek().is_some() && served.all(is_refused)
+            }
+            _ => family(object).map_or_else(|| Family::ALL.into_iter().any(is_refused), is_refused),
+        }
     }
 
     /// The owners that claim what one of these claims, and these if there are any.
@@ -151,7 +161,7 @@ impl Desired {
         if let Some(holder) = overlapping {
             return Some(Lost { holder, key: None });
         }
-        let mut keys = part.objects.iter().filter(|object| family(object) == Some(of)).map(Object::key);
+        let mut keys = part.objects.iter().filter(|object| serves(&part.objects, object, of)).map(Object::key);
         keys.find_map(|key| {
             let claim = self.claims.get(&key).filter(|claim| claim.part != place)?;
             let holder = &self.parts[index(claim.part)];
@@ -216,12 +226,23 @@ impl<T: Ord, A: Iterator<Item = T>, B: Iterator<Item = T>> Iterator for Merged<A
     }
 }
 
+/// Whether an object of a part serves this family. A WireGuard peer serves the families of its subnets in the part.
+fn serves(part: &[Object], object: &Object, of: Family) -> bool {
+    match object {
+        Object::WgPeer(peer) => part.iter().any(
+            |other| matches!(other, Object::AllowedIp(ip) if (ip.link, ip.peer, ip.subnet.family()) == (peer.link, peer.public_key, of)),
+        ),
+        _ => family(object) == Some(of),
+    }
+}
+
 /// The family that an object serves; `None` if it serves both, or neither.
 fn family(object: &Object) -> Option<Family> {
     match object {
         Object::Fdb(fdb) => Some(Family::of(fdb.dst)),
         Object::Neigh(neigh) => Some(Family::of(neigh.ip)),
         Object::Forward(forward) => Some(forward.dst.family()),
+        Object::AllowedIp(ip) => Some(ip.subnet.family()),
         Object::Route(route) => Some(route.dst.family()),
         _ => None,
     }

@@ -4,7 +4,9 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::{Item, Key, Policy};
+use crate::backend::wireguard::device_family;
 use crate::net::{Family, IfName, Mac, Vni};
+use crate::wireguard::PublicKey;
 
 /// A link of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,13 +53,20 @@ pub enum LinkKind {
         /// UDP port of this and every other host.
         port: u16,
     },
+    /// A WireGuard device. Its private key is no part of it: the kernel crate has it.
+    WireGuard {
+        /// UDP port, of both address families.
+        port: u16,
+        /// The key that belongs to the device's private key.
+        public_key: PublicKey,
+    },
     /// A link of another kind that has the name of a daemon's link: its `IFLA_INFO_KIND`, or empty.
     Other(String),
 }
 
 impl Link {
     /// Whether `have` can be changed into this link in place. Learning, the lower interface, the local address (within its family), MAC,
-    /// MTU and state can be changed; anything else needs a new device. (A lower interface with another name is the renamed old one.)
+    /// MTU, state, and port and key of a WireGuard device can be changed; anything else needs a new device. (A lower interface with another name is the renamed old one.)
     pub fn can_replace_in_place(&self, have: &Link) -> bool {
         match (&self.kind, &have.kind) {
             (
@@ -66,7 +75,13 @@ impl Link {
             ) => (vni, port, local.is_ipv4(), gbp) == (vni2, port2, local2.is_ipv4(), gbp2),
             (LinkKind::Ipip { .. }, LinkKind::Ipip { .. }) => true,
             (LinkKind::Udp { .. }, LinkKind::Udp { .. }) => self.kind == have.kind,
-            (LinkKind::Vxlan { .. } | LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::Other(_), _) => false,
+            (LinkKind::WireGuard { .. }, LinkKind::WireGuard { .. }) => true,
+            // It has no key yet.
+            (LinkKind::WireGuard { .. }, LinkKind::Other(kind)) => kind == "wireguard",
+            (
+                LinkKind::Vxlan { .. } | LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::WireGuard { .. } | LinkKind::Other(_),
+                _,
+            ) => false,
         }
     }
 }
@@ -83,6 +98,7 @@ impl Item for Link {
     fn policy(&self) -> Policy {
         let family = match self.kind {
             LinkKind::Vxlan { local, .. } | LinkKind::Ipip { local } | LinkKind::Udp { local, .. } => Some(Family::of(local)),
+            LinkKind::WireGuard { .. } => Some(device_family(self.name)),
             LinkKind::Other(_) => None,
         };
         Policy { family, never_deleted: false, optional: false }
@@ -96,6 +112,9 @@ impl Item for Link {
             }
             LinkKind::Ipip { .. } => {
                 "the kernel lacks this kind of device, or has not loaded its module: run `modprobe ipip` on the host, or use vxlan"
+            }
+            LinkKind::WireGuard { .. } => {
+                "the kernel has no WireGuard, or has not loaded its module: run `modprobe wireguard` on the host, or use vxlan"
             }
             LinkKind::Udp { .. } | LinkKind::Other(_) => return None,
         };
@@ -111,6 +130,7 @@ impl fmt::Display for Link {
             LinkKind::Other(kind) => write!(f, " {kind}"),
             LinkKind::Ipip { local } => write!(f, " ipip local {local}"),
             LinkKind::Udp { local, port } => write!(f, " udp {local}:{port}"),
+            LinkKind::WireGuard { port, public_key } => write!(f, " wireguard port {port} key {public_key}"),
             LinkKind::Vxlan { vni, port, local, lower, gbp, learning } => {
                 let (gbp, learning) = (if *gbp { " gbp" } else { "" }, if *learning { "learning" } else { "nolearning" });
                 write!(f, " vxlan id {vni} dstport {port} local {local} dev {lower} {learning}{gbp}")

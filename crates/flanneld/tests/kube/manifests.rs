@@ -213,6 +213,20 @@ fn values_reach_the_configuration(chart: &Chart<'_>) {
     let text = net_conf(&all);
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), want);
     assert!(Config::parse_assigned(&text).is_ok());
+    let psk = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+    let wireguard = net_conf(&[
+        "flannel.backend=wireguard",
+        "flannel.backendPort=7",
+        "flannel.backendPortv6=8",
+        "flannel.mtu=1400",
+        "flannel.keepaliveInterval=25",
+        "flannel.tunnelMode=auto",
+        &format!("flannel.psk={psk}"),
+    ]);
+    let want = json!({ "Type": "wireguard", "ListenPort": 7, "ListenPortV6": 8, "MTU": 1400, "PersistentKeepaliveInterval": 25,
+        "Mode": "auto", "PSK": psk });
+    assert_eq!(serde_json::from_str::<Value>(&wireguard).unwrap()["Backend"], want);
+    assert!(Config::parse_assigned(&wireguard).is_ok());
     let only_v6 = net_conf(&["podCidr=", "podCidrv6=fd00:244::/48", "flannel.backend=host-gw"]);
     assert!(Config::parse_assigned(&only_v6).unwrap().networks.v4.is_none(), "{only_v6}");
 }
@@ -251,7 +265,7 @@ fn lists_and_errors(chart: &Chart<'_>) {
     assert_eq!(serde_json::from_str::<Value>(text.as_str().unwrap()).unwrap()["plugins"][0]["type"], "flannel");
     for (set, want) in [
         ("netpol.enabled=true", "this chart has no network policies yet"),
-        ("flannel.backend=wireguard", "is none of vxlan, host-gw, ipip, udp and alloc"),
+        ("flannel.backend=ipsec", "is none of vxlan, host-gw, wireguard, ipip, udp and alloc"),
         ("flannel.image.repository=ghcr.io/flannel-io/flannel", "is upstream's image"),
     ] {
         let (done, text) = chart.render(&[set]);

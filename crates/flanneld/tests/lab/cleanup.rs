@@ -9,7 +9,7 @@ use lab::{Host, StoreKind};
 use crate::cluster::PROGRAM;
 use crate::start;
 
-fn cleanup(host: &Host, args: &[&str]) -> (bool, String) {
+pub(crate) fn cleanup(host: &Host, args: &[&str]) -> (bool, String) {
     let mut command = Command::new(PROGRAM);
     command.arg("cleanup").args(args);
     host.mounts.enter(&mut command).unwrap();

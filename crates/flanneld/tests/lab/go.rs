@@ -25,9 +25,10 @@ pub(crate) enum Stand {
     DirectRouting,
     Udp,
     Ipip,
+    WireGuard,
 }
 
-pub(crate) const ALL: [Stand; 5] = [Stand::HostGw, Stand::Vxlan, Stand::DirectRouting, Stand::Udp, Stand::Ipip];
+pub(crate) const ALL: [Stand; 6] = [Stand::HostGw, Stand::Vxlan, Stand::DirectRouting, Stand::Udp, Stand::Ipip, Stand::WireGuard];
 
 impl fmt::Display for Stand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,13 +38,14 @@ impl fmt::Display for Stand {
             Stand::DirectRouting => "vxlan+DirectRouting",
             Stand::Udp => "udp",
             Stand::Ipip => "ipip",
+            Stand::WireGuard => "wireguard",
         })
     }
 }
 
 impl Stand {
     pub(crate) fn needs_vm(self) -> bool {
-        self == Stand::Ipip
+        matches!(self, Stand::Ipip | Stand::WireGuard)
     }
 
     fn plan(self) -> Plan {
@@ -53,15 +55,23 @@ impl Stand {
             Stand::DirectRouting => json!({ "Type": "vxlan", "DirectRouting": true }),
             Stand::Udp => json!({ "Type": "udp" }),
             Stand::Ipip => json!({ "Type": "ipip" }),
+            // As k3s configures it.
+            Stand::WireGuard => json!({ "Type": "wireguard", "PersistentKeepaliveInterval": 25 }),
         };
         let family = if matches!(self, Stand::Udp | Stand::Ipip) { PodFamily::V4 } else { PodFamily::Dual };
         let store = StoreKind::Etcd(tool("FLANNEL_ETCD_3_6"));
         Plan { store, ..Plan::new(3, &backend, Path::new(crate::PROGRAM)) }.family(family)
     }
 
-    /// The device of the udp backend ends with its daemon, which carries the packets.
-    fn carries_without_daemon(self) -> bool {
-        self != Stand::Udp
+    /// Whether no packet is lost while a host changes from one daemon to the other. The device of the udp backend ends with its daemon,
+    /// which carries the packets; Go's daemon deletes a WireGuard device when it starts and when it ends, but for SIGKILL.
+    fn loses_nothing(self, to_ours: bool) -> bool {
+        self != Stand::Udp && (self != Stand::WireGuard || to_ours)
+    }
+
+    /// How often a host changes. Go's daemon takes long to start in the VM.
+    fn switches(self) -> usize {
+        if self == Stand::WireGuard { 1 } else { SWITCHES }
     }
 }
 
@@ -108,7 +118,7 @@ pub(crate) fn in_one_cluster(root: &Path, stand: Stand) {
     });
     let state = lab.hosts[1].state().unwrap();
     assert_eq!((&state["findings"], &state["peers"]["refused"]), (&json!([]), &json!([])), "{state:#}");
-    let switches = std::env::var("FLANNEL_SWITCHES").ok().and_then(|text| text.parse().ok()).unwrap_or(SWITCHES);
+    let switches = std::env::var("FLANNEL_SWITCHES").ok().and_then(|text| text.parse().ok()).unwrap_or(stand.switches());
     for _ in 0..switches {
         change(&mut lab, stand, &pods, &programs.ours);
         change(&mut lab, stand, &pods, &programs.go);
@@ -119,15 +129,16 @@ pub(crate) fn in_one_cluster(root: &Path, stand: Stand) {
 /// Ends the daemon of host 1 and starts the other program, while its pod and that of host 2 ping each other.
 fn change(lab: &mut Lab, stand: Stand, pods: &[Pod], to: &Path) {
     let before = std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap();
+    let to_ours = to == Path::new(crate::PROGRAM);
     let [out, back] = [(0, 1), (2, 0)].map(|(from, to)| (Netns::open(&pods[from].path).unwrap(), pods[to].addresses[0]));
     let mut lost_back = (0, 0);
     let lost = ping_during(&out.0, out.1, || {
         lost_back = ping_during(&back.0, back.1, || {
-            assert!(lab.stop_daemon(0, false).is_ok());
+            assert!(lab.stop_daemon(0, stand == Stand::WireGuard && to_ours).is_ok());
             start(lab, 0, to);
         });
     });
-    if stand.carries_without_daemon() {
+    if stand.loses_nothing(to_ours) {
         assert_eq!((lost.1, lost_back.1), (0, 0), "{stand}, to {}: of {} and {} pings", to.display(), lost.0, lost_back.0);
     }
     assert_eq!(std::fs::read_to_string(lab.hosts[0].subnet_file()).unwrap(), before, "the same subnet and MTU");

@@ -185,7 +185,7 @@ impl Case {
 }
 
 /// One echo request of `size` bytes, IP header included, that no router may fragment.
-fn ping_unfragmented(from: &Netns, to: &IpAddr, size: u32) -> bool {
+pub(crate) fn ping_unfragmented(from: &Netns, to: &IpAddr, size: u32) -> bool {
     let headers = if to.is_ipv4() { 28 } else { 48 };
     let mut ping = Command::new("ping");
     ping.args(["-M", "do", "-c", "1", "-W", "2", "-s", &(size - headers).to_string(), &to.to_string()]);

@@ -25,7 +25,7 @@ pub(super) fn search(expected: &Expected) -> Vec<Elsewhere> {
         .iter()
         .filter_map(|link| match link.kind {
             LinkKind::Vxlan { vni, port, .. } => Some((vni.get(), port)),
-            LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::Other(_) => None,
+            LinkKind::Ipip { .. } | LinkKind::Udp { .. } | LinkKind::WireGuard { .. } | LinkKind::Other(_) => None,
         })
         .collect();
     let (mut seen, mut found) = (BTreeSet::new(), Vec::new());

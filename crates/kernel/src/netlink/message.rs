@@ -51,6 +51,12 @@ impl Batch {
         self.starts.is_empty()
     }
 
+    /// The messages as they would be sent.
+    #[cfg(test)]
+    pub(crate) fn bytes_for_tests(&self) -> &[u8] {
+        &self.buffer
+    }
+
     /// Refuses messages that cannot be sent, as the kernel refuses one that is too long.
     pub(super) fn check(&self, from: usize, to: usize) -> std::io::Result<()> {
         let is_oversized = self.oversized.iter().any(|at| (from..to).contains(at));

@@ -1,13 +1,17 @@
 //! Applies and reads links of the daemon: the devices of the backends, including the udp backend's TUN device with its data path.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use flannel::IfName;
 use flannel::object::{Link, LinkKind, Object};
+use flannel::wireguard::PublicKey;
 
 use super::{Change, Reading, io_error};
 use crate::link::LinkInfo;
 use crate::netlink::NetlinkError;
 use crate::tunnel::Tunnel;
+use crate::wireguard::Device;
 use crate::{Kernel, link};
 
 pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Result<(), NetlinkError> {
@@ -15,8 +19,13 @@ pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Resul
     if change == Change::Delete {
         return delete(kernel, wanted);
     }
-    if let LinkKind::Udp { local, port } = wanted.kind {
-        start_tunnel(kernel, wanted, local, port)?;
+    match wanted.kind {
+        LinkKind::Udp { local, port } => start_tunnel(kernel, wanted, local, port)?,
+        LinkKind::WireGuard { port, public_key } => {
+            let set = set_wireguard(kernel, wanted, port, public_key);
+            set.map_err(|error| explain(kernel, wanted, error))?;
+        }
+        LinkKind::Vxlan { .. } | LinkKind::Ipip { .. } | LinkKind::Other(_) => {}
     }
     link::set(&mut kernel.route, wanted).map_err(|error| explain(kernel, wanted, error))
 }
@@ -24,6 +33,13 @@ pub(super) fn apply(kernel: &mut Kernel, change: Change, wanted: &Link) -> Resul
 /// Names what has the VNI, the UDP port or the address already that a device was refused for.
 fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkError {
     let Some(errno @ (libc::EEXIST | libc::EADDRINUSE)) = error.errno() else { return error };
+    if let LinkKind::WireGuard { port, .. } = wanted.kind {
+        let message = format!(
+            "another program has UDP port {port} (`ss -ulnp sport = :{port}` names it; a WireGuard device has no program, `wg` lists it): \
+             stop it, or set Backend.ListenPort or Backend.ListenPortV6 of the network config"
+        );
+        return if errno == libc::EADDRINUSE { NetlinkError::Refused { errno, message } } else { error };
+    }
     let links = link::list(&mut kernel.route).unwrap_or_default();
     if let LinkKind::Ipip { local } = wanted.kind {
         let rival = links.iter().find(|link| link.name != wanted.name && link.ipip == Some(local));
@@ -52,14 +68,39 @@ fn explain(kernel: &mut Kernel, wanted: &Link, error: NetlinkError) -> NetlinkEr
 }
 
 fn delete(kernel: &mut Kernel, found: &Link) -> Result<(), NetlinkError> {
-    if kernel.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() {
+    if kernel.tunnel.take_if(|tunnel| tunnel.name == found.name).is_some() || kernel.wireguard.stop(found.name) {
         return Ok(());
     }
     if found.kind == LinkKind::Other("tun".to_owned()) {
-        let message = format!("{} belongs to another process, possibly a second flanneld with the udp backend", found.name);
+        let message = format!("{} belongs to another process, possibly a second flanneld", found.name);
         return Err(NetlinkError::Refused { errno: libc::EBUSY, message });
     }
     link::delete(&mut kernel.route, found.name)
+}
+
+/// Creates a WireGuard device, unless there is one, and gives it its key and port. A device that has them is not disturbed. If the kernel
+/// has no WireGuard, this process carries the device.
+fn set_wireguard(kernel: &mut Kernel, wanted: &Link, port: u16, public_key: PublicKey) -> Result<(), NetlinkError> {
+    match link::get(&mut kernel.route, wanted.name)? {
+        Some(found) if found.kind == "wireguard" => {}
+        Some(found) if found.kind == "tun" && kernel.wireguard.is_carried(wanted.name) => {
+            return kernel.wireguard.carry(wanted.name, public_key, port, wanted.mtu);
+        }
+        Some(found) => {
+            let message = format!("{} exists and is no WireGuard device, but {:?}: delete it", wanted.name, found.kind);
+            return Err(NetlinkError::Refused { errno: libc::EEXIST, message });
+        }
+        None => match link::create_wireguard(&mut kernel.route, wanted) {
+            Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
+                return kernel.wireguard.carry(wanted.name, public_key, port, wanted.mtu);
+            }
+            created => {
+                created?;
+                kernel.wireguard.stop(wanted.name);
+            }
+        },
+    }
+    kernel.wireguard.set_device(wanted.name, public_key, port)
 }
 
 /// Starts the udp backend's data path, unless it is running and its device exists.
@@ -80,9 +121,32 @@ fn start_tunnel(kernel: &mut Kernel, wanted: &Link, local: IpAddr, port: u16) ->
 pub(super) fn observe(kernel: &Kernel, reading: &Reading<'_>, found: &mut Vec<Object>) {
     for info in reading.ours() {
         let mut object = link::to_object(info, |index| reading.name(index));
+        if let Some(device) = reading.wireguard.get(&info.name)
+            && let (Some(port), Some(public_key)) = (device.port, device.public_key)
+        {
+            object.kind = LinkKind::WireGuard { port, public_key };
+        }
         if let Some(tunnel) = kernel.running_tunnel(info) {
             object.kind = LinkKind::Udp { local: tunnel.local, port: tunnel.port };
         }
         found.push(Object::Link(Box::new(object)));
+    }
+}
+
+impl Kernel {
+    /// Reads the WireGuard devices in scope.
+    pub(super) fn wireguard_devices(&mut self, reading: &Reading<'_>) -> Result<BTreeMap<IfName, Device>, NetlinkError> {
+        let mut devices = BTreeMap::new();
+        let is_one = |info: &&LinkInfo| info.kind == "wireguard" || info.kind == "tun" && self.wireguard.is_carried(info.name);
+        let names: Vec<IfName> = reading.ours().filter(is_one).map(|info| info.name).collect();
+        for name in names {
+            match self.wireguard.device(name) {
+                Ok(device) => drop(devices.insert(name, device)),
+                // It was deleted meanwhile.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(devices)
     }
 }

@@ -70,7 +70,7 @@ impl Cluster {
         let network = machine.host.network(None).await.unwrap();
         let node = Node::choose(&network.interfaces, &network.routes, &Wanted::default(), &self.config).unwrap();
         let mac = entries.get(&own).and_then(|(peer, _)| flannel::backend::published_mac(peer, flannel::Family::V4));
-        let identity = Identity { macs: PerFamily { v4: mac, v6: None }, data: None };
+        let identity = Identity { macs: PerFamily { v4: mac, v6: None }, public_key: Some(machine.host.lock().key), ..Identity::default() };
         let traffic = TrafficConfig { masquerade: true, fully_random: true, forward: true, flavour: Flavour::Nftables };
         let args = args();
         let mut picture = Picture::new(self.config.clone(), node, identity, traffic, own).with_file(args.subnet_file, true, etcd_leases);
@@ -99,10 +99,11 @@ impl Cluster {
         let mut deleted: BTreeMap<Subnet, usize> = BTreeMap::new();
         for key in &machine.host.lock().deleted {
             // Only routes with the metric of a peer's route count; a fault added the others.
-            if let Key::Route(dst, metric) = key
-                && *metric == route_metric(network, *dst)
-            {
-                *deleted.entry(*dst).or_default() += 1;
+            match key {
+                Key::Route(dst, metric) if *metric == route_metric(network, *dst) => *deleted.entry(*dst).or_default() += 1,
+                // With wireguard this is the path to a peer.
+                Key::AllowedIp(_, dst) => *deleted.entry(*dst).or_default() += 1,
+                _ => {}
             }
         }
         let changes = |of: &dyn Fn(Subnet) -> bool| truth.1.iter().filter(|(_, key)| key.subnets().v4.is_some_and(of)).count();

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use daemon::embedded::memory::Backup;
-use flannel::object::{EnvFile, Key, Link, LinkKind, Object, Route, Sysctl};
+use flannel::object::{AllowedIp, EnvFile, Key, Link, LinkKind, Object, Route, Sysctl, WgPeer};
+use flannel::wireguard::PublicKey;
 use flannel::{LeaseKey, Mac, Peer, Subnet};
 
 use super::{Cluster, cidr, pick};
@@ -90,7 +91,7 @@ impl Cluster {
         });
     }
 
-    /// A lease of a host that is not simulated. Two of these hosts publish the VTEP MAC of another one: whichever lease is younger is
+    /// A lease of a host that is not simulated. Two of these hosts publish the VTEP MAC or the WireGuard key of another one: whichever lease is younger is
     /// refused.
     async fn put_foreign_lease(&mut self) {
         let octet = fastrand::u8(210..214);
@@ -162,6 +163,11 @@ impl Cluster {
             },
             Object::Neigh(neigh) => Object::Neigh(flannel::object::Neigh { mac: Mac([2, 9, 9, 9, 9, 9]), ..neigh }),
             Object::Fdb(fdb) => Object::Fdb(flannel::object::Fdb { dst: cidr(99).addr, ..fdb }),
+            Object::WgPeer(peer) => Object::WgPeer(Box::new(match fastrand::bool() {
+                true => WgPeer { endpoint: "10.0.0.99:7".parse().ok(), ..*peer },
+                false => WgPeer { keepalive: 9, ..*peer },
+            })),
+            Object::AllowedIp(allowed) => Object::AllowedIp(Box::new(AllowedIp { peer: PublicKey([99; 32]), ..*allowed })),
             Object::Sysctl(Sysctl { path, .. }) => Object::Sysctl(Sysctl { path, value: "1".to_owned() }),
             Object::EnvFile(file) => Object::EnvFile(Box::new(EnvFile { text: "FLANNEL_MTU=1\n".to_owned(), ours: false, ..*file })),
             Object::Ruleset(mut rules) => {
