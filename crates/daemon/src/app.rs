@@ -9,10 +9,10 @@ use anyhow::{Context, anyhow, bail};
 use flannel::alloc::previous_by_devices;
 use flannel::backend::extension::Command;
 use flannel::backend::{Identity, Local, published_mac};
-use flannel::object::{Link, LinkKind};
+use flannel::object::{EnvFile, Link, LinkKind};
 use flannel::subnet_env::{previous_networks, previous_subnets};
 use flannel::traffic::{Flavour, TrafficConfig};
-use flannel::{Config, Family, Mac, Node, Peer, PerFamily, Picture, store_trust};
+use flannel::{Config, Family, Mac, Node, Peer, PerFamily, Picture, Subnet, store_trust};
 use kernel::iptables::Installed;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -179,10 +179,7 @@ pub async fn node_daemon<S: Store, H: Host + 'static>(args: &RunArgs, store: S, 
         config: config.clone(),
         peer: config.backend.own_peer(Local { config: &config, node: &node, identity: &identity }),
         addrs: node.addrs,
-        previous: match &before {
-            Some(file) => previous_subnets(&file.text),
-            None => previous_by_devices(&config, &host.network(None).await?.interfaces),
-        },
+        previous: previous(&host, before.as_ref(), &config).await?,
         previous_leases: before.as_ref().map(|file| file.etcd_leases.clone()).unwrap_or_default(),
         margin: Duration::from_secs(args.subnet_lease_renew_margin * 60),
     };
@@ -233,6 +230,14 @@ pub(crate) const WIREGUARD_KEY_FILE: &str = "WIREGUARD_KEY_FILE";
 /// The file with this host's WireGuard key: as upstream's, also in the meaning of an empty variable.
 pub(crate) fn wireguard_key_file() -> PathBuf {
     std::env::var_os(WIREGUARD_KEY_FILE).map_or_else(|| PathBuf::from("/run/flannel/wgkey"), PathBuf::from)
+}
+
+/// The subnets that this host had before: by the file that an earlier run left, else by its devices.
+async fn previous(host: &impl Host, before: Option<&EnvFile>, config: &Config) -> anyhow::Result<PerFamily<Subnet>> {
+    Ok(match before {
+        Some(file) => previous_subnets(&file.text),
+        None => previous_by_devices(config, &host.network(None).await?.interfaces),
+    })
 }
 
 /// Whether the network has IPv6, but the host has it switched off: there is no address to wait for.

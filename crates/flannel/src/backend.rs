@@ -407,6 +407,14 @@ impl Backend {
         self.driver().needs_key()
     }
 
+    /// Whether the data that a host publishes is its own alone: the MAC address or the key of its device.
+    pub fn has_unique_data(&self) -> bool {
+        match self {
+            Backend::Vxlan(_) | Backend::WireGuard(_) => true,
+            Backend::Alloc(_) | Backend::HostGw(_) | Backend::Ipip(_) | Backend::Udp(_) | Backend::Extension(_) => false,
+        }
+    }
+
     /// Whether its configuration has commands to run on this host.
     pub fn has_commands(&self) -> bool {
         self.driver().has_commands()

@@ -95,7 +95,8 @@ impl Keeper {
         // This host's address may have changed while no daemon ran; then the etcd lease identifies its lease.
         let known = snapshot.entries.iter().find(|entry| is_first && entry.key.subnets() == previous);
         let known = known
-            .filter(|entry| alloc::is_admitted(config, entry.key.subnets()) && self.claim.previous_leases.contains(&entry.lease))
+            .filter(|entry| alloc::is_admitted(config, entry.key.subnets()))
+            .filter(|entry| self.claim.previous_leases.contains(&entry.lease) || self.has_own_data(entry))
             .map(|entry| Choice::Reuse(entry.key));
         let choice = match known {
             Some(choice) => choice,
@@ -166,13 +167,21 @@ impl Keeper {
         Ok(now.entries.iter().filter(older).any(|entry| entry.key.overlaps(key)))
     }
 
+    /// Whether a lease has the data of this node's own device, as no other host's lease has.
+    fn has_own_data(&self, entry: &Entry) -> bool {
+        let own = &self.claim.peer;
+        let is_same = |peer: &Peer| (&peer.backend_type, &peer.backend_data) == (&own.backend_type, &own.backend_data);
+        self.claim.config.backend.has_unique_data() && entry.peer.as_ref().is_some_and(is_same)
+    }
+
     /// Writes the lease with what this node publishes now. False if the lease is no longer this node's. It is recognized by what this
-    /// node published last, and by any etcd lease that it ever had: a store that was restored from a backup may have an old value.
+    /// node published last, by the data of its device, and by any etcd lease that it ever had: a store that was restored from a backup
+    /// may have an old value.
     async fn publish(&self, current: &mut LeaseHandle, past: &mut Past) -> Result<bool, EtcdError> {
         let snapshot = self.store.snapshot().await?;
         let is_own = |entry: &&Entry| {
             let has_address = entry.peer.as_ref().is_some_and(|peer| alloc::is_mine(&peer.public, &current.published));
-            entry.key == current.key && (has_address || past.ever.contains(&entry.lease))
+            entry.key == current.key && (has_address || past.ever.contains(&entry.lease) || self.has_own_data(entry))
         };
         let Some(own) = snapshot.entries.iter().find(is_own) else { return Ok(false) };
         let etcd_lease = match (own.lease, past.spare) {

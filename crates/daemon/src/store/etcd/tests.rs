@@ -131,6 +131,54 @@ async fn full_network_is_waited_for_until_a_subnet_is_free() {
     assert!(!client.acquire(&claim).await.unwrap().is_new, "the second time it is reused");
 }
 
+/// A store that was restored from a backup has the lease under an address that the host no longer has, with an etcd lease that no file
+/// names: the MAC address of the device shows whose it is.
+#[tokio::test(start_paused = true)]
+async fn lease_with_the_nodes_own_mac_is_its_own_whatever_the_address() {
+    let (memory, _down, client) = store();
+    let peer = |address: &str, mac: &str| {
+        let value = format!(
+            r#"{{"PublicIP":"{address}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"0e:00:00:00:00:{mac}"}}}}"#
+        );
+        wire::parse_value(value.as_bytes()).unwrap()
+    };
+    let claim = Claim {
+        config: Config::parse(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap(),
+        peer: peer("192.0.2.1", "01"),
+        addrs: PerFamily::default(),
+        previous: PerFamily { v4: "10.244.7.0/24".parse().ok(), v6: None },
+        previous_leases: Vec::new(),
+        margin: Duration::from_secs(60),
+    };
+    let key = wire::parse_key("10.244.7.0-24").unwrap();
+    let restore = async |mac| {
+        let before = client.snapshot().await.unwrap().entries.iter().find(|entry| entry.key == key).map_or(0, |entry| entry.mod_revision);
+        let id = client.grant(Duration::from_secs(3600)).await.unwrap();
+        assert!(client.put_lease(&Lease { key, peer: peer("192.0.2.99", mac) }, id, before).await.unwrap());
+    };
+    restore("01").await;
+    let handle = client.acquire(&claim).await.unwrap();
+    assert_eq!((handle.key, handle.is_new), (key, false));
+
+    // The same while the daemon runs.
+    let (hold, mut held) = watch::channel(handle);
+    let (lose, lost) = mpsc::channel(1);
+    let (_claims, claims) = watch::channel(claim.clone());
+    tokio::spawn(client.clone().keep(claims, hold, lost));
+    restore("01").await;
+    lose.send(()).await.unwrap();
+    held.changed().await.unwrap();
+    assert_eq!(held.borrow_and_update().key, key);
+    let stored = async || client.snapshot().await.unwrap().entries.into_iter().find(|entry| entry.key == key).and_then(|entry| entry.peer);
+    assert_eq!(stored().await, Some(claim.peer));
+    // Another host's MAC: another host has it.
+    restore("02").await;
+    lose.send(()).await.unwrap();
+    held.changed().await.unwrap();
+    assert_ne!(held.borrow_and_update().key, key);
+    drop(memory);
+}
+
 #[tokio::test(start_paused = true)]
 async fn store_that_is_down_is_waited_for_with_one_text() {
     let (_memory, down, client) = store();
