@@ -28,6 +28,8 @@ pub struct Endpoint {
     pub path: PathBuf,
     /// Whether it is the caller's.
     pub is_own: bool,
+    /// Whether a link of the caller's namespace leads to it. Another one may belong to another node on this machine.
+    pub is_linked: bool,
     /// Its interfaces with their addresses, without those of scope link.
     pub interfaces: Vec<(IfName, Vec<Cidr>)>,
 }
@@ -55,7 +57,12 @@ impl Endpoints {
             elsewhere.entry(link.netns.unwrap_or(-1)).or_default().push(link.name);
         }
         let (mut seen, mut found) = (BTreeSet::from([own.id()?]), Endpoints::default());
-        found.list.push(Endpoint { path: PathBuf::from("/proc/self/ns/net"), is_own: true, interfaces: interfaces(&mut socket)? });
+        found.list.push(Endpoint {
+            path: PathBuf::from("/proc/self/ns/net"),
+            is_own: true,
+            is_linked: true,
+            interfaces: interfaces(&mut socket)?,
+        });
         for path in paths() {
             if seen.len() > NAMESPACES {
                 break;
@@ -67,10 +74,8 @@ impl Endpoints {
             }
             let read = netns.run(|| interfaces(&mut Socket::open(Protocol::Route).map_err(io::Error::other)?));
             let Ok(Ok(interfaces)) = read else { continue };
-            if let Ok(number) = number(&mut socket, &netns) {
-                elsewhere.remove(&number);
-            }
-            found.list.push(Endpoint { path, is_own: false, interfaces });
+            let is_linked = number(&mut socket, &netns).is_ok_and(|number| elsewhere.remove(&number).is_some());
+            found.list.push(Endpoint { path, is_own: false, is_linked, interfaces });
         }
         found.missing = elsewhere.into_values().flatten().collect();
         Ok(found)

@@ -118,11 +118,16 @@ pub(super) fn judge(facts: &Facts) -> Report {
         );
         report.not_checked.push(text);
     }
-    let mut holders: BTreeMap<IpAddr, Vec<String>> = BTreeMap::new();
+    // Namespaces that no link of this host leads to may be another node's, whose pods have addresses of their own. An address that one of
+    // them has is not freed all the same.
+    let (mut holders, mut anywhere): (BTreeMap<IpAddr, Vec<String>>, BTreeSet<IpAddr>) = Default::default();
     for endpoint in &endpoints.list {
         for (name, addresses) in &endpoint.interfaces {
             for cidr in addresses.iter().filter(|cidr| is_ours(cidr.addr)) {
-                holders.entry(cidr.addr).or_default().push(format!("{name} in {}", endpoint.path.display()));
+                anywhere.insert(cidr.addr);
+                if endpoint.is_linked {
+                    holders.entry(cidr.addr).or_default().push(format!("{name} in {}", endpoint.path.display()));
+                }
             }
         }
     }
@@ -143,7 +148,8 @@ pub(super) fn judge(facts: &Facts) -> Report {
     }
     let is_complete = endpoints.missing.is_empty();
     let orphans = reserved.iter().filter(|(_, one)| !holders.contains_key(&one.address));
-    report.problems.extend(orphans.filter_map(|(network, one)| orphan(facts, network, one, is_complete)));
+    let orphans = orphans.filter_map(|(network, one)| orphan(facts, network, one, is_complete));
+    report.problems.extend(orphans.map(|problem| Problem { dead: problem.dead && !anywhere.contains(&problem.address), ..problem }));
     report.problems.sort_by_key(|problem| (problem.kind, problem.address));
     report
 }
@@ -183,6 +189,7 @@ mod tests {
         let endpoint = |path: &str, is_own, interfaces: &[(&str, &str)]| Endpoint {
             path: path.into(),
             is_own,
+            is_linked: true,
             interfaces: interfaces.iter().map(|(name, cidr)| (name.parse().unwrap(), vec![cidr.parse().unwrap()])).collect(),
         };
         let list = vec![
@@ -243,6 +250,28 @@ mod tests {
         assert_eq!((report.leaked(), report.problems.iter().any(|problem| problem.kind == Kind::OtherBoot)), (1, true));
         facts.endpoints = Err("Operation not permitted".to_owned());
         assert_eq!((judge(&facts).problems, judge(&facts).used), (Vec::new(), 6));
+    }
+
+    #[test]
+    fn pods_of_another_node_on_this_machine_are_no_duplicates() {
+        let mut facts = facts();
+        let list = &mut facts.endpoints.as_mut().unwrap().list;
+        list.retain(|endpoint| !endpoint.path.ends_with("c"));
+        let before = judge(&facts);
+        let list = &mut facts.endpoints.as_mut().unwrap().list;
+        for (path, address) in
+            [("/proc/7/ns/net", "10.244.1.2/24"), ("/proc/8/ns/net", "10.244.1.0/32"), ("/proc/9/ns/net", "10.244.1.9/24")]
+        {
+            let interfaces = vec![("eth0".parse().unwrap(), vec![address.parse().unwrap()])];
+            list.push(Endpoint { path: path.into(), is_own: false, is_linked: false, interfaces });
+        }
+        assert_eq!(judge(&facts), before);
+        // What one of them has is leaked here, and yet not freed.
+        let interfaces = vec![("eth0".parse().unwrap(), vec!["10.244.1.4/24".parse().unwrap()])];
+        let endpoint = Endpoint { path: "/proc/6/ns/net".into(), is_own: false, is_linked: false, interfaces };
+        facts.endpoints.as_mut().unwrap().list.push(endpoint);
+        let four = judge(&facts).problems.into_iter().find(|problem| problem.address == IpAddr::from([10, 244, 1, 4])).unwrap();
+        assert_eq!((four.kind, four.dead), (Kind::Leaked, false));
     }
 
     #[test]

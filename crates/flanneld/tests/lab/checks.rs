@@ -40,8 +40,9 @@ pub(crate) fn hosts_with_one_address_say_so(root: &Path) {
     lab.start_daemon(1, &[]).unwrap();
     eventually("it is set up", || is_ready(&lab, 1));
     lab.stop_daemon(1, true).unwrap();
-    // Without its file it does not ask for its former lease.
+    // Without its file and its device's address it does not ask for its former lease.
     std::fs::remove_file(lab.hosts[1].subnet_file()).unwrap();
+    shell(&lab, 1, "ip address flush dev flannel.1");
     lab.start_daemon(0, &[]).unwrap();
     eventually("the first host is set up", || is_ready(&lab, 0));
     lab.start_daemon(1, &["--public-ip=10.0.0.1", "--iface=eth0"]).unwrap();

