@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
+
 /// The present time, as [`utc`] writes it.
 #[expect(clippy::disallowed_methods, reason = "what is shown is the wall clock; nothing is measured by it")]
 pub fn now() -> String {
@@ -10,23 +12,7 @@ pub fn now() -> String {
 
 /// A time in UTC, to the millisecond, as RFC 3339 writes it.
 pub fn utc(time: SystemTime) -> String {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    let (year, month, day) = date(days);
-    let (hour, minute, second, milli) = (second / 3600, second / 60 % 60, second % 60, since.subsec_millis());
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
-}
-
-/// The date so many days after 1970-01-01: years, which begin in March so that the leap day is their last, in groups of 400.
-fn date(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (year + era * 400 + u64::from(month <= 2), month, day)
+    format!("{:.3}", Timestamp::try_from(time).unwrap_or_default())
 }
 
 /// A length of time in its two largest units: `42s`, `5m10s`, `3d4h`.

@@ -82,12 +82,15 @@ fn describe(peer: &PeerView) -> String {
     via.into_iter().chain(state).collect::<Vec<_>>().join(", ")
 }
 
+fn by_key(view: &View) -> BTreeMap<LeaseKey, &PeerView> {
+    view.peers.iter().map(|peer| (peer.subnet, peer)).collect()
+}
+
 fn leases(before: &View, after: &View, events: &mut Vec<Event>) {
     // A list that did not change is as good as the same one.
     if before.peers == after.peers {
         return;
     }
-    let by_key = |view: &'_ View| -> BTreeMap<LeaseKey, PeerView> { view.peers.iter().map(|peer| (peer.subnet, peer.clone())).collect() };
     let (old, new) = (by_key(before), by_key(after));
     for (key, peer) in &new {
         match old.get(key) {

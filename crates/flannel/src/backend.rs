@@ -8,6 +8,7 @@ mod alloc;
 pub mod extension;
 mod host_gw;
 mod ipip;
+mod outer_mtu;
 pub mod udp;
 mod vxlan;
 pub mod wireguard;
@@ -138,6 +139,11 @@ trait Driver {
 
     /// Whether this host needs a WireGuard key ([`Identity::public_key`]).
     fn needs_key(&self) -> bool {
+        false
+    }
+
+    /// Whether the data that a host publishes is its own alone: the MAC address or the key of its device.
+    fn has_unique_data(&self) -> bool {
         false
     }
 
@@ -409,10 +415,7 @@ impl Backend {
 
     /// Whether the data that a host publishes is its own alone: the MAC address or the key of its device.
     pub fn has_unique_data(&self) -> bool {
-        match self {
-            Backend::Vxlan(_) | Backend::WireGuard(_) => true,
-            Backend::Alloc(_) | Backend::HostGw(_) | Backend::Ipip(_) | Backend::Udp(_) | Backend::Extension(_) => false,
-        }
+        self.driver().has_unique_data()
     }
 
     /// Whether its configuration has commands to run on this host.

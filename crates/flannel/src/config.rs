@@ -300,7 +300,7 @@ mod tests {
             r#"{"NETWORK":"10.3.0.7/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,"unknown":[1],
                 "backend":{"type":"VXLAN","vni":7,"PORT":4789,"directrouting":true,"MTU":9000}}"#,
             expect![
-                "10.3.0.0/16 /28 10.3.5.0..10.3.8.0; Vxlan(Vxlan { vni: Vni(7), port: 4789, mtu: Some(9000), gbp: false, learning: false, direct_routing: true, devices: Devices { v4: \"flannel.7\", v6: \"flannel-v6.7\" } })"
+                "10.3.0.0/16 /28 10.3.5.0..10.3.8.0; Vxlan(Vxlan { vni: Vni(7), port: 4789, mtu: OuterMtu(Some(9000)), gbp: false, learning: false, direct_routing: true, devices: Devices { v4: \"flannel.7\", v6: \"flannel-v6.7\" } })"
             ],
         );
     }

@@ -258,6 +258,16 @@ fn plan(hosts: usize, backend: &str, store: StoreKind) -> Plan {
     Plan { store, ..Plan::new(hosts, &json!({ "Type": backend }), program) }
 }
 
+/// Runs lines of a shell in a namespace, and returns what they print.
+#[track_caller]
+fn shell(netns: &Netns, script: &str) -> String {
+    let mut sh = Command::new("sh");
+    sh.args(["-ec", script]).stdin(Stdio::null());
+    let output = netns.run(|| sh.output()).unwrap().unwrap();
+    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
 fn start(root: &Path, hosts: usize, backend: &str, store: StoreKind) -> Lab {
     let mut lab = Lab::start(plan(hosts, backend, store), root).unwrap();
     lab.settle().unwrap();

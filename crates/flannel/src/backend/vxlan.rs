@@ -1,6 +1,7 @@
 //! The vxlan backend: one device per family, and for each peer a neighbour entry, an FDB entry and a route (specification,
 //! section 5.1). With `DirectRouting`, a peer on the same link gets a plain route instead.
 
+use super::outer_mtu::OuterMtu;
 use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, each_family, host_gw};
 use crate::config::{ConfigError, invalid, port, typed};
 use crate::json::Fields;
@@ -12,8 +13,6 @@ use crate::probe::Point;
 
 /// The default UDP port: that of the Linux kernel (`drivers/net/vxlan`), which predates the 4789 of RFC 7348.
 const PORT: u16 = 8472;
-/// The minimum IPv6 link MTU in bytes (RFC 8200, section 5).
-const IPV6_MIN_MTU: u32 = 1280;
 
 /// The vxlan backend with its settings (specification, section 2.3).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,8 +21,7 @@ pub struct Vxlan {
     vni: Vni,
     /// UDP destination port.
     port: u16,
-    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None` means the MTU of the external interface.
-    mtu: Option<u32>,
+    mtu: OuterMtu,
     /// Enables the group-based policy extension.
     gbp: bool,
     /// Enables source-address learning.
@@ -70,17 +68,10 @@ impl Vxlan {
             .ok()
             .and_then(Vni::new)
             .ok_or_else(|| invalid("Backend.VNI", format!("{vni} is out of range: a VXLAN network identifier is 0 to {}", Vni::MAX)))?;
-        let mtu = typed::<i64>(section, "Backend.MTU", "mtu")?.unwrap_or(0);
-        let mtu = match u32::try_from(mtu) {
-            Ok(0) => None,
-            // 118 = 68, the minimum IPv4 link MTU (RFC 791), plus 50 bytes of overhead.
-            Ok(mtu) if (118..=65_535).contains(&mtu) => Some(mtu),
-            _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be 118 to 65535, or absent"))),
-        };
         Ok(Vxlan {
             vni,
             port: port(section, PORT)?,
-            mtu,
+            mtu: OuterMtu::parse(section, overhead(Family::V4))?,
             gbp: typed(section, "Backend.GBP", "gbp")?.unwrap_or(false),
             learning: typed(section, "Backend.Learning", "learning")?.unwrap_or(false),
             direct_routing: typed(section, "Backend.DirectRouting", "directrouting")?.unwrap_or(false),
@@ -97,8 +88,7 @@ impl Vxlan {
 
     /// The MTU of the device, in bytes. The kernel would clamp a larger one to the same value.
     fn device_mtu(&self, node: &Node, family: Family) -> u32 {
-        // The overlay cannot carry more than the external interface does.
-        self.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(overhead(family))
+        self.mtu.inner(node, overhead(family))
     }
 
     fn peer_objects(&self, context: Context<'_>, admitted: Admitted, peer: &Peer) -> Result<Vec<Object>, Refusal> {
@@ -161,27 +151,19 @@ impl Driver for Vxlan {
     }
 
     fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
-        let (node, mtu) = (local.node, self.device_mtu(local.node, family));
-        let needed = IPV6_MIN_MTU + overhead(Family::V6);
-        let (what, has) = match self.mtu {
-            Some(outer) if outer < node.mtu => ("Backend.MTU of the network config".to_owned(), outer),
-            _ => (format!("the MTU of {}", node.ext), node.mtu),
-        };
-        (family == Family::V6 && mtu < IPV6_MIN_MTU).then(|| Problem {
-            text: format!("{what} is {has}, which leaves {mtu} bytes for IPv6; IPv6 needs {IPV6_MIN_MTU}: set it to {needed} or more"),
-            is_published_address: false,
-        })
+        self.mtu.problem(local.node, family, overhead(family))
     }
 
     fn notes(&self, node: &Node) -> Vec<String> {
-        let mtu = self.mtu.filter(|mtu| *mtu > node.mtu);
-        mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} exceeds the MTU {} of {}: using {0}", node.mtu, node.ext))
-            .into_iter()
-            .collect()
+        self.mtu.notes(node)
     }
 
     fn tunnel(&self) -> (Option<Vni>, Option<u16>) {
         (Some(self.vni), Some(self.port))
+    }
+
+    fn has_unique_data(&self) -> bool {
+        true
     }
 
     fn probe_point(&self) -> Option<Point> {

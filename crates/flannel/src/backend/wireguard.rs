@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
+use super::outer_mtu::OuterMtu;
 use super::{Admitted, Context, Driver, Local, Part, Problem, Refusal, check_public, each_family};
 use crate::config::{Config, ConfigError, invalid, typed};
 use crate::json::Fields;
@@ -18,8 +19,6 @@ const PORTS: (u16, u16) = (51_820, 51_821);
 /// The bytes that WireGuard adds to a packet: an outer IPv6 header (40), UDP (8), and its own header and tag (32). With IPv4 outside it is
 /// 60; upstream subtracts 80 in each mode.
 const OVERHEAD: u32 = 80;
-/// The minimum link MTU of IPv4 (RFC 791) and IPv6 (RFC 8200, section 5) in bytes.
-const MIN_MTU: (u32, u32) = (68, 1280);
 
 /// The wireguard backend with its settings (specification, section 2.3).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +26,7 @@ pub struct WireGuard {
     mode: Mode,
     /// UDP port of the device, and of the IPv6 device if there are two.
     ports: (u16, u16),
-    /// The *outer* MTU in bytes, from which the overhead is subtracted; `None` means the MTU of the external interface.
-    mtu: Option<u32>,
+    mtu: OuterMtu,
     /// The preshared key that all hosts mix into their sessions.
     psk: Option<Secret>,
     /// Seconds between keepalive packets; 0: none are sent.
@@ -85,13 +83,7 @@ fn port(section: &Fields<'_>, field: &'static str, key: &str, default: u16) -> R
 
 impl WireGuard {
     pub(super) fn parse(section: &Fields<'_>) -> Result<WireGuard, ConfigError> {
-        let mtu = typed::<i64>(section, "Backend.MTU", "mtu")?.unwrap_or(0);
-        let least = MIN_MTU.0 + OVERHEAD;
-        let mtu = match u32::try_from(mtu) {
-            Ok(0) => None,
-            Ok(mtu) if (least..=65_535).contains(&mtu) => Some(mtu),
-            _ => return Err(invalid("Backend.MTU", format!("{mtu} is out of range: it must be {least} to 65535, or absent"))),
-        };
+        let mtu = OuterMtu::parse(section, OVERHEAD)?;
         let keepalive = typed::<i64>(section, "Backend.PersistentKeepaliveInterval", "persistentkeepaliveinterval")?.unwrap_or(0);
         let keepalive = u16::try_from(keepalive).map_err(|_| {
             let problem = format!("{keepalive} is out of range: it must be 0 (off) to 65535 seconds");
@@ -124,8 +116,7 @@ impl WireGuard {
     }
 
     fn device_mtu(&self, node: &Node) -> u32 {
-        // The tunnel cannot carry more than the external interface does.
-        self.mtu.unwrap_or(node.mtu).min(node.mtu).saturating_sub(OVERHEAD)
+        self.mtu.inner(node, OVERHEAD)
     }
 
     /// The WireGuard peer of one family, and its subnet.
@@ -254,23 +245,15 @@ impl Driver for WireGuard {
     }
 
     fn problem(&self, local: Local<'_>, family: Family) -> Option<Problem> {
-        let (node, mtu) = (local.node, self.device_mtu(local.node));
-        let needed = MIN_MTU.1 + OVERHEAD;
-        let (what, has) = match self.mtu {
-            Some(outer) if outer < node.mtu => ("Backend.MTU of the network config".to_owned(), outer),
-            _ => (format!("the MTU of {}", node.ext), node.mtu),
-        };
-        (family == Family::V6 && mtu < MIN_MTU.1).then(|| Problem {
-            text: format!("{what} is {has}, which leaves {mtu} bytes for IPv6; IPv6 needs {}: set it to {needed} or more", MIN_MTU.1),
-            is_published_address: false,
-        })
+        self.mtu.problem(local.node, family, OVERHEAD)
     }
 
     fn notes(&self, node: &Node) -> Vec<String> {
-        let mtu = self.mtu.filter(|mtu| *mtu > node.mtu);
-        mtu.map(|mtu| format!("network config: Backend.MTU: {mtu} exceeds the MTU {} of {}: using {0}", node.mtu, node.ext))
-            .into_iter()
-            .collect()
+        self.mtu.notes(node)
+    }
+
+    fn has_unique_data(&self) -> bool {
+        true
     }
 
     fn probe_point(&self) -> Option<Point> {

@@ -1,5 +1,5 @@
-//! Two hosts that claim one thing: a subnet, or a key such as a VTEP MAC or a WireGuard key. The older lease keeps it. The younger one is refused, with all
-//! objects of that family: a route without its FDB entry would send packets to the other host.
+//! Two hosts that claim one thing: a subnet, or a key such as a VTEP MAC or a WireGuard key. The older lease keeps it. The younger one is
+//! refused, with all objects of that family: a route without its FDB entry would send packets to the other host.
 //!
 //! The decision follows from the leases alone, so it is the same on every node and after every restart. A lease that is refused still
 //! counts as the one that claimed before those that are younger. Claims of leases with one public address do not contradict each other:

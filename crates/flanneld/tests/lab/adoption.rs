@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use flannel::renewal::LEASE_TTL;
 use flannel::{Lease, wire};
@@ -12,17 +11,7 @@ use kernel::netns::Netns;
 use lab::{Lab, Plan, Pod, PodFamily, StoreKind};
 use serde_json::json;
 
-use crate::{eventually, ping_all_from, ping_during};
-
-/// Runs lines of a shell in a namespace.
-#[track_caller]
-fn shell(netns: &Netns, script: &str) -> String {
-    let mut sh = Command::new("sh");
-    sh.args(["-ec", script]).stdin(Stdio::null());
-    let output = netns.run(|| sh.output()).unwrap().unwrap();
-    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
+use crate::{eventually, ping_all_from, ping_during, shell};
 
 const MAC: &str = "0e:00:00:00:00:0a";
 const MAC6: &str = "0e:00:00:00:06:0a";

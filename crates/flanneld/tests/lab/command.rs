@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use crate::cluster::{PROGRAM, eventually};
 use crate::stores;
 
-pub(crate) fn bad_flags_are_refused(_: &Path) {
+pub(crate) fn bad_flags_are_refused(root: &Path) {
+    std::fs::create_dir_all(root).unwrap();
+    let subnet_file = format!("--subnet-file={}", root.join("subnet.env").display());
     // A word that is no flag or no value of its kind exits with 2, a value that turns out to be unusable with 1.
     for (args, code, wanted) in [
         (vec!["--etcd-endpoints=ftp://x:1"], 1, "--etcd-endpoints"),
@@ -25,13 +27,15 @@ pub(crate) fn bad_flags_are_refused(_: &Path) {
         (vec!["lab", "--hosts=0"], 1, "--hosts"),
         (vec!["lab", "--backend=udp"], 1, "--backend"),
     ] {
-        let output = Command::new(PROGRAM).args(&args).output().unwrap();
+        // The daemon's flags.
+        let more = args[0].starts_with("--").then_some(&subnet_file);
+        let output = Command::new(PROGRAM).args(&args).args(more).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{args:?}");
         assert!(said.contains(wanted), "{args:?}: {said}");
     }
     // A file may still be written by another program: it is named and waited for.
-    let mut waiting = Command::new(PROGRAM).arg("--etcd-cafile=/nowhere.pem").stderr(Stdio::piped()).spawn().unwrap();
+    let mut waiting = Command::new(PROGRAM).args(["--etcd-cafile=/nowhere.pem", &subnet_file]).stderr(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(waiting.stderr.take().unwrap()).read_line(&mut line).unwrap();
     let running = waiting.try_wait().unwrap().is_none();

@@ -12,14 +12,7 @@ use lab::stage::{PORT, Stage};
 use lab::{Lab, Plan, Pod, StoreKind};
 
 use crate::cluster::{eventually, ping_all_from};
-use crate::start;
-
-#[track_caller]
-fn shell(netns: &Netns, script: &str) -> String {
-    let output = netns.run(|| Command::new("sh").args(["-ec", script]).output()).unwrap().unwrap();
-    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
+use crate::{shell, start};
 
 /// Waits until the pods reach each other again.
 #[track_caller]

@@ -2,22 +2,13 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use flannel::renewal::LEASE_TTL;
 use flannel::{Lease, wire};
 use kernel::netns::Netns;
 use lab::{Lab, Pod, StoreKind};
 
-use crate::{eventually, ping_all_from, ping_during, plan, start};
-
-fn shell(netns: &Netns, script: &str) -> String {
-    let mut sh = Command::new("sh");
-    sh.args(["-ec", script]).stdin(Stdio::null());
-    let output = netns.run(|| sh.output()).unwrap().unwrap();
-    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
+use crate::{eventually, ping_all_from, ping_during, plan, shell, start};
 
 /// The device with its settings, its addresses, and all routes into the pod network.
 fn objects(netns: &Netns) -> String {

@@ -5,19 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use kernel::netns::Netns;
 use lab::{Lab, StoreKind};
 use serde_json::json;
 
-use crate::{eventually, ping_all_from, plan};
-
-#[track_caller]
-fn shell(netns: &Netns, script: &str) -> String {
-    let mut sh = Command::new("sh");
-    let output = netns.run(|| sh.args(["-ec", script]).output()).unwrap().unwrap();
-    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
+use crate::{eventually, ping_all_from, plan, shell};
 
 /// A folder with the programs of iptables in one variant, each of which writes its name to a log when it is started.
 fn logged_iptables(root: &Path, variant: &str) -> (PathBuf, PathBuf) {
